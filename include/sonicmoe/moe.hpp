@@ -1,0 +1,176 @@
+// The expert layer: forward and backward of a Mixture-of-Experts MLP with ready-made routing.
+//
+// Symbols (docs/algorithm.md): T tokens, d hidden_size, n intermediate_size, E num_experts, K top_k,
+// P routed pairs handed over (capacity), R <= P rows left after dropped pairs, g = 2 for a gated
+// activation, else 1. Source: SonicMoE, arXiv 2512.14080.
+//
+// For every routed row r = (token t, expert e) with weight s:
+//   H[r] = X[t] W1[e]^T + b1[e]      [g*n]  kept for backward (skipped in inference)
+//   A[r] = act(H[r])                 [n]    transient
+//   Y[r] = A[r] W2[e]^T + b2[e]      [d]    transient
+//   O[t] = sum over the rows r of token t, in input order, of s * Y[r]
+// Backward keeps nothing of size R*d and recomputes no GEMM: dS[r] = <dO[t] W2[e], A[r]>.
+//
+// All operations allocate nothing on behalf of the caller, synchronise nothing, and are
+// deterministic: the same inputs give the same bits for every run and every thread count.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <variant>
+
+#include "sonicmoe/activation.hpp"
+#include "sonicmoe/context.hpp"
+#include "sonicmoe/export.hpp"
+#include "sonicmoe/tensor.hpp"
+
+namespace sonicmoe {
+
+// ---------------------------------------------------------------------------------------- routing
+
+/// Form A, K slots per token. `topk_ids` [T, K] int32|int64; `topk_weights` [T, K]
+/// float32|bfloat16. An id < 0 or >= E is a dropped slot: no row is computed, it contributes exactly
+/// 0 and its weight gradient is exactly 0. A token may name an expert twice; both slots count.
+struct TopKRouting {
+  ConstTensorView topk_ids;
+  ConstTensorView topk_weights;
+};
+
+/// Form B, rows already sorted by expert. `offsets` [E] int32: cumulative ends, non-decreasing, the
+/// last at most P = x.size(0). `row_weights` [P] float32|bfloat16, or absent for 1. No gather, no
+/// sum over tokens: out[r] = s[r] * Y[r]. Rows at or past offsets[E-1] are never read (they may hold
+/// NaN); they are zero in the output and in every gradient.
+struct SortedRouting {
+  ConstTensorView offsets;
+  ConstTensorView row_weights;
+};
+
+/// Form C, any list of pairs in any order. `token_ids`, `expert_ids` [P] int32|int64 (equal dtypes),
+/// `pair_weights` [P] float32|bfloat16. A pair whose expert is outside 0..E-1 or whose token is
+/// outside 0..T-1 is dropped as in form A. Duplicates count each time.
+struct PairRouting {
+  ConstTensorView token_ids;
+  ConstTensorView expert_ids;
+  ConstTensorView pair_weights;
+};
+
+using Routing = std::variant<TopKRouting, SortedRouting, PairRouting>;
+
+// ---------------------------------------------------------------------------------------- experts
+
+struct ExpertOptions {
+  Activation activation = Activation::kSwiGLU;
+  GateUpLayout gate_up_layout = GateUpLayout::kConcatenated;
+  float limit = 7.0f;  ///< of swiglu_clamped, > 0; unused otherwise
+};
+
+/// Parameters of the experts, all of the dtype of x. One of the last two strides of w1 and of w2
+/// must be 1, so that a transposed view is accepted without a copy; other strides are free.
+struct ExpertWeights {
+  ConstTensorView w1;  ///< [E, g*n, d]
+  ConstTensorView b1;  ///< [E, g*n] or absent
+  ConstTensorView w2;  ///< [E, d, n]
+  ConstTensorView b2;  ///< [E, d] or absent
+};
+
+/// Sizes that decide every buffer; see moe_shape().
+struct MoEShape {
+  enum class Form : std::uint8_t { kTopK, kSorted, kPairs };
+  std::int64_t num_tokens = 0;         ///< T (= P for Form::kSorted)
+  std::int64_t hidden_size = 0;        ///< d
+  std::int64_t intermediate_size = 0;  ///< n
+  std::int64_t num_experts = 0;        ///< E
+  std::int64_t num_pairs = 0;          ///< P = T*K, rows of x, or length of the pair list
+  Form form = Form::kTopK;
+  Activation activation = Activation::kSwiGLU;
+  DType dtype = DType::kFloat32;
+
+  /// Columns of H: g*n.
+  std::int64_t hidden_columns() const noexcept {
+    return gate_factor(activation) * intermediate_size;
+  }
+};
+
+/// The shape of a call, after checking x, the weights and the routing against each other.
+/// Errors: any shape, dtype or stride that the structs above rule out.
+SONICMOE_API MoEShape moe_shape(const ExpertOptions& options, ConstTensorView x,
+                                const ExpertWeights& weights, const Routing& routing);
+
+/// Bytes of H: P * g*n * size_of(dtype).
+SONICMOE_API std::size_t moe_h_bytes(const MoEShape& shape);
+
+/// Bytes of the routing metadata kept for backward: with int32 entries, 4 E for sorted rows,
+/// 4 (E + 3 P) for top-K, 4 (E + 4 P + T + 1) for pair lists. At most 16 bytes a row beside the
+/// caller's own ids and weights, plus 4 E (+ 4 T).
+SONICMOE_API std::size_t moe_metadata_bytes(const MoEShape& shape);
+
+/// How the scratch of one call is laid out.
+struct WorkspacePlan {
+  std::size_t bytes = 0;          ///< to be handed over as `workspace`
+  std::size_t minimum_bytes = 0;  ///< the least `workspace_limit` that is accepted
+  std::int64_t slab_columns = 0;  ///< columns of d per slab of Y (forward) or dX~ (backward)
+  int num_slabs = 0;              ///< 1 without a limit
+};
+
+/// Scratch of moe_forward (`inference`: called without h and metadata) and of moe_backward. With
+/// `workspace_limit`, `bytes <= *workspace_limit`: A, dH and A' stay whole, Y and dX~ are produced
+/// and summed in slabs of columns, which changes no bit of any result.
+/// Errors: a limit below minimum_bytes (the message names the minimum).
+SONICMOE_API WorkspacePlan
+moe_forward_workspace(const Context& context, const MoEShape& shape, bool inference = false,
+                      std::optional<std::size_t> workspace_limit = {});
+SONICMOE_API WorkspacePlan
+moe_backward_workspace(const Context& context, const MoEShape& shape,
+                       std::optional<std::size_t> workspace_limit = {});
+
+struct MoEForwardArgs {
+  ExpertOptions options;
+  ConstTensorView x;  ///< [T, d] (form B: [P, d]) float32|bfloat16, unit stride in d
+  ExpertWeights weights;
+  Routing routing;
+
+  TensorView out;        ///< [T, d] (form B: [P, d]), dtype of x, unit stride in d; every element written
+  TensorView h;          ///< [P, g*n] contiguous, dtype of x; absent in inference. Rows >= R untouched
+  TensorView metadata;   ///< [moe_metadata_bytes()] uint8, 16-byte aligned; absent in inference
+  TensorView workspace;  ///< [WorkspacePlan::bytes] uint8 (or more), 64-byte aligned
+  std::optional<std::size_t> workspace_limit;  ///< the value given to moe_forward_workspace
+};
+
+/// O from X as at the top of this file.
+/// Errors: mismatching shapes, dtypes, strides; only one of h and metadata; unaligned or too small
+/// buffers; on the CPU, offsets that decrease or exceed P.
+SONICMOE_API void moe_forward(const Context& context, const MoEForwardArgs& args);
+
+struct MoEBackwardArgs {
+  ExpertOptions options;
+  ConstTensorView grad_out;  ///< dO, shape of out, dtype of x, unit stride in d
+  ConstTensorView x;         ///< as in forward
+  ExpertWeights weights;     ///< as in forward (b1 is not read)
+  Routing routing;           ///< as in forward; only the weights are read again
+  ConstTensorView h;         ///< from forward
+  ConstTensorView metadata;  ///< from forward
+
+  // Every gradient is optional; one that is present is written in full.
+  TensorView grad_x;   ///< shape of x, dtype of x, unit stride in d
+  TensorView grad_w1;  ///< [E, g*n, d], unit stride in one of the last two dimensions; dtype of w1 or float32
+  TensorView grad_b1;  ///< [E, g*n] unit last stride; dtype of b1 or float32
+  TensorView grad_w2;  ///< [E, d, n], as grad_w1
+  TensorView grad_b2;  ///< [E, d]
+  TensorView grad_routing_weights;  ///< float32, shape of the routing weights, contiguous
+  /// false: weight and bias gradients are overwritten (zeros for an expert without rows).
+  /// true: they are added to what the (float32) buffers hold, as Megatron's main_grad wants it.
+  bool accumulate = false;
+
+  TensorView workspace;  ///< [WorkspacePlan::bytes] uint8 (or more), 64-byte aligned
+  std::optional<std::size_t> workspace_limit;
+};
+
+/// Gradients of the loss L with dO = dL/dO:
+///   dA' = dO[t] W2[e];  A = act(H);  dS = <dA', A> (+ <dO[t], b2[e]>);  dH = act'(H)^T (s dA')
+///   dW2[e] = sum dO[t]^T (s A);  db2[e] = sum s dO[t];  db1[e] = sum dH;  dW1[e] = sum dH^T X[t]
+///   dX[t] = sum over the rows of t of dH[r] W1[e]
+/// Errors: as moe_forward; accumulate with a gradient buffer that is not float32.
+SONICMOE_API void moe_backward(const Context& context, const MoEBackwardArgs& args);
+
+}  // namespace sonicmoe

@@ -1,0 +1,96 @@
+// The internal contract of a backend and the list that chooses one.
+//
+// src/api/ validates arguments and calls exactly one method here; a backend may rely on everything
+// the public headers promise about shapes, dtypes, strides and alignment.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "sonicmoe/moe.hpp"
+#include "sonicmoe/router.hpp"
+
+namespace sonicmoe {
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual std::string_view name() const = 0;
+  /// Empty when the backend can run on this machine, else one line that says why not.
+  virtual std::string unavailable_reason() const { return {}; }
+  /// What it runs on: "oneDNN 2.6.3, AVX2, 2 threads".
+  virtual std::string description() const = 0;
+  virtual bool serves(DeviceType type) const = 0;
+
+  // Experts. `shape` is moe_shape() of the arguments.
+  virtual WorkspacePlan moe_forward_workspace(const Context& context, const MoEShape& shape,
+                                              bool inference,
+                                              std::optional<std::size_t> limit) const = 0;
+  virtual WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
+                                               std::optional<std::size_t> limit) const = 0;
+  virtual void moe_forward(const Context& context, const MoEShape& shape,
+                           const MoEForwardArgs& args) const = 0;
+  virtual void moe_backward(const Context& context, const MoEShape& shape,
+                            const MoEBackwardArgs& args) const = 0;
+
+  // Router.
+  virtual void route_forward(const Context& context, const RouteForwardArgs& args) const = 0;
+  virtual void route_backward(const Context& context, const RouteBackwardArgs& args) const = 0;
+  virtual std::size_t round_tokens_workspace_bytes(const Context& context, std::int64_t num_tokens,
+                                                   std::int64_t num_experts,
+                                                   std::int64_t top_k) const = 0;
+  virtual void round_tokens_forward(const Context& context,
+                                    const RoundTokensForwardArgs& args) const = 0;
+  virtual void round_select(const Context& context, const RoundSelectArgs& args) const = 0;
+  virtual void round_tokens_backward(const Context& context,
+                                     const RoundTokensBackwardArgs& args) const = 0;
+  virtual void load_balancing_loss_forward(const Context& context, Scoring scoring,
+                                           std::int64_t top_k, ConstTensorView logits,
+                                           ConstTensorView rows_per_expert,
+                                           TensorView loss) const = 0;
+  virtual void load_balancing_loss_backward(const Context& context, Scoring scoring,
+                                            std::int64_t top_k, ConstTensorView logits,
+                                            ConstTensorView rows_per_expert,
+                                            ConstTensorView grad_loss,
+                                            TensorView grad_logits) const = 0;
+  virtual void router_z_loss_forward(const Context& context, ConstTensorView logits,
+                                     TensorView loss) const = 0;
+  virtual void router_z_loss_backward(const Context& context, ConstTensorView logits,
+                                      ConstTensorView grad_loss, TensorView grad_logits) const = 0;
+  virtual void update_expert_bias(const Context& context, TensorView bias,
+                                  ConstTensorView rows_per_expert, float rate) const = 0;
+
+  // Router GEMMs of moe_layer.
+  /// logits [T, E] float32 = x [T, d] weight [E, d]^T + bias [E].
+  virtual void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,
+                             ConstTensorView bias, TensorView logits,
+                             TensorView workspace) const = 0;
+  /// Any gradient may be absent. grad_x [T, d] is *added to*; grad_weight [E, d] and grad_bias [E]
+  /// are overwritten, or added to with `accumulate`.
+  virtual void router_logits_backward(const Context& context, ConstTensorView x,
+                                      ConstTensorView weight, ConstTensorView grad_logits,
+                                      TensorView grad_x, TensorView grad_weight,
+                                      TensorView grad_bias, bool accumulate,
+                                      TensorView workspace) const = 0;
+  /// Scratch of the two, for T tokens, E experts, width d.
+  virtual std::size_t router_logits_workspace_bytes(const Context& context, const MoEShape& shape,
+                                                    DType x_dtype) const = 0;
+};
+
+/// Every backend of this build, in order of preference, the reference last.
+std::span<const std::unique_ptr<Backend>> backend_list();
+
+/// The backend for a call of `operation`: context.backend if named, else SONICMOE_BACKEND, else the
+/// first available one that serves the device. Logs the choice and the reasons under
+/// SONICMOE_LOG=dispatch. Throws Error when none fits, with each backend's reason.
+const Backend& choose_backend(const Context& context, std::string_view operation);
+
+// Factories, one per backend folder. A backend left out of the build has none.
+std::unique_ptr<Backend> make_cpu_backend();
+std::unique_ptr<Backend> make_reference_backend();
+
+}  // namespace sonicmoe

@@ -1,0 +1,82 @@
+// Vector loads, stores and reductions, and L2 eviction policies. Addresses are aligned to the access.
+#pragma once
+
+#include "cuda/ptx/common.cuh"
+
+namespace sonicmoe::ptx {
+
+// 16 bytes from shared memory.
+SONICMOE_DEVICE uint4 load_shared_v4(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+// 4 bytes from shared memory.
+SONICMOE_DEVICE uint32_t load_shared(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+
+// 4 bytes to shared memory.
+SONICMOE_DEVICE void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+// 16 bytes of data no kernel writes meanwhile, read once: not kept in L1. Volatile, so that a batch
+// of loads stays a batch: the compiler would otherwise sink each load to its use.
+SONICMOE_DEVICE uint4 load_global_nc_v4(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+  return v;
+}
+
+// 16 bytes to global memory.
+SONICMOE_DEVICE void store_global_v4(void* address, const uint4& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// The same for data this kernel does not read again (evict first).
+SONICMOE_DEVICE void store_global_streaming_v4(void* address, const uint4& v) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// Adds 8 bf16 values at 16-byte aligned `address`, each sum rounded to bf16, in unspecified order
+// among concurrent adds. Relaxed, GPU scope.
+SONICMOE_DEVICE void reduce_add_bf16x2_v4(void* address, const uint4& v) {
+  asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// Adds 4 fp32 values at 16-byte aligned `address`.
+SONICMOE_DEVICE void reduce_add_f32_v4(void* address, const float4& v) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(v.x), "f"(v.y),
+               "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
+// L2 policies for the *_hinted wrappers, for all of the access.
+SONICMOE_DEVICE uint64_t create_policy_evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+SONICMOE_DEVICE uint64_t create_policy_evict_last() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+}  // namespace sonicmoe::ptx
