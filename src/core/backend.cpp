@@ -1,0 +1,92 @@
+#include "core/backend.hpp"
+
+#include <cstdio>
+#include <cstdlib>
+
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
+#include "core/log.hpp"
+#include "sonicmoe/backend.hpp"
+#include "sonicmoe/error.hpp"
+
+namespace sonicmoe {
+namespace {
+
+std::vector<std::unique_ptr<Backend>> make_backends() {
+  std::vector<std::unique_ptr<Backend>> list;
+#if defined(SONICMOE_HAS_ONEDNN)
+  list.push_back(make_cpu_backend());
+#endif
+  list.push_back(make_reference_backend());
+  return list;
+}
+
+std::string describe(const Device& device) {
+  return device.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
+// Why `backend` cannot take the call, or empty.
+std::string reason_against(const Backend& backend, const Context& context,
+                           std::string_view wanted) {
+  if (!wanted.empty() && backend.name() != wanted) {
+    return "not the requested backend \"" + std::string(wanted) + "\"";
+  }
+  if (!backend.serves(context.device.type)) return "does not serve " + describe(context.device);
+  return backend.unavailable_reason();
+}
+
+std::size_t host_memory_bytes() {
+#if defined(__unix__)
+  const long pages = sysconf(_SC_PHYS_PAGES);
+  const long page = sysconf(_SC_PAGE_SIZE);
+  if (pages > 0 && page > 0) return static_cast<std::size_t>(pages) * static_cast<std::size_t>(page);
+#endif
+  return 0;
+}
+
+}  // namespace
+
+std::span<const std::unique_ptr<Backend>> backend_list() {
+  static const std::vector<std::unique_ptr<Backend>> list = make_backends();
+  return list;
+}
+
+const Backend& choose_backend(const Context& context, std::string_view operation) {
+  std::string_view wanted = context.backend;
+  if (wanted.empty()) {
+    if (const char* forced = std::getenv("SONICMOE_BACKEND")) wanted = forced;
+  }
+  std::string reasons;
+  for (const auto& backend : backend_list()) {
+    const std::string against = reason_against(*backend, context, wanted);
+    if (against.empty()) {
+      log_dispatch(operation, std::string(backend->name()) + " (" + backend->description() + ")" +
+                                  (reasons.empty() ? "" : "; passed over: " + reasons));
+      return *backend;
+    }
+    reasons += (reasons.empty() ? "" : "; ") + std::string(backend->name()) + ": " + against;
+  }
+  throw Error(std::string(operation) + ": no backend for " + describe(context.device) + " (" +
+              reasons + ")");
+}
+
+std::vector<BackendInfo> backends() {
+  std::vector<BackendInfo> list;
+#if !defined(SONICMOE_HAS_ONEDNN)
+  list.push_back({"cpu", false, "this build found no oneDNN (libdnnl-dev)"});
+#endif
+  for (const auto& backend : backend_list()) {
+    const std::string against = backend->unavailable_reason();
+    list.push_back({std::string(backend->name()), against.empty(),
+                    against.empty() ? backend->description() : against});
+  }
+  return list;
+}
+
+std::vector<DeviceInfo> devices() {
+  return {{Device{}, "CPU", host_memory_bytes()}};
+}
+
+}  // namespace sonicmoe
