@@ -4,6 +4,7 @@
 // the public headers promise about shapes, dtypes, strides and alignment.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -14,6 +15,16 @@
 #include "sonicmoe/router.hpp"
 
 namespace sonicmoe {
+
+/// The router's part of a fused layer backward: dX += grad_logits Wr, in the same float32 sum and
+/// with the same single rounding as the experts' rows.
+struct RouterShare {
+  /// Computes grad_logits from grad_routing_weights. The backend calls it exactly once, after it has
+  /// produced (or, on a stream, enqueued) all of grad_routing_weights and before it sums dX.
+  std::function<void()> compute_grad_logits;
+  ConstTensorView grad_logits;    ///< [T, E] float32 contiguous
+  ConstTensorView router_weight;  ///< [E, d], dtype of x or float32, unit stride in d
+};
 
 class Backend {
  public:
@@ -34,8 +45,10 @@ class Backend {
                                                std::optional<std::size_t> limit) const = 0;
   virtual void moe_forward(const Context& context, const MoEShape& shape,
                            const MoEForwardArgs& args) const = 0;
+  /// `router` is null outside moe_layer_backward.
   virtual void moe_backward(const Context& context, const MoEShape& shape,
-                            const MoEBackwardArgs& args) const = 0;
+                            const MoEBackwardArgs& args,
+                            const RouterShare* router) const = 0;
 
   // Router.
   virtual void route_forward(const Context& context, const RouteForwardArgs& args) const = 0;
@@ -64,21 +77,20 @@ class Backend {
   virtual void update_expert_bias(const Context& context, TensorView bias,
                                   ConstTensorView rows_per_expert, float rate) const = 0;
 
-  // Router GEMMs of moe_layer.
-  /// logits [T, E] float32 = x [T, d] weight [E, d]^T + bias [E].
+  // Router GEMMs of moe_layer (the share of dX is RouterShare's).
+  /// logits [T, E] float32 = x [T, d] weight [E, d]^T + bias [E] (may be absent).
   virtual void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,
                              ConstTensorView bias, TensorView logits,
                              TensorView workspace) const = 0;
-  /// Any gradient may be absent. grad_x [T, d] is *added to*; grad_weight [E, d] and grad_bias [E]
-  /// are overwritten, or added to with `accumulate`.
+  /// grad_weight [E, d] = grad_logits^T x, grad_bias [E] = column sums; either may be absent;
+  /// overwritten, or added to with `accumulate`.
   virtual void router_logits_backward(const Context& context, ConstTensorView x,
-                                      ConstTensorView weight, ConstTensorView grad_logits,
-                                      TensorView grad_x, TensorView grad_weight,
+                                      ConstTensorView grad_logits, TensorView grad_weight,
                                       TensorView grad_bias, bool accumulate,
                                       TensorView workspace) const = 0;
-  /// Scratch of the two, for T tokens, E experts, width d.
-  virtual std::size_t router_logits_workspace_bytes(const Context& context, const MoEShape& shape,
-                                                    DType x_dtype) const = 0;
+  /// Scratch of either of the two.
+  virtual std::size_t router_logits_workspace_bytes(const Context& context,
+                                                    const MoEShape& shape) const = 0;
 };
 
 /// Every backend of this build, in order of preference, the reference last.
