@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Builds and runs what needs a GPU of compute capability 9.0.
+#   scripts/gpu.sh build [name...]        compile the Hopper experiments into build-cuda/
+#   scripts/gpu.sh experiments [name...]  run them (building what is missing), each under a time limit
+# Output goes to $OUT if set, else build-cuda/out: one log per program and rows.jsonl, a JSON object
+# per measured row.
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+readonly experiments_dir=bench/experiments/hopper
+readonly build=build-cuda
+readonly out=${OUT:-$build/out}
+readonly time_limit=${SONICMOE_TIME_LIMIT:-60}
+
+all_experiments() { (cd "$experiments_dir" && ls m*.cu | sed 's/\.cu$//'); }
+
+# A spill, or registers that setmaxnreg cannot move, fail the build.
+build_one() {
+  mkdir -p "$build"
+  nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a \
+    -Xptxas=--warn-on-spills,--warning-as-error -Isrc "-I$experiments_dir" \
+    "$experiments_dir/$1.cu" -o "$build/$1" -ldl
+}
+
+build() {
+  local name failed=0
+  for name in ${*:-$(all_experiments)}; do build_one "$name" || failed=1; done
+  return $failed
+}
+
+# The cuBLAS to compare with: the one PyTorch brings, else the toolkit's.
+find_cublas() {
+  python3 - <<'PY' 2>/dev/null
+import glob, importlib.util, os
+roots = [p for name in ("nvidia", "torch") if (spec := importlib.util.find_spec(name))
+         for p in (spec.submodule_search_locations or [])]
+roots.append("/usr/local/cuda")
+found = [f for r in roots for f in glob.glob(os.path.join(r, "**", "libcublas.so.1*"), recursive=True)]
+print(found[0] if found else "")
+PY
+}
+
+# run_one NAME COMMAND...: runs it under the time limit, keeps its log, collects its rows.
+run_one() {
+  local name=$1 status
+  shift
+  timeout "$time_limit" "$@" >"$out/$name.log" 2>&1
+  status=$?
+  grep -E "^FAIL|^[0-9]+ checks failed|rror|wait did not end|no cuBLAS" "$out/$name.log" | grep -v "^ok" | head -20
+  grep "^ROW" "$out/$name.log" | sed 's/^ROW //' >>"$out/rows.jsonl"
+  echo "$name: exit $status, $(grep -c '^ok' "$out/$name.log") checks passed," \
+    "$(grep -c '^ROW' "$out/$name.log") rows, ${SECONDS} s since the start"
+  return $status
+}
+
+run_experiments() {
+  local name failed=0
+  mkdir -p "$out"
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit,temperature.gpu \
+    --format=csv | tee "$out/device.csv"
+  export SONICMOE_CUBLAS=${SONICMOE_CUBLAS:-$(find_cublas)}
+  echo "cuBLAS: $SONICMOE_CUBLAS"
+  for name in ${*:-torch_bmm $(all_experiments)}; do
+    echo "== $name"
+    if [ -f "$experiments_dir/$name.py" ]; then
+      run_one "$name" python3 "$experiments_dir/$name.py" || failed=1
+      continue
+    fi
+    # A binary built against another system's libraries does not start: rebuild it here.
+    if ! ldd "$build/$name" >/dev/null 2>&1 || ldd "$build/$name" | grep -q "not found"; then
+      build_one "$name" || { failed=1; continue; }
+    fi
+    run_one "$name" "$build/$name" || failed=1
+  done
+  python3 "$experiments_dir/show_rows.py" "$out/rows.jsonl"
+  return $failed
+}
+
+case "${1:-}" in
+  build) shift; build "$@" ;;
+  experiments) shift; run_experiments "$@" ;;
+  *) sed -n '2,6p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
+esac
