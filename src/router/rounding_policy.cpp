@@ -1,0 +1,90 @@
+#include "router/rounding_policy.hpp"
+
+#include <cstdlib>
+#include <limits>
+#include <string>
+
+#include "router/philox.hpp"
+#include "sonicmoe/error.hpp"
+
+namespace sonicmoe {
+
+std::int64_t rounded_capacity(std::int64_t num_tokens, std::int64_t num_experts, std::int64_t top_k,
+                              const RoundingOptions& rounding) {
+  const auto require = [](bool condition, const char* argument, const std::string& expected,
+                          std::int64_t actual) {
+    if (!condition) throw Error("rounded_capacity", argument, expected, std::to_string(actual));
+  };
+  const std::int64_t tile = rounding.tile;
+  require(num_experts >= 1, "num_experts", "at least 1", num_experts);
+  require(top_k >= 1 && top_k <= num_experts, "top_k", "1.." + std::to_string(num_experts), top_k);
+  require(tile >= 1, "tile", "at least 1", tile);
+  require(tile <= num_tokens, "tile", "at most the number of tokens, " + std::to_string(num_tokens),
+          tile);  // else no row could be kept
+  require(num_tokens <= std::numeric_limits<std::int32_t>::max(), "num_tokens",
+          "below 2^31: token ids are int32", num_tokens);
+  const std::int64_t pairs = num_tokens * top_k;
+  switch (rounding.policy) {
+    case RoundingPolicy::kDown:
+      return pairs;
+    case RoundingPolicy::kBalanced:
+      return pairs + tile / 2;
+    case RoundingPolicy::kNearest:
+      return pairs + num_experts * (tile / 2);
+    case RoundingPolicy::kUp:
+    case RoundingPolicy::kStochastic:
+    case RoundingPolicy::kNearestScore:
+      return pairs + num_experts * (tile - 1);
+  }
+  throw Error("rounded_capacity", "policy", "a RoundingPolicy",
+              std::to_string(static_cast<int>(rounding.policy)));
+}
+
+RowRounder::RowRounder(const RoundingOptions& options, std::int64_t num_tokens)
+    : tile_(options.tile),
+      num_tokens_(num_tokens),
+      policy_(options.policy),
+      seed_(options.seed_tensor.defined()
+                ? static_cast<std::uint64_t>(*options.seed_tensor.as<std::int64_t>())
+                : options.seed) {}
+
+bool RowRounder::nearest_is_up(std::int64_t rows) const {
+  const std::int64_t remainder = rows % tile_;
+  if (remainder * 2 != tile_) return remainder * 2 > tile_;
+  return (rows / tile_) % 2 != 0;  // a tie goes to the even multiple
+}
+
+bool RowRounder::rounds_up(std::int64_t expert, std::int64_t rows, bool up_changes_less) const {
+  const std::int64_t remainder = rows % tile_;
+  switch (policy_) {
+    case RoundingPolicy::kUp:
+      return true;
+    case RoundingPolicy::kDown:
+      return false;
+    case RoundingPolicy::kNearest:
+      return nearest_is_up(rows);
+    case RoundingPolicy::kStochastic: {
+      // bits / 2^32 < remainder / M; both sides are below 2^63, since M <= T < 2^31.
+      const std::uint64_t bits = rounding_bits(seed_, static_cast<std::uint32_t>(expert));
+      return bits * static_cast<std::uint64_t>(tile_) < static_cast<std::uint64_t>(remainder) << 32;
+    }
+    case RoundingPolicy::kBalanced: {
+      const std::int64_t after_down = std::abs(carry_ - remainder);
+      const std::int64_t after_up = std::abs(carry_ - remainder + tile_);
+      return after_up != after_down ? after_up < after_down : nearest_is_up(rows);
+    }
+    case RoundingPolicy::kNearestScore:
+      return up_changes_less;
+  }
+  return false;
+}
+
+std::int64_t RowRounder::next(std::int64_t expert, std::int64_t rows, bool up_changes_less) {
+  std::int64_t rounded = rows - rows % tile_;
+  const bool up_fits = rows <= num_tokens_ - num_tokens_ % tile_;  // ceil_M(f) <= T
+  if (rounded != rows && up_fits && rounds_up(expert, rows, up_changes_less)) rounded += tile_;
+  carry_ += rounded - rows;
+  return rounded;
+}
+
+}  // namespace sonicmoe
