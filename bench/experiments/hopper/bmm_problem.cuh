@@ -60,7 +60,7 @@ MainloopVariant mainloop_variant(bool skew = false) {
   using S = MainloopSpec<kShape>;
   CHECK_CUDA(cudaFuncSetAttribute(mainloop_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   S::shared_bytes));
-  const char* outputs[] = {"mainloop", "dump", "store"};
+  const char* outputs[] = {"mainloop", "dump", "store", "bulk rows", "tensor store"};
   auto letter = [](Major m) { return m == Major::kK ? "K" : "MN"; };
   std::string name = format("128x%d, %d stages, cluster %d, A %s, B %s, %s", kShape.block_n,
                             kShape.stages, kShape.cluster, letter(kShape.a), letter(kShape.b),
@@ -79,6 +79,7 @@ inline MainloopParams make_params(const BmmProblem& problem, const MainloopVaria
                                : make_tensor_map(problem.a.data(), {m, k, ea}, {64, 64, 1});
   p.b = v.shape.b == Major::kK ? make_tensor_map(problem.b.data(), {k, n, e}, {64, b_rows, 1})
                                : make_tensor_map(problem.b.data(), {n, k, e}, {64, 64, 1});
+  p.d_map = make_tensor_map(problem.d.data(), {n, m, e}, {64, 64, 1});
   p.d = problem.d.data();
   p.cycles = cycles;
   p.experts = s.experts;
@@ -89,6 +90,12 @@ inline MainloopParams make_params(const BmmProblem& problem, const MainloopVaria
   p.n = s.n;
   p.skew = v.skew;
   return p;
+}
+
+// k-tiles that the block with the median running time works through.
+inline double median_k_tiles(const BmmSize& s, int block_n) {
+  const int tiles = s.experts * (s.m / 128) * ((s.n + block_n - 1) / block_n);
+  return double(tiles / 132 + (tiles % 132 > 66 ? 1 : 0)) * (s.k / 64);
 }
 
 inline void launch(const MainloopVariant& v, const MainloopParams& p) {

@@ -37,18 +37,25 @@ __global__ void __launch_bounds__(1024) reduce_rows(uint8_t* window, const int* 
     ptx::fence_proxy_async_shared();
     __syncthreads();
   }
-#pragma unroll 4
-  for (int i = first; i < count; i += warps) {
-    uint8_t* row = window + int64_t{__ldg(order + i)} * kRowBytes;
-    if constexpr (kMethod == Method::kStore) {
-      ptx::store_global_v4(row + lane * 16, packed);
-    } else if constexpr (kMethod == Method::kRedBf16) {
-      ptx::reduce_add_bf16x2_v4(row + lane * 16, packed);
-    } else if constexpr (kMethod == Method::kRedF32) {
-      ptx::reduce_add_f32_v4(row + lane * 16, values);
-    } else if (lane == 0) {
-      ptx::bulk_reduce_add_bf16(row, ptx::shared_address(source), kRowBytes);
+  // 32 rows per load of the order, so that no operation waits for its own row number.
+  for (int i = first * 32; i < count; i += warps * 32) {
+    const int mine = i + lane < count ? __ldg(order + i + lane) : -1;
+    if constexpr (kMethod == Method::kBulkBf16) {
+      if (mine >= 0) {
+        ptx::bulk_reduce_add_bf16(window + int64_t{mine} * kRowBytes, ptx::shared_address(source),
+                                  kRowBytes);
+      }
       ptx::bulk_commit_group();
+    } else {
+#pragma unroll
+      for (int j = 0; j < 32; ++j) {
+        const int64_t row = __shfl_sync(~0u, mine, j);
+        if (row < 0) break;
+        uint8_t* address = window + row * kRowBytes + lane * 16;
+        if constexpr (kMethod == Method::kStore) ptx::store_global_v4(address, packed);
+        if constexpr (kMethod == Method::kRedBf16) ptx::reduce_add_bf16x2_v4(address, packed);
+        if constexpr (kMethod == Method::kRedF32) ptx::reduce_add_f32_v4(address, values);
+      }
     }
   }
   if constexpr (kMethod == Method::kBulkBf16) ptx::bulk_wait_group<0>();

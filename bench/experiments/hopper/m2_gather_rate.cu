@@ -22,11 +22,16 @@ using tile::Slot;
 
 enum class Method { kTmaRows, kTmaBox, kStrict, kNoinc };
 
+// Where a gather warp keeps its rows: one shared load before each copy; four rows per 16-byte shared
+// load, a batch of loads before a batch of copies; or registers for the whole tile.
+enum class Index { kShared, kSharedBatch, kRegisters };
+
 struct Shape {
   Method method;
   int warps;  // loader warps
   int stages;
   bool with_b;
+  Index index = Index::kRegisters;
 };
 
 template <Shape kShape>
@@ -71,12 +76,26 @@ __device__ void load(const Params& p, uint32_t bars, uint32_t ring, uint32_t ind
     if (lane == 0) ptx::mbarrier_arrive(full(pending));
   };
   const int row0 = warp * S::rows_per_warp;
+  constexpr int kCopies = S::rows_per_warp / 4;  // per lane and k-tile: row row0 + 4i + lane / 8
+  uint32_t offsets[kCopies];                     // of the row in X, in 16-byte chunks
   for (int t = blockIdx.x; t < p.tiles; t += gridDim.x) {
     __syncwarp();
     for (int r = lane; r < S::rows_per_warp; r += 32) {
-      ptx::store_shared(indices + 4 * (row0 + r), p.rows[t * 128 + row0 + r]);
+      const int row = p.rows[t * 128 + row0 + r];
+      if (shape.index == Index::kSharedBatch && !S::tma) {
+        const int position = r / 16 * 16 + r % 4 * 4 + r / 4 % 4;  // i % 4 fastest, then lane / 8
+        ptx::store_shared(indices + 4 * (row0 + position), row * (p.d / 8));
+      } else {
+        ptx::store_shared(indices + 4 * (row0 + r), row);
+      }
     }
     __syncwarp();
+    if constexpr (shape.index == Index::kRegisters && !S::tma) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        offsets[i] = ptx::load_shared(indices + 4 * (row0 + i * 4 + lane / 8)) * (p.d / 8);
+      }
+    }
     for (int k = 0; k < p.d / 64; ++k) {
       const uint32_t bar = full(state.stage);
       if constexpr (shape.method == Method::kStrict) {
@@ -97,7 +116,19 @@ __device__ void load(const Params& p, uint32_t bars, uint32_t ring, uint32_t ind
           ptx::tma_load(a, &p.x_box, bar, k * 64, ptx::load_shared(indices));
         }
       }
-      if constexpr (shape.method == Method::kTmaRows) {
+      if constexpr (shape.method == Method::kTmaRows && shape.index == Index::kSharedBatch) {
+        __syncwarp();
+        if (ptx::elect_one()) {  // uniform operands: no loop over the lanes around each copy
+#pragma unroll 4
+          for (int r = row0; r < row0 + S::rows_per_warp; r += 4) {
+            const uint4 four = ptx::load_shared_v4(indices + 4 * r);
+            ptx::tma_load(a + r * 128, &p.x_rows, bar, k * 64, four.x);
+            ptx::tma_load(a + r * 128 + 128, &p.x_rows, bar, k * 64, four.y);
+            ptx::tma_load(a + r * 128 + 256, &p.x_rows, bar, k * 64, four.z);
+            ptx::tma_load(a + r * 128 + 384, &p.x_rows, bar, k * 64, four.w);
+          }
+        }
+      } else if constexpr (shape.method == Method::kTmaRows) {
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < S::rows_per_warp / 32; ++i) {
@@ -107,12 +138,30 @@ __device__ void load(const Params& p, uint32_t bars, uint32_t ring, uint32_t ind
       }
       if constexpr (!S::tma) {
         const int chunk = lane & 7;
-        const bf16* source = p.x + k * 64 + chunk * 8;
+        const uint4* source = reinterpret_cast<const uint4*>(p.x + k * 64 + chunk * 8);
+        if constexpr (shape.index == Index::kShared) {
 #pragma unroll 8
-        for (int i = 0; i < S::rows_per_warp / 4; ++i) {
-          const int r = row0 + i * 4 + lane / 8;
-          const int row = ptx::load_shared(indices + 4 * r);
-          ptx::cp_async_16(a + tile::chunk_offset(r, chunk), source + int64_t{row} * p.d);
+          for (int i = 0; i < kCopies; ++i) {
+            const int r = row0 + i * 4 + lane / 8;
+            const uint32_t row = ptx::load_shared(indices + 4 * r);
+            ptx::cp_async_16(a + tile::chunk_offset(r, chunk), source + row * (p.d / 8));
+          }
+        } else {
+          if constexpr (shape.index == Index::kSharedBatch) {
+#pragma unroll
+            for (int i = 0; i < kCopies; i += 4) {
+              const uint4 four = ptx::load_shared_v4(indices + 4 * (row0 + i * 4) + lane / 8 * 16);
+              offsets[i] = four.x;
+              offsets[i + 1] = four.y;
+              offsets[i + 2] = four.z;
+              offsets[i + 3] = four.w;
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < kCopies; ++i) {
+            const int r = row0 + i * 4 + lane / 8;
+            ptx::cp_async_16(a + tile::chunk_offset(r, chunk), source + offsets[i]);
+          }
         }
         if constexpr (shape.method == Method::kNoinc) {
           ptx::cp_async_mbarrier_arrive_noinc(bar);
@@ -192,8 +241,9 @@ Variant variant(const char* name) {
   using S = Spec<kShape>;
   CHECK_CUDA(cudaFuncSetAttribute(gather_rate<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   S::shared_bytes));
-  return {format("%s, %d warp(s), %d stages%s", name, kShape.warps, kShape.stages,
-                 kShape.with_b ? ", with B" : ""),
+  const char* indices[] = {"row from shared memory each", "rows in batches", "rows in registers"};
+  return {format("%s, %d warp(s), %d stages%s, %s", name, kShape.warps, kShape.stages,
+                 kShape.with_b ? ", with B" : "", indices[static_cast<int>(kShape.index)]),
           gather_rate<S>, S::shared_bytes, kShape.method == Method::kTmaBox, kShape.with_b};
 }
 
@@ -248,24 +298,29 @@ bool correct(const Problem& problem, const Variant& v, const CUtensorMap& b,
 int main() {
   install_wait_report();
   const std::vector<Variant> variants = {
-      variant<Shape{Method::kTmaBox, 1, 3, false}>("TMA box 64x128, contiguous"),
-      variant<Shape{Method::kTmaRows, 1, 3, false}>("TMA boxes 64x1"),
-      variant<Shape{Method::kTmaRows, 1, 8, false}>("TMA boxes 64x1"),
-      variant<Shape{Method::kTmaRows, 2, 3, false}>("TMA boxes 64x1"),
-      variant<Shape{Method::kStrict, 1, 3, false}>("cp.async strict"),
-      variant<Shape{Method::kStrict, 2, 3, false}>("cp.async strict"),
-      variant<Shape{Method::kStrict, 1, 8, false}>("cp.async strict"),
-      variant<Shape{Method::kNoinc, 1, 3, false}>("cp.async noinc"),
-      variant<Shape{Method::kNoinc, 2, 3, false}>("cp.async noinc"),
-      variant<Shape{Method::kNoinc, 1, 4, false}>("cp.async noinc"),
-      variant<Shape{Method::kNoinc, 1, 8, false}>("cp.async noinc"),
-      variant<Shape{Method::kTmaBox, 1, 3, true}>("TMA box 64x128, contiguous"),
-      variant<Shape{Method::kTmaRows, 1, 3, true}>("TMA boxes 64x1"),
-      variant<Shape{Method::kStrict, 1, 3, true}>("cp.async strict"),
-      variant<Shape{Method::kStrict, 2, 3, true}>("cp.async strict"),
-      variant<Shape{Method::kNoinc, 1, 3, true}>("cp.async noinc"),
-      variant<Shape{Method::kNoinc, 2, 3, true}>("cp.async noinc"),
-      variant<Shape{Method::kNoinc, 1, 4, true}>("cp.async noinc"),
+      variant<Shape{Method::kTmaBox, 1, 3, false, Index::kShared}>("TMA box 64x128, contiguous"),
+      variant<Shape{Method::kTmaRows, 1, 3, false, Index::kShared}>("TMA boxes 64x1, all lanes"),
+      variant<Shape{Method::kTmaRows, 1, 3, false, Index::kSharedBatch}>("TMA boxes 64x1, one lane"),
+      variant<Shape{Method::kTmaRows, 2, 3, false, Index::kSharedBatch}>("TMA boxes 64x1, one lane"),
+      variant<Shape{Method::kNoinc, 1, 3, false, Index::kShared}>("cp.async noinc"),
+      variant<Shape{Method::kNoinc, 1, 3, false, Index::kSharedBatch}>("cp.async noinc"),
+      variant<Shape{Method::kNoinc, 1, 3, false, Index::kRegisters}>("cp.async noinc"),
+      variant<Shape{Method::kNoinc, 1, 8, false, Index::kRegisters}>("cp.async noinc"),
+      variant<Shape{Method::kNoinc, 2, 3, false, Index::kRegisters}>("cp.async noinc"),
+      variant<Shape{Method::kNoinc, 2, 8, false, Index::kRegisters}>("cp.async noinc"),
+      variant<Shape{Method::kStrict, 1, 3, false, Index::kShared}>("cp.async strict"),
+      variant<Shape{Method::kStrict, 1, 3, false, Index::kSharedBatch}>("cp.async strict"),
+      variant<Shape{Method::kStrict, 1, 3, false, Index::kRegisters}>("cp.async strict"),
+      variant<Shape{Method::kStrict, 2, 3, false, Index::kRegisters}>("cp.async strict"),
+      variant<Shape{Method::kStrict, 2, 8, false, Index::kRegisters}>("cp.async strict"),
+      variant<Shape{Method::kTmaBox, 1, 3, true, Index::kShared}>("TMA box 64x128, contiguous"),
+      variant<Shape{Method::kNoinc, 1, 3, true, Index::kRegisters}>("cp.async noinc"),
+      variant<Shape{Method::kNoinc, 1, 4, true, Index::kRegisters}>("cp.async noinc"),
+      variant<Shape{Method::kNoinc, 2, 3, true, Index::kRegisters}>("cp.async noinc"),
+      variant<Shape{Method::kNoinc, 2, 4, true, Index::kRegisters}>("cp.async noinc"),
+      variant<Shape{Method::kStrict, 1, 3, true, Index::kRegisters}>("cp.async strict"),
+      variant<Shape{Method::kStrict, 2, 3, true, Index::kRegisters}>("cp.async strict"),
+      variant<Shape{Method::kStrict, 2, 4, true, Index::kRegisters}>("cp.async strict"),
   };
   DeviceBuffer<bf16> weights(size_t(8) * 256 * 4096);
   fill_random(weights, 2);

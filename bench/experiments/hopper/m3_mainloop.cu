@@ -9,6 +9,7 @@ using namespace experiment;
 
 constexpr Major kK = Major::kK, kMn = Major::kMn;
 constexpr Output kNone = Output::kNone, kDump = Output::kDump, kStore = Output::kStore;
+constexpr Output kBulkRows = Output::kBulkRows, kTensorStore = Output::kTensorStore;
 
 void check_all(const std::vector<MainloopVariant>& variants) {
   DeviceBuffer<uint64_t> cycles(132);
@@ -50,10 +51,9 @@ void time_all(const BmmProblem& problem, const std::vector<MainloopVariant>& var
   }
   for (size_t i = 0; i < variants.size(); ++i) {
     const int block_n = variants[i].shape.block_n;
-    const double tiles = double(s.experts) * (s.m / 128) * ((s.n + block_n - 1) / block_n);
     const double clocks = median_cycles(cycles[i]);
     // A tile keeps the tensor cores busy for block_n * 4 clocks per k-tile at best.
-    const double k_tiles = std::ceil(tiles / 132) * (s.k / 64);
+    const double k_tiles = median_k_tiles(s, block_n);
     Row("m3_mainloop", variants[i].name)
         .text("size", format("%s: E %d, M %d, N %d, K %d", s.name, s.experts, s.m, s.n, s.k))
         .timing(timings[i])
@@ -95,6 +95,11 @@ int main(int argc, char** argv) {
       mainloop_variant<MainloopShape{256, 3, 2, kK, kMn, kStore}>(true),
       mainloop_variant<MainloopShape{256, 3, 1, kMn, kMn, kStore}>(true),
       mainloop_variant<MainloopShape{256, 3, 2, kMn, kMn, kStore}>(true),
+      mainloop_variant<MainloopShape{256, 3, 1, kK, kK, kBulkRows}>(),
+      mainloop_variant<MainloopShape{256, 3, 1, kK, kK, kBulkRows}>(true),
+      mainloop_variant<MainloopShape{256, 3, 2, kK, kK, kBulkRows}>(),
+      mainloop_variant<MainloopShape{256, 3, 1, kK, kK, kTensorStore}>(),
+      mainloop_variant<MainloopShape{256, 3, 2, kK, kK, kTensorStore}>(),
       mainloop_variant<MainloopShape{192, 4, 1, kK, kK, kStore}>(true),
       mainloop_variant<MainloopShape{192, 4, 2, kK, kK, kStore}>(true),
       mainloop_variant<MainloopShape{128, 5, 1, kK, kK, kStore}>(true),

@@ -132,6 +132,8 @@ void measure(const BmmSize& size, const std::vector<MainloopVariant>& variants, 
                     ? 0
                     : done[i] * aggregation.bytes_per_unit() / timings[i].median * 1e-6)
         .number("slowdown", timings[i].median / base)
+        .number("clk_per_k_tile", median_cycles(cycles[i]) / median_k_tiles(size, 256))
+        .number("clock_mhz", median_cycles(cycles[i]) / timings[i].median * 1e-3)
         .number("needed_gb", aggregation.units_per_pass() * aggregation.bytes_per_unit() * 1e-9)
         .number("done_gb", shape.background_warps == 0
                                ? 0
@@ -159,6 +161,8 @@ int main(int argc, char** argv) {
       mainloop_variant<MainloopShape{256, 3, 1, kMn, kMn, kStore, 0, 8}>(true),
       mainloop_variant<MainloopShape{256, 3, 1, kMn, kMn, kStore, 2, 8}>(true),
       mainloop_variant<MainloopShape{256, 3, 1, kMn, kMn, kStore, 3, 8}>(true),
+      mainloop_variant<MainloopShape{256, 3, 1, kMn, kMn, Output::kBulkRows, 0, 8}>(),
+      mainloop_variant<MainloopShape{256, 3, 1, kMn, kMn, Output::kBulkRows, 3, 8}>(),
       mainloop_variant<MainloopShape{256, 3, 2, kMn, kMn, kStore, 0, 8}>(true),
       mainloop_variant<MainloopShape{256, 3, 2, kMn, kMn, kStore, 3, 8}>(true),
   };

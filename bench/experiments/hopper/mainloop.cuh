@@ -11,6 +11,7 @@
 
 #include "background.cuh"
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/named_barrier.cuh"
@@ -29,8 +30,9 @@ using tile::Role;
 using tile::Slot;
 
 // What happens to the accumulators: nothing (the mainloop alone), a dump to shared memory that nobody
-// reads, or the dump and stores by the epilogue warps (a whole GEMM).
-enum class Output { kNone, kDump, kStore };
+// reads, or the dump and its way to D (a whole GEMM): 16-byte loads and stores by three epilogue
+// warps, one bulk copy per row, or one tensor store per 64 columns; the last two by one warp per half.
+enum class Output { kNone, kDump, kStore, kBulkRows, kTensorStore };
 
 struct MainloopShape {
   int block_n = 256;
@@ -54,16 +56,23 @@ struct MainloopSpec {
   static constexpr MainloopShape shape = kShape;
   static constexpr int threads = 384;
   static constexpr int epilogue_warps = 3;
+  static constexpr bool stores = kShape.output >= Output::kStore;
   static constexpr int a_bytes = 128 * 128;
   static constexpr int b_bytes = kShape.block_n * 128;
   static constexpr int stage_bytes = a_bytes + b_bytes;
-  static constexpr int dump_bytes = kShape.output == Output::kNone ? 0 : 128 * kShape.block_n * 2;
-  static constexpr int shared_bytes = 1024 + kShape.stages * stage_bytes + dump_bytes;
+  // Rows of a bulk-row dump are 16 bytes apart beyond their length: stmatrix then has no conflicts
+  // without a swizzle, which a bulk copy would not undo.
+  static constexpr int row_pitch = kShape.block_n * 2 + 16;
+  static constexpr int half_bytes = kShape.output == Output::kNone       ? 0
+                                    : kShape.output == Output::kBulkRows ? 64 * row_pitch
+                                                                         : 128 * kShape.block_n;
+  static constexpr int dump_readers = kShape.output == Output::kStore ? epilogue_warps : 1;
+  static constexpr int shared_bytes = 1024 + kShape.stages * stage_bytes + 2 * half_bytes;
   static_assert(shared_bytes <= 232448);
 };
 
 struct MainloopParams {
-  CUtensorMap a, b;
+  CUtensorMap a, b, d_map;
   bf16* d;           // [E, M, N]
   uint64_t* cycles;  // [blocks]
   int experts, a_experts, m_tiles, n_tiles, k_tiles, n;
@@ -148,7 +157,7 @@ __device__ void release_stage(const SharedLayout& l, uint32_t stage, int lane) {
   if constexpr (S::shape.cluster == 1) {
     if (lane == 0) ptx::mbarrier_arrive(l.empty + 8 * stage);
   } else {
-    if (lane < 2) ptx::mbarrier_arrive_cluster(l.empty + 8 * stage, lane);
+    if (lane < 2) ptx::mbarrier_arrive_cluster_relaxed(l.empty + 8 * stage, lane);
   }
 }
 
@@ -158,7 +167,11 @@ __device__ void dump_accumulators(const float (&acc)[kCount], uint32_t half, int
   const int row = (warp & 3) * 16 + (lane & 15);
 #pragma unroll
   for (int j = 0; j < kCount / 8; ++j) {  // 16 columns each
-    ptx::stmatrix_x4(half + tile::dump_offset(row, 2 * j + (lane >> 4)),
+    const int chunk = 2 * j + (lane >> 4);
+    const uint32_t offset = S::shape.output == Output::kBulkRows
+                                ? row * S::row_pitch + chunk * 16
+                                : tile::dump_offset(row, chunk);
+    ptx::stmatrix_x4(half + offset,
                      ptx::pack_bf16x2(acc[8 * j], acc[8 * j + 1]),
                      ptx::pack_bf16x2(acc[8 * j + 2], acc[8 * j + 3]),
                      ptx::pack_bf16x2(acc[8 * j + 4], acc[8 * j + 5]),
@@ -225,13 +238,14 @@ __device__ void math_role(const MainloopParams& p, const SharedLayout& l, uint32
     if constexpr (shape.output == Output::kNone) {
       if (p.store_direct) store_accumulators<S>(p, item_at<S>(p, index, rank), acc, warp, lane);
     } else {
-      if constexpr (shape.output == Output::kStore) {
+      if constexpr (S::stores) {
         tile::wait(l.dump_empty + 8 * w, dump_parity, Role::kMath, Slot::kDumpEmpty, w);
         dump_parity ^= 1;
       }
-      dump_accumulators<S>(acc, l.dump + w * (S::dump_bytes / 2), warp, lane);
+      dump_accumulators<S>(acc, l.dump + w * S::half_bytes, warp, lane);
+      if constexpr (shape.output > Output::kStore) ptx::fence_proxy_async_shared();
       __syncwarp();
-      if (shape.output == Output::kStore && lane == 0) ptx::mbarrier_arrive(l.dump_full + 8 * w);
+      if (S::stores && lane == 0) ptx::mbarrier_arrive(l.dump_full + 8 * w);
     }
   }
   if (lane == 0) ptx::mbarrier_arrive(l.math_done);
@@ -251,6 +265,40 @@ __device__ void wait_with_background(const MainloopParams& p, uint32_t barrier, 
   tile::wait(barrier, parity, Role::kEpilogue, Slot::kDumpFull, slot);
 }
 
+// The epilogue of half w of every tile, by one warp, without touching the values.
+template <class S>
+__device__ void bulk_store_half(const MainloopParams& p, const SharedLayout& l, uint32_t rank, int w,
+                                int lane, int first, int step, int items) {
+  constexpr MainloopShape shape = S::shape;
+  const uint32_t half = l.dump + w * S::half_bytes;
+  uint32_t parity = 0;
+  for (int index = first; index < items; index += step) {
+    const Item t = item_at<S>(p, index, rank);
+    wait_with_background<S>(p, l.dump_full + 8 * w, parity, w, lane, w);
+    parity ^= 1;
+    if constexpr (shape.output == Output::kBulkRows) {
+      const int64_t row0 = (int64_t{t.expert} * p.m_tiles + t.m) * 128 + w * 64;
+      const int column = t.n * shape.block_n;
+      const int bytes = min(shape.block_n, p.n - column) * 2;
+#pragma unroll
+      for (int row = lane; row < 64; row += 32) {
+        ptx::bulk_store(p.d + (row0 + row) * p.n + column, half + row * S::row_pitch, bytes);
+      }
+    } else if (ptx::elect_one()) {
+#pragma unroll
+      for (int block = 0; block < shape.block_n / 64; ++block) {
+        ptx::tma_store(&p.d_map, half + block * tile::kBlockBytes, t.n * shape.block_n + block * 64,
+                       t.m * 128 + w * 64, t.expert);
+      }
+    }
+    ptx::bulk_commit_group();
+    ptx::bulk_wait_group_read<0>();
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(l.dump_empty + 8 * w);
+  }
+  ptx::bulk_wait_group<0>();
+}
+
 template <class S>
 __device__ void epilogue_role(const MainloopParams& p, const SharedLayout& l, uint32_t rank,
                               int epilogue_warp, int lane, int first, int step, int items) {
@@ -262,7 +310,7 @@ __device__ void epilogue_role(const MainloopParams& p, const SharedLayout& l, ui
       for (int w = 0; w < 2; ++w) {
         wait_with_background<S>(p, l.dump_full + 8 * w, parity, epilogue_warp, lane, w);
         const int64_t row0 = (int64_t{t.expert} * p.m_tiles + t.m) * 128 + w * 64;
-        const uint32_t half = l.dump + w * (S::dump_bytes / 2);
+        const uint32_t half = l.dump + w * S::half_bytes;
         for (int g = epilogue_warp; g < 16; g += S::epilogue_warps) {
           const int row = g * 4 + lane / 8;
           bf16* out = p.d + (row0 + row) * p.n;
@@ -279,6 +327,9 @@ __device__ void epilogue_role(const MainloopParams& p, const SharedLayout& l, ui
       }
       parity ^= 1;
     }
+  }
+  if constexpr (shape.output > Output::kStore) {
+    if (epilogue_warp < 2) bulk_store_half<S>(p, l, rank, epilogue_warp, lane, first, step, items);
   }
   if constexpr (shape.background_warps > 0) {
     // Whole background work if asked to finish it, else until the math is over.
@@ -305,7 +356,7 @@ __global__ void __launch_bounds__(S::threads, 1)
     }
     for (int w = 0; w < 2; ++w) {
       ptx::mbarrier_init(l.dump_full + 8 * w, 4);
-      ptx::mbarrier_init(l.dump_empty + 8 * w, S::epilogue_warps);
+      ptx::mbarrier_init(l.dump_empty + 8 * w, S::dump_readers);
     }
     ptx::mbarrier_init(l.math_done, 8);
     ptx::fence_mbarrier_init();

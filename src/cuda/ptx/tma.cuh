@@ -84,6 +84,16 @@ SONICMOE_DEVICE void tma_load_multicast(uint32_t destination, const CUtensorMap*
       : "memory");
 }
 
+// Stores the map's box from shared memory, clipped to the tensor, in this thread's open bulk group. What
+// the generic proxy wrote needs fence_proxy_async_shared() first.
+SONICMOE_DEVICE void tma_store(const CUtensorMap* map, uint32_t source, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+          map),
+      "r"(source), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
 // Copies `bytes` (a multiple of 16) from shared to global memory, in this thread's open bulk group.
 // What the generic proxy wrote needs fence_proxy_async_shared() first.
 SONICMOE_DEVICE void bulk_store(void* destination, uint32_t source, uint32_t bytes) {

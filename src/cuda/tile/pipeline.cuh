@@ -49,13 +49,13 @@ SONICMOE_DEVICE void fail_wait(Role role, Slot slot, uint32_t stage, uint32_t pa
 #endif
 
 // Waits for the phase `parity` of `barrier`. The role, slot and stage cost nothing without
-// SONICMOE_WAIT_LIMIT. kClusterScope: the acquire covers the cluster (ring slots written by a peer).
-template <bool kClusterScope = false>
+// SONICMOE_WAIT_LIMIT. kPair: the slot was handed back by both CTAs of a cluster.
+template <bool kPair = false>
 SONICMOE_DEVICE void wait(uint32_t barrier, uint32_t parity, [[maybe_unused]] Role role,
                           [[maybe_unused]] Slot slot, [[maybe_unused]] uint32_t stage) {
   auto try_wait = [&] {
-    if constexpr (kClusterScope) {
-      return ptx::mbarrier_try_wait_cluster(barrier, parity);
+    if constexpr (kPair) {
+      return ptx::mbarrier_try_wait_cluster_relaxed(barrier, parity);
     } else {
       return ptx::mbarrier_try_wait(barrier, parity);
     }
