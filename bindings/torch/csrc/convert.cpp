@@ -1,0 +1,88 @@
+#include "convert.hpp"
+
+#include <algorithm>
+#include <span>
+#include <string>
+
+// In libtorch_cuda, hence absent in a CPU build of torch: weak, and null there.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(std::int32_t device_index, void** ret_stream);
+
+namespace sonicmoe_torch {
+namespace {
+
+sonicmoe::DType dtype_of(const char* operation, const char* argument, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return sonicmoe::DType::kFloat32;
+    case ScalarType::BFloat16:
+      return sonicmoe::DType::kBFloat16;
+    case ScalarType::Int:
+      return sonicmoe::DType::kInt32;
+    case ScalarType::Long:
+      return sonicmoe::DType::kInt64;
+    case ScalarType::Byte:
+      return sonicmoe::DType::kUInt8;
+    default:
+      throw sonicmoe::Error(operation, argument, "float32, bfloat16, int32, int64 or uint8",
+                            torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+std::span<const std::int64_t> span_of(torch::headeronly::IntHeaderOnlyArrayRef values) {
+  return {values.data(), values.size()};
+}
+
+}  // namespace
+
+sonicmoe::ConstTensorView Views::in(const char* argument, const Tensor& tensor) const {
+  return {tensor.const_data_ptr(), dtype_of(operation_, argument, tensor), span_of(tensor.sizes()),
+          span_of(tensor.strides())};
+}
+
+sonicmoe::ConstTensorView Views::in(const char* argument, const OptionalTensor& tensor) const {
+  return tensor ? in(argument, *tensor) : sonicmoe::ConstTensorView();
+}
+
+sonicmoe::TensorView Views::out(const char* argument, const Tensor& tensor) const {
+  return {tensor.mutable_data_ptr(), dtype_of(operation_, argument, tensor),
+          span_of(tensor.sizes()), span_of(tensor.strides())};
+}
+
+sonicmoe::TensorView Views::out(const char* argument, const OptionalTensor& tensor) const {
+  return tensor ? out(argument, *tensor) : sonicmoe::TensorView();
+}
+
+Call::Call(const Tensor& tensor) {
+  context_.num_threads = static_cast<int>(torch::stable::get_num_threads());
+  if (!tensor.is_cuda()) return;
+  const auto index = tensor.get_device_index();
+  guard_.emplace(index);
+  context_.device = {sonicmoe::DeviceType::kCuda, index};
+  if (aoti_torch_get_current_cuda_stream != nullptr) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(index, &context_.stream.handle));
+  }
+}
+
+Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(
+      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+}
+
+Tensor new_like_contiguous(const Tensor& like, ScalarType dtype) {
+  return torch::stable::new_empty(like, like.sizes(), dtype);
+}
+
+Tensor new_bytes(const Tensor& like, std::size_t bytes) {
+  return new_tensor(like, {static_cast<std::int64_t>(bytes)}, ScalarType::Byte);
+}
+
+Tensor nothing(const Tensor& like) { return new_tensor(like, {0}, like.scalar_type()); }
+
+std::optional<std::size_t> byte_limit(std::optional<std::int64_t> limit) {
+  if (!limit) return std::nullopt;
+  return static_cast<std::size_t>(std::max<std::int64_t>(*limit, 0));
+}
+
+}  // namespace sonicmoe_torch

@@ -1,0 +1,61 @@
+// Between torch tensors and the library's views, over memory that torch owns.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+
+#include "sonicmoe/sonicmoe.hpp"
+
+namespace sonicmoe_torch {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+/// Makes views of the tensors of one operation; its errors carry the operation's name.
+class Views {
+ public:
+  explicit Views(const char* operation) : operation_(operation) {}
+
+  /// Strides pass through: nothing is copied. Throws sonicmoe::Error for an element type that the
+  /// library has no name for (float16, float64, ...).
+  sonicmoe::ConstTensorView in(const char* argument, const Tensor& tensor) const;
+  /// None is an absent view.
+  sonicmoe::ConstTensorView in(const char* argument, const OptionalTensor& tensor) const;
+  sonicmoe::TensorView out(const char* argument, const Tensor& tensor) const;
+  sonicmoe::TensorView out(const char* argument, const OptionalTensor& tensor) const;
+
+ private:
+  const char* operation_;
+};
+
+/// Device, current stream and thread count of a call, taken from torch at the time of the call, so
+/// that no stream ever crosses the operator boundary.
+class Call {
+ public:
+  explicit Call(const Tensor& tensor);
+  const sonicmoe::Context& context() const noexcept { return context_; }
+
+ private:
+  sonicmoe::Context context_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+/// Uninitialised, on the device of `like`, from torch's allocator.
+Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype);
+/// Contiguous, of the shape of `like`.
+Tensor new_like_contiguous(const Tensor& like, ScalarType dtype);
+/// A buffer for sizes the library states in bytes (workspace, metadata).
+Tensor new_bytes(const Tensor& like, std::size_t bytes);
+/// What an operator returns for a result that was not asked for.
+Tensor nothing(const Tensor& like);
+
+/// A limit in bytes; a negative one is left to the library, which names the minimum.
+std::optional<std::size_t> byte_limit(std::optional<std::int64_t> limit);
+
+}  // namespace sonicmoe_torch

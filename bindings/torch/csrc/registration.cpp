@@ -1,0 +1,33 @@
+// Registers torch.ops.sonicmoe_cpp.* through LibTorch's stable ABI: one binary serves every torch
+// from 2.10 on. Fake implementations and autograd formulas are registered from Python.
+#include "ops.hpp"
+#include "options.hpp"
+
+namespace sonicmoe_torch {
+namespace {
+
+void define_all(Library& library) {
+  library.def("enum_names(int kind) -> str");
+  define_moe_ops(library);
+  define_router_ops(library);
+  define_moe_layer_ops(library);
+}
+
+void implement_all(Library& library) {
+  implement_moe_ops(library);
+  implement_router_ops(library);
+  implement_moe_layer_ops(library);
+}
+
+}  // namespace
+}  // namespace sonicmoe_torch
+
+STABLE_TORCH_LIBRARY(sonicmoe_cpp, library) { sonicmoe_torch::define_all(library); }
+
+STABLE_TORCH_LIBRARY_IMPL(sonicmoe_cpp, CPU, library) { sonicmoe_torch::implement_all(library); }
+
+STABLE_TORCH_LIBRARY_IMPL(sonicmoe_cpp, CUDA, library) { sonicmoe_torch::implement_all(library); }
+
+STABLE_TORCH_LIBRARY_IMPL(sonicmoe_cpp, CompositeExplicitAutograd, library) {
+  library.impl("enum_names", TORCH_BOX(&sonicmoe_torch::enum_names));
+}

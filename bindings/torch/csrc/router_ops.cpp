@@ -1,0 +1,221 @@
+// Top-K routing, token rounding and the balancing losses.
+#include <algorithm>
+#include <tuple>
+
+#include "ops.hpp"
+#include "options.hpp"
+
+namespace sonicmoe_torch {
+namespace {
+
+/// An allocatable extent for a top_k that the library has yet to refuse.
+std::int64_t columns(std::int64_t top_k) { return std::max<std::int64_t>(top_k, 0); }
+
+constexpr const char* kRouteForwardSchema =
+    "route_forward(Tensor logits, Tensor? selection_bias, int top_k, int scoring, "
+    "bool? renormalize, int num_groups, int top_groups, float scale) -> "
+    "(Tensor topk_ids, Tensor topk_weights)";
+
+// topk_ids [T, K] int64 (as torch.topk gives them), topk_weights [T, K] float32.
+std::tuple<Tensor, Tensor> route_forward(const Tensor& logits, const OptionalTensor& selection_bias,
+                                         std::int64_t top_k, std::int64_t scoring,
+                                         std::optional<bool> renormalize, std::int64_t num_groups,
+                                         std::int64_t top_groups, double scale) {
+  const Views views("route_forward");
+  const Call call(logits);
+  const std::int64_t num_tokens = logits.size(0);
+  const Tensor ids = new_tensor(logits, {num_tokens, columns(top_k)}, ScalarType::Long);
+  const Tensor weights = new_tensor(logits, {num_tokens, columns(top_k)}, ScalarType::Float);
+  sonicmoe::route_forward(
+      call.context(), {.options = router_options(views, top_k, scoring, renormalize, selection_bias,
+                                                 num_groups, top_groups, scale),
+                       .logits = views.in("logits", logits),
+                       .topk_ids = views.out("topk_ids", ids),
+                       .topk_weights = views.out("topk_weights", weights),
+                       .rows_per_expert = {}});
+  return {ids, weights};
+}
+
+constexpr const char* kRouteBackwardSchema =
+    "route_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, "
+    "Tensor? selection_bias, int top_k, int scoring, bool? renormalize, int num_groups, "
+    "int top_groups, float scale) -> Tensor grad_logits";
+
+Tensor route_backward(const Tensor& grad_topk_weights, const Tensor& logits, const Tensor& topk_ids,
+                      const OptionalTensor& selection_bias, std::int64_t top_k,
+                      std::int64_t scoring, std::optional<bool> renormalize,
+                      std::int64_t num_groups, std::int64_t top_groups, double scale) {
+  const Views views("route_backward");
+  const Call call(logits);
+  const Tensor grad_logits = new_like_contiguous(logits, ScalarType::Float);
+  sonicmoe::route_backward(
+      call.context(), {.options = router_options(views, top_k, scoring, renormalize, selection_bias,
+                                                 num_groups, top_groups, scale),
+                       .logits = views.in("logits", logits),
+                       .topk_ids = views.in("topk_ids", topk_ids),
+                       .grad_topk_weights = views.in("grad_topk_weights", grad_topk_weights),
+                       .grad_logits = views.out("grad_logits", grad_logits)});
+  return grad_logits;
+}
+
+constexpr const char* kRoundTokensForwardSchema =
+    "round_tokens_forward(Tensor logits, Tensor? selection_bias, Tensor? seed_tensor, int top_k, "
+    "int scoring, bool? renormalize, int num_groups, int top_groups, float scale, int tile, "
+    "int policy, int seed) -> (Tensor token_ids, Tensor expert_ids, Tensor pair_weights, "
+    "Tensor topk_ids, Tensor rows_per_expert, Tensor rows_per_expert_before)";
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> round_tokens_forward(
+    const Tensor& logits, const OptionalTensor& selection_bias, const OptionalTensor& seed_tensor,
+    std::int64_t top_k, std::int64_t scoring, std::optional<bool> renormalize,
+    std::int64_t num_groups, std::int64_t top_groups, double scale, std::int64_t tile,
+    std::int64_t policy, std::int64_t seed) {
+  const Views views("round_tokens_forward");
+  const Call call(logits);
+  const std::int64_t num_tokens = logits.size(0);
+  const std::int64_t num_experts = logits.size(1);
+  const auto options = router_options(views, top_k, scoring, renormalize, selection_bias,
+                                      num_groups, top_groups, scale);
+  const auto rounding = rounding_options(views, tile, policy, seed, seed_tensor);
+  const std::int64_t capacity =
+      sonicmoe::rounded_capacity(num_tokens, num_experts, top_k, rounding);
+
+  const Tensor token_ids = new_tensor(logits, {capacity}, ScalarType::Int);
+  const Tensor expert_ids = new_tensor(logits, {capacity}, ScalarType::Int);
+  const Tensor pair_weights = new_tensor(logits, {capacity}, ScalarType::Float);
+  const Tensor topk_ids = new_tensor(logits, {num_tokens, columns(top_k)}, ScalarType::Int);
+  const Tensor rows = new_tensor(logits, {num_experts}, ScalarType::Int);
+  const Tensor rows_before = new_tensor(logits, {num_experts}, ScalarType::Int);
+  const Tensor workspace = new_bytes(logits, sonicmoe::round_tokens_workspace_bytes(
+                                                 call.context(), num_tokens, num_experts, top_k));
+  sonicmoe::round_tokens_forward(
+      call.context(), {.options = options,
+                       .rounding = rounding,
+                       .logits = views.in("logits", logits),
+                       .token_ids = views.out("token_ids", token_ids),
+                       .expert_ids = views.out("expert_ids", expert_ids),
+                       .pair_weights = views.out("pair_weights", pair_weights),
+                       .topk_ids = views.out("topk_ids", topk_ids),
+                       .rows_per_expert = views.out("rows_per_expert", rows),
+                       .rows_per_expert_before = views.out("rows_per_expert_before", rows_before),
+                       .workspace = views.out("workspace", workspace)});
+  return {token_ids, expert_ids, pair_weights, topk_ids, rows, rows_before};
+}
+
+constexpr const char* kRoundTokensBackwardSchema =
+    "round_tokens_backward(Tensor grad_pair_weights, Tensor logits, Tensor topk_ids, "
+    "Tensor token_ids, Tensor expert_ids, Tensor? selection_bias, int top_k, int scoring, "
+    "bool? renormalize, int num_groups, int top_groups, float scale) -> Tensor grad_logits";
+
+Tensor round_tokens_backward(const Tensor& grad_pair_weights, const Tensor& logits,
+                             const Tensor& topk_ids, const Tensor& token_ids,
+                             const Tensor& expert_ids, const OptionalTensor& selection_bias,
+                             std::int64_t top_k, std::int64_t scoring,
+                             std::optional<bool> renormalize, std::int64_t num_groups,
+                             std::int64_t top_groups, double scale) {
+  const Views views("round_tokens_backward");
+  const Call call(logits);
+  const Tensor grad_logits = new_like_contiguous(logits, ScalarType::Float);
+  sonicmoe::round_tokens_backward(
+      call.context(), {.options = router_options(views, top_k, scoring, renormalize, selection_bias,
+                                                 num_groups, top_groups, scale),
+                       .logits = views.in("logits", logits),
+                       .topk_ids = views.in("topk_ids", topk_ids),
+                       .token_ids = views.in("token_ids", token_ids),
+                       .expert_ids = views.in("expert_ids", expert_ids),
+                       .grad_pair_weights = views.in("grad_pair_weights", grad_pair_weights),
+                       .grad_logits = views.out("grad_logits", grad_logits)});
+  return grad_logits;
+}
+
+constexpr const char* kLoadBalancingLossForwardSchema =
+    "load_balancing_loss_forward(Tensor logits, Tensor rows_per_expert, int top_k, int scoring) "
+    "-> Tensor loss";
+
+Tensor load_balancing_loss_forward(const Tensor& logits, const Tensor& rows_per_expert,
+                                   std::int64_t top_k, std::int64_t scoring) {
+  const Views views("load_balancing_loss_forward");
+  const Call call(logits);
+  const Tensor loss = new_tensor(logits, {1}, ScalarType::Float);
+  sonicmoe::load_balancing_loss_forward(
+      call.context(), static_cast<sonicmoe::Scoring>(scoring), top_k, views.in("logits", logits),
+      views.in("rows_per_expert", rows_per_expert), views.out("loss", loss));
+  return loss;
+}
+
+constexpr const char* kLoadBalancingLossBackwardSchema =
+    "load_balancing_loss_backward(Tensor grad_loss, Tensor logits, Tensor rows_per_expert, "
+    "int top_k, int scoring) -> Tensor grad_logits";
+
+Tensor load_balancing_loss_backward(const Tensor& grad_loss, const Tensor& logits,
+                                    const Tensor& rows_per_expert, std::int64_t top_k,
+                                    std::int64_t scoring) {
+  const Views views("load_balancing_loss_backward");
+  const Call call(logits);
+  const Tensor grad_logits = new_like_contiguous(logits, ScalarType::Float);
+  sonicmoe::load_balancing_loss_backward(
+      call.context(), static_cast<sonicmoe::Scoring>(scoring), top_k, views.in("logits", logits),
+      views.in("rows_per_expert", rows_per_expert), views.in("grad_loss", grad_loss),
+      views.out("grad_logits", grad_logits));
+  return grad_logits;
+}
+
+constexpr const char* kRouterZLossForwardSchema =
+    "router_z_loss_forward(Tensor logits) -> Tensor loss";
+
+Tensor router_z_loss_forward(const Tensor& logits) {
+  const Views views("router_z_loss_forward");
+  const Call call(logits);
+  const Tensor loss = new_tensor(logits, {1}, ScalarType::Float);
+  sonicmoe::router_z_loss_forward(call.context(), views.in("logits", logits),
+                                  views.out("loss", loss));
+  return loss;
+}
+
+constexpr const char* kRouterZLossBackwardSchema =
+    "router_z_loss_backward(Tensor grad_loss, Tensor logits) -> Tensor grad_logits";
+
+Tensor router_z_loss_backward(const Tensor& grad_loss, const Tensor& logits) {
+  const Views views("router_z_loss_backward");
+  const Call call(logits);
+  const Tensor grad_logits = new_like_contiguous(logits, ScalarType::Float);
+  sonicmoe::router_z_loss_backward(call.context(), views.in("logits", logits),
+                                   views.in("grad_loss", grad_loss),
+                                   views.out("grad_logits", grad_logits));
+  return grad_logits;
+}
+
+constexpr const char* kUpdateExpertBiasSchema =
+    "update_expert_bias_(Tensor(a!) bias, Tensor rows_per_expert, float rate) -> ()";
+
+void update_expert_bias(const Tensor& bias, const Tensor& rows_per_expert, double rate) {
+  const Views views("update_expert_bias");
+  const Call call(bias);
+  sonicmoe::update_expert_bias(call.context(), views.out("bias", bias),
+                               views.in("rows_per_expert", rows_per_expert),
+                               static_cast<float>(rate));
+}
+
+}  // namespace
+
+void define_router_ops(Library& library) {
+  for (const char* schema : {kRouteForwardSchema, kRouteBackwardSchema, kRoundTokensForwardSchema,
+                             kRoundTokensBackwardSchema, kLoadBalancingLossForwardSchema,
+                             kLoadBalancingLossBackwardSchema, kRouterZLossForwardSchema,
+                             kRouterZLossBackwardSchema, kUpdateExpertBiasSchema}) {
+    library.def(schema);
+  }
+}
+
+void implement_router_ops(Library& library) {
+  library.impl("route_forward", TORCH_BOX(&route_forward));
+  library.impl("route_backward", TORCH_BOX(&route_backward));
+  library.impl("round_tokens_forward", TORCH_BOX(&round_tokens_forward));
+  library.impl("round_tokens_backward", TORCH_BOX(&round_tokens_backward));
+  library.impl("load_balancing_loss_forward", TORCH_BOX(&load_balancing_loss_forward));
+  library.impl("load_balancing_loss_backward", TORCH_BOX(&load_balancing_loss_backward));
+  library.impl("router_z_loss_forward", TORCH_BOX(&router_z_loss_forward));
+  library.impl("router_z_loss_backward", TORCH_BOX(&router_z_loss_backward));
+  library.impl("update_expert_bias_", TORCH_BOX(&update_expert_bias));
+}
+
+}  // namespace sonicmoe_torch

@@ -1,0 +1,33 @@
+"""Mixture-of-Experts layers that train fast in little memory: SonicMoE for PyTorch.
+
+See docs/python.md. Importing this package needs torch alone; the Hugging Face integration
+(`sonicmoe_cpp.integrations.transformers`) is imported on request.
+"""
+
+from .functional import (
+    load_balancing_loss,
+    moe,
+    moe_layer,
+    moe_pairs,
+    moe_sorted,
+    round_tokens,
+    route,
+    router_z_loss,
+    update_expert_bias_,
+)
+from .module import MoE
+from .version import __version__
+
+__all__ = [
+    "MoE",
+    "__version__",
+    "load_balancing_loss",
+    "moe",
+    "moe_layer",
+    "moe_pairs",
+    "moe_sorted",
+    "round_tokens",
+    "route",
+    "router_z_loss",
+    "update_expert_bias_",
+]

@@ -1,0 +1,71 @@
+"""Loads the compiled operators and gives the integers that stand for their options."""
+
+from pathlib import Path
+
+import torch
+
+_PATH = Path(__file__).with_name("_C.so")
+if not _PATH.exists():
+    raise ImportError(
+        f"sonicmoe_cpp: {_PATH} is missing: build it with `make build` in the repository, or with "
+        "cmake -DSONICMOE_BUILD_TORCH=ON"
+    )
+torch.ops.load_library(str(_PATH))
+
+ops = torch.ops.sonicmoe_cpp
+
+
+def _codes(kind: int) -> dict[str, int]:
+    return {name: code for code, name in enumerate(ops.enum_names(kind).split(","))}
+
+
+# The library's own names, in the order of its enumerations.
+ACTIVATIONS = _codes(0)
+GATE_UP_LAYOUTS = _codes(1)
+SCORINGS = _codes(2)
+POLICIES = _codes(3)
+# swiglu .. swiglu_clamped hold gate and up in one projection (g = 2).
+GATED = frozenset(list(ACTIVATIONS)[: ACTIVATIONS["swiglu_clamped"] + 1])
+
+# How moe_forward reads its routing tensors.
+FORM_TOP_K, FORM_SORTED, FORM_PAIRS = range(3)
+
+_POLICY_NAMES = list(POLICIES)
+
+
+def code(codes: dict[str, int], argument: str, name: str) -> int:
+    """The integer of an option, or a ValueError that lists the legal names."""
+    if name not in codes:
+        raise ValueError(f"{argument}: expected one of {', '.join(codes)}, got {name!r}")
+    return codes[name]
+
+
+def gate_factor(activation: int) -> int:
+    """g: rows of w1 per expert and unit of intermediate width."""
+    return 2 if activation <= ACTIVATIONS["swiglu_clamped"] else 1
+
+
+def rounded_capacity(num_tokens: int, num_experts: int, top_k: int, tile: int, policy: int) -> int:
+    """Length of the pair list of token rounding, as sonicmoe::rounded_capacity (for symbolic T)."""
+    pairs = num_tokens * top_k
+    name = _POLICY_NAMES[policy]
+    if name == "down":
+        return pairs
+    if name == "balanced":
+        return pairs + tile // 2
+    if name == "nearest":
+        return pairs + num_experts * (tile // 2)
+    return pairs + num_experts * (tile - 1)
+
+
+def metadata_bytes(form: int, num_tokens: int, num_pairs: int, num_experts: int) -> int:
+    """Bytes of routing metadata, as sonicmoe::moe_metadata_bytes (for symbolic T)."""
+    if form == FORM_SORTED:
+        return 4 * num_experts
+    if form == FORM_TOP_K:
+        return 4 * (num_experts + 3 * num_pairs)
+    return 4 * (num_experts + 4 * num_pairs + num_tokens + 1)
+
+
+def no_double_backward(ctx, *grads):
+    raise RuntimeError("sonicmoe_cpp: double backward is not supported")

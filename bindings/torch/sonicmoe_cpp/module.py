@@ -1,0 +1,168 @@
+"""The layer as a module."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ._library import ACTIVATIONS, POLICIES, SCORINGS, code, gate_factor
+from .functional import run_layer
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts MLP with its router: y = moe_layer(x).
+
+    Parameters: router_weight [E, d], w1 [E, g*n, d], w2 [E, d, n] and, where asked for, router_b
+    [E], b1 [E, g*n], b2 [E, d]. `selection_bias=True` (sigmoid_topk) adds the float32 buffer
+    `selection_bias` [E], which `update_expert_bias_` moves and `.to(dtype)` leaves in float32.
+
+    `router="token_rounding"` rounds in training and is plain top-K in eval(). Policy `stochastic`
+    advances the layer's own seed with every training forward, into the buffer `rounding_seed`:
+    the seed is `seed` mixed with a number from torch's default generator, so manual_seed repeats a
+    run and activation checkpointing, which restores that generator, rounds the same way again.
+
+    `main_grad=True` accumulates parameter gradients into `param.main_grad` (float32), see
+    docs/python.md. After a forward `last_rows_per_expert` [E] int32 counts the rows computed.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        scoring: str = "softmax_topk",
+        renormalize: bool | None = None,
+        num_groups: int = 1,
+        top_groups: int = 1,
+        scale: float = 1.0,
+        selection_bias: bool = False,
+        router: str = "topk",
+        tile: int = 128,
+        policy: str = "nearest",
+        seed: int = 0,
+        activation: str = "swiglu",
+        gate_up_layout: str = "concatenated",
+        limit: float = 7.0,
+        bias: bool = False,
+        router_bias: bool = False,
+        main_grad: bool = False,
+        workspace_limit: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        code(SCORINGS, "scoring", scoring)
+        code(POLICIES, "policy", policy)
+        if router not in ("topk", "token_rounding"):
+            raise ValueError(f"router: expected one of topk, token_rounding, got {router!r}")
+        columns = gate_factor(code(ACTIVATIONS, "activation", activation)) * intermediate_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.router = router
+        self.tile = tile
+        self.policy = policy
+        self.seed = seed
+        self.main_grad = main_grad
+        self.options = {
+            "scoring": scoring,
+            "renormalize": renormalize,
+            "num_groups": num_groups,
+            "top_groups": top_groups,
+            "scale": scale,
+            "activation": activation,
+            "gate_up_layout": gate_up_layout,
+            "limit": limit,
+            "workspace_limit": workspace_limit,
+        }
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.router_weight = parameter(num_experts, hidden_size)
+        self.w1 = parameter(num_experts, columns, hidden_size)
+        self.w2 = parameter(num_experts, hidden_size, intermediate_size)
+        self.router_b = parameter(num_experts) if router_bias else None
+        self.b1 = parameter(num_experts, columns) if bias else None
+        self.b2 = parameter(num_experts, hidden_size) if bias else None
+        zeros = torch.zeros(num_experts, device=device) if selection_bias else None
+        self.register_buffer("selection_bias", zeros)
+        start = torch.tensor([seed], dtype=torch.int64, device=device)
+        self.register_buffer("rounding_seed", start, persistent=False)
+        self.last_rows_per_expert: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-1/sqrt(fan in), as nn.Linear; biases likewise."""
+        fans = {"router_weight": self.hidden_size, "router_b": self.hidden_size}
+        fans |= {"w1": self.hidden_size, "b1": self.hidden_size}
+        fans |= {"w2": self.intermediate_size, "b2": self.intermediate_size}
+        for name, fan in fans.items():
+            if getattr(self, name) is not None:
+                nn.init.uniform_(getattr(self, name), -1 / math.sqrt(fan), 1 / math.sqrt(fan))
+
+    def forward(
+        self, x: Tensor, return_router: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """y [..., d]; with return_router (y, logits [..., E], rows_per_expert [E])."""
+        rounds = self.training and self.router == "token_rounding"
+        out = run_layer(
+            x if x.dim() == 2 else x.reshape(-1, x.shape[-1]),
+            self.router_weight,
+            self.w1,
+            self.w2,
+            self.top_k,
+            router_b=self.router_b,
+            b1=self.b1,
+            b2=self.b2,
+            bias=self.selection_bias,
+            router="token_rounding" if rounds else "topk",
+            tile=self.tile,
+            policy=self.policy,
+            seed=self._next_seed() if rounds else 0,
+            main_grad=self.main_grad,
+            **self.options,
+        )
+        self.last_rows_per_expert = out.rows_per_expert
+        y = out.y.reshape(x.shape)
+        if not return_router:
+            return y
+        return y, out.logits.reshape(*x.shape[:-1], self.num_experts), out.rows_per_expert
+
+    def _next_seed(self) -> int | Tensor:
+        if self.policy != "stochastic":
+            return 0
+        return advance_seed(self.rounding_seed, self.seed)
+
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+        # Selection in a narrower type would pick other experts.
+        exact = self.selection_bias
+        super()._apply(fn, recurse)
+        if exact is not None and self.selection_bias.dtype != torch.float32:
+            self.selection_bias = exact.to(self.selection_bias.device)
+        return self
+
+    def extra_repr(self) -> str:
+        rounding = f", tile={self.tile}, policy={self.policy}" if self.router != "topk" else ""
+        return (
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+            f"num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"scoring={self.options['scoring']}, activation={self.options['activation']}, "
+            f"router={self.router}{rounding}"
+        )
+
+
+def advance_seed(buffer: Tensor, seed: int) -> Tensor:
+    """The seed of one training forward, also left in `buffer` [1] int64.
+
+    Drawn from torch's default generator, as dropout does: that is what activation checkpointing
+    restores before it recomputes, in whatever order microbatches run.
+    """
+    draw = torch.randint(2**62, (1,), device=buffer.device, dtype=torch.int64)
+    next_seed = draw ^ seed
+    with torch.no_grad():
+        buffer.copy_(next_seed)
+    return next_seed
