@@ -77,6 +77,11 @@ class Backend {
   virtual void update_expert_bias(const Context& context, TensorView bias,
                                   ConstTensorView rows_per_expert, float rate) const = 0;
 
+  /// grad_logits += addend, both [T, E] float32 contiguous: what auxiliary losses add to the
+  /// routing's gradient.
+  virtual void add_logits_gradient(const Context& context, TensorView grad_logits,
+                                   ConstTensorView addend) const = 0;
+
   // Router GEMMs of moe_layer (the share of dX is RouterShare's).
   /// logits [T, E] float32 = x [T, d] weight [E, d]^T + bias [E] (may be absent).
   virtual void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,

@@ -1,0 +1,60 @@
+#include "sonicmoe/memory.hpp"
+
+#include <algorithm>
+
+namespace sonicmoe {
+namespace {
+
+// The caller's int32 id and float32 weight of each pair (pair lists: a token id more).
+std::size_t routing_bytes(const MoEShape& shape) {
+  const std::size_t per_pair = shape.form == MoEShape::Form::kSorted  ? 4
+                               : shape.form == MoEShape::Form::kPairs ? 12
+                                                                      : 8;
+  return static_cast<std::size_t>(shape.num_pairs) * per_pair;
+}
+
+// `whole` stays; the R x d buffer shrinks to what the limit leaves.
+std::size_t with_slabs(std::size_t whole, std::size_t wide, std::optional<std::size_t> limit) {
+  if (!limit || whole + wide <= *limit) return whole + wide;
+  return std::max(whole, *limit);
+}
+
+}  // namespace
+
+MemoryEstimate estimate_memory(const MoEShape& shape, std::optional<std::size_t> workspace_limit) {
+  const std::size_t element = size_of(shape.dtype);
+  const auto rows = static_cast<std::size_t>(shape.num_pairs);
+  const auto n = static_cast<std::size_t>(shape.intermediate_size);
+  const auto d = static_cast<std::size_t>(shape.hidden_size);
+  const auto h = static_cast<std::size_t>(shape.hidden_columns());
+  MemoryEstimate estimate;
+  estimate.kept_h = moe_h_bytes(shape);
+  estimate.kept_metadata = moe_metadata_bytes(shape) + routing_bytes(shape);
+  estimate.transient_forward = with_slabs(rows * n * element, rows * d * element, workspace_limit);
+  estimate.transient_backward =
+      with_slabs(rows * (h + n) * element, rows * d * element, workspace_limit);
+  return estimate;
+}
+
+MemoryEstimate estimate_memory_scattermoe(const MoEShape& shape) {
+  MemoryEstimate estimate = estimate_memory(shape);
+  const auto kept_rows = static_cast<std::size_t>(
+      shape.num_pairs * (shape.hidden_columns() + shape.intermediate_size + shape.hidden_size));
+  estimate.kept_h = kept_rows * size_of(shape.dtype);
+  return estimate;
+}
+
+std::size_t parameter_bytes(const MoEShape& shape) {
+  const std::int64_t columns = shape.hidden_columns() + shape.intermediate_size;
+  return static_cast<std::size_t>(shape.num_experts * columns * shape.hidden_size) *
+         size_of(shape.dtype);
+}
+
+double forward_flops(const MoEShape& shape) {
+  return 2.0 * static_cast<double>(shape.num_pairs) * static_cast<double>(shape.hidden_size) *
+         static_cast<double>(shape.intermediate_size) * (gate_factor(shape.activation) + 1);
+}
+
+double backward_flops(const MoEShape& shape) { return 2.0 * forward_flops(shape); }
+
+}  // namespace sonicmoe

@@ -1,0 +1,229 @@
+// Validation and dispatch of moe_forward and moe_backward.
+#include "sonicmoe/moe.hpp"
+
+#include <limits>
+
+#include "api/moe_checks.hpp"
+#include "core/backend.hpp"
+#include "core/check.hpp"
+
+namespace sonicmoe {
+namespace {
+
+constexpr std::size_t kMetadataAlignment = 16;
+
+std::int64_t check_routing(const Check& check, const TopKRouting& r, std::int64_t num_tokens) {
+  check.rank("topk_ids", r.topk_ids, 2);
+  check.dtype("topk_ids", r.topk_ids, {DType::kInt32, DType::kInt64});
+  check.shape("topk_ids", r.topk_ids, {num_tokens, r.topk_ids.size(1)});
+  check.contiguous("topk_ids", r.topk_ids);
+  check.shape_like("topk_weights", r.topk_weights, r.topk_ids);
+  check.dtype("topk_weights", r.topk_weights, {DType::kFloat32, DType::kBFloat16});
+  check.contiguous("topk_weights", r.topk_weights);
+  return r.topk_ids.numel();
+}
+
+std::int64_t check_routing(const Check& check, const SortedRouting& r, std::int64_t num_rows) {
+  check.rank("offsets", r.offsets, 1);
+  check.dtype("offsets", r.offsets, {DType::kInt32});
+  check.contiguous("offsets", r.offsets);
+  if (r.row_weights.defined()) {
+    check.shape("row_weights", r.row_weights, {num_rows});
+    check.dtype("row_weights", r.row_weights, {DType::kFloat32, DType::kBFloat16});
+    check.contiguous("row_weights", r.row_weights);
+  }
+  return num_rows;
+}
+
+std::int64_t check_routing(const Check& check, const PairRouting& r, std::int64_t) {
+  check.rank("token_ids", r.token_ids, 1);
+  check.dtype("token_ids", r.token_ids, {DType::kInt32, DType::kInt64});
+  check.contiguous("token_ids", r.token_ids);
+  check.shape_like("expert_ids", r.expert_ids, r.token_ids);
+  check.dtype("expert_ids", r.expert_ids, {r.token_ids.dtype()});
+  check.contiguous("expert_ids", r.expert_ids);
+  check.shape_like("pair_weights", r.pair_weights, r.token_ids);
+  check.dtype("pair_weights", r.pair_weights, {DType::kFloat32, DType::kBFloat16});
+  check.contiguous("pair_weights", r.pair_weights);
+  return r.token_ids.numel();
+}
+
+void check_weights(const Check& check, const MoEShape& shape, const ExpertWeights& w) {
+  const std::int64_t e = shape.num_experts;
+  check.shape("w1", w.w1, {e, shape.hidden_columns(), shape.hidden_size});
+  check.dtype("w1", w.w1, {shape.dtype});
+  check.unit_stride_in_a_matrix_dim("w1", w.w1);
+  check.dtype("w2", w.w2, {shape.dtype});
+  check.unit_stride_in_a_matrix_dim("w2", w.w2);
+  if (w.b1.defined()) {
+    check.shape("b1", w.b1, {e, shape.hidden_columns()});
+    check.dtype("b1", w.b1, {shape.dtype});
+    check.unit_stride("b1", w.b1, 1);
+  }
+  if (w.b2.defined()) {
+    check.shape("b2", w.b2, {e, shape.hidden_size});
+    check.dtype("b2", w.b2, {shape.dtype});
+    check.unit_stride("b2", w.b2, 1);
+  }
+}
+
+MoEShape checked_shape(const Check& check, const ExpertOptions& options, const ConstTensorView& x,
+                       const ExpertWeights& weights, const Routing& routing) {
+  check.rank("x", x, 2);
+  check.dtype("x", x, {DType::kFloat32, DType::kBFloat16});
+  check.unit_stride("x", x, 1);
+  check.rank("w2", weights.w2, 3);
+  MoEShape shape;
+  shape.num_tokens = x.size(0);
+  shape.hidden_size = x.size(1);
+  shape.num_experts = weights.w2.size(0);
+  shape.intermediate_size = weights.w2.size(2);
+  shape.form = static_cast<MoEShape::Form>(routing.index());
+  shape.activation = options.activation;
+  shape.dtype = x.dtype();
+  check.that(shape.num_experts > 0, "w2", "at least one expert", weights.w2.describe());
+  check.that(shape.hidden_size > 0, "x", "hidden_size > 0", x.describe());
+  check.that(shape.intermediate_size > 0, "w2", "intermediate_size > 0", weights.w2.describe());
+  check.shape("w2", weights.w2, {shape.num_experts, shape.hidden_size, shape.intermediate_size});
+  check_weights(check, shape, weights);
+  shape.num_pairs = std::visit(
+      [&](const auto& form) { return check_routing(check, form, shape.num_tokens); }, routing);
+  if (const auto* sorted = std::get_if<SortedRouting>(&routing)) {
+    check.shape("offsets", sorted->offsets, {shape.num_experts});
+  }
+  constexpr std::int64_t kMaxRows = std::numeric_limits<std::int32_t>::max() - 1;
+  check.that(shape.num_pairs <= kMaxRows, "routing", "fewer than 2^31 - 1 pairs",
+             std::to_string(shape.num_pairs));
+  check.that(shape.num_tokens <= kMaxRows, "x", "fewer than 2^31 - 1 tokens", x.describe());
+  check.that(options.activation != Activation::kSwiGLUClamped || options.limit > 0.0f, "limit",
+             "a positive limit", std::to_string(options.limit));
+  return shape;
+}
+
+void check_saved(const Check& check, const MoEShape& shape, const ConstTensorView& h,
+                 const ConstTensorView& metadata) {
+  check.shape("h", h, {shape.num_pairs, shape.hidden_columns()});
+  check.dtype("h", h, {shape.dtype});
+  check.contiguous("h", h);
+  check.buffer("metadata", metadata, moe_metadata_bytes(shape), kMetadataAlignment);
+}
+
+void check_parameter_gradient(const Check& check, const char* name, const ConstTensorView& grad,
+                              const ConstTensorView& parameter, bool accumulate) {
+  if (!grad.defined()) return;
+  check.shape_like(name, grad, parameter);
+  if (accumulate) {
+    check.dtype(name, grad, {DType::kFloat32});
+  } else {
+    check.dtype(name, grad, {parameter.dtype(), DType::kFloat32});
+  }
+  if (grad.rank() == 3) {
+    check.unit_stride_in_a_matrix_dim(name, grad);
+  } else {
+    check.unit_stride(name, grad, grad.rank() - 1);
+  }
+}
+
+void check_bias_gradient(const Check& check, const char* name, const ConstTensorView& grad,
+                         const ConstTensorView& bias, bool accumulate) {
+  if (!grad.defined()) return;
+  check.that(bias.defined(), name, "no gradient, since the bias is absent", grad.describe());
+  check_parameter_gradient(check, name, grad, bias, accumulate);
+}
+
+const ConstTensorView& weights_of(const Routing& routing) {
+  struct Visitor {
+    const ConstTensorView& operator()(const TopKRouting& r) const { return r.topk_weights; }
+    const ConstTensorView& operator()(const SortedRouting& r) const { return r.row_weights; }
+    const ConstTensorView& operator()(const PairRouting& r) const { return r.pair_weights; }
+  };
+  return std::visit(Visitor{}, routing);
+}
+
+void check_gradients(const Check& check, const MoEBackwardArgs& args) {
+  if (args.grad_x.defined()) {
+    check.shape_like("grad_x", args.grad_x, args.x);
+    check.dtype("grad_x", args.grad_x, {args.x.dtype()});
+    check.unit_stride("grad_x", args.grad_x, 1);
+  }
+  check_parameter_gradient(check, "grad_w1", args.grad_w1, args.weights.w1, args.accumulate);
+  check_parameter_gradient(check, "grad_w2", args.grad_w2, args.weights.w2, args.accumulate);
+  check_bias_gradient(check, "grad_b1", args.grad_b1, args.weights.b1, args.accumulate);
+  check_bias_gradient(check, "grad_b2", args.grad_b2, args.weights.b2, args.accumulate);
+  if (args.grad_routing_weights.defined()) {
+    const ConstTensorView& weights = weights_of(args.routing);
+    check.that(weights.defined(), "grad_routing_weights",
+               "no gradient, since row_weights is absent", args.grad_routing_weights.describe());
+    check.shape_like("grad_routing_weights", args.grad_routing_weights, weights);
+    check.dtype("grad_routing_weights", args.grad_routing_weights, {DType::kFloat32});
+    check.contiguous("grad_routing_weights", args.grad_routing_weights);
+  }
+}
+
+}  // namespace
+
+MoEShape moe_shape(const ExpertOptions& options, ConstTensorView x, const ExpertWeights& weights,
+                   const Routing& routing) {
+  return checked_shape(Check("moe_shape"), options, x, weights, routing);
+}
+
+std::size_t moe_h_bytes(const MoEShape& shape) {
+  return static_cast<std::size_t>(shape.num_pairs * shape.hidden_columns()) * size_of(shape.dtype);
+}
+
+std::size_t moe_metadata_bytes(const MoEShape& shape) {
+  std::int64_t entries = shape.num_experts;
+  if (shape.form == MoEShape::Form::kTopK) entries += 3 * shape.num_pairs;
+  if (shape.form == MoEShape::Form::kPairs) entries += 4 * shape.num_pairs + shape.num_tokens + 1;
+  return static_cast<std::size_t>(entries) * sizeof(std::int32_t);
+}
+
+WorkspacePlan moe_forward_workspace(const Context& context, const MoEShape& shape, bool inference,
+                                    std::optional<std::size_t> workspace_limit) {
+  return choose_backend(context, "moe_forward_workspace")
+      .moe_forward_workspace(context, shape, inference, workspace_limit);
+}
+
+WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
+                                     std::optional<std::size_t> workspace_limit) {
+  return choose_backend(context, "moe_backward_workspace")
+      .moe_backward_workspace(context, shape, workspace_limit);
+}
+
+void moe_forward(const Context& context, const MoEForwardArgs& args) {
+  const Check check("moe_forward");
+  const MoEShape shape = checked_shape(check, args.options, args.x, args.weights, args.routing);
+  check.shape_like("out", args.out, args.x);
+  check.dtype("out", args.out, {shape.dtype});
+  check.unit_stride("out", args.out, 1);
+  const bool inference = !args.h.defined();
+  check.that(inference == !args.metadata.defined(), inference ? "h" : "metadata",
+             "h and metadata together, or neither", "only one of them");
+  if (!inference) check_saved(check, shape, args.h, args.metadata);
+  const Backend& backend = choose_backend(context, "moe_forward");
+  const WorkspacePlan plan =
+      backend.moe_forward_workspace(context, shape, inference, args.workspace_limit);
+  check.buffer("workspace", args.workspace, plan.bytes, 64);
+  backend.moe_forward(context, shape, args);
+}
+
+MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args) {
+  const MoEShape shape = checked_shape(check, args.options, args.x, args.weights, args.routing);
+  check.shape_like("grad_out", args.grad_out, args.x);
+  check.dtype("grad_out", args.grad_out, {shape.dtype});
+  check.unit_stride("grad_out", args.grad_out, 1);
+  check_saved(check, shape, args.h, args.metadata);
+  check_gradients(check, args);
+  return shape;
+}
+
+void moe_backward(const Context& context, const MoEBackwardArgs& args) {
+  const Check check("moe_backward");
+  const MoEShape shape = check_moe_backward(check, args);
+  const Backend& backend = choose_backend(context, "moe_backward");
+  const WorkspacePlan plan = backend.moe_backward_workspace(context, shape, args.workspace_limit);
+  check.buffer("workspace", args.workspace, plan.bytes, 64);
+  backend.moe_backward(context, shape, args, nullptr);
+}
+
+}  // namespace sonicmoe

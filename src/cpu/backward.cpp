@@ -1,0 +1,325 @@
+// Backward without Y: dS = <dA', A>, so that only X, H and the routing metadata are kept.
+//   1 dH      per row block: dA' = dO W2, then dS, dH, A' from the stored H
+//   2 router  its gradient from dS (moe_layer only)
+//   3 biases  column sums per expert
+//   4 dX      dX~ = dH W1 slab by slab, summed over the rows of each token
+//   5 dW2, dW1
+#include "cpu/aggregate.hpp"
+#include "cpu/experts.hpp"
+#include "cpu/hidden_block.hpp"
+#include "cpu/panels.hpp"
+#include "cpu/slabs.hpp"
+#include "cpu/weight_gradient.hpp"
+
+namespace sonicmoe::cpu {
+namespace {
+
+// Scratch of one thread while it computes dH or dX~.
+template <class Compute>
+struct RowScratch {
+  Compute* rows;    // [kRowBlock, max(d, g*n)] gathered dO, or dH
+  Compute* weight;  // [max(d, g*n), kUnitBlock or kColumnBlock]
+  float* panel;     // [kRowBlock, kUnitBlock or kColumnBlock]
+  float* temp;      // [7 kUnitBlock]
+  float* row_sums;  // [kRowBlock] dS
+
+  static RowScratch carve(const MoEShape& shape, WorkspaceCarver& carver) {
+    const auto depth = static_cast<std::size_t>(std::max(shape.hidden_size, shape.hidden_columns()));
+    constexpr std::size_t kWidth = std::max(kUnitBlock, kColumnBlock);
+    RowScratch s;
+    s.rows = carver.take<Compute>(kRowBlock * depth);
+    s.weight = carver.take<Compute>(kWidth * depth);
+    s.panel = carver.take<float>(kRowBlock * kWidth);
+    s.temp = carver.take<float>(7 * kUnitBlock);
+    s.row_sums = carver.take<float>(kRowBlock);
+    return s;
+  }
+};
+
+// Scratch of one thread while it sums: a column block of Wr (moe_layer), or column sums.
+struct SumScratch {
+  float* router_weight;  // [E, kColumnBlock]
+  float* columns;        // [max(d, g*n)]
+
+  static SumScratch carve(const MoEShape& shape, WorkspaceCarver& carver) {
+    SumScratch s;
+    s.router_weight = carver.take<float>(static_cast<std::size_t>(shape.num_experts * kColumnBlock));
+    s.columns = carver.take<float>(
+        static_cast<std::size_t>(std::max(shape.hidden_size, shape.hidden_columns())));
+    return s;
+  }
+};
+
+template <class Compute>
+std::size_t thread_scratch_bytes(const MoEShape& shape) {
+  WorkspaceCarver rows, sums, weights;
+  RowScratch<Compute>::carve(shape, rows);
+  SumScratch::carve(shape, sums);
+  WeightGradientScratch<Compute>::carve(weights);
+  return std::max({rows.used(), sums.used(), weights.used()});
+}
+
+template <class Storage, class Compute>
+struct Buffers {
+  RowBlock* blocks;
+  Storage* dh;      // [P, g*n]
+  Storage* a;       // [P, n]  A' = s A
+  Storage* dx;      // [P, slab]  dX~
+  float* sums;      // [threads, kTokenBlock, slab]
+  std::byte* scratch;
+  std::size_t scratch_stride;
+
+  WorkspaceCarver thread(int t) const {
+    return WorkspaceCarver(scratch + static_cast<std::size_t>(t) * scratch_stride);
+  }
+};
+
+template <class Storage, class Compute>
+Buffers<Storage, Compute> carve(WorkspaceCarver& carver, int threads, const MoEShape& shape,
+                                std::int64_t slab) {
+  Buffers<Storage, Compute> b;
+  const auto pairs = static_cast<std::size_t>(shape.num_pairs);
+  b.blocks = carver.take<RowBlock>(
+      static_cast<std::size_t>(max_row_blocks(shape.num_pairs, shape.num_experts)));
+  b.dh = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.hidden_columns()));
+  b.a = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.intermediate_size));
+  b.dx = carver.take<Storage>(pairs * static_cast<std::size_t>(slab));
+  b.sums = carver.take<float>(static_cast<std::size_t>(threads) * kTokenBlock *
+                              static_cast<std::size_t>(slab));
+  b.scratch_stride = thread_scratch_bytes<Compute>(shape);
+  b.scratch = static_cast<std::byte*>(
+      carver.take_bytes(static_cast<std::size_t>(threads) * b.scratch_stride));
+  return b;
+}
+
+template <class Storage, class Compute>
+class Backward {
+ public:
+  Backward(int threads, const MoEShape& shape, const MoEBackwardArgs& args,
+           const RouterShare* router, std::int64_t slab)
+      : threads_(threads),
+        shape_(shape),
+        args_(args),
+        router_(router),
+        slab_(slab),
+        layout_(shape, args.options.gate_up_layout),
+        weights_(args.routing),
+        // The metadata is only read here; the view type is shared with the forward that fills it.
+        metadata_(metadata_view(shape, const_cast<void*>(args.metadata.data()))),
+        grad_out_(row_source<Storage>(args.grad_out, metadata_.row_token)),
+        x_(row_source<Storage>(args.x, metadata_.row_token)) {
+    WorkspaceCarver carver(args.workspace.data());
+    buffers_ = carve<Storage, Compute>(carver, threads, shape, slab);
+  }
+
+  void run() {
+    const TensorView& ds = args_.grad_routing_weights;
+    if (ds.defined()) std::fill_n(ds.as<float>(), ds.numel(), 0.0f);
+    const std::int64_t blocks = make_row_blocks(metadata_, buffers_.blocks);
+    parallel_for(threads_, blocks, [&](std::int64_t i, int t) { hidden(buffers_.blocks[i], t); });
+    if (router_ != nullptr) router_->compute_grad_logits();
+    biases();
+    if (args_.grad_x.defined()) {
+      for (std::int64_t c = 0; c < shape_.hidden_size; c += slab_) {
+        const std::int64_t columns = std::min(slab_, shape_.hidden_size - c);
+        parallel_for(threads_, blocks,
+                     [&](std::int64_t i, int t) { input(buffers_.blocks[i], c, columns, t); });
+        sum(c, columns);
+      }
+    }
+    const RowSource<Storage> a{buffers_.a, shape_.intermediate_size};
+    const RowSource<Storage> dh{buffers_.dh, layout_.columns()};
+    if (args_.grad_w2.defined()) weights(grad_out_, a, args_.grad_w2);
+    if (args_.grad_w1.defined()) weights(dh, x_, args_.grad_w1);
+  }
+
+ private:
+  // dS, dH and A' of one row block.
+  void hidden(const RowBlock& block, int thread) const {
+    WorkspaceCarver carver = buffers_.thread(thread);
+    const auto scratch = RowScratch<Compute>::carve(shape_, carver);
+    const std::int64_t d = shape_.hidden_size;
+    const Operand<Compute> grad_out =
+        load_rows<Storage>(grad_out_, block.first, block.rows, 0, d, scratch.rows);
+    std::fill_n(scratch.row_sums, block.rows, 0.0f);
+    for (std::int64_t unit = 0; unit < shape_.intermediate_size; unit += kUnitBlock) {
+      const std::int64_t units = std::min(kUnitBlock, shape_.intermediate_size - unit);
+      const Operand<Compute> w =
+          load_weight<Storage>(args_.weights.w2, block.expert, 0, d, unit, units, scratch.weight);
+      gemm(padded_rows<Compute>(block.rows), units, d, grad_out, w, scratch.panel, units);
+      for (std::int64_t r = 0; r < block.rows; ++r) {
+        scratch.row_sums[r] +=
+            finish_row(block.first + r, unit, units, scratch.panel + r * units, scratch.temp);
+      }
+    }
+    if (args_.grad_routing_weights.defined()) store_row_sums(block, scratch.row_sums);
+  }
+
+  // From dA' of one row (rounded here, as a stored tensor would be): dH and A'. Returns <dA', A>.
+  float finish_row(std::int64_t row, std::int64_t unit, std::int64_t units, float* da,
+                   float* temp) const {
+    float* h = temp;                           // [2 units] as the panel orders them
+    float* separate = temp + 2 * kUnitBlock;   // [2 units] gate, up of the interleaved layout
+    float* gradient = temp + 4 * kUnitBlock;   // [2 units] d gate, d up
+    float* a = temp + 6 * kUnitBlock;          // [units]
+    const std::int64_t offset = row * layout_.columns();
+    layout_.for_runs(unit, units, [&](std::int64_t column, std::int64_t at, std::int64_t count) {
+      convert(args_.h.as<Storage>() + offset + column, h + at, count);
+    });
+    const GateUp gate_up = split(layout_, h, units, separate);
+    activate(shape_.activation, args_.options.limit, gate_up.gate, gate_up.up, a, units);
+    round_to<Storage>(a, units);
+    round_to<Storage>(da, units);
+    const float ds = dot(da, a, units);
+
+    const float s = weights_[metadata_.pair_of(row)];
+    scale(s, a, units);
+    convert(a, buffers_.a + row * shape_.intermediate_size + unit, units);
+    scale(s, da, units);
+    activate_backward(shape_.activation, args_.options.limit, gate_up.gate, gate_up.up, da,
+                      gradient, gradient + units, units);
+    if (layout_.interleaved()) {
+      interleave(gradient, gradient + units, separate, units);
+      gradient = separate;
+    }
+    layout_.for_runs(unit, units, [&](std::int64_t column, std::int64_t at, std::int64_t count) {
+      convert(gradient + at, buffers_.dh + offset + column, count);
+    });
+    return ds;
+  }
+
+  // dS[r] = <dA', A> (+ <dO, b2>) at the pair's place in the input.
+  void store_row_sums(const RowBlock& block, const float* row_sums) const {
+    const ConstTensorView& b2 = args_.weights.b2;
+    auto* ds = args_.grad_routing_weights.as<float>();
+    for (std::int64_t r = 0; r < block.rows; ++r) {
+      float value = row_sums[r];
+      if (b2.defined()) {
+        value += dot(grad_out_.row(block.first + r), b2.as<Storage>() + block.expert * b2.stride(0),
+                     shape_.hidden_size);
+      }
+      ds[metadata_.pair_of(block.first + r)] = value;
+    }
+  }
+
+  // db1[e] = sum dH, db2[e] = sum s dO.
+  void biases() const {
+    if (!args_.grad_b1.defined() && !args_.grad_b2.defined()) return;
+    parallel_for(threads_, shape_.num_experts, [&](std::int64_t e, int thread) {
+      WorkspaceCarver carver = buffers_.thread(thread);
+      float* columns = SumScratch::carve(shape_, carver).columns;
+      const RowSource<Storage> dh{buffers_.dh, layout_.columns()};
+      bias(e, dh, args_.grad_b1, columns, [](std::int64_t) { return 1.0f; });
+      bias(e, grad_out_, args_.grad_b2, columns,
+           [&](std::int64_t r) { return weights_[metadata_.pair_of(r)]; });
+    });
+  }
+
+  template <class Scale>
+  void bias(std::int64_t e, const RowSource<Storage>& rows, const TensorView& grad, float* columns,
+            Scale factor) const {
+    if (!grad.defined()) return;
+    std::fill_n(columns, grad.size(1), 0.0f);
+    for (std::int64_t r = metadata_.first_row(e); r < metadata_.offsets[e]; ++r) {
+      axpy(factor(r), rows.row(r), columns, grad.size(1));
+    }
+    put(columns, grad, e * grad.stride(0), grad.size(1), args_.accumulate);
+  }
+
+  // Columns [column, column + columns) of dX~ for one row block.
+  void input(const RowBlock& block, std::int64_t column, std::int64_t columns, int thread) const {
+    WorkspaceCarver carver = buffers_.thread(thread);
+    const auto scratch = RowScratch<Compute>::carve(shape_, carver);
+    const std::int64_t depth = layout_.columns();
+    const Operand<Compute> dh = load_rows<Storage>(RowSource<Storage>{buffers_.dh, depth},
+                                                   block.first, block.rows, 0, depth, scratch.rows);
+    for (std::int64_t c = 0; c < columns; c += kColumnBlock) {
+      const std::int64_t count = std::min(kColumnBlock, columns - c);
+      const Operand<Compute> w = load_weight<Storage>(args_.weights.w1, block.expert, 0, depth,
+                                                      column + c, count, scratch.weight);
+      gemm(padded_rows<Compute>(block.rows), count, depth, dh, w, scratch.panel, count);
+      for (std::int64_t r = 0; r < block.rows; ++r) {
+        convert(scratch.panel + r * count, buffers_.dx + (block.first + r) * slab_ + c, count);
+      }
+    }
+  }
+
+  void sum(std::int64_t column, std::int64_t columns) const {
+    aggregate(
+        threads_, shape_, metadata_, buffers_.dx, slab_, args_.grad_x, column, columns,
+        [](std::int64_t) { return 1.0f; },
+        [&](std::int64_t first, std::int64_t tokens, float* sums, int thread) {
+          if (router_ == nullptr) {
+            std::fill_n(sums, tokens * columns, 0.0f);
+          } else {
+            router_share(first, tokens, column, columns, sums, thread);
+          }
+        },
+        buffers_.sums);
+  }
+
+  // sums [tokens, columns] = dLogits[first ..] Wr[:, column ..].
+  void router_share(std::int64_t first, std::int64_t tokens, std::int64_t column,
+                    std::int64_t columns, float* sums, int thread) const {
+    WorkspaceCarver carver = buffers_.thread(thread);
+    float* block = SumScratch::carve(shape_, carver).router_weight;
+    const std::int64_t experts = shape_.num_experts;
+    const ConstTensorView& wr = router_->router_weight;
+    const Operand<float> logits{router_->grad_logits.as<float>() + first * experts, experts};
+    for (std::int64_t c = 0; c < columns; c += kColumnBlock) {
+      const std::int64_t count = std::min(kColumnBlock, columns - c);
+      const auto load = [&]<class T>(T) {
+        return load_rows<T, float>(row_source<T>(wr, nullptr), 0, experts, column + c, count,
+                                   block);
+      };
+      const Operand<float> w =
+          wr.dtype() == DType::kFloat32 ? load(float{}) : load(bfloat16{});
+      gemm(tokens, count, experts, logits, w, sums + c, columns);
+    }
+  }
+
+  void weights(const RowSource<Storage>& left, const RowSource<Storage>& right,
+               const TensorView& grad) const {
+    weight_gradient<Storage, Compute>(threads_, metadata_, left, right, grad, args_.accumulate,
+                                      [&](int thread) {
+                                        WorkspaceCarver carver = buffers_.thread(thread);
+                                        return WeightGradientScratch<Compute>::carve(carver);
+                                      });
+  }
+
+  int threads_;
+  const MoEShape& shape_;
+  const MoEBackwardArgs& args_;
+  const RouterShare* router_;
+  std::int64_t slab_;
+  HiddenLayout layout_;
+  RoutingWeights weights_;
+  Metadata metadata_;
+  RowSource<Storage> grad_out_;
+  RowSource<Storage> x_;
+  Buffers<Storage, Compute> buffers_;
+};
+
+}  // namespace
+
+WorkspacePlan backward_plan(int threads, const MoEShape& shape, std::optional<std::size_t> limit) {
+  WorkspacePlan plan;
+  visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
+    plan = plan_slabs("moe_backward", shape.hidden_size, limit, [&](std::int64_t slab) {
+      WorkspaceCarver carver;
+      carve<Storage, Compute>(carver, threads, shape, slab);
+      return carver.used();
+    });
+  });
+  return plan;
+}
+
+void backward(int threads, const MoEShape& shape, const MoEBackwardArgs& args,
+              const RouterShare* router) {
+  const WorkspacePlan plan = backward_plan(threads, shape, args.workspace_limit);
+  visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
+    Backward<Storage, Compute>(threads, shape, args, router, plan.slab_columns).run();
+  });
+}
+
+}  // namespace sonicmoe::cpu

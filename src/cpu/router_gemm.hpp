@@ -1,0 +1,19 @@
+// The router's matrix products on the CPU.
+#pragma once
+
+#include "sonicmoe/moe.hpp"
+
+namespace sonicmoe::cpu {
+
+std::size_t router_gemm_workspace_bytes(int threads, const MoEShape& shape);
+
+/// logits [T, E] = x [T, d] weight [E, d]^T + bias [E].
+void router_logits(int threads, const ConstTensorView& x, const ConstTensorView& weight,
+                   const ConstTensorView& bias, const TensorView& logits, void* workspace);
+
+/// grad_weight [E, d] (+)= grad_logits^T x, grad_bias [E] (+)= column sums of grad_logits.
+void router_logits_backward(int threads, const ConstTensorView& x,
+                            const ConstTensorView& grad_logits, const TensorView& grad_weight,
+                            const TensorView& grad_bias, bool accumulate, void* workspace);
+
+}  // namespace sonicmoe::cpu

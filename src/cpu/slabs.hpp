@@ -1,0 +1,43 @@
+// Slabs of columns of d: how Y and dX~ fit under a workspace limit.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "core/workspace.hpp"
+#include "cpu/tiles.hpp"
+#include "sonicmoe/error.hpp"
+#include "sonicmoe/moe.hpp"
+
+namespace sonicmoe::cpu {
+
+/// Slabs are multiples of the column block of the GEMMs that fill them, so that every column is
+/// computed by the same call with and without a limit, bit for bit.
+inline constexpr std::int64_t kColumnBlock = 128;
+
+/// The plan with the widest slabs under `limit`. bytes_with(columns) gives the scratch of a call
+/// with slabs of that many columns.
+template <class BytesWith>
+WorkspacePlan plan_slabs(const char* operation, std::int64_t hidden_size,
+                         std::optional<std::size_t> limit, BytesWith bytes_with) {
+  WorkspacePlan plan;
+  const std::int64_t least = std::min(hidden_size, kColumnBlock);
+  plan.minimum_bytes = bytes_with(least);
+  plan.slab_columns = hidden_size;
+  if (limit) {
+    if (*limit < plan.minimum_bytes) {
+      throw Error(operation, "workspace_limit",
+                  "at least " + std::to_string(plan.minimum_bytes) + " bytes",
+                  std::to_string(*limit));
+    }
+    while (plan.slab_columns > least && bytes_with(plan.slab_columns) > *limit) {
+      plan.slab_columns = (plan.slab_columns - 1) / kColumnBlock * kColumnBlock;
+    }
+  }
+  plan.bytes = bytes_with(plan.slab_columns);
+  plan.num_slabs = static_cast<int>(ceil_div(hidden_size, plan.slab_columns));
+  return plan;
+}
+
+}  // namespace sonicmoe::cpu
