@@ -1,0 +1,205 @@
+"""Text, held-out files, tokenizer and batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from .config import TrainConfig, UserError
+
+END_OF_TEXT = "<|endoftext|>"
+VALIDATION_SHARE = 0.05
+# Tests, generated tables and installed packages differ from machine to machine or teach little.
+_STDLIB_SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+}
+
+
+@dataclasses.dataclass
+class Corpus:
+    """The text, split into training and held-out documents."""
+
+    source: str  # for the screen
+    train: list[str]
+    validation: list[str]
+    validation_names: list[str]
+    digest: str  # of names and contents, to notice text that changed before a resume
+
+
+def load_corpus(data: str) -> Corpus:
+    """Reads a file, a folder, or (data empty) the sources of Python's standard library."""
+    if not data:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        documents = _read_folder(root, suffix=".py", skipped=_STDLIB_SKIPPED)
+        return _split_by_file(documents, "Python's standard library")
+    path = Path(data)
+    if path.is_dir():
+        return _split_by_file(_read_folder(path), data)
+    if not path.exists():
+        raise UserError(f"--data {data}: no such file or folder")
+    text = _read_text(path)
+    if text is None:
+        raise UserError(f"--data {data}: not a readable UTF-8 text file")
+    return _split_by_position(text, path.name, data)
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        return None
+    return None if "\0" in text else text
+
+
+def _read_folder(root: Path, suffix: str = "", skipped: set[str] = frozenset()) -> dict[str, str]:
+    """Every readable text below root by its relative name; hidden files and folders are left."""
+    documents: dict[str, str] = {}
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(s for s in subfolders if s not in skipped and not s.startswith("."))
+        for name in sorted(files):
+            if name.startswith(".") or not name.endswith(suffix):
+                continue
+            path = Path(folder) / name
+            text = _read_text(path)
+            if text and not text.isspace():
+                documents[path.relative_to(root).as_posix()] = text
+    return documents
+
+
+def _hash_of_name(name: str) -> float:
+    """In [0, 1); the same on every machine, so a file never changes sides."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def _split_by_file(documents: dict[str, str], source: str) -> Corpus:
+    if not documents:
+        raise UserError(f"--data {source}: the text is empty")
+    if len(documents) == 1:
+        ((name, text),) = documents.items()
+        return _split_by_position(text, name, source)
+    names = sorted(documents, key=lambda name: (_hash_of_name(name), name))
+    held_out = [name for name in names if _hash_of_name(name) < VALIDATION_SHARE]
+    held_out = held_out[: len(names) - 1] or names[:1]  # at least one file on either side
+    training = sorted(set(names) - set(held_out))
+    return Corpus(
+        source,
+        [documents[n] for n in training],
+        [documents[n] for n in held_out],
+        held_out,
+        _digest(documents),
+    )
+
+
+def _split_by_position(text: str, name: str, source: str) -> Corpus:
+    """One file has no files to hold out: its end is held out, from the next line on."""
+    if not text.strip():
+        raise UserError(f"--data {source}: the text is empty")
+    cut = int(len(text) * (1 - VALIDATION_SHARE))
+    cut = text.find("\n", cut) + 1 or cut
+    if not text[cut:].strip():
+        cut = int(len(text) * (1 - VALIDATION_SHARE))
+    return Corpus(
+        source, [text[:cut]], [text[cut:]], [f"{name} from character {cut}"], _digest({name: text})
+    )
+
+
+def _digest(documents: dict[str, str]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(documents):
+        for part in (name.encode(), documents[name].encode()):
+            digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: it can write any text, and never meets an unknown token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """All texts as one int64 sequence, each closed by the end-of-text token."""
+    end = [tokenizer.eos_token_id]
+    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    pieces = [np.asarray(encoding.ids + end, dtype=np.int64) for encoding in encodings]
+    return torch.from_numpy(np.concatenate(pieces))
+
+
+class Batches:
+    """Shuffled windows of the training tokens; a batch is a function of (seed, step) alone.
+
+    So the position in the data is the step, and a resumed run needs nothing else to go on.
+    """
+
+    def __init__(self, tokens: torch.Tensor, config: TrainConfig) -> None:
+        self.tokens, self.seed = tokens, config.seed
+        self.seq_len, self.batch_size = config.seq_len, config.batch_size
+        self.windows = max(0, (len(tokens) - 1) // self.seq_len)
+        self.per_epoch = self.windows // self.batch_size
+        if not self.per_epoch:
+            raise UserError(
+                f"the text is shorter than a batch: {len(tokens)} training tokens, "
+                f"a batch takes {config.tokens_per_batch + 1}"
+            )
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, both [batch_size, seq_len], of step 0, 1, ..."""
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = torch.randperm(self.windows, generator=generator)
+            self._epoch = epoch
+        starts = self._order[position * self.batch_size :][: self.batch_size] * self.seq_len
+        return windows_at(self.tokens, starts, self.seq_len)
+
+
+def windows_at(tokens: torch.Tensor, starts: torch.Tensor, seq_len: int):
+    index = starts[:, None] + torch.arange(seq_len + 1)
+    window = tokens[index]
+    return window[:, :-1], window[:, 1:]
+
+
+def validation_batches(tokens: torch.Tensor, config: TrainConfig) -> list:
+    """Windows spread evenly over the validation tokens, about eval_tokens in all, in batches."""
+    seq_len = min(config.seq_len, len(tokens) - 1)
+    if seq_len < 1:
+        raise UserError("the held-out text is shorter than two tokens")
+    windows = (len(tokens) - 1) // seq_len
+    wanted = min(windows, max(1, config.eval_tokens // seq_len))
+    starts = torch.arange(wanted) * windows // wanted * seq_len
+    return [windows_at(tokens, part, seq_len) for part in starts.split(config.batch_size)]
+
+
+def unigram_cross_entropy(train: torch.Tensor, batches: list, vocab_size: int) -> float:
+    """Nats per validation token of a model that knows only how often a training token occurs."""
+    counts = torch.bincount(train, minlength=vocab_size).double() + 1
+    log_probability = (counts / counts.sum()).log()
+    targets = torch.cat([target.flatten() for _, target in batches])
+    return -log_probability[targets].mean().item()

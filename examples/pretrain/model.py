@@ -1,0 +1,115 @@
+"""The model: Qwen3-MoE of transformers, with the experts and the router computed as asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from .config import TrainConfig, UserError
+
+
+def model_config(config: TrainConfig, vocab_size: int, end_of_text: int) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        head_dim=config.hidden_size // config.heads,
+        moe_intermediate_size=config.intermediate_size,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.top_k,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        max_position_embeddings=config.seq_len,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+        router_aux_loss_coef=config.aux_coef / config.top_k,  # transformers' loss is K times ours
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+    )
+
+
+def new_model(config: TrainConfig, vocab_size: int, end_of_text: int) -> Qwen3MoeForCausalLM:
+    """Random weights, a function of the seed; the same for every --experts."""
+    torch.manual_seed(config.seed)
+    return Qwen3MoeForCausalLM(model_config(config, vocab_size, end_of_text))
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def autocast(config: TrainConfig, device: torch.device):
+    if config.dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@dataclasses.dataclass
+class LayerRouting:
+    """What the router of one layer did in the last forward pass."""
+
+    logits: torch.Tensor  # [T, E], part of the autograd graph
+    rows: torch.Tensor  # [E], rows each expert computed
+    rows_before: torch.Tensor  # [E], rows of token choice, before any rounding
+
+
+class RoutingTap:
+    """Makes the experts of a model run as --experts says, and reads what its routers did."""
+
+    def __init__(self, model: Qwen3MoeForCausalLM, config: TrainConfig) -> None:
+        self._config = config
+        self._layers: list[LayerRouting | None] = [None] * config.layers
+        model.set_experts_implementation(config.experts)
+        for index, layer in enumerate(model.model.layers):
+            layer.mlp.gate.register_forward_hook(self._reader(index))
+
+    def _reader(self, index: int):
+        def read(module, inputs, output) -> None:
+            logits, _, ids = output
+            rows = torch.bincount(ids.detach().flatten(), minlength=self._config.num_experts)
+            self._layers[index] = LayerRouting(logits, rows, rows)
+
+        return read
+
+    def begin_step(self, step: int) -> None:
+        """Rounding draws from a seed that is a function of the step, so a resumed run agrees."""
+
+    def layers(self) -> list[LayerRouting]:
+        return list(self._layers)
+
+    def balancing_loss(self) -> torch.Tensor:
+        """Mean over the layers of each layer's load balancing loss."""
+        losses = [load_balancing_loss(layer.logits, layer.rows_before) for layer in self.layers()]
+        return torch.stack(losses).mean()
+
+    def shares(self) -> list[list[float]]:
+        """Per layer, the share of its rows that each expert computed."""
+        return [(layer.rows / layer.rows.sum()).tolist() for layer in self.layers()]
+
+    def row_counts(self) -> dict[str, int]:
+        """Rows of all layers, and how many rounding dropped and added.
+
+        An expert only drops or only adds, so its two counts tell both.
+        """
+        rows = torch.stack([layer.rows for layer in self.layers()])
+        change = rows - torch.stack([layer.rows_before for layer in self.layers()])
+        return {
+            "rows": int(rows.sum()),
+            "rows_dropped": int((-change).clamp(min=0).sum()),
+            "rows_added": int(change.clamp(min=0).sum()),
+        }
+
+
+def load_balancing_loss(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Switch's E * sum_e f_e p_e: f = share of rows, p = mean of softmax(logits [T, E])."""
+    share = rows / rows.sum()
+    return logits.shape[1] * (share * logits.float().softmax(-1).mean(0)).sum()

@@ -1,0 +1,37 @@
+"""Entry point: python -m pretrain.train [flags], or make train ARGS="[flags]"."""
+
+from __future__ import annotations
+
+import sys
+
+from .config import UserError, parse_train
+from .signals import Signals, Stopped
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0: done; 2: a wrong request; 1: a failure; 130 and 143: stopped by a signal."""
+    try:
+        request = parse_train(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        return report(error, 2)
+    signals = Signals()
+    signals.install()
+    try:
+        from .trainer import train  # torch takes seconds to load: only when it is needed
+
+        return train(request, signals)
+    except UserError as error:
+        return report(error, 2)
+    except (OSError, ArithmeticError) as error:
+        return report(error, 1)
+    except Stopped as stop:
+        return stop.exit_code
+
+
+def report(error: Exception, code: int) -> int:
+    print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
