@@ -1,0 +1,326 @@
+// sonicmoe bench: time forward and backward of the layer. Checks first, then times.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cli/bench_layer.hpp"
+#include "cli/command.hpp"
+#include "cli/options.hpp"
+#include "cli/problems.hpp"
+#include "cli/table.hpp"
+#include "sonicmoe/backend.hpp"
+#include "sonicmoe/memory.hpp"
+#include "sonicmoe/version.hpp"
+
+namespace sonicmoe::cli {
+namespace {
+
+struct BenchCommand {
+  RunOptions run;
+  std::string shape;
+  std::string suite;
+  std::string dtype;
+  std::string activation = "swiglu";
+  std::string workspace_limit;
+  std::int64_t tokens = 0;  // 0: those of the shape
+  std::uint64_t seed = 0;
+  int repeats = 20;
+  int warmup = 2;
+  double seconds = 10.0;  // per direction and row
+  bool with_router = false;
+  bool without_check = false;
+  bool json = false;
+};
+
+struct Statistics {
+  double median = 0.0, p10 = 0.0, p90 = 0.0;  // seconds
+  std::size_t samples = 0;
+};
+
+Statistics statistics_of(std::vector<double> seconds) {
+  std::sort(seconds.begin(), seconds.end());
+  const auto at = [&](double quantile) {  // linear between neighbours
+    const double place = quantile * static_cast<double>(seconds.size() - 1);
+    const auto low = static_cast<std::size_t>(place);
+    const std::size_t high = std::min(low + 1, seconds.size() - 1);
+    const double share = place - static_cast<double>(low);
+    return seconds[low] * (1.0 - share) + seconds[high] * share;
+  };
+  return {at(0.5), at(0.1), at(0.9), seconds.size()};
+}
+
+double time_once(const std::function<void()>& work) {
+  const auto begin = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// One shape and dtype to time.
+struct Row {
+  std::string name;
+  LayerShape shape;
+  DType dtype = DType::kFloat32;
+};
+
+struct Result {
+  Row row;
+  std::string skipped;  // the reason, where the row was not run
+  Statistics forward, backward;
+  double forward_rate = 0.0, backward_rate = 0.0;  // model GFLOP/s
+  std::size_t kept = 0, peak_forward = 0, peak_backward = 0;
+  std::size_t buffers = 0;  // sets of buffers rotated
+};
+
+std::vector<Row> rows_of(const BenchCommand& command) {
+  if (!command.shape.empty() && !command.suite.empty()) {
+    throw usage_error("--suite", "either --shape or --suite", command.suite);
+  }
+  Suite suite;
+  if (!command.shape.empty()) {
+    suite = {"shape", {DType::kFloat32}, {{"shape", parse_layer_shape(command.shape)}}};
+  } else {
+    suite = find_suite(command.suite.empty() ? "cpu" : command.suite);
+  }
+  if (command.dtype == "both") {
+    suite.dtypes = {DType::kFloat32, DType::kBFloat16};
+  } else if (!command.dtype.empty()) {
+    suite.dtypes = {parse_float_dtype(command.dtype)};
+  }
+  std::vector<Row> rows;
+  for (const Problem& problem : suite.problems) {
+    for (const DType dtype : suite.dtypes) {
+      Row row{problem.name, problem.shape, dtype};
+      if (command.tokens > 0) row.shape.num_tokens = command.tokens;
+      rows.push_back(row);
+    }
+  }
+  return rows;
+}
+
+LayerOptions layer_options(const BenchCommand& command) {
+  LayerOptions options;
+  options.activation = activation_from_name(command.activation);
+  options.with_router = command.with_router;
+  if (!command.workspace_limit.empty()) {
+    options.workspace_limit = parse_bytes("--workspace-limit", command.workspace_limit);
+  }
+  return options;
+}
+
+// Median and quantiles of at least three and at most `repeats` calls within the time budget.
+// Each call takes the next set of buffers.
+Statistics measure(const BenchCommand& command, std::vector<std::unique_ptr<BenchLayer>>& layers,
+                   const std::function<void(BenchLayer&)>& call, Progress& progress,
+                   const std::string& label) {
+  for (int i = 0; i < command.warmup; ++i) {
+    call(*layers[static_cast<std::size_t>(i) % layers.size()]);
+  }
+  std::vector<double> seconds;
+  double total = 0.0;
+  while (seconds.size() < static_cast<std::size_t>(command.repeats) &&
+         (seconds.size() < 3 || total < command.seconds)) {
+    progress.show(label + " " + std::to_string(seconds.size() + 1) + "/" +
+                  std::to_string(command.repeats));
+    BenchLayer& layer = *layers[seconds.size() % layers.size()];
+    seconds.push_back(time_once([&] { call(layer); }));
+    total += seconds.back();
+  }
+  return statistics_of(std::move(seconds));
+}
+
+Result run_row(const BenchCommand& command, const Context& context, const Row& row,
+               Progress& progress, const std::string& place) {
+  Result result;
+  result.row = row;
+  const LayerOptions options = layer_options(command);
+  const std::size_t needed = BenchLayer::total_bytes(context, row.shape, row.dtype, options);
+  const std::size_t memory = devices().front().memory_bytes;
+  if (memory > 0 && needed > memory / 10 * 9) {
+    result.skipped = "needs " + format_bytes(static_cast<double>(needed)) + ", this machine has " +
+                     format_bytes(static_cast<double>(memory)) + " (--tokens makes it smaller)";
+    return result;
+  }
+  const std::string label = place + " " + row.name + " " + std::string(name_of(row.dtype)) + ": ";
+  progress.show(label + "making data");
+  std::vector<std::unique_ptr<BenchLayer>> layers;
+  const std::size_t sets = BenchLayer::sets_to_rotate(needed);
+  for (std::size_t i = 0; i < sets; ++i) {
+    Random random{command.seed, i};
+    layers.push_back(std::make_unique<BenchLayer>(context, row.shape, row.dtype, options, random));
+  }
+  if (!command.without_check) {
+    progress.show(label + "checking");
+    layers.front()->forward(context);
+    layers.front()->backward(context);
+    layers.front()->check();
+  }
+  result.buffers = sets;
+  result.forward = measure(
+      command, layers, [&](BenchLayer& layer) { layer.forward(context); }, progress,
+      label + "forward");
+  for (auto& layer : layers) layer->forward(context);
+  result.backward = measure(
+      command, layers, [&](BenchLayer& layer) { layer.backward(context); }, progress,
+      label + "backward");
+  const BenchLayer& layer = *layers.front();
+  result.forward_rate = forward_flops(layer.shape()) / result.forward.median / 1e9;
+  result.backward_rate = backward_flops(layer.shape()) / result.backward.median / 1e9;
+  result.kept = layer.kept_bytes();
+  result.peak_forward = layer.peak_forward_bytes();
+  result.peak_backward = layer.peak_backward_bytes();
+  return result;
+}
+
+nlohmann::ordered_json to_json(const Statistics& s, double rate) {
+  return {{"median_ms", s.median * 1e3},
+          {"p10_ms", s.p10 * 1e3},
+          {"p90_ms", s.p90 * 1e3},
+          {"samples", s.samples},
+          {"model_gflops_per_s", rate}};
+}
+
+std::string repeat_line(const BenchCommand& command, const Row& row) {
+  std::string line = "sonicmoe bench --shape " + row.shape.to_string() + " --dtype " +
+                     std::string(name_of(row.dtype)) + " --activation " + command.activation;
+  if (command.with_router) line += " --layer";
+  if (!command.workspace_limit.empty()) line += " --workspace-limit " + command.workspace_limit;
+  if (!command.run.backend.empty()) line += " --backend " + command.run.backend;
+  if (command.run.device != "cpu") line += " --device " + command.run.device;
+  if (command.run.threads != 0) line += " --threads " + std::to_string(command.run.threads);
+  return line;
+}
+
+void print_json(const BenchCommand& command, const std::vector<Result>& results) {
+  nlohmann::ordered_json root;
+  root["version"] = version();
+  root["backend"] = command.run.backend;
+  root["device"] = command.run.device;
+  root["threads"] = command.run.threads;
+  root["with_router"] = command.with_router;
+  root["rows"] = nlohmann::ordered_json::array();
+  for (const Result& r : results) {
+    nlohmann::ordered_json row;
+    row["name"] = r.row.name;
+    row["shape"] = r.row.shape.to_string();
+    row["dtype"] = name_of(r.row.dtype);
+    if (!r.skipped.empty()) {
+      row["skipped"] = r.skipped;
+    } else {
+      row["forward"] = to_json(r.forward, r.forward_rate);
+      row["backward"] = to_json(r.backward, r.backward_rate);
+      row["kept_bytes"] = r.kept;
+      row["peak_forward_bytes"] = r.peak_forward;
+      row["peak_backward_bytes"] = r.peak_backward;
+      row["buffer_sets"] = r.buffers;
+    }
+    row["command"] = repeat_line(command, r.row);
+    root["rows"].push_back(row);
+  }
+  std::printf("%s\n", root.dump(2).c_str());
+}
+
+std::string milliseconds(const Statistics& s) {
+  return format_fixed(s.median * 1e3, 2) + " (" + format_fixed(s.p10 * 1e3, 2) + ".." +
+         format_fixed(s.p90 * 1e3, 2) + ")";
+}
+
+void print_text(const BenchCommand& command, const std::vector<Result>& results) {
+  Table table({"problem", "T,d,n,E,K", "dtype", "forward ms (p10..p90)", "GFLOP/s",
+               "backward ms (p10..p90)", "GFLOP/s", "kept", "peak fwd", "peak bwd"},
+              3);
+  for (const Result& r : results) {
+    if (!r.skipped.empty()) continue;
+    table.add_row({r.row.name, r.row.shape.to_string(), std::string(name_of(r.row.dtype)),
+                   milliseconds(r.forward), format_fixed(r.forward_rate, 1),
+                   milliseconds(r.backward), format_fixed(r.backward_rate, 1),
+                   format_bytes(static_cast<double>(r.kept)),
+                   format_bytes(static_cast<double>(r.peak_forward)),
+                   format_bytes(static_cast<double>(r.peak_backward))});
+  }
+  table.print();
+  for (const Result& r : results) {
+    if (!r.skipped.empty()) {
+      std::printf("skipped %s %s: %s\n", r.row.name.c_str(),
+                  std::string(name_of(r.row.dtype)).c_str(), r.skipped.c_str());
+    }
+  }
+  std::printf(
+      "\n%s; model FLOPs (padding never counts); kept: H and routing; peak: kept, the "
+      "call's workspace and its output or dX.\nRepeat a row: %s\n",
+      command.with_router ? "Whole layer with its router" : "Experts with ready routing",
+      repeat_line(command, results.front().row).c_str());
+}
+
+int run(const BenchCommand& command) {
+  const Context context = command.run.context();
+  const auto require = [](bool condition, const char* option, const char* expected, double actual) {
+    if (!condition) throw usage_error(option, expected, format_fixed(actual, 0));
+  };
+  require(command.repeats >= 1, "--repeats", "a positive number", command.repeats);
+  require(command.warmup >= 0, "--warmup", "a number >= 0", command.warmup);
+  require(command.tokens >= 0, "--tokens", "a positive number",
+          static_cast<double>(command.tokens));
+  const std::vector<Row> rows = rows_of(command);
+  layer_options(command);  // errors before the first minute is spent
+
+  Progress progress(true);
+  std::vector<Result> results;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const std::string place = "[" + std::to_string(i + 1) + "/" + std::to_string(rows.size()) + "]";
+    try {
+      results.push_back(run_row(command, context, rows[i], progress, place));
+    } catch (const CheckFailed& failure) {
+      progress.clear();
+      std::fprintf(stderr, "sonicmoe: %s %s computes wrong results, nothing was timed: %s\n",
+                   rows[i].name.c_str(), std::string(name_of(rows[i].dtype)).c_str(),
+                   failure.what());
+      return kFailure;
+    }
+  }
+  progress.clear();
+  command.json ? print_json(command, results) : print_text(command, results);
+  return kSuccess;
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app, Action& action) {
+  CLI::App* command =
+      app.add_subcommand("bench", "Time forward and backward of one layer or of a suite");
+  auto options = std::make_shared<BenchCommand>();
+  command
+      ->add_option("--shape", options->shape,
+                   "One layer: tokens, model width, expert width, experts, top-K")
+      ->type_name("T,d,n,E,K");
+  command->add_option("--suite", options->suite, "cpu (default), paper or models")
+      ->type_name("NAME");
+  command
+      ->add_option("--dtype", options->dtype,
+                   "float32, bfloat16 or both; default: the suite's, float32 for --shape")
+      ->type_name("DTYPE");
+  command->add_option("--tokens", options->tokens,
+                      "Use this many tokens in place of the suite's T");
+  command->add_option("--activation", options->activation, "Activation of the experts")
+      ->capture_default_str();
+  command->add_flag("--layer", options->with_router, "Time the whole layer with its router");
+  command->add_option("--workspace-limit", options->workspace_limit, "Bound of one call's scratch")
+      ->type_name("BYTES");
+  command->add_option("--repeats", options->repeats, "Most calls to time")->capture_default_str();
+  command
+      ->add_option("--seconds", options->seconds, "Stop after this time (but not before 3 calls)")
+      ->capture_default_str();
+  command->add_option("--warmup", options->warmup, "Calls before timing")->capture_default_str();
+  command->add_option("--seed", options->seed, "Seed of the data")->capture_default_str();
+  command->add_flag("--no-check", options->without_check, "Do not check the results before timing");
+  options->run.add_to(*command);
+  command->add_flag("--json", options->json, "Print JSON");
+  command->callback([&action, options] { action = [options] { return run(*options); }; });
+}
+
+}  // namespace sonicmoe::cli

@@ -1,0 +1,179 @@
+// sonicmoe check: self-test of every operation against float64 definitions on random shapes.
+#include "cli/check.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "cli/command.hpp"
+#include "cli/options.hpp"
+#include "cli/table.hpp"
+
+namespace sonicmoe::cli {
+namespace {
+
+constexpr std::array kOperations{
+    CheckOperation{"moe", check_moe},
+    CheckOperation{"moe_sorted", check_moe_sorted},
+    CheckOperation{"moe_pairs", check_moe_pairs},
+    CheckOperation{"moe_layer", check_moe_layer},
+    CheckOperation{"route", check_route},
+    CheckOperation{"round_tokens", check_round_tokens},
+    CheckOperation{"round_select", check_round_select},
+    CheckOperation{"load_balancing_loss", check_load_balancing_loss},
+    CheckOperation{"router_z_loss", check_router_z_loss},
+    CheckOperation{"update_expert_bias", check_update_expert_bias},
+};
+
+struct CheckCommand {
+  RunOptions run;
+  std::vector<std::string> operations;
+  std::uint64_t seed = 0;
+  std::int64_t first = 0;
+  std::int64_t cases = 20;
+  bool json = false;
+};
+
+struct Failure {
+  std::string operation;
+  std::int64_t index = 0;
+  std::string description;
+  std::vector<std::string> problems;
+  std::string repro;
+};
+
+struct Tally {
+  std::string operation;
+  std::int64_t passed = 0;
+  std::int64_t failed = 0;
+};
+
+std::string repro_line(const CheckCommand& command, const char* operation, std::int64_t index) {
+  std::string line = "sonicmoe check --op " + std::string(operation) + " --seed " +
+                     std::to_string(command.seed) + " --first " + std::to_string(index) +
+                     " --cases 1";
+  if (!command.run.backend.empty()) line += " --backend " + command.run.backend;
+  if (command.run.device != "cpu") line += " --device " + command.run.device;
+  if (command.run.threads != 0) line += " --threads " + std::to_string(command.run.threads);
+  return line;
+}
+
+// The case's own generator: independent of the cases before it and of the operations selected.
+Random case_random(const CheckCommand& command, std::size_t operation, std::int64_t index) {
+  return Random{command.seed, operation, static_cast<std::uint64_t>(index)};
+}
+
+std::vector<std::size_t> selected_operations(const CheckCommand& command) {
+  std::vector<std::size_t> selected;
+  std::string known;
+  for (const CheckOperation& operation : kOperations) {
+    known += (known.empty() ? "" : ", ") + std::string(operation.name);
+  }
+  for (const std::string& name : command.operations) {
+    const auto found = std::find_if(kOperations.begin(), kOperations.end(),
+                                    [&](const CheckOperation& o) { return o.name == name; });
+    if (found == kOperations.end()) throw usage_error("--op", "one of " + known, name);
+    selected.push_back(static_cast<std::size_t>(found - kOperations.begin()));
+  }
+  if (!selected.empty()) return selected;
+  for (std::size_t i = 0; i < kOperations.size(); ++i) selected.push_back(i);
+  return selected;
+}
+
+// An exception in the middle of a case is a finding of that case.
+Findings run_case(const CheckOperation& operation, const Context& context, Random random) {
+  try {
+    return operation.run(context, random);
+  } catch (const Error& error) {
+    Findings findings;
+    findings.description = "error";
+    findings.add(error.what());
+    return findings;
+  }
+}
+
+int run(const CheckCommand& command) {
+  const Context context = command.run.context();
+  if (command.cases < 1)
+    throw usage_error("--cases", "a positive number", std::to_string(command.cases));
+  if (command.first < 0)
+    throw usage_error("--first", "a number >= 0", std::to_string(command.first));
+
+  std::vector<Tally> tallies;
+  std::vector<Failure> failures;
+  Progress progress(!command.json);
+  for (const std::size_t i : selected_operations(command)) {
+    const CheckOperation& operation = kOperations[i];
+    Tally tally{operation.name};
+    for (std::int64_t index = command.first; index < command.first + command.cases; ++index) {
+      progress.show(tally.operation + " " + std::to_string(index - command.first + 1) + "/" +
+                    std::to_string(command.cases));
+      const Findings findings = run_case(operation, context, case_random(command, i, index));
+      ++(findings.passed() ? tally.passed : tally.failed);
+      if (findings.passed()) continue;
+      failures.push_back({tally.operation, index, findings.description, findings.problems(),
+                          repro_line(command, operation.name, index)});
+      if (command.json) continue;
+      progress.clear();
+      std::printf("FAIL %s\n", failures.back().description.c_str());
+      for (const std::string& problem : failures.back().problems) {
+        std::printf("     %s\n", problem.c_str());
+      }
+      std::printf("     repeat: %s\n", failures.back().repro.c_str());
+    }
+    tallies.push_back(tally);
+  }
+  progress.clear();
+
+  if (command.json) {
+    nlohmann::ordered_json root;
+    root["backend"] = command.run.backend;
+    root["device"] = command.run.device;
+    root["seed"] = command.seed;
+    root["passed"] = failures.empty();
+    root["operations"] = nlohmann::ordered_json::array();
+    for (const Tally& tally : tallies) {
+      root["operations"].push_back(
+          {{"operation", tally.operation}, {"passed", tally.passed}, {"failed", tally.failed}});
+    }
+    root["failures"] = nlohmann::ordered_json::array();
+    for (const Failure& failure : failures) {
+      root["failures"].push_back({{"operation", failure.operation},
+                                  {"case", failure.index},
+                                  {"description", failure.description},
+                                  {"problems", failure.problems},
+                                  {"repro", failure.repro}});
+    }
+    std::printf("%s\n", root.dump(2).c_str());
+  } else {
+    Table table({"operation", "passed", "failed"});
+    for (const Tally& tally : tallies) {
+      table.add_row({tally.operation, std::to_string(tally.passed), std::to_string(tally.failed)});
+    }
+    table.print();
+  }
+  return failures.empty() ? kSuccess : kFailure;
+}
+
+}  // namespace
+
+void add_check(CLI::App& app, Action& action) {
+  CLI::App* command = app.add_subcommand(
+      "check", "Self-test of every operation against float64 definitions on random shapes");
+  auto options = std::make_shared<CheckCommand>();
+  command->add_option("--op", options->operations, "Operations to check; default: all")
+      ->type_name("NAME")
+      ->delimiter(',');
+  command->add_option("--seed", options->seed, "Seed of shapes and data")->capture_default_str();
+  command->add_option("--first", options->first, "Number of the first case")->capture_default_str();
+  command->add_option("--cases", options->cases, "Cases per operation")->capture_default_str();
+  options->run.add_to(*command);
+  command->add_flag("--json", options->json, "Print JSON");
+  command->callback([&action, options] { action = [options] { return run(*options); }; });
+}
+
+}  // namespace sonicmoe::cli

@@ -1,0 +1,26 @@
+// The problem lists of bench/problems.json.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cli/options.hpp"
+
+namespace sonicmoe::cli {
+
+struct Problem {
+  std::string name;
+  LayerShape shape;
+};
+
+struct Suite {
+  std::string name;
+  std::vector<DType> dtypes;  ///< the suite's own choice where --dtype is not given
+  std::vector<Problem> problems;
+};
+
+std::vector<std::string> suite_names();
+/// Errors: an unknown name (the message lists the known ones).
+Suite find_suite(const std::string& name);
+
+}  // namespace sonicmoe::cli
