@@ -32,6 +32,8 @@ class HostRouterBackend : public Backend {
                               ConstTensorView grad_loss, TensorView grad_logits) const override;
   void update_expert_bias(const Context& context, TensorView bias, ConstTensorView rows_per_expert,
                           float rate) const override;
+  void add_logits_gradient(const Context& context, TensorView grad_logits,
+                           ConstTensorView addend) const override;
 };
 
 }  // namespace sonicmoe

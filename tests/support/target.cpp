@@ -1,0 +1,65 @@
+#include "support/target.hpp"
+
+#include <cstring>
+#include <new>
+
+#include "core/backend.hpp"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace sonicmoe::testing {
+namespace {
+
+class HostMemory final : public DeviceMemory {
+ public:
+  void* allocate(std::size_t bytes, std::size_t alignment) override {
+    const std::size_t padded = (bytes + alignment - 1) / alignment * alignment;
+    void* data = std::aligned_alloc(alignment, padded);
+    if (data == nullptr) throw std::bad_alloc();
+    return data;
+  }
+  void release(void* data) override { std::free(data); }
+  void upload(void* device, const void* host, std::size_t bytes) override {
+    std::memcpy(device, host, bytes);
+  }
+  void download(void* host, const void* device, std::size_t bytes) override {
+    std::memcpy(host, device, bytes);
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  void forbid(void* data, std::size_t bytes) override { ASAN_POISON_MEMORY_REGION(data, bytes); }
+  void permit(void* data, std::size_t bytes) override { ASAN_UNPOISON_MEMORY_REGION(data, bytes); }
+#endif
+};
+
+HostMemory& host_memory() {
+  static HostMemory memory;
+  return memory;
+}
+
+std::vector<Target> find_targets() {
+  std::vector<Target> result;
+  for (const auto& backend : backend_list()) {
+    if (!backend->unavailable_reason().empty() || !backend->serves(DeviceType::kCpu)) continue;
+    result.push_back({std::string(backend->name()), Device{}, &host_memory()});
+  }
+  return result;
+}
+
+}  // namespace
+
+void DeviceMemory::forbid(void*, std::size_t) {}
+void DeviceMemory::permit(void*, std::size_t) {}
+
+const Target& host_target() {
+  static const Target target{"", Device{}, &host_memory()};
+  return target;
+}
+
+const std::vector<Target>& targets() {
+  static const std::vector<Target> list = find_targets();
+  return list;
+}
+
+}  // namespace sonicmoe::testing

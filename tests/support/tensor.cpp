@@ -1,0 +1,199 @@
+#include "support/tensor.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "reference/oracle.hpp"
+
+namespace sonicmoe::testing {
+namespace {
+
+constexpr std::size_t kAlignment = 64;
+
+std::vector<std::int64_t> make_strides(const std::vector<std::int64_t>& shape, Strides style) {
+  const bool padded = style == Strides::kPadded || style == Strides::kTransposedPadded;
+  const bool exchange = style == Strides::kTransposed || style == Strides::kTransposedPadded;
+  std::vector<std::size_t> order;  // dimensions from the fastest in memory to the slowest
+  for (std::size_t dim = shape.size(); dim-- > 0;) order.push_back(dim);
+  if (exchange && shape.size() >= 2) std::swap(order[0], order[1]);
+  std::vector<std::int64_t> strides(shape.size());
+  std::int64_t step = 1;
+  for (const std::size_t dim : order) {
+    strides[dim] = step;
+    step = step * std::max<std::int64_t>(shape[dim], 1) + (padded ? 3 : 0);
+  }
+  return strides;
+}
+
+}  // namespace
+
+std::vector<std::byte> poison(std::size_t bytes) {
+  std::vector<std::byte> pattern(bytes);
+  for (std::size_t i = 0; i < bytes; ++i) pattern[i] = i % 2 ? std::byte{0xFF} : std::byte{0xF5};
+  return pattern;
+}
+
+GuardedBuffer::GuardedBuffer(const Target& target, std::size_t bytes)
+    : target_(&target), bytes_(bytes) {
+  const std::size_t total = bytes + 2 * kGuardBytes;
+  base_ = static_cast<std::byte*>(target.memory->allocate(total, kAlignment));
+  target.memory->upload(base_, poison(total).data(), total);
+  forbid_guards();
+}
+
+GuardedBuffer::~GuardedBuffer() {
+  if (base_ == nullptr) return;
+  permit_guards();
+  target_->memory->release(base_);
+}
+
+GuardedBuffer::GuardedBuffer(GuardedBuffer&& other) noexcept { *this = std::move(other); }
+
+GuardedBuffer& GuardedBuffer::operator=(GuardedBuffer&& other) noexcept {
+  std::swap(target_, other.target_);
+  std::swap(base_, other.base_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+void GuardedBuffer::forbid_guards() const {
+  target_->memory->forbid(base_, kGuardBytes);
+  target_->memory->forbid(base_ + kGuardBytes + bytes_, kGuardBytes);
+}
+
+void GuardedBuffer::permit_guards() const {
+  target_->memory->permit(base_, kGuardBytes);
+  target_->memory->permit(base_ + kGuardBytes + bytes_, kGuardBytes);
+}
+
+void GuardedBuffer::upload(const std::vector<std::byte>& payload) {
+  if (bytes_ > 0) target_->memory->upload(data(), payload.data(), bytes_);
+}
+
+std::vector<std::byte> GuardedBuffer::download() const {
+  std::vector<std::byte> payload(bytes_);
+  if (bytes_ > 0) target_->memory->download(payload.data(), data(), bytes_);
+  return payload;
+}
+
+bool GuardedBuffer::guards_intact() const {
+  if (base_ == nullptr) return true;
+  permit_guards();
+  std::vector<std::byte> all(bytes_ + 2 * kGuardBytes);
+  target_->memory->download(all.data(), base_, all.size());
+  forbid_guards();
+  const std::vector<std::byte> pattern = poison(all.size());
+  const auto after = static_cast<std::ptrdiff_t>(kGuardBytes + bytes_);
+  return std::equal(all.begin(), all.begin() + kGuardBytes, pattern.begin()) &&
+         std::equal(all.begin() + after, all.end(), pattern.begin() + after);
+}
+
+TensorView GuardedBuffer::view() const {
+  if (base_ == nullptr) return {};
+  return TensorView(data(), DType::kUInt8, {static_cast<std::int64_t>(bytes_)});
+}
+
+const char* name_of(Strides strides) {
+  switch (strides) {
+    case Strides::kContiguous:
+      return "contiguous";
+    case Strides::kPadded:
+      return "padded";
+    case Strides::kTransposed:
+      return "transposed";
+    case Strides::kTransposedPadded:
+      return "transposed_padded";
+  }
+  return "?";
+}
+
+Tensor::Tensor(const Target& target, DType dtype, std::vector<std::int64_t> shape, Strides style) {
+  const std::vector<std::int64_t> strides = make_strides(shape, style);
+  const std::size_t element = size_of(dtype);
+  const bool padded = style == Strides::kPadded || style == Strides::kTransposedPadded;
+  start_ = padded ? element : 0;
+  std::size_t bytes = start_;
+  if (std::find(shape.begin(), shape.end(), 0) == shape.end()) {
+    std::int64_t last = 0;
+    for (std::size_t i = 0; i < shape.size(); ++i) last += (shape[i] - 1) * strides[i];
+    bytes += (static_cast<std::size_t>(last) + 1) * element;
+  }
+  buffer_ = GuardedBuffer(target, bytes);
+  image_ = poison(bytes);
+  view_ = TensorView(static_cast<std::byte*>(buffer_.data()) + start_, dtype,
+                     std::span<const std::int64_t>(shape), std::span<const std::int64_t>(strides));
+}
+
+std::size_t Tensor::byte_offset(std::int64_t index) const {
+  std::int64_t offset = 0;
+  for (int dim = view_.rank() - 1; dim >= 0; --dim) {
+    offset += index % view_.size(dim) * view_.stride(dim);
+    index /= view_.size(dim);
+  }
+  return start_ + static_cast<std::size_t>(offset) * size_of(dtype());
+}
+
+template <class Write>
+void Tensor::rewrite(Write write) {
+  for (std::int64_t i = 0; i < numel(); ++i) write(image_.data() + byte_offset(i), i);
+  buffer_.upload(image_);
+}
+
+void Tensor::fill(const std::vector<double>& values) {
+  rewrite([&](std::byte* element, std::int64_t i) {
+    const auto value = static_cast<float>(values[static_cast<std::size_t>(i)]);
+    if (dtype() == DType::kFloat32) {
+      std::memcpy(element, &value, sizeof value);
+    } else {
+      const bfloat16 narrow(value);
+      std::memcpy(element, &narrow, sizeof narrow);
+    }
+  });
+}
+
+void Tensor::fill_constant(double value) {
+  fill(std::vector<double>(static_cast<std::size_t>(numel()), value));
+}
+
+void Tensor::fill_ids(const std::vector<std::int64_t>& ids) {
+  rewrite([&](std::byte* element, std::int64_t i) {
+    const std::int64_t id = ids[static_cast<std::size_t>(i)];
+    if (dtype() == DType::kInt64) {
+      std::memcpy(element, &id, sizeof id);
+    } else {
+      const auto narrow = static_cast<std::int32_t>(id);
+      std::memcpy(element, &narrow, sizeof narrow);
+    }
+  });
+}
+
+std::vector<double> Tensor::values() const {
+  const std::vector<std::byte> payload = buffer_.download();
+  const auto rank = static_cast<std::size_t>(view_.rank());
+  std::vector<std::int64_t> strides(rank);
+  for (std::size_t i = 0; i < rank; ++i) strides[i] = view_.stride(static_cast<int>(i));
+  return oracle::to_double(ConstTensorView(payload.data() + start_, dtype(), view_.shape(),
+                                           std::span<const std::int64_t>(strides)));
+}
+
+std::string Tensor::violation_as_output() const {
+  if (!defined()) return {};
+  if (!buffer_.guards_intact()) return "wrote outside its buffer";
+  // Put the poison back into the elements; whatever still differs lies in a gap.
+  std::vector<std::byte> payload = buffer_.download();
+  const std::vector<std::byte> pattern = poison(payload.size());
+  for (std::int64_t i = 0; i < numel(); ++i) {
+    const std::size_t offset = byte_offset(i);
+    std::copy_n(pattern.data() + offset, size_of(dtype()), payload.data() + offset);
+  }
+  return payload == pattern ? "" : "wrote between its elements";
+}
+
+std::string Tensor::violation_as_input() const {
+  if (!defined()) return {};
+  if (!buffer_.guards_intact()) return "wrote outside an input";
+  return buffer_.download() == image_ ? "" : "changed an input";
+}
+
+}  // namespace sonicmoe::testing
