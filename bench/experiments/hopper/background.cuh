@@ -1,5 +1,6 @@
-// The aggregation as background work:  O[t] = Σ_k s[t, k] · Y[pos[t, k]],  in units of one token and
-// kUnitColumns columns that a warp takes from a global counter whenever it would otherwise wait.
+// The aggregation as background work:  O[t] = Σ_k s[t, k] · Y[pos[t, k]],  in units of one token
+// and kUnitColumns columns that a warp takes from a global counter whenever it would otherwise
+// wait.
 #pragma once
 
 #include "cuda/ptx/math.cuh"
@@ -11,14 +12,14 @@ namespace experiment {
 inline constexpr int kUnitColumns = 1024;
 
 struct BackgroundParams {
-  const bf16* y;     // [T*K, d]
-  const int* pos;    // [T, K] rows of Y
-  const float* s;    // [T, K]
-  bf16* o;           // [T, d]
-  int* counter;      // next unit; zeroed before the launch
+  const bf16* y;   // [T*K, d]
+  const int* pos;  // [T, K] rows of Y
+  const float* s;  // [T, K]
+  bf16* o;         // [T, d]
+  int* counter;    // next unit; zeroed before the launch
   int tokens, top_k, d;
-  int units;         // how many to hand out at most; beyond T*d/kUnitColumns they start over
-  bool complete;     // finish all units, even after the math has ended
+  int units;      // how many to hand out at most; beyond T*d/kUnitColumns they start over
+  bool complete;  // finish all units, even after the math has ended
 };
 
 // One unit, by one warp; top_k must be a multiple of kLoads. Returns false when none is left.

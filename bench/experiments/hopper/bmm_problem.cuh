@@ -25,8 +25,10 @@ static __global__ void reference_kernel(const bf16* a, const bf16* b, BmmSize si
     const int64_t r = at / size.n % size.m, c = at % size.n;
     double sum = 0;
     for (int64_t k = 0; k < size.k; ++k) {
-      const bf16 x = a_k_major ? a[(ea * size.m + r) * size.k + k] : a[(ea * size.k + k) * size.m + r];
-      const bf16 y = b_k_major ? b[(e * size.n + c) * size.k + k] : b[(e * size.k + k) * size.n + c];
+      const bf16 x =
+          a_k_major ? a[(ea * size.m + r) * size.k + k] : a[(ea * size.k + k) * size.m + r];
+      const bf16 y =
+          b_k_major ? b[(e * size.n + c) * size.k + k] : b[(e * size.k + k) * size.n + c];
       sum += double{__bfloat162float(x)} * double{__bfloat162float(y)};
     }
     index[i] = at;
@@ -111,8 +113,8 @@ inline void launch(const MainloopVariant& v, const MainloopParams& p) {
   CHECK_CUDA(cudaLaunchKernelEx(&config, v.kernel, p));
 }
 
-// Runs the variant once on poisoned output and compares `samples` outputs with fp64: bit for bit when
-// the data is ternary and k <= 256, else within bf16's rounding. Prints the result.
+// Runs the variant once on poisoned output and compares `samples` outputs with fp64: bit for bit
+// when the data is ternary and k <= 256, else within bf16's rounding. Prints the result.
 inline bool check_product(const BmmProblem& problem, const MainloopVariant& v, int64_t samples,
                           bool exact, uint64_t* cycles) {
   CHECK_CUDA(cudaMemset(problem.d.data(), 0xff, problem.d.bytes()));

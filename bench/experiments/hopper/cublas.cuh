@@ -1,5 +1,5 @@
-// cuBLAS's strided batched product, loaded at run time from the library SONICMOE_CUBLAS names, so that
-// it can be timed in turn with the experiments' kernels. Absent library: available() is false.
+// cuBLAS's strided batched product, loaded at run time from the library SONICMOE_CUBLAS names, so
+// that it can be timed in turn with the experiments' kernels. Absent library: available() is false.
 #pragma once
 
 #include <dlfcn.h>
@@ -29,11 +29,11 @@ class Cublas {
     const float one = 1, zero = 0;
     const bool a_k = a_major == Major::kK, b_k = b_major == Major::kK;
     // Row-major D is the column-major N x M matrix B·Aᵀ.
-    const int status = gemm_(handle_, b_k ? 1 : 0, a_k ? 0 : 1, s.n, s.m, s.k, &one,
-                             problem.b.data(), CUDA_R_16BF, b_k ? s.k : s.n, int64_t{s.n} * s.k,
-                             problem.a.data(), CUDA_R_16BF, a_k ? s.k : s.m, int64_t{s.m} * s.k,
-                             &zero, problem.d.data(), CUDA_R_16BF, s.n, int64_t{s.m} * s.n,
-                             s.experts, kCompute32F, kDefaultAlgorithm);
+    const int status =
+        gemm_(handle_, b_k ? 1 : 0, a_k ? 0 : 1, s.n, s.m, s.k, &one, problem.b.data(), CUDA_R_16BF,
+              b_k ? s.k : s.n, int64_t{s.n} * s.k, problem.a.data(), CUDA_R_16BF, a_k ? s.k : s.m,
+              int64_t{s.m} * s.k, &zero, problem.d.data(), CUDA_R_16BF, s.n, int64_t{s.m} * s.n,
+              s.experts, kCompute32F, kDefaultAlgorithm);
     if (status != 0) {
       std::fprintf(stderr, "cublasGemmStridedBatchedEx: status %d\n", status);
       std::exit(1);

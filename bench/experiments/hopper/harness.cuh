@@ -115,7 +115,8 @@ static __global__ void fill_kernel(bf16* out, size_t count, uint32_t seed, Fill 
   }
 }
 
-inline void fill_random(const DeviceBuffer<bf16>& buffer, uint32_t seed, Fill fill = Fill::kNormal) {
+inline void fill_random(const DeviceBuffer<bf16>& buffer, uint32_t seed,
+                        Fill fill = Fill::kNormal) {
   fill_kernel<<<132 * 8, 256>>>(buffer.data(), buffer.size(), seed, fill);
   CHECK_CUDA(cudaGetLastError());
 }
@@ -169,9 +170,9 @@ inline Timing summarise(std::vector<float> ms) {
 
 // Times each launch function with events, `rounds` times, all variants in turn in every round; the
 // first `warmup` rounds are dropped. `between` runs untimed before each launch.
-inline std::vector<Timing> time_interleaved(const std::vector<std::function<void()>>& launches,
-                                            int rounds, int warmup = 2,
-                                            const std::function<void()>& between = [] {}) {
+inline std::vector<Timing> time_interleaved(
+    const std::vector<std::function<void()>>& launches, int rounds, int warmup = 2,
+    const std::function<void()>& between = [] {}) {
   cudaEvent_t begin, end;
   CHECK_CUDA(cudaEventCreate(&begin));
   CHECK_CUDA(cudaEventCreate(&end));
@@ -200,7 +201,8 @@ inline std::vector<Timing> time_interleaved(const std::vector<std::function<void
 class Row {
  public:
   Row(const char* experiment, const std::string& variant) {
-    text_ = "{\"experiment\": \"" + std::string(experiment) + "\", \"variant\": \"" + variant + "\"";
+    text_ =
+        "{\"experiment\": \"" + std::string(experiment) + "\", \"variant\": \"" + variant + "\"";
   }
   Row& text(const char* key, const std::string& value) {
     text_ += ", \"" + std::string(key) + "\": \"" + value + "\"";

@@ -1,6 +1,7 @@
-// M1: how fast L2 takes vector reductions. Rows of 512 bytes in random order, eight adds per row, into
-// windows that fit L2 or do not: red.v4.bf16x2, red.v4.f32, bulk bf16 reductions out of shared memory,
-// and plain stores as the ceiling. Decides whether a combine by reduction can replace Y (kernels A.7).
+// M1: how fast L2 takes vector reductions. Rows of 512 bytes in random order, eight adds per row,
+// into windows that fit L2 or do not: red.v4.bf16x2, red.v4.f32, bulk bf16 reductions out of shared
+// memory, and plain stores as the ceiling. Decides whether a combine by reduction can replace Y
+// (kernels A.7).
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -120,8 +121,8 @@ int main() {
       if (megabytes == 25) expect(correct(v, window, device_order), std::string("m1 ") + v.name);
       const int threads = std::min(v.threads, 1024);
       launches.push_back([&v, &window, &device_order, threads] {
-        v.kernel<<<132 * (v.threads / threads), threads>>>(
-            window.data(), device_order.data(), static_cast<int>(device_order.size()));
+        v.kernel<<<132 * (v.threads / threads), threads>>>(window.data(), device_order.data(),
+                                                           static_cast<int>(device_order.size()));
       });
     }
     const std::vector<Timing> timings = time_interleaved(launches, 15);

@@ -1,8 +1,8 @@
 // M2: how fast one SM can gather 128 token rows x 128 bytes per k-tile into a swizzled stage, with
-// nothing but a consumer that frees the stage at once: one TMA box of 64x1 per row against cp.async in
-// the strict form (wait, proxy fence, arrive) and the noinc form, with 1 or 2 loader warps, from X in
-// L2 and in DRAM, without and with the 256-row B box (32 KB) that shares the stage. The MMA at peak
-// needs 16 bytes/clk of A and 32 of B.
+// nothing but a consumer that frees the stage at once: one TMA box of 64x1 per row against cp.async
+// in the strict form (wait, proxy fence, arrive) and the noinc form, with 1 or 2 loader warps, from
+// X in L2 and in DRAM, without and with the 256-row B box (32 KB) that shares the stage. The MMA at
+// peak needs 16 bytes/clk of A and 32 of B.
 #include <memory>
 
 #include "cuda/ptx/cp_async.cuh"
@@ -22,8 +22,8 @@ using tile::Slot;
 
 enum class Method { kTmaRows, kTmaBox, kStrict, kNoinc };
 
-// Where a gather warp keeps its rows: one shared load before each copy; four rows per 16-byte shared
-// load, a batch of loads before a batch of copies; or registers for the whole tile.
+// Where a gather warp keeps its rows: one shared load before each copy; four rows per 16-byte
+// shared load, a batch of loads before a batch of copies; or registers for the whole tile.
 enum class Index { kShared, kSharedBatch, kRegisters };
 
 struct Shape {
@@ -271,9 +271,16 @@ struct Problem {
 
 Params make_params(const Problem& problem, const Variant& v, const CUtensorMap& b,
                    DeviceBuffer<uint64_t>& cycles, bf16* out) {
-  return {problem.x_rows, problem.x_box, b, problem.x.data(),
-          v.contiguous ? problem.dense_rows.data() : problem.rows.data(), out, cycles.data(),
-          problem.tiles, problem.d, 8};
+  return {problem.x_rows,
+          problem.x_box,
+          b,
+          problem.x.data(),
+          v.contiguous ? problem.dense_rows.data() : problem.rows.data(),
+          out,
+          cycles.data(),
+          problem.tiles,
+          problem.d,
+          8};
 }
 
 bool correct(const Problem& problem, const Variant& v, const CUtensorMap& b,
@@ -300,8 +307,10 @@ int main() {
   const std::vector<Variant> variants = {
       variant<Shape{Method::kTmaBox, 1, 3, false, Index::kShared}>("TMA box 64x128, contiguous"),
       variant<Shape{Method::kTmaRows, 1, 3, false, Index::kShared}>("TMA boxes 64x1, all lanes"),
-      variant<Shape{Method::kTmaRows, 1, 3, false, Index::kSharedBatch}>("TMA boxes 64x1, one lane"),
-      variant<Shape{Method::kTmaRows, 2, 3, false, Index::kSharedBatch}>("TMA boxes 64x1, one lane"),
+      variant<Shape{Method::kTmaRows, 1, 3, false, Index::kSharedBatch}>(
+          "TMA boxes 64x1, one lane"),
+      variant<Shape{Method::kTmaRows, 2, 3, false, Index::kSharedBatch}>(
+          "TMA boxes 64x1, one lane"),
       variant<Shape{Method::kNoinc, 1, 3, false, Index::kShared}>("cp.async noinc"),
       variant<Shape{Method::kNoinc, 1, 3, false, Index::kSharedBatch}>("cp.async noinc"),
       variant<Shape{Method::kNoinc, 1, 3, false, Index::kRegisters}>("cp.async noinc"),

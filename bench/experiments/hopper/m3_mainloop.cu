@@ -1,6 +1,7 @@
 // M3: the mainloop alone (TMA operands, no gather, no store), with a dump, and as a whole GEMM with
-// epilogue warps: tile widths, ring depths, pairs that share B, and the three operand layouts of the
-// six GEMMs, in turn with cuBLAS's strided batched product. Settles the tile table (kernels A.6).
+// epilogue warps: tile widths, ring depths, pairs that share B, and the three operand layouts of
+// the six GEMMs, in turn with cuBLAS's strided batched product. Settles the tile table (kernels
+// A.6).
 #include "cublas.cuh"
 
 namespace {
@@ -13,7 +14,8 @@ constexpr Output kBulkRows = Output::kBulkRows, kTensorStore = Output::kTensorSt
 
 void check_all(const std::vector<MainloopVariant>& variants) {
   DeviceBuffer<uint64_t> cycles(132);
-  // More tiles than CTAs, so that stages and dump halves are reused; then k counts around the stages.
+  // More tiles than CTAs, so that stages and dump halves are reused; then k counts around the
+  // stages.
   const BmmProblem exact({"exact", 9, 512, 1536, 256, 9}, Fill::kTernary);
   const BmmProblem one_k({"one k-tile", 5, 256, 768, 64, 2}, Fill::kTernary);
   const BmmProblem real({"real", 3, 1024, 768, 1088, 3}, Fill::kNormal);
@@ -109,10 +111,13 @@ int main(int argc, char** argv) {
   check_all(all);
   if (g_failures == 0) {
     // The up-projection of 30B-n1024, its reverse, a width that 192 divides, and the small d of 7B.
-    time_all(BmmProblem({"30B-n1024 up", 64, 2048, 2048, 4096, 64}, Fill::kNormal), all, rounds, cublas);
+    time_all(BmmProblem({"30B-n1024 up", 64, 2048, 2048, 4096, 64}, Fill::kNormal), all, rounds,
+             cublas);
     time_all(BmmProblem({"N 3072", 64, 2048, 3072, 2048, 64}, Fill::kNormal), all, rounds, cublas);
-    time_all(BmmProblem({"7B-n256 up", 128, 1536, 512, 1536, 128}, Fill::kNormal), all, rounds, cublas);
-    time_all(BmmProblem({"30B-n256 down", 256, 2048, 4096, 256, 256}, Fill::kNormal), all, rounds, cublas);
+    time_all(BmmProblem({"7B-n256 up", 128, 1536, 512, 1536, 128}, Fill::kNormal), all, rounds,
+             cublas);
+    time_all(BmmProblem({"30B-n256 down", 256, 2048, 4096, 256, 256}, Fill::kNormal), all, rounds,
+             cublas);
   }
   return finish();
 }

@@ -1,6 +1,6 @@
-// M4: what the aggregation costs when 2 or 3 epilogue warps (64 or 96 threads per SM) run it beside a
-// weight-gradient product: its GB/s while the math runs, and how much longer the product takes. Decides
-// whether the backward's aggregation can hide behind dW1 and dW2 (kernels A.7).
+// M4: what the aggregation costs when 2 or 3 epilogue warps (64 or 96 threads per SM) run it beside
+// a weight-gradient product: its GB/s while the math runs, and how much longer the product takes.
+// Decides whether the backward's aggregation can hide behind dW1 and dW2 (kernels A.7).
 #include <memory>
 
 #include "bmm_problem.cuh"
@@ -13,7 +13,11 @@ constexpr Major kMn = Major::kMn;
 
 struct Aggregation {
   Aggregation(int tokens, int top_k, int d)
-      : tokens(tokens), top_k(top_k), d(d), y(size_t(tokens) * top_k * d), o(size_t(tokens) * d),
+      : tokens(tokens),
+        top_k(top_k),
+        d(d),
+        y(size_t(tokens) * top_k * d),
+        o(size_t(tokens) * d),
         counter(1) {
     fill_random(y, 21);
     std::vector<int> pos(size_t(tokens) * top_k);
@@ -26,13 +30,11 @@ struct Aggregation {
     this->s = DeviceBuffer<float>(s);
   }
   BackgroundParams params(int units, bool complete) const {
-    return {y.data(), pos.data(), s.data(), o.data(), counter.data(), tokens, top_k, d, units,
-            complete};
+    return {y.data(), pos.data(), s.data(), o.data(), counter.data(),
+            tokens,   top_k,      d,        units,    complete};
   }
   int units_per_pass() const { return tokens * ((d + kUnitColumns - 1) / kUnitColumns); }
-  double bytes_per_unit() const {
-    return double(tokens) * d * 2 * (top_k + 1) / units_per_pass();
-  }
+  double bytes_per_unit() const { return double(tokens) * d * 2 * (top_k + 1) / units_per_pass(); }
   bool correct() const {
     const std::vector<bf16> got = o.to_host(), values = y.to_host();
     const std::vector<float> weights = s.to_host();
@@ -73,9 +75,9 @@ void check_background(const MainloopVariant& v, int top_k) {
   p.background = aggregation.params(aggregation.units_per_pass(), true);
   launch(v, p);
   CHECK_CUDA(cudaDeviceSynchronize());
-  expect(aggregation.correct(), format("m4 aggregation, %d warps, %d loads, %s",
-                                       v.shape.background_warps, v.shape.background_loads,
-                                       v.name.c_str()));
+  expect(aggregation.correct(),
+         format("m4 aggregation, %d warps, %d loads, %s", v.shape.background_warps,
+                v.shape.background_loads, v.name.c_str()));
 }
 
 void measure(const BmmSize& size, const std::vector<MainloopVariant>& variants, int tokens,
@@ -101,9 +103,8 @@ void measure(const BmmSize& size, const std::vector<MainloopVariant>& variants, 
       aggregate_kernel<8><<<132 * 4, 256>>>(alone);
     }
   });
-  const std::vector<Timing> timings = time_interleaved(launches, rounds, 2, [&] {
-    CHECK_CUDA(cudaMemset(aggregation.counter.data(), 0, 4));
-  });
+  const std::vector<Timing> timings = time_interleaved(
+      launches, rounds, 2, [&] { CHECK_CUDA(cudaMemset(aggregation.counter.data(), 0, 4)); });
   for (size_t i = 0; i < variants.size(); ++i) {  // units handed out in one more run
     CHECK_CUDA(cudaMemset(aggregation.counter.data(), 0, 4));
     launches[i]();
@@ -135,9 +136,8 @@ void measure(const BmmSize& size, const std::vector<MainloopVariant>& variants, 
         .number("clk_per_k_tile", median_cycles(cycles[i]) / median_k_tiles(size, 256))
         .number("clock_mhz", median_cycles(cycles[i]) / timings[i].median * 1e-3)
         .number("needed_gb", aggregation.units_per_pass() * aggregation.bytes_per_unit() * 1e-9)
-        .number("done_gb", shape.background_warps == 0
-                               ? 0
-                               : done[i] * aggregation.bytes_per_unit() * 1e-9)
+        .number("done_gb",
+                shape.background_warps == 0 ? 0 : done[i] * aggregation.bytes_per_unit() * 1e-9)
         .print();
   }
   Row("m4_background", "aggregation alone")

@@ -29,9 +29,10 @@ using ptx::Major;
 using tile::Role;
 using tile::Slot;
 
-// What happens to the accumulators: nothing (the mainloop alone), a dump to shared memory that nobody
-// reads, or the dump and its way to D (a whole GEMM): 16-byte loads and stores by three epilogue
-// warps, one bulk copy per row, or one tensor store per 64 columns; the last two by one warp per half.
+// What happens to the accumulators: nothing (the mainloop alone), a dump to shared memory that
+// nobody reads, or the dump and its way to D (a whole GEMM): 16-byte loads and stores by three
+// epilogue warps, one bulk copy per row, or one tensor store per 64 columns; the last two by one
+// warp per half.
 enum class Output { kNone, kDump, kStore, kBulkRows, kTensorStore };
 
 struct MainloopShape {
@@ -168,11 +169,9 @@ __device__ void dump_accumulators(const float (&acc)[kCount], uint32_t half, int
 #pragma unroll
   for (int j = 0; j < kCount / 8; ++j) {  // 16 columns each
     const int chunk = 2 * j + (lane >> 4);
-    const uint32_t offset = S::shape.output == Output::kBulkRows
-                                ? row * S::row_pitch + chunk * 16
-                                : tile::dump_offset(row, chunk);
-    ptx::stmatrix_x4(half + offset,
-                     ptx::pack_bf16x2(acc[8 * j], acc[8 * j + 1]),
+    const uint32_t offset = S::shape.output == Output::kBulkRows ? row * S::row_pitch + chunk * 16
+                                                                 : tile::dump_offset(row, chunk);
+    ptx::stmatrix_x4(half + offset, ptx::pack_bf16x2(acc[8 * j], acc[8 * j + 1]),
                      ptx::pack_bf16x2(acc[8 * j + 2], acc[8 * j + 3]),
                      ptx::pack_bf16x2(acc[8 * j + 4], acc[8 * j + 5]),
                      ptx::pack_bf16x2(acc[8 * j + 6], acc[8 * j + 7]));
@@ -182,8 +181,8 @@ __device__ void dump_accumulators(const float (&acc)[kCount], uint32_t half, int
 // The mainloop alone must still have a use of its accumulators that the compiler cannot rule out:
 // ptxas drops every wgmma of a dead product, volatile or not. Slow; for checks only.
 template <class S, int kCount>
-__device__ void store_accumulators(const MainloopParams& p, const Item& t, const float (&acc)[kCount],
-                                   int warp, int lane) {
+__device__ void store_accumulators(const MainloopParams& p, const Item& t,
+                                   const float (&acc)[kCount], int warp, int lane) {
   const int64_t row = (int64_t{t.expert} * p.m_tiles + t.m) * 128 + warp * 16 + lane / 4;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -267,8 +266,8 @@ __device__ void wait_with_background(const MainloopParams& p, uint32_t barrier, 
 
 // The epilogue of half w of every tile, by one warp, without touching the values.
 template <class S>
-__device__ void bulk_store_half(const MainloopParams& p, const SharedLayout& l, uint32_t rank, int w,
-                                int lane, int first, int step, int items) {
+__device__ void bulk_store_half(const MainloopParams& p, const SharedLayout& l, uint32_t rank,
+                                int w, int lane, int first, int step, int items) {
   constexpr MainloopShape shape = S::shape;
   const uint32_t half = l.dump + w * S::half_bytes;
   uint32_t parity = 0;

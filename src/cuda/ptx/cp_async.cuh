@@ -22,7 +22,9 @@ SONICMOE_DEVICE void cp_async_16(uint32_t destination, const void* source) {
 }
 
 // Closes this thread's group of copies since the last commit (possibly empty).
-SONICMOE_DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+SONICMOE_DEVICE void cp_async_commit_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until at most kPending of this thread's groups are unfinished.
 template <int kPending>

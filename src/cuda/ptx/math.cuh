@@ -35,8 +35,6 @@ SONICMOE_DEVICE uint32_t pack_bf16x2(float low, float high) {
 
 // The two halves of a bf16x2 as floats, exact.
 SONICMOE_DEVICE float unpack_low(uint32_t packed) { return __uint_as_float(packed << 16); }
-SONICMOE_DEVICE float unpack_high(uint32_t packed) {
-  return __uint_as_float(packed & 0xffff0000u);
-}
+SONICMOE_DEVICE float unpack_high(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
 
 }  // namespace sonicmoe::ptx

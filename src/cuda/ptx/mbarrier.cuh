@@ -5,8 +5,8 @@
 
 namespace sonicmoe::ptx {
 
-// Sets the arrival count of one phase. One thread; then fence_mbarrier_init() and a CTA (or cluster)
-// barrier before any other use.
+// Sets the arrival count of one phase. One thread; then fence_mbarrier_init() and a CTA (or
+// cluster) barrier before any other use.
 SONICMOE_DEVICE void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -27,10 +27,10 @@ SONICMOE_DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes)
                : "memory");
 }
 
-// One arrival at the barrier with the same offset in CTA `cta` of the cluster (this CTA included). That
-// CTA must still be running. Relaxed: it publishes no writes. Enough to hand back a stage that was only
-// read by wgmma (complete after wgmma_wait_group); the release form costs a GPU-wide MEMBAR per
-// arrival, which took 40% off a mainloop in pairs.
+// One arrival at the barrier with the same offset in CTA `cta` of the cluster (this CTA included).
+// That CTA must still be running. Relaxed: it publishes no writes. Enough to hand back a stage that
+// was only read by wgmma (complete after wgmma_wait_group); the release form costs a GPU-wide
+// MEMBAR per arrival: 38% more clocks for a mainloop in pairs.
 SONICMOE_DEVICE void mbarrier_arrive_cluster_relaxed(uint32_t barrier, uint32_t cta) {
   asm volatile(
       "{\n"
@@ -42,8 +42,9 @@ SONICMOE_DEVICE void mbarrier_arrive_cluster_relaxed(uint32_t barrier, uint32_t 
       : "memory");
 }
 
-// True when the phase of the given parity has completed; may suspend the thread for a short, hardware
-// chosen time first. Acquire at CTA scope. A fresh barrier counts as having completed parity 1.
+// True when the phase of the given parity has completed; may suspend the thread for a short,
+// hardware chosen time first. Acquire at CTA scope. A fresh barrier counts as having completed
+// parity 1.
 SONICMOE_DEVICE bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -58,8 +59,8 @@ SONICMOE_DEVICE bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
   return done != 0;
 }
 
-// The same, relaxed at cluster scope: for a loader whose only next access is a bulk copy into the stage
-// that mbarrier_arrive_cluster_relaxed() handed back. (The acquire form invalidates L1.)
+// The same, relaxed at cluster scope: for a loader whose only next access is a bulk copy into the
+// stage that mbarrier_arrive_cluster_relaxed() handed back. (The acquire form invalidates L1.)
 SONICMOE_DEVICE bool mbarrier_try_wait_cluster_relaxed(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(

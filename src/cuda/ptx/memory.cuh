@@ -1,4 +1,5 @@
-// Vector loads, stores and reductions, and L2 eviction policies. Addresses are aligned to the access.
+// Vector loads, stores and reductions, and L2 eviction policies. Addresses are aligned to the
+// access.
 #pragma once
 
 #include "cuda/ptx/common.cuh"

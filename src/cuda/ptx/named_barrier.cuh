@@ -1,5 +1,5 @@
-// Hardware barriers 1..15 among a subset of the CTA's warps (0 is __syncthreads). `threads` counts all
-// participants, arriving and waiting, and is a multiple of 32.
+// Hardware barriers 1..15 among a subset of the CTA's warps (0 is __syncthreads). `threads` counts
+// all participants, arriving and waiting, and is a multiple of 32.
 #pragma once
 
 #include "cuda/ptx/common.cuh"

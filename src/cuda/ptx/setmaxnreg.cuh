@@ -1,6 +1,6 @@
-// setmaxnreg: moves registers between the warpgroups of a CTA. All four warps of the warpgroup execute
-// it, converged. kRegisters is a multiple of 8 in [24, 256]. The sum over the warpgroups must not
-// exceed what the launch allocated, or the increase waits for ever.
+// setmaxnreg: moves registers between the warpgroups of a CTA. All four warps of the warpgroup
+// execute it, converged. kRegisters is a multiple of 8 in [24, 256]. The sum over the warpgroups
+// must not exceed what the launch allocated, or the increase waits for ever.
 #pragma once
 
 #include "cuda/ptx/common.cuh"

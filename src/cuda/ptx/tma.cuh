@@ -14,10 +14,10 @@ SONICMOE_DEVICE void prefetch_tensormap(const CUtensorMap* map) {
 }
 
 // Loads the map's box at coordinates (c0, c1, ...), c0 innermost, in elements. Elements outside the
-// tensor arrive as zeros and count as bytes. `destination` is 128-byte aligned (1024 for the 128-byte
-// swizzle pattern to start at row 0); completion adds the box's bytes to `barrier`.
-SONICMOE_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int c0,
-                              int c1) {
+// tensor arrive as zeros and count as bytes. `destination` is 128-byte aligned (1024 for the
+// 128-byte swizzle pattern to start at row 0); completion adds the box's bytes to `barrier`.
+SONICMOE_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier,
+                              int c0, int c1) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4}], [%2];" ::"r"(destination),
@@ -25,8 +25,8 @@ SONICMOE_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint
       : "memory");
 }
 
-SONICMOE_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int c0,
-                              int c1, int c2) {
+SONICMOE_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier,
+                              int c0, int c1, int c2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(destination),
@@ -34,8 +34,8 @@ SONICMOE_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint
       : "memory");
 }
 
-SONICMOE_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int c0,
-                              int c1, int c2, int c3) {
+SONICMOE_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier,
+                              int c0, int c1, int c2, int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
@@ -62,11 +62,12 @@ SONICMOE_DEVICE void tma_load_hinted(uint32_t destination, const CUtensorMap* ma
       : "memory");
 }
 
-// Loads the box into every CTA of `cta_mask`, at the same shared offset, and completes on the barrier
-// with the same offset in each. The issuer must know (cluster-scope acquire) that the stage is free
-// in all of them.
+// Loads the box into every CTA of `cta_mask`, at the same shared offset, and completes on the
+// barrier with the same offset in each. The issuer must know (cluster-scope acquire) that the stage
+// is free in all of them.
 SONICMOE_DEVICE void tma_load_multicast(uint32_t destination, const CUtensorMap* map,
-                                        uint32_t barrier, uint16_t cta_mask, int c0, int c1, int c2) {
+                                        uint32_t barrier, uint16_t cta_mask, int c0, int c1,
+                                        int c2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
@@ -84,8 +85,8 @@ SONICMOE_DEVICE void tma_load_multicast(uint32_t destination, const CUtensorMap*
       : "memory");
 }
 
-// Stores the map's box from shared memory, clipped to the tensor, in this thread's open bulk group. What
-// the generic proxy wrote needs fence_proxy_async_shared() first.
+// Stores the map's box from shared memory, clipped to the tensor, in this thread's open bulk group.
+// What the generic proxy wrote needs fence_proxy_async_shared() first.
 SONICMOE_DEVICE void tma_store(const CUtensorMap* map, uint32_t source, int c0, int c1, int c2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
@@ -102,8 +103,8 @@ SONICMOE_DEVICE void bulk_store(void* destination, uint32_t source, uint32_t byt
                : "memory");
 }
 
-// Adds `bytes` / 2 bf16 values from shared to global memory, element by element, rounding each sum to
-// bf16. Order among concurrent adds is unspecified, so the result depends on it.
+// Adds `bytes` / 2 bf16 values from shared to global memory, element by element, rounding each sum
+// to bf16. Order among concurrent adds is unspecified, so the result depends on it.
 SONICMOE_DEVICE void bulk_reduce_add_bf16(void* destination, uint32_t source, uint32_t bytes) {
   asm volatile(
       "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%0], [%1], %2;" ::"l"(

@@ -20,8 +20,8 @@ SONICMOE_DEVICE void wgmma_commit_group() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits until at most kPending groups are unfinished. It proves only the executing warp's share done:
-// release a stage with one arrival per warp, not per warpgroup.
+// Waits until at most kPending groups are unfinished. It proves only the executing warp's share
+// done: release a stage with one arrival per warp, not per warpgroup.
 template <int kPending>
 SONICMOE_DEVICE void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");

@@ -1,5 +1,6 @@
-// Ring buffer state and checked waits. A wait that never ends is the usual failure of these kernels:
-// built with SONICMOE_WAIT_LIMIT it traps after that many clocks and says who waited for what.
+// Ring buffer state and checked waits. A wait that never ends is the usual failure of these
+// kernels: built with SONICMOE_WAIT_LIMIT it traps after that many clocks and says who waited for
+// what.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +29,8 @@ struct RingState {
 };
 
 #ifdef SONICMOE_WAIT_LIMIT
-// Mapped host memory that outlives a trapped context: {1, role, slot, stage, parity, block, thread}.
-// Set with cudaMemcpyToSymbol; one per translation unit.
+// Mapped host memory that outlives a trapped context: {1, role, slot, stage, parity, block,
+// thread}. Set with cudaMemcpyToSymbol; one per translation unit.
 static __device__ uint32_t* wait_report = nullptr;
 
 SONICMOE_DEVICE void fail_wait(Role role, Slot slot, uint32_t stage, uint32_t parity) {
