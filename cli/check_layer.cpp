@@ -22,8 +22,14 @@ struct LayerCase {
     config.hidden_size = random.integer(1, 64);
     config.intermediate_size = random.integer(1, 48);
     config.num_experts = random.integer(1, 12);
-    config.top_k = random.integer(1, std::min<std::int64_t>(config.num_experts, 4));
     config.dtype = random.chance(0.5) ? DType::kFloat32 : DType::kBFloat16;
+    if (config.dtype == DType::kBFloat16) {
+      // As in check_experts.cpp; the router's bias has one gradient per expert.
+      config.hidden_size = std::max<std::int64_t>(config.hidden_size, 8);
+      config.intermediate_size = std::max<std::int64_t>(config.intermediate_size, 8);
+      config.num_experts = std::max<std::int64_t>(config.num_experts, 4);
+    }
+    config.top_k = random.integer(1, std::min<std::int64_t>(config.num_experts, 4));
     config.biases = random.chance(0.3);
     config.options.activation = random.chance(0.7) ? Activation::kSwiGLU : Activation::kGELU;
     options.experts = config.options;

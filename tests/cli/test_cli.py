@@ -1,0 +1,263 @@
+"""Every subcommand of `sonicmoe`: output, JSON, errors, exit codes, determinism."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+SUBCOMMANDS = ("info", "check", "bench", "memory", "route")
+POLICIES = ("nearest", "up", "down", "stochastic", "balanced", "nearest_score")
+SMALL_BENCH = ("bench", "--shape", "32,16,8,4,2", "--repeats", 3, "--seconds", 1)
+
+
+def parsed(result):
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+# ------------------------------------------------------------------------------- errors and help
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "subcommand"),
+        (("frob",), 'unknown subcommand "frob", expected one of info, check'),
+        (("info", "--frob"), "--frob"),
+        (("check", "--op", "frob"), "--op: expected one of moe"),
+        (("check", "--cases", 0), "--cases"),
+        (("check", "--cases", "many"), "--cases"),
+        (("check", "--backend", "frob"), "--backend: expected one of"),
+        (("check", "--device", "cuda:x"), "--device: expected cpu, cuda or cuda:INDEX"),
+        (("check", "--device", "cuda:1023"), "--device"),
+        (("check", "--threads", -1), "--threads"),
+        (("bench", "--shape", "1,2,3"), "--shape: expected T,d,n,E,K"),
+        (("bench", "--shape", "8,8,8,2,3"), "K <= E"),
+        (("bench", "--shape", "8,8,8,0,0"), "--shape"),
+        (("bench", "--suite", "frob"), "--suite: expected one of"),
+        (("bench", "--suite", "cpu", "--shape", "8,8,8,2,1"), "either --shape or --suite"),
+        (("bench", "--shape", "8,8,8,2,1", "--dtype", "float8"), "--dtype"),
+        (("bench", "--shape", "8,8,8,2,1", "--activation", "frob"), "swiglu"),
+        (("bench", "--shape", "8,8,8,2,1", "--workspace-limit", 1), "workspace_limit"),
+        (("bench", "--repeats", 0), "--repeats"),
+        (("memory", "--gpu", "frob"), "--gpu: expected a100-40gb"),
+        (("memory", "--layers", 0), "--layers"),
+        (("memory", "--workspace-limit", "1XB"), "--workspace-limit"),
+        (("route", "--policy", "frob"), "policy: expected one of nearest"),
+        (("route", "--scoring", "frob"), "scoring"),
+        (("route", "--top-k", 33), "--top-k"),
+        (("route", "--tokens", 32), "--tile: expected 1 to the number of tokens"),
+        (("route", "--tile", 0), "--tile"),
+        (("route", "--logits", "missing.npy"), "missing.npy"),
+    ],
+)
+def test_a_wrong_argument_gives_one_line_and_status_2(sonicmoe, arguments, expected):
+    result = sonicmoe(*arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("sonicmoe: ")
+    assert expected in result.stderr
+
+
+@pytest.mark.parametrize("subcommand", ("", *SUBCOMMANDS))
+def test_help_goes_to_stdout(sonicmoe, subcommand):
+    result = sonicmoe(*filter(None, [subcommand]), "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--json" in result.stdout if subcommand else all(s in result.stdout for s in SUBCOMMANDS)
+
+
+# ------------------------------------------------------------------------------------------ info
+
+
+def test_info(sonicmoe):
+    info = parsed(sonicmoe("info", "--json"))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info["version"])
+    assert info["backends"][-1]["name"] == "reference" and info["backends"][-1]["available"]
+    assert all(backend["reason"] for backend in info["backends"])
+    assert info["devices"][0]["device"] == "cpu" and info["devices"][0]["memory_bytes"] > 0
+    text = sonicmoe("info").stdout
+    assert info["version"] in text and "reference" in text
+    assert info["version"] in sonicmoe("--version").stdout
+
+
+# ----------------------------------------------------------------------------------------- check
+
+
+@pytest.mark.parametrize("arguments", [(), ("--seed", 7, "--threads", 1)])
+def test_check_passes(sonicmoe, arguments):
+    report = parsed(sonicmoe("check", "--cases", 10, "--json", *arguments))
+    assert report["passed"] and report["failures"] == []
+    assert len(report["operations"]) == 10
+    assert all(row["passed"] == 10 and row["failed"] == 0 for row in report["operations"])
+
+
+def test_check_of_the_reference_and_of_one_operation(sonicmoe):
+    report = parsed(
+        sonicmoe("check", "--backend", "reference", "--op", "moe", "--cases", 3, "--json")
+    )
+    assert report["operations"] == [{"operation": "moe", "passed": 3, "failed": 0}]
+    assert "moe " in sonicmoe("check", "--op", "moe", "--cases", 1).stdout
+
+
+# ----------------------------------------------------------------------------------------- bench
+
+
+@pytest.mark.parametrize("extra", [(), ("--layer",), ("--dtype", "bfloat16")])
+def test_bench_of_one_shape(sonicmoe, extra):
+    (row,) = parsed(sonicmoe(*SMALL_BENCH, "--json", *extra))["rows"]
+    pairs, width, experts = 32 * 2, 16, 4
+    element = 2 if "bfloat16" in extra else 4
+    kept_h = pairs * 2 * 8 * element
+    kept_routing = 4 * (experts + 3 * pairs) + 8 * pairs  # metadata, ids and weights
+    assert row["kept_bytes"] == kept_h + kept_routing
+    assert row["peak_forward_bytes"] > row["kept_bytes"] + 32 * width * element
+    flops = {"forward": 6 * pairs * 16 * 8, "backward": 12 * pairs * 16 * 8}
+    for direction, work in flops.items():
+        figures = row[direction]
+        assert 0 < figures["p10_ms"] <= figures["median_ms"] <= figures["p90_ms"]
+        assert figures["samples"] == 3
+        expected = work / (figures["median_ms"] * 1e-3) / 1e9
+        assert math.isclose(figures["model_gflops_per_s"], expected, rel_tol=1e-6)
+
+
+def test_the_printed_command_repeats_the_row(sonicmoe):
+    (row,) = parsed(sonicmoe(*SMALL_BENCH, "--layer", "--json"))["rows"]
+    command = row["command"].split()
+    assert command[0] == "sonicmoe" and "--layer" in command
+    (again,) = parsed(sonicmoe(*command[1:], "--repeats", 3, "--json"))["rows"]
+    assert (again["shape"], again["dtype"]) == (row["shape"], row["dtype"])
+    assert again["kept_bytes"] == row["kept_bytes"]
+
+
+@pytest.mark.parametrize(("suite", "rows"), [("cpu", 6), ("models", 6), ("paper", 12)])
+def test_bench_suites_name_their_problems(sonicmoe, suite, rows):
+    # A weight larger than any test machine keeps the big suites from running: they say so.
+    arguments = ("--tokens", 8, "--repeats", 1, "--warmup", 0, "--seconds", 0.01, "--no-check")
+    if suite != "cpu":
+        arguments = ("--tokens", 2**30)
+    report = parsed(sonicmoe("bench", "--suite", suite, "--json", *arguments))
+    assert len(report["rows"]) == rows
+    assert all(("skipped" in row) == (suite != "cpu") for row in report["rows"])
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def test_memory_of_a_known_shape(sonicmoe):
+    report = parsed(sonicmoe("memory", "--shape", "1024,512,256,16,4", "--layers", 3, "--json"))
+    pairs = 1024 * 4
+    ours, scattermoe = report["sonicmoe"], report["scattermoe"]
+    assert ours["kept_h_bytes"] == 2 * pairs * 2 * 256
+    assert ours["kept_metadata_bytes"] <= 32 * pairs
+    assert ours["kept_bytes_all_layers"] == 3 * ours["kept_bytes"]
+    assert ours["transient_forward_bytes"] == 2 * pairs * (256 + 512)
+    assert ours["transient_backward_bytes"] == 2 * pairs * (2 * 256 + 256 + 512)
+    assert scattermoe["kept_h_bytes"] == 2 * pairs * (2 * 256 + 256 + 512)
+    assert ours["parameter_bytes"] == 2 * 2 * 16 * 3 * 256 * 512  # weight and gradient
+
+
+def test_what_is_kept_does_not_grow_with_granularity(sonicmoe):
+    shapes = ("1024,512,256,16,4", "1024,512,128,32,8")  # n halved, K doubled
+    kept = [parsed(sonicmoe("memory", "--shape", s, "--json"))["sonicmoe"] for s in shapes]
+    assert kept[0]["kept_h_bytes"] == kept[1]["kept_h_bytes"]
+
+
+@pytest.mark.parametrize("gpu", ["h100-80gb", "h200", "a100-40gb", "24GiB"])
+def test_tokens_that_fit(sonicmoe, gpu):
+    base = ("memory", "--layers", 4, "--gpu", gpu, "--json", "--shape")
+    report = parsed(sonicmoe(*base, "1024,2048,1024,32,8"))
+    tokens = report["sonicmoe"]["tokens_that_fit"]
+    assert tokens > report["scattermoe"]["tokens_that_fit"] > 0
+    for count, fits in ((tokens, True), (tokens + 1, False)):
+        at = parsed(sonicmoe(*base, f"{count},2048,1024,32,8"))
+        assert (at["sonicmoe"]["total_bytes_all_layers"] <= report["gpu_bytes"]) == fits
+    assert "tokens that fit" in sonicmoe("memory", "--gpu", gpu).stdout
+
+
+# ----------------------------------------------------------------------------------------- route
+
+
+def route(sonicmoe, *arguments):
+    return parsed(sonicmoe("route", "--json", *arguments))["outcomes"]
+
+
+def test_route_shows_all_policies_for_both_tiles(sonicmoe):
+    outcomes = route(sonicmoe, "--tokens", 2048, "--experts", 16, "--top-k", 4)
+    assert [(o["policy"], o["tile"]) for o in outcomes] == [
+        (policy, tile) for tile in (64, 128) for policy in POLICIES
+    ]
+    for o in outcomes:
+        before, after = o["rows_per_expert_before"], o["rows_per_expert_after"]
+        assert sum(before) == o["rows_before"] == 2048 * 4
+        assert sum(after) == o["rows_after"] == o["rows_before"] - o["rows_dropped"] + o["rows_added"]
+        assert o["padding_before"] == sum(-f % o["tile"] for f in before) > 0
+        assert o["padding_after"] == 0
+        assert all(f % o["tile"] == 0 and abs(f - g) < o["tile"] for f, g in zip(after, before))
+        if o["policy"] == "up":
+            assert o["rows_dropped"] == 0
+        if o["policy"] == "down":
+            assert o["rows_added"] == 0
+        if o["policy"] == "balanced":
+            assert abs(o["rows_after"] - o["rows_before"]) <= o["tile"] / 2
+
+
+def test_route_is_a_function_of_its_seed(sonicmoe):
+    first = sonicmoe("route", "--seed", 3).stdout
+    assert first == sonicmoe("route", "--seed", 3, "--threads", 1).stdout
+    assert first != sonicmoe("route", "--seed", 4).stdout
+
+
+def test_skew_unbalances_the_experts(sonicmoe):
+    def largest_share(skew):
+        (o,) = route(sonicmoe, "--policy", "nearest", "--tile", 64, "--skew", skew)
+        return max(o["rows_per_expert_before"]) / o["rows_before"]
+
+    assert largest_share(0) < 1.2 / 32 < 2 / 32 < largest_share(1)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_logits_from_a_file(sonicmoe, tmp_path, dtype, order):
+    logits = np.random.default_rng(0).normal(size=(200, 8)).astype("float32")
+    path = tmp_path / "logits.npy"
+    np.save(path, np.array(logits, dtype=dtype, order=order))
+    arguments = ("--logits", path, "--top-k", 2, "--tile", 16, "--policy", "down")
+    (o,) = route(sonicmoe, *arguments)
+    chosen = np.argsort(-logits, axis=1, kind="stable")[:, :2]
+    counts = np.bincount(chosen.ravel(), minlength=8)
+    assert o["rows_per_expert_before"] == counts.tolist()
+    assert o["rows_per_expert_after"] == (counts // 16 * 16).tolist()
+    assert "#" in sonicmoe("route", *arguments).stdout
+
+
+def test_bad_files_are_named(sonicmoe, tmp_path):
+    good = tmp_path / "good.npy"
+    np.save(good, np.zeros((4, 4), dtype="float32"))
+    contents = {
+        "empty": b"",
+        "text": b"these are no logits at all",
+        "header": good.read_bytes()[:40],
+        "data": good.read_bytes()[:-1],
+    }
+    for name, array in {
+        "ints": np.zeros((4, 4), dtype="int64"),
+        "vector": np.zeros(4, dtype="float32"),
+        "none": np.zeros((0, 4), dtype="float32"),
+    }.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    for name, content in contents.items():
+        (tmp_path / f"{name}.npy").write_bytes(content)
+    (tmp_path / "nan.npy").unlink(missing_ok=True)
+    np.save(tmp_path / "nan.npy", np.full((64, 4), np.nan, dtype="float32"))
+    for name in (*contents, "ints", "vector", "none", "nan"):
+        arguments = ("route", "--logits", tmp_path / f"{name}.npy", "--top-k", 1, "--tile", 2)
+        result = sonicmoe(*arguments)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1, name
+        assert name in result.stderr.lower(), result.stderr
+
+
+def test_many_experts_are_drawn_as_a_histogram(sonicmoe):
+    text = sonicmoe("route", "--experts", 128, "--tokens", 4096, "--policy", "nearest").stdout
+    assert "Experts by rows" in text
