@@ -36,8 +36,11 @@ std::span<const std::int64_t> span_of(torch::headeronly::IntHeaderOnlyArrayRef v
 }  // namespace
 
 sonicmoe::ConstTensorView Views::in(const char* argument, const Tensor& tensor) const {
-  return {tensor.const_data_ptr(), dtype_of(operation_, argument, tensor), span_of(tensor.sizes()),
-          span_of(tensor.strides())};
+  const auto dtype = dtype_of(operation_, argument, tensor);
+  const auto shape = span_of(tensor.sizes());
+  // Torch leaves any strides on a tensor without elements.
+  if (tensor.numel() == 0) return {tensor.const_data_ptr(), dtype, shape};
+  return {tensor.const_data_ptr(), dtype, shape, span_of(tensor.strides())};
 }
 
 sonicmoe::ConstTensorView Views::in(const char* argument, const OptionalTensor& tensor) const {

@@ -104,9 +104,8 @@ def _save(ctx, inputs, output):
     ctx.options = options
 
 
-def _incoming(ctx, grad_out, grad_logits):
+def _incoming(x, grad_out, grad_logits):
     """Dense gradients of y and logits; zeros for y when only the logits were used."""
-    x = ctx.saved_tensors[0]
     grad_out = torch.zeros_like(x) if grad_out is None else grad_out.contiguous()
     return grad_out, None if grad_logits is None else grad_logits.contiguous()
 
@@ -115,11 +114,10 @@ def _backward(ctx, grad_out, grad_logits, *unused):
     none = (None,) * 24
     if grad_out is None and grad_logits is None:
         return none
-    grad_out, grad_logits = _incoming(ctx, grad_out, grad_logits)
+    saved = ctx.saved_tensors  # once: checkpointing recomputes on the first access only
+    grad_out, grad_logits = _incoming(saved[0], grad_out, grad_logits)
     needs = ctx.needs_input_grad[:7]
-    grads = ops.moe_layer_backward(
-        grad_out, grad_logits, *ctx.saved_tensors, *ctx.options, *needs
-    )
+    grads = ops.moe_layer_backward(grad_out, grad_logits, *saved, *ctx.options, *needs)
     return *(g if n else None for g, n in zip(grads, needs, strict=True)), *none[7:]
 
 
@@ -149,14 +147,15 @@ class MainGradLayer(torch.autograd.Function):
         none = (None,) * 24
         if grad_out is None and grad_logits is None:
             return none
-        grad_out, grad_logits = _incoming(ctx, grad_out, grad_logits)
+        saved = ctx.saved_tensors
+        grad_out, grad_logits = _incoming(saved[0], grad_out, grad_logits)
         needs = ctx.needs_input_grad
         buffers = [
             _main_grad(parameter) if needed else None
             for parameter, needed in zip(ctx.parameters, needs[1:7], strict=True)
         ]
         grad_x = ops.moe_layer_backward_accumulate(
-            grad_out, grad_logits, *ctx.saved_tensors, *ctx.options, needs[0], *buffers
+            grad_out, grad_logits, *saved, *ctx.options, needs[0], *buffers
         )
         dummies = [
             None if buffer is None else _mark_added(parameter)

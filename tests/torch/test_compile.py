@@ -1,0 +1,147 @@
+"""opcheck of every operator, and torch.compile with a changing number of tokens."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import sonicmoe_cpp as sm
+
+ops = torch.ops.sonicmoe_cpp
+T, D, N, E, K = 32, 16, 8, 4, 2
+EXPERT_OPTIONS = (0, 0, 7.0, None)
+ROUTER_OPTIONS = (K, 1, True, 1, 1, 1.0)
+
+
+def tensors(grad):
+    x, wr = torch.randn(T, D), torch.randn(E, D)
+    w1, w2 = torch.randn(E, 2 * N, D), torch.randn(E, N, D).transpose(1, 2)
+    b1, b2 = torch.randn(E, 2 * N), torch.randn(E, D)
+    return [t.requires_grad_(grad) for t in (x, wr, w1, b1, w2, b2)]
+
+
+def moe_args(form, grad):
+    x, _, w1, b1, w2, b2 = tensors(grad)
+    ids = {0: torch.randint(0, E, (T, K)), 1: torch.tensor([8, 8, 20, 30], dtype=torch.int32)}
+    tokens = torch.randint(0, T, (50,))
+    routing = (ids[form], None) if form < 2 else (torch.randint(0, E, (50,)), tokens)
+    weights = torch.rand({0: (T, K), 1: (T,), 2: (50,)}[form]).requires_grad_(grad)
+    return x, w1, b1, w2, b2, form, *routing, weights
+
+
+@pytest.mark.parametrize("form", [0, 1, 2])
+def test_opcheck_moe(form):
+    opcheck(ops.moe_forward, (*moe_args(form, True), *EXPERT_OPTIONS, True))
+    args = moe_args(form, False)
+    opcheck(ops.moe_forward, (*args, *EXPERT_OPTIONS, False))
+    _, h, metadata = ops.moe_forward(*args, *EXPERT_OPTIONS, True)
+    for needs in ((True,) * 6, (False, True, False, True, False, False)):
+        opcheck(ops.moe_backward, (torch.randn(T, D), *args, h, metadata, *EXPERT_OPTIONS, *needs))
+
+
+def layer_args(rounding, grad):
+    x, wr, w1, b1, w2, b2 = tensors(grad)
+    options = (0, 0, 7.0, *ROUTER_OPTIONS, rounding, 8, 0, None)
+    return (x, wr, None, w1, b1, w2, b2, None), options
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_opcheck_moe_layer(rounding):
+    given, options = layer_args(rounding, True)
+    opcheck(ops.moe_layer_forward, (*given, None, *options, 0, True))
+    given, options = layer_args(rounding, False)
+    _, logits, _, *saved = ops.moe_layer_forward(*given, None, *options, 0, True)
+    grads = (torch.randn(T, D), torch.randn(T, E))
+    needs = (True, True, False, True, True, True, True)
+    opcheck(ops.moe_layer_backward, (*grads, *given, logits, *saved, *options, *needs))
+    main = [None if t is None else torch.zeros(t.shape) for t in given[1:7]]
+    opcheck(
+        ops.moe_layer_backward_accumulate,
+        (*grads, *given, logits, *saved, *options, True, *main),
+    )
+
+
+def test_opcheck_router():
+    logits = torch.randn(T, E, requires_grad=True)
+    plain = logits.detach()
+    opcheck(ops.route_forward, (logits, None, *ROUTER_OPTIONS))
+    ids, weights = ops.route_forward(plain, None, *ROUTER_OPTIONS)
+    opcheck(ops.route_backward, (weights, plain, ids, None, *ROUTER_OPTIONS))
+    for policy in range(6):
+        rounding = (8, policy, 1)
+        opcheck(ops.round_tokens_forward, (logits, None, None, *ROUTER_OPTIONS, *rounding))
+    tokens, experts, weights, ids, rows, _ = ops.round_tokens_forward(
+        plain, None, torch.tensor([1]), *ROUTER_OPTIONS, 8, 3, 0
+    )
+    opcheck(
+        ops.round_tokens_backward, (weights, plain, ids, tokens, experts, None, *ROUTER_OPTIONS)
+    )
+    opcheck(ops.load_balancing_loss_forward, (logits, rows, K, 1))
+    opcheck(ops.load_balancing_loss_backward, (torch.ones(1), plain, rows, K, 1))
+    opcheck(ops.router_z_loss_forward, (logits,))
+    opcheck(ops.router_z_loss_backward, (torch.ones(1), plain))
+    opcheck(ops.update_expert_bias_, (torch.zeros(E), rows, 0.1))
+
+
+def compare_compiled(function, backend, sizes=(32, 48, 40, 64)):
+    """Compiled equals eager at every size, in at most two compilations (the second is dynamic)."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for size in sizes:
+        x = torch.randn(size, D, requires_grad=True)
+        y, expected = compiled(x), function(x)
+        assert torch.equal(y, expected)
+        (a,) = torch.autograd.grad(y.square().sum(), x)
+        (b,) = torch.autograd.grad(expected.square().sum(), x)
+        assert b.abs().max() > 0 and torch.equal(a, b)
+    assert 1 <= counter.frame_count <= 2
+
+
+def functions():
+    _, wr, w1, b1, w2, b2 = tensors(True)
+    weights = {"b1": b1, "b2": b2}
+
+    def functional(x):
+        ids, s = sm.route(x @ wr.T, K, renormalize=True)
+        return sm.moe(x, w1, w2, ids, s, **weights)
+
+    def rounded(x):
+        y, logits, rows = sm.moe_layer(
+            x, wr, w1, w2, K, router="token_rounding", tile=8, seed=torch.tensor(3), **weights
+        )
+        return y + sm.load_balancing_loss(logits, rows, top_k=K) + sm.router_z_loss(logits)
+
+    return {"functional": functional, "rounded": rounded}
+
+
+@pytest.mark.parametrize("name", ["functional", "rounded"])
+def test_compile_functions(name):
+    compare_compiled(functions()[name], "aot_eager")
+
+
+@pytest.mark.parametrize("router", ["topk", "token_rounding"])
+def test_compile_module(router):
+    compare_compiled(sm.MoE(D, N, E, K, router=router, tile=8), "aot_eager")
+
+
+def test_compile_under_autocast():
+    module = sm.MoE(D, N, E, K)
+    x = torch.randn(T, D)
+
+    def run(call):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return call(x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    y = run(compiled)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, run(module))
+
+
+def test_fakes_cover_every_operator_with_meta_tensors():
+    meta = [t.detach().to("meta") for t in tensors(False)]
+    x, wr, w1, b1, w2, b2 = meta
+    y, logits, rows = sm.moe_layer(x, wr, w1, w2, K, b1=b1, b2=b2)
+    assert y.shape == (T, D) and logits.shape == (T, E) and rows.shape == (E,)

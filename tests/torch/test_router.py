@@ -1,0 +1,122 @@
+"""Routing, token rounding and the balancing losses against plain PyTorch in float64."""
+
+import eager
+import pytest
+import torch
+
+import sonicmoe_cpp as sm
+
+T, E, K = 40, 12, 3
+SCORINGS = [
+    {"scoring": "softmax_topk"},
+    {"scoring": "softmax_topk", "renormalize": True, "scale": 1.5},
+    {"scoring": "topk_softmax"},
+    {"scoring": "sigmoid_topk"},
+    {"scoring": "sigmoid_topk", "renormalize": False, "scale": 2.5},
+    {"scoring": "sigmoid_topk", "num_groups": 4, "top_groups": 2, "bias": True},
+]
+
+
+def with_bias(options):
+    return options | {"bias": torch.randn(E) / 4} if options.get("bias") else options
+
+
+@pytest.mark.parametrize("options", SCORINGS, ids=str)
+def test_route(options):
+    options = with_bias(options)
+    logits = torch.randn(T, E, requires_grad=True)
+    ids, weights = sm.route(logits, K, **options)
+    double = logits.detach().double().requires_grad_()
+    expected_ids, expected = eager.route(double, K, **options)
+    assert ids.dtype == torch.int64 and torch.equal(ids, expected_ids)
+    assert torch.allclose(weights.double(), expected, rtol=1e-5)
+    grad = torch.randn(T, K)
+    weights.backward(grad)
+    expected.backward(grad.double())
+    largest = double.grad.abs().max()
+    assert largest > 1e-2
+    assert (logits.grad - double.grad).abs().max() < 1e-5 * largest
+
+
+@pytest.mark.parametrize("policy", ["nearest", "up", "down", "stochastic", "balanced", "nearest_score"])
+@pytest.mark.parametrize("options", SCORINGS[1:4], ids=str)
+def test_round_tokens(policy, options):
+    tile, k = 8, K
+    logits = torch.randn(T, E, requires_grad=True)
+    tokens, experts, weights = sm.round_tokens(logits, k, tile=tile, policy=policy, seed=3, **options)
+    used = tokens >= 0
+    assert torch.equal(used, experts >= 0) and (weights[~used] == 0).all()
+    pairs = set(zip(tokens[used].tolist(), experts[used].tolist(), strict=True))
+    assert len(pairs) == int(used.sum())
+    before = torch.bincount(sm.route(logits, k, **options)[0].flatten(), minlength=E)
+    after = torch.bincount(experts[used].long(), minlength=E)
+    assert (after % tile == 0).all() and ((after - before).abs() < tile).all()
+    if policy == "up":
+        assert (after >= before).all() and (after > before).any()
+    if policy == "down":
+        assert (after <= before).all() and (after < before).any()
+
+    double = logits.detach().double().requires_grad_()
+    ids, _ = eager.route(double, k, **options)
+    expected = options.get("scale", 1.0) * eager.pair_weights(
+        double, ids, tokens[used], experts[used], options["scoring"], True
+    )
+    assert torch.allclose(weights[used].double(), expected, rtol=1e-5)
+    grad = torch.randn(tokens.shape)
+    weights.backward(grad)
+    expected.backward(grad[used].double())
+    largest = double.grad.abs().max()
+    assert (logits.grad - double.grad).abs().max() < 1e-5 * largest
+
+
+def test_rounding_seed_may_be_a_tensor():
+    logits = torch.randn(T, E)
+
+    def rounded(seed):
+        return sm.round_tokens(logits, K, tile=8, policy="stochastic", seed=seed)[1]
+
+    assert torch.equal(rounded(5), rounded(torch.tensor(5)))
+    assert any(not torch.equal(rounded(5), rounded(seed)) for seed in range(6, 12))
+
+
+@pytest.mark.parametrize("scoring", ["softmax_topk", "topk_softmax", "sigmoid_topk"])
+def test_losses(scoring):
+    logits = torch.randn(T, E, requires_grad=True)
+    ids, _ = sm.route(logits, K, scoring=scoring)
+    rows = torch.bincount(ids.flatten(), minlength=E).int()
+    loss = sm.load_balancing_loss(logits, rows, top_k=K, scoring=scoring)
+    z_loss = sm.router_z_loss(logits)
+    double = logits.detach().double().requires_grad_()
+    expected = eager.load_balancing_loss(double, rows, K, scoring)
+    expected_z = double.logsumexp(-1).square().mean()
+    assert loss.shape == () and abs(loss - expected) < 1e-5 * expected
+    assert abs(z_loss - expected_z) < 1e-5 * expected_z
+    (3 * loss + z_loss).backward()
+    (3 * expected + expected_z).backward()
+    assert (logits.grad - double.grad).abs().max() < 1e-5 * double.grad.abs().max()
+
+
+def test_update_expert_bias():
+    bias = torch.zeros(4)
+    returned = sm.update_expert_bias_(bias, torch.tensor([4, 0, 2, 2], dtype=torch.int32), 0.5)
+    assert returned is bias and torch.equal(bias, torch.tensor([-0.5, 0.5, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: sm.route(x, 0), "top_k"),
+        (lambda x: sm.route(x, E + 1), "top_k"),
+        (lambda x: sm.route(x, -1), "top_k"),
+        (lambda x: sm.route(x, K, scoring="argmax"), "scoring: expected one of"),
+        (lambda x: sm.route(x, K, scoring="topk_softmax", renormalize=False), "renormalize"),
+        (lambda x: sm.route(x, K, bias=torch.zeros(E)), "bias"),
+        (lambda x: sm.route(x * float("nan"), K), "NaN|nan"),
+        (lambda x: sm.round_tokens(x, K, tile=T + 1), "tile|num_tokens|tokens"),
+        (lambda x: sm.round_tokens(x, K, tile=8, policy="sideways"), "policy: expected one of"),
+        (lambda x: sm.round_tokens(x, K, tile=8, seed=-1), "seed"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        call(torch.randn(T, E))
