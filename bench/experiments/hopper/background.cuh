@@ -11,6 +11,10 @@ namespace experiment {
 
 inline constexpr int kUnitColumns = 1024;
 
+// The whole sum, or, to place its cost, the loads with as little arithmetic as keeps them (one xor
+// per word), or the arithmetic without the loads. Only kSum gives a right O.
+enum class BackgroundWork { kSum, kLoadsOnly, kMathOnly };
+
 struct BackgroundParams {
   const bf16* y;   // [T*K, d]
   const int* pos;  // [T, K] rows of Y
@@ -23,7 +27,7 @@ struct BackgroundParams {
 };
 
 // One unit, by one warp; top_k must be a multiple of kLoads. Returns false when none is left.
-template <int kLoads>
+template <int kLoads, BackgroundWork kWork = BackgroundWork::kSum>
 __device__ __forceinline__ bool run_background_unit(const BackgroundParams& p, int lane) {
   namespace ptx = sonicmoe::ptx;
   int unit = 0;
@@ -50,15 +54,33 @@ __device__ __forceinline__ bool run_background_unit(const BackgroundParams& p, i
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) offset[i] = __shfl_sync(~0u, row, k0 + i);
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) v[i] = ptx::load_global_nc_v4(column + offset[i]);
-#pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        const float scale = __shfl_sync(~0u, weight, k0 + i);
-        const uint32_t words[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+        if constexpr (kWork == BackgroundWork::kMathOnly) {
+          v[i] = {offset[i], offset[i] + c, offset[i] ^ c, offset[i] - c};
+        } else {
+          v[i] = ptx::load_global_nc_v4(column + offset[i]);
+        }
+      }
+      if constexpr (kWork == BackgroundWork::kLoadsOnly) {
+        uint4 all = {};
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          sum[2 * j] = fmaf(scale, ptx::unpack_low(words[j]), sum[2 * j]);
-          sum[2 * j + 1] = fmaf(scale, ptx::unpack_high(words[j]), sum[2 * j + 1]);
+        for (int i = 0; i < kLoads; ++i) {
+          all.x ^= v[i].x;
+          all.y ^= v[i].y;
+          all.z ^= v[i].z;
+          all.w ^= v[i].w;
+        }
+        sum[0] += __uint_as_float(all.x ^ all.y ^ all.z ^ all.w);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          const float scale = __shfl_sync(~0u, weight, k0 + i);
+          const uint32_t words[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            sum[2 * j] = fmaf(scale, ptx::unpack_low(words[j]), sum[2 * j]);
+            sum[2 * j + 1] = fmaf(scale, ptx::unpack_high(words[j]), sum[2 * j + 1]);
+          }
         }
       }
     }

@@ -68,6 +68,8 @@ MainloopVariant mainloop_variant(bool skew = false) {
                             kShape.stages, kShape.cluster, letter(kShape.a), letter(kShape.b),
                             outputs[static_cast<int>(kShape.output)]);
   if (skew) name += ", skew";
+  if (kShape.background_work == BackgroundWork::kLoadsOnly) name += ", loads only";
+  if (kShape.background_work == BackgroundWork::kMathOnly) name += ", arithmetic only";
   return {name, kShape, mainloop_kernel<S>, S::shared_bytes, skew};
 }
 

@@ -170,8 +170,14 @@ int main(int argc, char** argv) {
   sixteen.push_back(mainloop_variant<MainloopShape{256, 3, 1, kMn, kMn, kStore, 2, 16}>(true));
   sixteen.push_back(mainloop_variant<MainloopShape{256, 3, 1, kMn, kMn, kStore, 3, 16}>(true));
   sixteen.push_back(mainloop_variant<MainloopShape{256, 3, 2, kMn, kMn, kStore, 3, 16}>(true));
+  const std::vector<MainloopVariant> checked = sixteen;
+  sixteen.push_back(mainloop_variant<MainloopShape{256, 3, 1, kMn, kMn, kStore, 3, 8,
+                                                   BackgroundWork::kLoadsOnly}>(true));
+  sixteen.push_back(
+      mainloop_variant<MainloopShape{256, 3, 1, kMn, kMn, kStore, 3, 8, BackgroundWork::kMathOnly}>(
+          true));
   DeviceBuffer<uint64_t> cycles(132);
-  for (const MainloopVariant& v : sixteen) {
+  for (const MainloopVariant& v : checked) {
     if (v.shape.background_warps > 0) check_background(v, 16);
   }
   check_background(eight[2], 8);

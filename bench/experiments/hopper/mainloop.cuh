@@ -44,6 +44,7 @@ struct MainloopShape {
   Output output = Output::kNone;
   int background_warps = 0;  // how many of the three epilogue warps also aggregate
   int background_loads = 8;  // 16-byte loads in flight per lane
+  BackgroundWork background_work = BackgroundWork::kSum;
 };
 
 // 2 * math + helper = 504 = 3 * 168, exactly what 384 threads are launched with.
@@ -257,7 +258,9 @@ __device__ void wait_with_background(const MainloopParams& p, uint32_t barrier, 
   if constexpr (S::shape.background_warps > 0) {
     if (epilogue_warp < S::shape.background_warps) {
       while (!ptx::mbarrier_test_wait(barrier, parity)) {
-        if (!run_background_unit<S::shape.background_loads>(p.background, lane)) break;
+        if (!run_background_unit<S::shape.background_loads, S::shape.background_work>(p.background,
+                                                                                      lane))
+          break;
       }
     }
   }
@@ -334,7 +337,8 @@ __device__ void epilogue_role(const MainloopParams& p, const SharedLayout& l, ui
     // Whole background work if asked to finish it, else until the math is over.
     if (epilogue_warp < shape.background_warps) {
       while (p.background.complete || !ptx::mbarrier_test_wait(l.math_done, 0)) {
-        if (!run_background_unit<shape.background_loads>(p.background, lane)) break;
+        if (!run_background_unit<shape.background_loads, shape.background_work>(p.background, lane))
+          break;
       }
     }
   }
