@@ -21,7 +21,7 @@ def tensors(grad):
 
 def moe_args(form, grad):
     x, _, w1, b1, w2, b2 = tensors(grad)
-    ids = {0: torch.randint(0, E, (T, K)), 1: torch.tensor([8, 8, 20, 30], dtype=torch.int32)}
+    ids = {0: torch.randint(0, E, (T, K)), 1: torch.tensor([8, 8, 20, T], dtype=torch.int32)}
     tokens = torch.randint(0, T, (50,))
     routing = (ids[form], None) if form < 2 else (torch.randint(0, E, (50,)), tokens)
     weights = torch.rand({0: (T, K), 1: (T,), 2: (50,)}[form]).requires_grad_(grad)
@@ -39,8 +39,9 @@ def test_opcheck_moe(form):
 
 
 def layer_args(rounding, grad):
+    # A tile of one row leaves no unused place, whose H is never written: opcheck compares all bits.
     x, wr, w1, b1, w2, b2 = tensors(grad)
-    options = (0, 0, 7.0, *ROUTER_OPTIONS, rounding, 8, 0, None)
+    options = (0, 0, 7.0, *ROUTER_OPTIONS, rounding, 1, 0, None)
     return (x, wr, None, w1, b1, w2, b2, None), options
 
 

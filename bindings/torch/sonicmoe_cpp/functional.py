@@ -25,7 +25,7 @@ def _autocast(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
     """Under autocast: x and the experts' parameters in the autocast dtype, as for linear."""
     tensors = [x, *weights]
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [None if t is None else t.to(dtype) for t in tensors]
@@ -307,7 +307,7 @@ def run_layer(
     """moe_layer with everything it computes; x is [T, d] here."""
     if router not in ("topk", "token_rounding"):
         raise ValueError(f"router: expected one of topk, token_rounding, got {router!r}")
-    if main_grad and torch.is_autocast_enabled(x.device.type):
+    if main_grad and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         raise ValueError("main_grad: not supported under autocast (parameters would be copies)")
     number, tensor = _seed(seed)
     x, w1, w2, b1, b2 = _autocast(_rows(x, "x"), w1, w2, b1, b2)

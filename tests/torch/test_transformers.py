@@ -1,0 +1,190 @@
+"""The five families of transformers, small and random: its own eager blocks are the oracle."""
+
+import copy
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import sonicmoe_cpp.integrations.transformers as hf  # noqa: E402
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 8, "norm_topk_prob": True},
+    ),
+    "olmoe": ("OlmoeForCausalLM", {"num_experts": 8, "intermediate_size": 24}),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 8, "intermediate_size": 24}),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {"num_local_experts": 8, "intermediate_size": 24, "head_dim": 8},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 24,
+            "intermediate_size": 48,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+}
+
+
+def build(family, **changes):
+    name, options = FAMILIES[family]
+    config = transformers.AutoConfig.for_model(family, **(COMMON | options | changes))
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    model = getattr(transformers, name)(config)
+    with torch.no_grad():  # realistic magnitudes: the initial 0.02 makes every expert nearly zero
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.1)
+    return model.train()
+
+
+def tokens():
+    return torch.randint(3, 64, (2, 16))
+
+
+def outputs(model, ids, **options):
+    model.zero_grad()
+    out = model(ids, labels=ids, **options)
+    out.loss.backward()
+    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(ours, theirs, tolerance=2e-4):
+    assert theirs.abs().max() > 0 and ours.shape == theirs.shape
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+def compare(ours, theirs):
+    (out, grads), (expected, expected_grads) = ours, theirs
+    same(out.logits, expected.logits)
+    assert grads.keys() == expected_grads.keys()
+    for name in grads:
+        if expected_grads[name].abs().max() > 0:
+            same(grads[name], expected_grads[name])
+        else:
+            assert (grads[name] == 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_backend(family):
+    hf.register()
+    model, ids = build(family), tokens()
+    expected = outputs(model, ids)
+    model.set_experts_implementation("sonicmoe_cpp")
+    compare(outputs(model, ids), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replaced_blocks(family):
+    stock, ids = build(family), tokens()
+    model = copy.deepcopy(stock)
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    count = hf.replace_moe_blocks(model)
+    assert count == (1 if family == "deepseek_v3" else 2)
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert model.state_dict().keys() == stock.state_dict().keys()
+    compare(outputs(model, ids), outputs(stock, ids))
+    for block in (m for m in model.modules() if isinstance(m, hf.SonicMoEBlock)):
+        assert block.last_rows_per_expert.sum() == ids.numel() * 3
+        assert torch.equal(block.last_rows_per_expert, block.last_rows_per_expert_before)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "mixtral", "gpt_oss"])
+def test_router_logits_and_auxiliary_loss(family):
+    stock, ids = build(family, router_aux_loss_coef=0.5), tokens()
+    model = copy.deepcopy(stock)
+    hf.replace_moe_blocks(model)
+    ours = outputs(model, ids, output_router_logits=True)
+    theirs = outputs(stock, ids, output_router_logits=True)
+    assert len(ours[0].router_logits) == len(theirs[0].router_logits) == 2
+    for a, b in zip(ours[0].router_logits, theirs[0].router_logits, strict=True):
+        same(a, b)
+    same(ours[0].aux_loss, theirs[0].aux_loss)
+    compare(ours, theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoints_load_in_stock_transformers(family, tmp_path):
+    model, ids = build(family).eval(), tokens()
+    hf.replace_moe_blocks(model)
+    model.save_pretrained(tmp_path)
+    stock = type(model).from_pretrained(
+        tmp_path, attn_implementation="eager", experts_implementation="eager"
+    )
+    assert not any(isinstance(m, hf.SonicMoEBlock) for m in stock.modules())
+    with torch.no_grad():
+        same(model(ids).logits, stock.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_rounding(family):
+    stock, ids = build(family), tokens()
+    model = copy.deepcopy(stock)
+    hf.replace_moe_blocks(model, router="token_rounding", tile=8, policy="stochastic", seed=3)
+    outputs(model, ids)
+    for block in (m for m in model.modules() if isinstance(m, hf.SonicMoEBlock)):
+        after, before = block.last_rows_per_expert, block.last_rows_per_expert_before
+        assert (after % 8 == 0).all() and ((after - before).abs() < 8).all()
+        assert before.sum() == ids.numel() * 3
+    with torch.no_grad():
+        same(model.eval()(ids).logits, stock.eval()(ids).logits)
+
+
+def test_gradient_checkpointing_and_deepcopy():
+    model, ids = build("qwen3_moe"), tokens()
+    hf.replace_moe_blocks(model, router="token_rounding", tile=8, policy="stochastic")
+    twin = copy.deepcopy(model)
+    twin.gradient_checkpointing_enable()
+    results = []
+    for each in (model, twin):
+        torch.manual_seed(5)
+        results.append(outputs(each, ids))
+    assert torch.equal(results[0][0].logits, results[1][0].logits)
+    for name, grad in results[0][1].items():
+        assert torch.equal(grad, results[1][1][name])
+
+
+def test_refusals():
+    model = build("gpt_oss")
+    model.model.layers[0].mlp.experts.alpha = 1.5
+    with pytest.raises(ValueError, match="_apply_gate"):
+        hf.replace_moe_blocks(model)
+    model = build("qwen3_moe")
+    model.model.layers[0].mlp.experts.act_fn = torch.nn.Tanh()
+    with pytest.raises(ValueError, match="activation Tanh"):
+        hf.replace_moe_blocks(model)
+    with pytest.raises(ValueError, match="has no block of"):
+        hf.replace_moe_blocks(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="router: expected one of"):
+        hf.replace_moe_blocks(build("qwen3_moe"), router="hash")
