@@ -191,7 +191,9 @@ def test_route_shows_all_policies_for_both_tiles(sonicmoe):
     for o in outcomes:
         before, after = o["rows_per_expert_before"], o["rows_per_expert_after"]
         assert sum(before) == o["rows_before"] == 2048 * 4
-        assert sum(after) == o["rows_after"] == o["rows_before"] - o["rows_dropped"] + o["rows_added"]
+        assert (
+            sum(after) == o["rows_after"] == o["rows_before"] - o["rows_dropped"] + o["rows_added"]
+        )
         assert o["padding_before"] == sum(-f % o["tile"] for f in before) > 0
         assert o["padding_after"] == 0
         assert all(f % o["tile"] == 0 and abs(f - g) < o["tile"] for f, g in zip(after, before))
