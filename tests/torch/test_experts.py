@@ -109,7 +109,13 @@ def test_activations_and_layouts(activation, layout):
     limit = {"limit": 0.5} if activation == "swiglu_clamped" else {}
     for bias in (False, True):
         compare(
-            "topk", torch.float32, bias, False, activation=activation, gate_up_layout=layout, **limit
+            "topk",
+            torch.float32,
+            bias,
+            False,
+            activation=activation,
+            gate_up_layout=layout,
+            **limit,
         )
 
 
@@ -127,8 +133,7 @@ def test_finite_differences():
     with torch.no_grad():
         for sign in (1, -1):
             moved = [
-                t + sign * step * v
-                for t, v in zip((x, w1, w2, weights), direction, strict=True)
+                t + sign * step * v for t, v in zip((x, w1, w2, weights), direction, strict=True)
             ]
             out = sm.moe(moved[0], moved[1], moved[2], *ids, moved[3])
             ends.append((out.double() * grad).sum())
@@ -169,9 +174,7 @@ def test_sorted_rows_without_weights():
     x, w1, w2, _, _ = inputs()
     (offsets,), _ = routing("sorted")
     ones = torch.ones(T)
-    assert torch.equal(
-        sm.moe_sorted(x, w1, w2, offsets), sm.moe_sorted(x, w1, w2, offsets, ones)
-    )
+    assert torch.equal(sm.moe_sorted(x, w1, w2, offsets), sm.moe_sorted(x, w1, w2, offsets, ones))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -183,7 +186,9 @@ def test_no_tokens(form):
         "sorted": (torch.zeros(E, dtype=torch.int32),),
         "pairs": (torch.empty(0, dtype=torch.int32),) * 2,
     }[form]
-    y = run(form, x, w1, w2, ids, torch.empty(0, K) if form == "topk" else torch.empty(0), None, None)
+    y = run(
+        form, x, w1, w2, ids, torch.empty(0, K) if form == "topk" else torch.empty(0), None, None
+    )
     y.sum().backward()
     assert y.shape == (0, D) and x.grad.shape == (0, D)
     assert (w1.grad == 0).all() and (w2.grad == 0).all()
@@ -195,9 +200,7 @@ def test_leading_dimensions_and_strided_rows():
     wide = torch.randn(T, 2 * D)
     flat = sm.moe(wide[:, :D].contiguous(), w1, w2, ids, weights)
     assert torch.equal(sm.moe(wide[:, :D], w1, w2, ids, weights), flat)
-    folded = sm.moe(
-        wide[:, :D].unflatten(0, (1, T)), w1, w2, ids.unflatten(0, (1, T)), weights
-    )
+    folded = sm.moe(wide[:, :D].unflatten(0, (1, T)), w1, w2, ids.unflatten(0, (1, T)), weights)
     assert folded.shape == (1, T, D) and torch.equal(folded[0], flat)
 
 

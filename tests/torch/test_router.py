@@ -38,12 +38,16 @@ def test_route(options):
     assert (logits.grad - double.grad).abs().max() < 1e-5 * largest
 
 
-@pytest.mark.parametrize("policy", ["nearest", "up", "down", "stochastic", "balanced", "nearest_score"])
+@pytest.mark.parametrize(
+    "policy", ["nearest", "up", "down", "stochastic", "balanced", "nearest_score"]
+)
 @pytest.mark.parametrize("options", SCORINGS[1:4], ids=str)
 def test_round_tokens(policy, options):
     tile, k = 8, K
     logits = torch.randn(T, E, requires_grad=True)
-    tokens, experts, weights = sm.round_tokens(logits, k, tile=tile, policy=policy, seed=3, **options)
+    tokens, experts, weights = sm.round_tokens(
+        logits, k, tile=tile, policy=policy, seed=3, **options
+    )
     used = tokens >= 0
     assert torch.equal(used, experts >= 0) and (weights[~used] == 0).all()
     pairs = set(zip(tokens[used].tolist(), experts[used].tolist(), strict=True))

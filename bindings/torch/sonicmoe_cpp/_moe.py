@@ -87,4 +87,3 @@ torch.library.register_autograd(
     "sonicmoe_cpp::moe_forward", _backward, setup_context=_setup_context
 )
 torch.library.register_autograd("sonicmoe_cpp::moe_backward", no_double_backward)
-

@@ -72,9 +72,7 @@ def _experts(
     shape = x.shape
     x, w1, w2, b1, b2 = _autocast(_rows(x, "x"), w1, w2, b1, b2)
     save = _save_for_backward(x, w1, w2, b1, b2, weights)
-    y, _, _ = ops.moe_forward(
-        x, w1, b1, w2, b2, form, ids, token_ids, weights, *options, save
-    )
+    y, _, _ = ops.moe_forward(x, w1, b1, w2, b2, form, ids, token_ids, weights, *options, save)
     return y.reshape(shape)
 
 
@@ -136,9 +134,7 @@ def moe(
     """
     ids, weights = (t.reshape(-1, t.shape[-1]).contiguous() for t in (topk_ids, topk_weights))
     routing = (FORM_TOP_K, ids, None, weights)
-    return _experts(
-        x, w1, w2, b1, b2, routing, activation, gate_up_layout, limit, workspace_limit
-    )
+    return _experts(x, w1, w2, b1, b2, routing, activation, gate_up_layout, limit, workspace_limit)
 
 
 def moe_sorted(
@@ -192,9 +188,7 @@ def moe_pairs(
         _ranked(token_ids, "token_ids", 1),
         _ranked(pair_weights, "pair_weights", 1),
     )
-    return _experts(
-        x, w1, w2, b1, b2, routing, activation, gate_up_layout, limit, workspace_limit
-    )
+    return _experts(x, w1, w2, b1, b2, routing, activation, gate_up_layout, limit, workspace_limit)
 
 
 # ------------------------------------------------------------------------------------------ router

@@ -1,0 +1,13 @@
+"""The example of docs/python.md runs as printed."""
+
+import re
+from pathlib import Path
+
+
+def test_the_example_runs():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "python.md").read_text()
+    tested = re.search(r"<!-- tested by [^>]*-->\n```python\n(.*?)```", page, re.DOTALL)
+    scope = {}
+    exec(tested.group(1), scope)
+    assert scope["layer"].w1.grad.abs().max() > 0
+    assert int(scope["rows_per_expert"].sum()) == 4 * 16 * 2
