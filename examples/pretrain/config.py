@@ -33,15 +33,15 @@ class TrainConfig:
 
     router: str = "topk"
     policy: str = "nearest"
-    tile: int = 64
+    tile: int = 32
     experts: str = "sonicmoe_cpp"
 
-    steps: int = 400
-    batch_size: int = 8  # sequences in a batch
+    steps: int = 900
+    batch_size: int = 4  # sequences in a batch
     seq_len: int = 256
-    lr: float = 3e-3
+    lr: float = 2e-3
     min_lr_ratio: float = 0.05
-    warmup: int = 30
+    warmup: int = 50
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     aux_coef: float = 0.01
@@ -58,9 +58,9 @@ class TrainConfig:
     dtype: str = "float32"
     device: str = "auto"
     threads: int = 0  # 0: what torch chooses
-    eval_every: int = 50
+    eval_every: int = 150
     eval_tokens: int = 32768
-    save_every: int = 100
+    save_every: int = 300
     sample_tokens: int = 200
     sample_prompt: str = "def "
 

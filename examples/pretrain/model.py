@@ -66,25 +66,41 @@ class RoutingTap:
     """Makes the experts of a model run as --experts says, and reads what its routers did."""
 
     def __init__(self, model: Qwen3MoeForCausalLM, config: TrainConfig) -> None:
-        self._config = config
-        self._layers: list[LayerRouting | None] = [None] * config.layers
-        model.set_experts_implementation(config.experts)
-        for index, layer in enumerate(model.model.layers):
-            layer.mlp.gate.register_forward_hook(self._reader(index))
+        self._num_experts = config.num_experts
+        self._outputs: list[tuple] = [()] * config.layers
+        if config.experts == "sonicmoe_cpp":
+            from sonicmoe_cpp.integrations.transformers import replace_moe_blocks
+
+            replace_moe_blocks(
+                model,
+                router=config.router.replace("-", "_"),
+                tile=config.tile,
+                policy=config.policy,
+                seed=config.seed,
+            )
+        else:
+            model.set_experts_implementation(config.experts)
+        self._blocks = [layer.mlp for layer in model.model.layers]
+        for index, block in enumerate(self._blocks):
+            block.gate.register_forward_hook(self._reader(index))
 
     def _reader(self, index: int):
         def read(module, inputs, output) -> None:
-            logits, _, ids = output
-            rows = torch.bincount(ids.detach().flatten(), minlength=self._config.num_experts)
-            self._layers[index] = LayerRouting(logits, rows, rows)
+            self._outputs[index] = output
 
         return read
 
-    def begin_step(self, step: int) -> None:
-        """Rounding draws from a seed that is a function of the step, so a resumed run agrees."""
-
     def layers(self) -> list[LayerRouting]:
-        return list(self._layers)
+        """What each layer's router did in the last forward pass."""
+        layers = []
+        for block, (logits, _, ids) in zip(self._blocks, self._outputs, strict=True):
+            if ids is None:  # a block of this library counts its own rows
+                rows, before = block.last_rows_per_expert, block.last_rows_per_expert_before
+            else:
+                rows = torch.bincount(ids.flatten(), minlength=self._num_experts)
+                before = rows
+            layers.append(LayerRouting(logits, rows, before))
+        return layers
 
     def balancing_loss(self) -> torch.Tensor:
         """Mean over the layers of each layer's load balancing loss."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from .config import UserError, parse_train
 from .signals import Signals, Stopped
+
+
+# Threads that wait by spinning make every parallel region crawl once another process wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         return stop.exit_code
 
 
-def report(error: Exception, code: int) -> int:
-    print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
+def report(error: Exception, code: int, prog: str = "train") -> int:
+    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 

@@ -124,7 +124,6 @@ class Trainer:
         """Cross-entropy and load balancing loss of the batch of this step."""
         tokens, targets = self.text.batches(self.step)
         self.model.train()
-        self.tap.begin_step(self.step)
         logits = self.logits(tokens).float()
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten().to(self.device))
         return loss, self.tap.balancing_loss()
@@ -187,7 +186,8 @@ class Trainer:
         return tokenizer.decode(ids[0])
 
     def memory(self) -> dict:
-        measured = memory.measure_kept_bytes(self.model, self.forward)
+        with torch.random.fork_rng():  # rounding may draw numbers
+            measured = memory.measure_kept_bytes(self.model, self.forward)
         rows = [int(layer.rows.sum()) for layer in self.tap.layers()]
         return memory.memory_report(self.config, measured, rows)
 
