@@ -1,0 +1,70 @@
+# The front door. Every target works from a bare clone: `setup` installs what is missing.
+#   make train [ARGS="--steps 200"]    make test    make bench    make compare
+SHELL := /bin/bash
+BUILD ?= build
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+VENV := .venv
+PY := $(CURDIR)/$(VENV)/bin/python
+FUZZ_CASES ?= 100000
+ARGS ?=
+
+export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)/examples
+
+.PHONY: all setup build test test-cpp test-python train compare fuzz sanitize bench format \
+        format-check install-test cuda clean
+
+all: build
+
+# System packages (apt when root, else a list of what is missing) and the Python environment.
+$(VENV)/.ready: scripts/setup.sh requirements.txt
+	PYTHON=$(PYTHON) bash scripts/setup.sh $(VENV)
+	touch $@
+
+setup: $(VENV)/.ready
+
+build: setup
+	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DSONICMOE_BUILD_TORCH=ON \
+	      -DPython3_EXECUTABLE=$(PY) > $(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
+	cmake --build $(BUILD) -j $(JOBS)
+
+test: test-cpp test-python install-test
+
+test-cpp: build
+	ctest --test-dir $(BUILD) --output-on-failure
+
+test-python: build
+	SONICMOE_CLI=$(CURDIR)/$(BUILD)/cli/sonicmoe $(PY) -m pytest -q --timeout 600 tests
+
+install-test: build
+	bash tests/install/install_test.sh
+
+train: build
+	$(PY) -m pretrain.train $(ARGS)
+
+compare: build
+	$(PY) -m pretrain.compare $(ARGS)
+
+fuzz: build
+	$(BUILD)/tests/sonicmoe_fuzz --cases $(FUZZ_CASES)
+
+# ASan and UBSan, then TSan (on std::thread: ThreadSanitizer does not see OpenMP's barriers).
+sanitize: setup
+	cmake --preset asan && cmake --build --preset asan -j $(JOBS)
+	OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 ctest --preset asan
+	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS)
+	OMP_NUM_THREADS=1 ctest --preset tsan
+
+bench: build
+	$(PY) bench/bench_cpu.py $(ARGS)
+
+format: setup
+	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
+	$(VENV)/bin/ruff format -q . && $(VENV)/bin/ruff check -q --fix .
+
+format-check: setup
+	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(VENV)/bin/ruff format -q --check . && $(VENV)/bin/ruff check -q .
+
+clean:
+	rm -rf $(BUILD) $(BUILD)-* $(BUILD).log
