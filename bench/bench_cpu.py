@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import shlex
 import statistics
@@ -219,6 +220,11 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def other_load() -> float:
+    """Load average of the last minute: other processes on the cores make every figure wrong."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 def commit() -> str:
     command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -237,7 +243,7 @@ def print_row(row: dict) -> None:
 
     shape = ",".join(map(str, row["shape"]))
     same = "=" if ours["kept_bytes"] == row["kept_formula_bytes"] else "!="
-    print(f"{row['name']:7}{shape:22}{row['dtype']:9} {cell(ours):34} {cell(torch_row):34} "
+    print(f"{row['name']:8}{shape:22}{row['dtype']:9} {cell(ours):34} {cell(torch_row):34} "
           f"{row['ratio']:5.2f}x  kept {ours['kept_bytes'] / 2**20:.1f} MiB ({same} formula), "
           f"torch {torch_row['kept_bytes'] / 2**20:.1f} MiB", flush=True)  # fmt: skip
 
@@ -307,6 +313,7 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "load_before": other_load(),
         "versions": {
             "sonicmoe_cpp": sonicmoe_cpp.__version__,
             "torch": torch.__version__,
@@ -317,8 +324,12 @@ def main() -> int:
     print(f"{record['cpu']}, {record['threads']} threads, torch {torch.__version__}; "
           "GFLOP/s forward/backward, ms of both (p10..p90)")  # fmt: skip
     print(
-        f"{'problem':7}{'T,d,n,E,K':22}{'dtype':9} {'sonicmoe_cpp':34} {'torch grouped_mm':34} ratio"
+        f"{'problem':8}{'T,d,n,E,K':22}{'dtype':9} {'sonicmoe_cpp':34} {'torch grouped_mm':34} ratio"
     )
+    if record["load_before"] > 0.5:
+        print(
+            f"warning: load average {record['load_before']:.1f}; other processes distort the figures"
+        )
     rows = []
     for index, problem in enumerate(problems, start=1):
         progress = f"[{index}/{len(problems)}]"
