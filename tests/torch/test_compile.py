@@ -1,10 +1,11 @@
 """opcheck of every operator, and torch.compile with a changing number of tokens."""
 
+import shutil
+
 import pytest
+import sonicmoe_cpp as sm
 import torch
 from torch.library import opcheck
-
-import sonicmoe_cpp as sm
 
 ops = torch.ops.sonicmoe_cpp
 T, D, N, E, K = 32, 16, 8, 4, 2
@@ -135,6 +136,26 @@ def test_compile_functions(name):
 @pytest.mark.parametrize("router", ["topk", "token_rounding"])
 def test_compile_module(router):
     compare_compiled(sm.MoE(D, N, E, K, router=router, tile=8), "aot_eager")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compile_with_inductor():
+    """Ours stays one call inside the graph; inductor may contract what is around it."""
+    module = sm.MoE(D, N, E, K)
+
+    def function(x):
+        y, logits, rows = module(x.tanh(), return_router=True)
+        return y * 2 + sm.load_balancing_loss(logits, rows, top_k=K)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="inductor")
+    for size in (T, T + 16):
+        x = torch.randn(size, D, requires_grad=True)
+        y, expected = compiled(x), function(x)
+        torch.testing.assert_close(y, expected)
+        (a,) = torch.autograd.grad(y.square().sum(), x)
+        (b,) = torch.autograd.grad(expected.square().sum(), x)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
 def test_compile_under_autocast():

@@ -4,9 +4,8 @@ import re
 
 import eager
 import pytest
-import torch
-
 import sonicmoe_cpp as sm
+import torch
 
 T, D, N, E, K = 23, 20, 12, 5, 3
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_clamped")

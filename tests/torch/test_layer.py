@@ -4,10 +4,9 @@ import copy
 import io
 
 import pytest
+import sonicmoe_cpp as sm
 import torch
 from torch.utils.checkpoint import checkpoint
-
-import sonicmoe_cpp as sm
 
 T, D, N, E, K = 48, 24, 8, 6, 2
 

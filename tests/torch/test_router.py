@@ -2,9 +2,8 @@
 
 import eager
 import pytest
-import torch
-
 import sonicmoe_cpp as sm
+import torch
 
 T, E, K = 40, 12, 3
 SCORINGS = [

@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-import sonicmoe_cpp.integrations.transformers as hf  # noqa: E402
+import sonicmoe_cpp.integrations.transformers as hf
 
 COMMON = {
     "vocab_size": 64,
