@@ -8,7 +8,6 @@ import sys
 from .config import UserError, parse_train
 from .signals import Signals, Stopped
 
-
 # Threads that wait by spinning make every parallel region crawl once another process wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
