@@ -36,7 +36,7 @@ class TrainConfig:
     tile: int = 32
     experts: str = "sonicmoe_cpp"
 
-    steps: int = 900
+    steps: int = 700
     batch_size: int = 4  # sequences in a batch
     seq_len: int = 256
     lr: float = 2e-3
@@ -58,9 +58,9 @@ class TrainConfig:
     dtype: str = "float32"
     device: str = "auto"
     threads: int = 0  # 0: what torch chooses
-    eval_every: int = 150
-    eval_tokens: int = 32768
-    save_every: int = 300
+    eval_every: int = 100
+    eval_tokens: int = 16384
+    save_every: int = 100
     sample_tokens: int = 200
     sample_prompt: str = "def "
 
