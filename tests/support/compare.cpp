@@ -129,9 +129,8 @@ std::vector<std::string> check_run(const MoECase& test_case, const RunOptions& o
   const std::vector<oracle::Row>& rows = expected.forward.rows;
   if (!options.inference) {
     expected.backward = oracle::backward(problem, rows, h, host.grad_out.view());
-    expected.naive_backward =
-        naive_backward(problem, rows, h, host.grad_out.view(),
-                       options.gradient_dtype.value_or(test_case.dtype));
+    expected.naive_backward = naive_backward(problem, rows, h, host.grad_out.view(),
+                                             options.gradient_dtype.value_or(test_case.dtype));
     add_offset(expected.backward, options.accumulate ? options.accumulate_onto : 0.0);
     add_offset(expected.naive_backward, options.accumulate ? options.accumulate_onto : 0.0);
   }

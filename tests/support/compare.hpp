@@ -1,5 +1,5 @@
-// Comparators. Each one is shown, in tests/unit/compare_test.cpp, to reject zeros, a swapped row and
-// a dropped expert.
+// Comparators. Each one is shown, in tests/unit/compare_test.cpp, to reject zeros, a swapped row
+// and a dropped expert.
 #pragma once
 
 #include <string>

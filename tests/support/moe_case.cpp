@@ -106,8 +106,8 @@ std::string MoECase::describe() const {
       << " weights=" << sonicmoe::name_of(routing_weight_dtype) << " biases=" << biases
       << " x=" << name_of(x_strides) << " w1=" << name_of(w1_strides)
       << " w2=" << name_of(w2_strides) << " load=" << static_cast<int>(load)
-      << " drop=" << drop_probability
-      << (values == Values::kIntegers ? " integers" : "") << " seed=" << seed;
+      << " drop=" << drop_probability << (values == Values::kIntegers ? " integers" : "")
+      << " seed=" << seed;
   return out.str();
 }
 
@@ -181,8 +181,8 @@ void MoEInputs::fill_values() {
   const auto n = static_cast<double>(std::max<std::int64_t>(c.intermediate_size, 1));
   const bool integers = c.values == Values::kIntegers;
 
-  std::vector<double> rows = integers ? integer_values(random, x.numel(), 0.5)
-                                      : normal_values(random, x.numel(), 1.0);
+  std::vector<double> rows =
+      integers ? integer_values(random, x.numel(), 0.5) : normal_values(random, x.numel(), 1.0);
   poison_unused(rows, c.hidden_size, used_tokens_);
   x.fill(rows);
   rows = integers ? integer_values(random, x.numel(), 0.5) : normal_values(random, x.numel(), 1.0);

@@ -18,8 +18,8 @@ enum class Values : std::uint8_t {
 
 enum class Load : std::uint8_t {
   kUniform,
-  kOneExpert,   ///< one expert takes all rows
-  kSomeEmpty,   ///< only every third expert has rows
+  kOneExpert,  ///< one expert takes all rows
+  kSomeEmpty,  ///< only every third expert has rows
 };
 
 struct MoECase {
@@ -38,7 +38,7 @@ struct MoECase {
   DType id_dtype = DType::kInt32;
   DType routing_weight_dtype = DType::kFloat32;
   bool biases = true;
-  bool row_weights = true;  ///< form B: false leaves them out
+  bool row_weights = true;                    ///< form B: false leaves them out
   Strides x_strides = Strides::kContiguous;   ///< of x, out, grad_out and grad_x
   Strides w1_strides = Strides::kContiguous;  ///< of w1 and grad_w1
   Strides w2_strides = Strides::kContiguous;  ///< of w2 and grad_w2
@@ -49,9 +49,7 @@ struct MoECase {
 
   std::int64_t hidden_columns() const { return gate_factor(activation) * intermediate_size; }
   /// Rows of x and of the output.
-  std::int64_t tokens() const {
-    return form == MoEShape::Form::kSorted ? num_pairs : num_tokens;
-  }
+  std::int64_t tokens() const { return form == MoEShape::Form::kSorted ? num_pairs : num_tokens; }
   /// P of the header.
   std::int64_t pairs() const {
     return form == MoEShape::Form::kTopK ? num_tokens * top_k : num_pairs;

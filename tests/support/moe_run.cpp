@@ -158,8 +158,7 @@ void Run::backward() {
   result_.grad_b1 = collect(result_.violations, "grad_b1", grad_b1);
   result_.grad_w2 = collect(result_.violations, "grad_w2", grad_w2);
   result_.grad_b2 = collect(result_.violations, "grad_b2", grad_b2);
-  result_.grad_routing_weights =
-      collect(result_.violations, "grad_routing_weights", grad_weights);
+  result_.grad_routing_weights = collect(result_.violations, "grad_routing_weights", grad_weights);
 }
 
 }  // namespace

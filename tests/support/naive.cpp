@@ -92,7 +92,9 @@ FloatActivation activate(const Inputs& in, const float* h) {
     return {0.5f * g * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * g * (1.0f - t * t) * inner};
   };
   const auto relu = [](float g) -> Scalar { return {std::max(g, 0.0f), g > 0.0f ? 1.0f : 0.0f}; };
-  const auto gated = [&](Scalar f) { return FloatActivation{f.value * h[1], f.slope * h[1], f.value}; };
+  const auto gated = [&](Scalar f) {
+    return FloatActivation{f.value * h[1], f.slope * h[1], f.value};
+  };
   const auto plain = [](Scalar f) { return FloatActivation{f.value, f.slope, 0.0f}; };
   switch (in.options.activation) {
     case Activation::kSwiGLU:
@@ -242,10 +244,9 @@ Magnitudes magnitudes(const oracle::Problem& problem, const std::vector<Row>& ro
   };
   const std::vector<double> d_out = absolute(oracle::to_double(grad_out));
   std::vector<double> out = zeros(in.T * in.d), grad_x = zeros(in.T * in.d),
-                      grad_w1 = zeros(in.E * in.columns * in.d),
-                      grad_b1 = zeros(in.E * in.columns), grad_w2 = zeros(in.E * in.d * in.n),
-                      grad_b2 = zeros(in.E * in.d), h_sum = zeros(in.columns),
-                      d_h = zeros(in.columns);
+                      grad_w1 = zeros(in.E * in.columns * in.d), grad_b1 = zeros(in.E * in.columns),
+                      grad_w2 = zeros(in.E * in.d * in.n), grad_b2 = zeros(in.E * in.d),
+                      h_sum = zeros(in.columns), d_h = zeros(in.columns);
   Magnitudes result;
   for (std::size_t index = 0; index < rows.size(); ++index) {
     const auto [position, t, e] = rows[index];
@@ -265,16 +266,14 @@ Magnitudes magnitudes(const oracle::Problem& problem, const std::vector<Row>& ro
       d_s += at(d_out, t * in.d + k) * std::abs(at(in.b2, e * in.d + k));
     }
     for (std::int64_t j = 0; j < in.n; ++j) {
-      const auto act = oracle::activate(
-          in.options, at(h, r * in.columns + in.gate(j)),
-          in.gated() ? at(h, r * in.columns + in.up(j)) : 0.0);
+      const auto act = oracle::activate(in.options, at(h, r * in.columns + in.gate(j)),
+                                        in.gated() ? at(h, r * in.columns + in.up(j)) : 0.0);
       at(a_sum, j) = std::abs(act.value) + std::abs(act.d_gate) * at(h_sum, in.gate(j)) +
                      (in.gated() ? std::abs(act.d_up) * at(h_sum, in.up(j)) : 0.0);
       double d_a = 0.0;
       for (std::int64_t k = 0; k < in.d; ++k) {
         d_a += at(d_out, t * in.d + k) * std::abs(at(in.w2, (e * in.d + k) * in.n + j));
-        at(grad_w2, (e * in.d + k) * in.n + j) +=
-            at(d_out, t * in.d + k) * s * std::abs(act.value);
+        at(grad_w2, (e * in.d + k) * in.n + j) += at(d_out, t * in.d + k) * s * std::abs(act.value);
       }
       d_s += d_a * std::abs(act.value);
       at(d_h, in.gate(j)) = s * d_a * std::abs(act.d_gate);

@@ -1,11 +1,12 @@
 // The oracle against closed forms and against central differences of its own forward: what every
 // other test rests on.
+#include "reference/oracle.hpp"
+
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <functional>
 
-#include "reference/oracle.hpp"
 #include "support/compare.hpp"
 #include "support/moe_case.hpp"
 
@@ -76,7 +77,8 @@ TEST(OracleClosedForm, EqualExpertsWithWeightsThatSumToOneAreADenseMlp) {
   const auto result = oracle::forward(problem);
 
   const std::vector<double> x = inputs.x.values(), m1 = w1.values(), m2 = w2.values();
-  const auto d = static_cast<std::size_t>(c.hidden_size), n = static_cast<std::size_t>(c.intermediate_size);
+  const auto d = static_cast<std::size_t>(c.hidden_size),
+             n = static_cast<std::size_t>(c.intermediate_size);
   for (std::size_t t = 0; t < static_cast<std::size_t>(c.num_tokens); ++t) {
     std::vector<double> hidden(n);
     for (std::size_t j = 0; j < n; ++j) {
@@ -122,8 +124,7 @@ TEST(OracleClosedForm, SumsPairsOfATokenAndSkipsDroppedOnes) {
   const std::vector<float> d_out = {1, 10};
   const auto gradient = oracle::backward(problem, result.rows, result.h,
                                          ConstTensorView(d_out.data(), DType::kFloat32, {2, 1}));
-  EXPECT_EQ(gradient.grad_routing_weights,
-            (std::vector<double>{3030, 3, 203, 0, 0, 3030, 0, 0}));
+  EXPECT_EQ(gradient.grad_routing_weights, (std::vector<double>{3030, 3, 203, 0, 0, 3030, 0, 0}));
   EXPECT_EQ(gradient.grad_b2, (std::vector<double>{0.5, 0, 2 + 50}));
   EXPECT_EQ(gradient.grad_w2, (std::vector<double>{0.5 * 2, 0, 2 * 2 + 50 * 3}));
   EXPECT_EQ(gradient.grad_x, (std::vector<double>{0.5 + 200, 10 * 5 * 100}));
@@ -163,9 +164,11 @@ TEST(OracleActivation, ValuesAtKnownPoints) {
   EXPECT_EQ(value(Activation::kReLU, -2.0, 0), 0.0);
   EXPECT_EQ(value(Activation::kReLUSquared, 3.0, 0), 9.0);
   // gpt-oss: both clamped at 7, (7 + 1) * 7 * sigmoid(1.702 * 7).
-  EXPECT_NEAR(value(Activation::kSwiGLUClamped, 100.0, 100.0), 56.0 / (1.0 + std::exp(-11.914)), 1e-12);
+  EXPECT_NEAR(value(Activation::kSwiGLUClamped, 100.0, 100.0), 56.0 / (1.0 + std::exp(-11.914)),
+              1e-12);
   // The gate is clamped from above only: gate -8, up clamped to -7 -> (-7 + 1) * -8 * sigmoid.
-  EXPECT_NEAR(value(Activation::kSwiGLUClamped, -8.0, -50.0), 48.0 / (1.0 + std::exp(1.702 * 8)), 1e-12);
+  EXPECT_NEAR(value(Activation::kSwiGLUClamped, -8.0, -50.0), 48.0 / (1.0 + std::exp(1.702 * 8)),
+              1e-12);
 }
 
 TEST(OracleActivation, GradientsAtKinksFollowTorch) {
@@ -223,7 +226,8 @@ void check_gradient(const char* name, MoEInputs& inputs, Tensor& input,
     input.fill(moved);
     const double below = loss(inputs);
     // O(step^2) with third derivatives of order one, times the sums over d and n.
-    EXPECT_NEAR((above - below) / (2 * kStep), gradient[i], 2e-5 * scale) << name << "[" << i << "]";
+    EXPECT_NEAR((above - below) / (2 * kStep), gradient[i], 2e-5 * scale)
+        << name << "[" << i << "]";
   }
   input.fill(values);
 }
@@ -252,8 +256,8 @@ TEST_P(OracleGradient, MatchesCentralDifferences) {
   c.biases = GetParam().biases;
   c.seed = 7;
   MoEInputs inputs(host_target(), c);
-  for (Tensor* tensor : {&inputs.x, &inputs.w1, &inputs.b1, &inputs.w2, &inputs.b2,
-                         &inputs.routing_weights}) {
+  for (Tensor* tensor :
+       {&inputs.x, &inputs.w1, &inputs.b1, &inputs.w2, &inputs.b2, &inputs.routing_weights}) {
     coarsen(*tensor);
   }
   const auto forward = oracle::forward(inputs.problem());
@@ -301,7 +305,8 @@ INSTANTIATE_TEST_SUITE_P(All, OracleGradient, ::testing::ValuesIn(difference_cas
 
 TEST(OracleRouter, LogitsAndGradientsOfATwoByTwoExample) {
   const std::vector<float> x = {1, 2, 3, 4}, w = {5, 6, 7, 8}, b = {0.5f, -0.5f};
-  const ConstTensorView xv(x.data(), DType::kFloat32, {2, 2}), wv(w.data(), DType::kFloat32, {2, 2});
+  const ConstTensorView xv(x.data(), DType::kFloat32, {2, 2}),
+      wv(w.data(), DType::kFloat32, {2, 2});
   EXPECT_EQ(oracle::router_logits(xv, wv, ConstTensorView(b.data(), DType::kFloat32, {2})),
             (std::vector<double>{17.5, 22.5, 39.5, 52.5}));
   EXPECT_EQ(oracle::router_logits(xv, wv, {}), (std::vector<double>{17, 23, 39, 53}));
