@@ -23,10 +23,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import sonicmoe_cpp
 import torch
 import torch.nn.functional as F
-
-import sonicmoe_cpp
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
