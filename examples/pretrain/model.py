@@ -10,6 +10,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from .config import TrainConfig, UserError
 
+EMBEDDING_STD = 0.5
+
 
 def model_config(config: TrainConfig, vocab_size: int, end_of_text: int) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(
@@ -36,7 +38,11 @@ def model_config(config: TrainConfig, vocab_size: int, end_of_text: int) -> Qwen
 def new_model(config: TrainConfig, vocab_size: int, end_of_text: int) -> Qwen3MoeForCausalLM:
     """Random weights, a function of the seed; the same for every --experts."""
     torch.manual_seed(config.seed)
-    return Qwen3MoeForCausalLM(model_config(config, vocab_size, end_of_text))
+    model = Qwen3MoeForCausalLM(model_config(config, vocab_size, end_of_text))
+    # transformers' 0.02 lets the first layers drown the token in the residual stream: with wider
+    # embeddings the default run ends at 61% of the unigram cross-entropy instead of 67%.
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING_STD)
+    return model
 
 
 def choose_device(config: TrainConfig) -> torch.device:
