@@ -7,8 +7,8 @@ import torch
 _PATH = Path(__file__).with_name("_C.so")
 if not _PATH.exists():
     raise ImportError(
-        f"sonicmoe_cpp: {_PATH} is missing: build it with `make build` in the repository, or with "
-        "cmake -DSONICMOE_BUILD_TORCH=ON"
+        f"sonicmoe_cpp: {_PATH} is missing: build the CMake target sonicmoe_torch with "
+        "-DSONICMOE_BUILD_TORCH=ON (docs/python.md)"
     )
 torch.ops.load_library(str(_PATH))
 
