@@ -32,6 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GRADIENTS = ("x", "w1", "w2", "weights")
 MINIMUM_RATIO = 1.3
 GOAL_RATIO = 2.0
+MOST_LOAD = 0.5
 
 Forward = Callable[..., torch.Tensor]
 
@@ -325,7 +326,7 @@ def main() -> int:
     print(
         f"{'problem':8}{'T,d,n,E,K':22}{'dtype':9} {'sonicmoe_cpp':34} {'torch grouped_mm':34} ratio"
     )
-    if record["load_before"] > 0.5:
+    if record["load_before"] > MOST_LOAD:
         print(
             f"warning: load average {record['load_before']:.1f}; other processes distort the figures"
         )
@@ -336,12 +337,21 @@ def main() -> int:
         print_row(rows[-1])
     ratios = [row["ratio"] for row in rows]
     mean = math.exp(statistics.fmean(map(math.log, ratios)))
-    met = mean >= GOAL_RATIO and min(ratios) >= MINIMUM_RATIO
+    # Shared cores hurt the two systems unequally: ratios under load prove nothing.
+    loaded = max(record["load_before"], other_load() - record["threads"]) > MOST_LOAD
+    met = not loaded and mean >= GOAL_RATIO and min(ratios) >= MINIMUM_RATIO
+    verdict = "not judged, the machine was loaded" if loaded else "met" if met else "not met"
     kept = all(row["sonicmoe_cpp"]["kept_bytes"] == row["kept_formula_bytes"] for row in rows)
     print(f"geometric mean {mean:.2f}x, lowest {min(ratios):.2f}x "
-          f"(goal: mean >= {GOAL_RATIO}, none below {MINIMUM_RATIO}: {'met' if met else 'not met'}); "
+          f"(goal: mean >= {GOAL_RATIO}, none below {MINIMUM_RATIO}: {verdict}); "
           f"bytes kept {'equal' if kept else 'differ from'} the formula")  # fmt: skip
-    record |= {"rows": rows, "geometric_mean": mean, "lowest": min(ratios), "goal_met": met}
+    record |= {
+        "rows": rows,
+        "geometric_mean": mean,
+        "lowest": min(ratios),
+        "goal_met": met,
+        "loaded": loaded,
+    }
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
