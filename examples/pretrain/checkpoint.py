@@ -113,7 +113,7 @@ def load_model(run_dir: Path, config: TrainConfig) -> Qwen3MoeForCausalLM:
         raise _unreadable(run_dir, "weights", error) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
-            example = sorted(map(str, report[problem]))[0]
+            example = min(map(str, report[problem]))
             raise UserError(
                 f"--resume: the checkpoint in {folder} does not fit its config.json: "
                 f"{problem.replace('_', ' ')} such as {example}"

@@ -46,7 +46,7 @@ class Screen:
         if self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False)
 
-    def __enter__(self) -> Screen:
+    def __enter__(self):
         if self._live:
             self._live.start()
         return self
