@@ -19,7 +19,7 @@ from .signals import Signals, Stopped
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROUTERS = ("topk", "token-rounding")
-DEFAULTS = {"name": "compare", "steps": 500, "eval_every": 100, "sample_tokens": 0}
+DEFAULTS = {"name": "compare", "steps": 400, "eval_every": 100, "sample_tokens": 0}
 
 
 def parse_compare(argv: list[str]) -> tuple[TrainConfig, int]:

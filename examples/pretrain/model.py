@@ -46,11 +46,24 @@ def new_model(config: TrainConfig, vocab_size: int, end_of_text: int) -> Qwen3Mo
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here")
+    """The GPU counts only where the experts can run on it."""
+    usable = torch.cuda.is_available() and _experts_run_on_gpu(config)
+    if config.device == "cuda" and not usable:
+        reason = "torch sees no GPU here"
+        if torch.cuda.is_available():
+            reason = "this build of sonicmoe_cpp has no CUDA backend"
+        raise UserError(f"--device cuda: {reason}")
     if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if usable else "cpu")
     return torch.device(config.device)
+
+
+def _experts_run_on_gpu(config: TrainConfig) -> bool:
+    if config.experts != "sonicmoe_cpp":
+        return True
+    import sonicmoe_cpp  # noqa: F401  registers the operators
+
+    return torch._C._dispatch_has_kernel_for_dispatch_key("sonicmoe_cpp::moe_layer_forward", "CUDA")
 
 
 def autocast(config: TrainConfig, device: torch.device):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from pretrain.compare import main as compare
 from pretrain.train import main
 
@@ -33,6 +34,11 @@ def expect_error(capsys, argv, *words, entry=main):
         ({"top_k": 9}, ["--top-k 9"]),
         ({"name": "../up"}, ["--name"]),
         ({"vocab_size": 100}, ["--vocab-size"]),
+        pytest.param(
+            {"device": "cuda"},
+            ["--device cuda"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_bad_request_is_one_line_and_writes_nothing(capsys, flags, tmp_path, changes, words):
