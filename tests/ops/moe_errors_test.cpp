@@ -1,0 +1,206 @@
+// Every error that moe.hpp documents names its argument.
+#include <gtest/gtest.h>
+
+#include <functional>
+
+#include "sonicmoe/sonicmoe.hpp"
+#include "support/moe_case.hpp"
+
+namespace sonicmoe::testing {
+namespace {
+
+std::string argument_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.argument().empty() ? error.what() : error.argument();
+  }
+  return "(no error)";
+}
+
+// A valid forward and backward call to spoil.
+struct Call {
+  explicit Call(const Target& t, const MoECase& c = {})
+      : target(t),
+        inputs(t, c),
+        shape(inputs.shape()),
+        out(t, c.dtype, {c.tokens(), c.hidden_size}),
+        grad_x(t, c.dtype, {c.tokens(), c.hidden_size}),
+        grad_w1(t, c.dtype, {c.num_experts, c.hidden_columns(), c.hidden_size}),
+        h(t, c.dtype, {c.pairs(), c.hidden_columns()}),
+        metadata(t, moe_metadata_bytes(shape)),
+        forward_workspace(t, moe_forward_workspace(t.context(), shape).bytes),
+        backward_workspace(t, moe_backward_workspace(t.context(), shape).bytes) {
+    forward.options = backward.options = c.options();
+    forward.x = backward.x = inputs.x.view();
+    forward.weights = backward.weights = inputs.weights();
+    forward.routing = backward.routing = inputs.routing();
+    forward.out = out.view();
+    forward.h = h.view();
+    forward.metadata = metadata.view();
+    forward.workspace = forward_workspace.view();
+    backward.h = h.view();
+    backward.metadata = metadata.view();
+    backward.grad_out = inputs.grad_out.view();
+    backward.grad_x = grad_x.view();
+    backward.grad_w1 = grad_w1.view();
+    backward.workspace = backward_workspace.view();
+  }
+
+  std::string forward_error() const {
+    return argument_of([&] { moe_forward(target.context(), forward); });
+  }
+  std::string backward_error() const {
+    return argument_of([&] { moe_backward(target.context(), backward); });
+  }
+
+  const Target& target;
+  MoEInputs inputs;
+  MoEShape shape;
+  Tensor out, grad_x, grad_w1, h;
+  GuardedBuffer metadata, forward_workspace, backward_workspace;
+  MoEForwardArgs forward;
+  MoEBackwardArgs backward;
+};
+
+// The same memory seen with other sizes (never more elements) or another dtype.
+TensorView reshaped(const TensorView& view, std::initializer_list<std::int64_t> shape) {
+  return TensorView(view.data(), view.dtype(), shape);
+}
+TensorView reshaped(const ConstTensorView& view, std::initializer_list<std::int64_t> shape) {
+  return TensorView(const_cast<void*>(view.data()), view.dtype(), shape);
+}
+TensorView retyped(const ConstTensorView& view, DType dtype) {
+  return TensorView(const_cast<void*>(view.data()), dtype, view.shape());
+}
+
+class MoeErrors : public ::testing::TestWithParam<Target> {};
+INSTANTIATE_TEST_SUITE_P(Backends, MoeErrors, ::testing::ValuesIn(targets()),
+                         [](const auto& test) { return test.param.backend; });
+
+TEST_P(MoeErrors, TheUnspoiledCallIsValid) {
+  const Call call(GetParam());
+  EXPECT_EQ(call.forward_error(), "(no error)");
+  EXPECT_EQ(call.backward_error(), "(no error)");
+}
+
+TEST_P(MoeErrors, ForwardShapesAndDtypes) {
+  const MoECase c;
+  using Spoil = std::function<void(MoEForwardArgs&)>;
+  const std::vector<std::pair<std::string, Spoil>> spoils = {
+      {"x", [](auto& a) { a.x = ConstTensorView(); }},
+      {"x", [](auto& a) { a.x = reshaped(a.x, {a.x.size(0) * a.x.size(1)}); }},
+      {"x", [](auto& a) { a.x = retyped(a.x, DType::kInt32); }},
+      {"x", [](auto& a) { a.x = transposed(reshaped(a.x, {24, 13}), 0, 1); }},
+      {"w1", [](auto& a) { a.weights.w1 = reshaped(a.weights.w1, {5, 39, 24}); }},
+      {"w1", [](auto& a) { a.weights.w1 = retyped(a.weights.w1, DType::kBFloat16); }},
+      {"w2", [](auto& a) { a.weights.w2 = ConstTensorView(); }},
+      {"w2", [](auto& a) { a.weights.w2 = reshaped(a.weights.w2, {5, 23, 20}); }},
+      {"b1", [](auto& a) { a.weights.b1 = reshaped(a.weights.b1, {5, 20}); }},
+      {"b2", [](auto& a) { a.weights.b2 = reshaped(a.weights.b2, {5, 20}); }},
+      {"out", [](auto& a) { a.out = reshaped(a.out, {12, 24}); }},
+      {"out", [](auto& a) { a.out = retyped(a.out, DType::kBFloat16); }},
+      {"h", [](auto& a) { a.h = TensorView(); }},
+      {"metadata", [](auto& a) { a.metadata = TensorView(); }},
+      {"h", [](auto& a) { a.h = reshaped(a.h, {25, 40}); }},
+      {"metadata", [](auto& a) { a.metadata = reshaped(a.metadata, {16}); }},
+      {"workspace", [](auto& a) { a.workspace = TensorView(); }},
+      {"limit",
+       [](auto& a) {
+         a.options.activation = Activation::kSwiGLUClamped;
+         a.options.limit = 0.0f;
+       }},
+  };
+  for (const auto& [argument, spoil] : spoils) {
+    Call call(GetParam(), c);
+    spoil(call.forward);
+    EXPECT_EQ(call.forward_error(), argument);
+  }
+}
+
+TEST_P(MoeErrors, Buffers) {
+  Call call(GetParam());
+  const TensorView whole = call.forward.workspace;
+  call.forward.workspace = reshaped(whole, {whole.size(0) - 1});
+  EXPECT_EQ(call.forward_error(), "workspace");
+  call.forward.workspace = whole;
+  const TensorView metadata = call.forward.metadata;
+  call.forward.metadata = reshaped(metadata, {metadata.size(0) - 1});
+  EXPECT_EQ(call.forward_error(), "metadata");
+}
+
+TEST_P(MoeErrors, Routing) {
+  Call topk(GetParam());
+  auto& a = std::get<TopKRouting>(topk.forward.routing);
+  const TopKRouting valid = a;
+  a.topk_ids = retyped(valid.topk_ids, DType::kFloat32);
+  EXPECT_EQ(topk.forward_error(), "topk_ids");
+  a.topk_ids = reshaped(valid.topk_ids, {12, 2});
+  EXPECT_EQ(topk.forward_error(), "topk_ids");
+  a = valid;
+  a.topk_weights = reshaped(valid.topk_weights, {13, 1});
+  EXPECT_EQ(topk.forward_error(), "topk_weights");
+
+  MoECase c;
+  c.form = MoEShape::Form::kPairs;
+  Call pairs(GetParam(), c);
+  auto& p = std::get<PairRouting>(pairs.forward.routing);
+  p.expert_ids = reshaped(p.expert_ids, {28});
+  EXPECT_EQ(pairs.forward_error(), "expert_ids");
+
+  c.form = MoEShape::Form::kSorted;
+  Call sorted(GetParam(), c);
+  auto& s = std::get<SortedRouting>(sorted.forward.routing);
+  const ConstTensorView offsets = s.offsets;
+  s.offsets = reshaped(offsets, {4});
+  EXPECT_EQ(sorted.forward_error(), "offsets");
+  s.offsets = offsets;
+  sorted.inputs.offsets.fill_ids({3, 2, 5, 9, 29});
+  EXPECT_EQ(sorted.forward_error(), "offsets");
+  sorted.inputs.offsets.fill_ids({3, 4, 5, 9, 30});
+  EXPECT_EQ(sorted.forward_error(), "offsets");
+}
+
+TEST_P(MoeErrors, Backward) {
+  using Spoil = std::function<void(MoEBackwardArgs&)>;
+  const std::vector<std::pair<std::string, Spoil>> spoils = {
+      {"grad_out", [](auto& a) { a.grad_out = reshaped(a.grad_out, {12, 24}); }},
+      {"h", [](auto& a) { a.h = ConstTensorView(); }},
+      {"metadata", [](auto& a) { a.metadata = ConstTensorView(); }},
+      {"grad_x", [](auto& a) { a.grad_x = reshaped(a.grad_x, {12, 24}); }},
+      {"grad_w1", [](auto& a) { a.grad_w1 = reshaped(a.grad_w1, {5, 40, 23}); }},
+      {"grad_w1", [](auto& a) { a.grad_w1 = retyped(a.grad_w1, DType::kBFloat16); }},
+      {"grad_b1",
+       [](auto& a) {
+         a.weights.b1 = ConstTensorView();
+         a.grad_b1 = reshaped(a.grad_w1, {5, 40});
+       }},
+      {"workspace", [](auto& a) { a.workspace = TensorView(); }},
+      {"workspace_limit", [](auto& a) { a.workspace_limit = 1; }},
+  };
+  for (const auto& [argument, spoil] : spoils) {
+    Call call(GetParam());
+    spoil(call.backward);
+    EXPECT_EQ(call.backward_error(), argument);
+  }
+}
+
+TEST_P(MoeErrors, AccumulateNeedsFloat32) {
+  MoECase c;
+  c.dtype = DType::kBFloat16;
+  Call call(GetParam(), c);
+  EXPECT_EQ(call.backward_error(), "(no error)");
+  call.backward.accumulate = true;
+  EXPECT_EQ(call.backward_error(), "grad_w1");
+}
+
+TEST(MoeDispatch, UnknownBackendIsAnError) {
+  Context context;
+  context.backend = "abacus";
+  const MoEShape shape;
+  EXPECT_NE(argument_of([&] { moe_forward_workspace(context, shape); }).find("abacus"),
+            std::string::npos);
+}
+
+}  // namespace
+}  // namespace sonicmoe::testing
