@@ -66,5 +66,9 @@ format-check: setup
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/ruff format -q --check . && $(VENV)/bin/ruff check -q .
 
+# Needs nvcc; running what it builds needs a Hopper GPU (scripts/gpu.sh).
+cuda:
+	bash scripts/gpu.sh build
+
 clean:
 	rm -rf $(BUILD) $(BUILD)-* $(BUILD).log

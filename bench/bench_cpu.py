@@ -191,7 +191,11 @@ def measure(problem: Problem, seconds: float, repeats: int, progress: str) -> di
             timings[system].backward.append(backward_s)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
-    row: dict = {"name": problem.name, "shape": list(problem.shape), "dtype": problem.dtype}
+    row: dict = {
+        "name": problem.name,
+        "shape": list(problem.shape),
+        "dtype": problem.dtype,
+    }
     totals = {}
     for system, forward in SYSTEMS.items():
         t = timings[system]

@@ -30,7 +30,8 @@ enum class GateUpLayout : std::uint8_t {
   kInterleaved,   ///< "interleaved"   row 2j gate, row 2j+1 up (gpt-oss, tensor parallelism)
 };
 
-/// Gradients at kinks follow torch: relu'(0) = 0; a clamp passes its gradient on the closed interval.
+/// Gradients at kinks follow torch: relu'(0) = 0; a clamp passes its gradient on the closed
+/// interval.
 constexpr bool is_gated(Activation a) noexcept { return a <= Activation::kSwiGLUClamped; }
 /// g of the formulas: 2 when gated, else 1.
 constexpr int gate_factor(Activation a) noexcept { return is_gated(a) ? 2 : 1; }

@@ -1,8 +1,8 @@
 // The expert layer: forward and backward of a Mixture-of-Experts MLP with ready-made routing.
 //
-// Symbols (docs/algorithm.md): T tokens, d hidden_size, n intermediate_size, E num_experts, K top_k,
-// P routed pairs handed over (capacity), R <= P rows left after dropped pairs, g = 2 for a gated
-// activation, else 1. Source: SonicMoE, arXiv 2512.14080.
+// Symbols (docs/algorithm.md): T tokens, d hidden_size, n intermediate_size, E num_experts, K
+// top_k, P routed pairs handed over (capacity), R <= P rows left after dropped pairs, g = 2 for a
+// gated activation, else 1. Source: SonicMoE, arXiv 2512.14080.
 //
 // For every routed row r = (token t, expert e) with weight s:
 //   H[r] = X[t] W1[e]^T + b1[e]      [g*n]  kept for backward (skipped in inference)
@@ -30,8 +30,9 @@ namespace sonicmoe {
 // ---------------------------------------------------------------------------------------- routing
 
 /// Form A, K slots per token. `topk_ids` [T, K] int32|int64; `topk_weights` [T, K]
-/// float32|bfloat16. An id < 0 or >= E is a dropped slot: no row is computed, it contributes exactly
-/// 0 and its weight gradient is exactly 0. A token may name an expert twice; both slots count.
+/// float32|bfloat16. An id < 0 or >= E is a dropped slot: no row is computed, it contributes
+/// exactly 0 and its weight gradient is exactly 0. A token may name an expert twice; both slots
+/// count.
 struct TopKRouting {
   ConstTensorView topk_ids;
   ConstTensorView topk_weights;
@@ -39,16 +40,16 @@ struct TopKRouting {
 
 /// Form B, rows already sorted by expert. `offsets` [E] int32: cumulative ends, non-decreasing, the
 /// last at most P = x.size(0). `row_weights` [P] float32|bfloat16, or absent for 1. No gather, no
-/// sum over tokens: out[r] = s[r] * Y[r]. Rows at or past offsets[E-1] are never read (they may hold
-/// NaN); they are zero in the output and in every gradient.
+/// sum over tokens: out[r] = s[r] * Y[r]. Rows at or past offsets[E-1] are never read (they may
+/// hold NaN); they are zero in the output and in every gradient.
 struct SortedRouting {
   ConstTensorView offsets;
   ConstTensorView row_weights;
 };
 
-/// Form C, any list of pairs in any order. `token_ids`, `expert_ids` [P] int32|int64 (equal dtypes),
-/// `pair_weights` [P] float32|bfloat16. A pair whose expert is outside 0..E-1 or whose token is
-/// outside 0..T-1 is dropped as in form A. Duplicates count each time.
+/// Form C, any list of pairs in any order. `token_ids`, `expert_ids` [P] int32|int64 (equal
+/// dtypes), `pair_weights` [P] float32|bfloat16. A pair whose expert is outside 0..E-1 or whose
+/// token is outside 0..T-1 is dropped as in form A. Duplicates count each time.
 struct PairRouting {
   ConstTensorView token_ids;
   ConstTensorView expert_ids;
@@ -117,12 +118,11 @@ struct WorkspacePlan {
 /// `workspace_limit`, `bytes <= *workspace_limit`: A, dH and A' stay whole, Y and dX~ are produced
 /// and summed in slabs of columns, which changes no bit of any result.
 /// Errors: a limit below minimum_bytes (the message names the minimum).
-SONICMOE_API WorkspacePlan
-moe_forward_workspace(const Context& context, const MoEShape& shape, bool inference = false,
-                      std::optional<std::size_t> workspace_limit = {});
-SONICMOE_API WorkspacePlan
-moe_backward_workspace(const Context& context, const MoEShape& shape,
-                       std::optional<std::size_t> workspace_limit = {});
+SONICMOE_API WorkspacePlan moe_forward_workspace(const Context& context, const MoEShape& shape,
+                                                 bool inference = false,
+                                                 std::optional<std::size_t> workspace_limit = {});
+SONICMOE_API WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
+                                                  std::optional<std::size_t> workspace_limit = {});
 
 struct MoEForwardArgs {
   ExpertOptions options;
@@ -130,8 +130,8 @@ struct MoEForwardArgs {
   ExpertWeights weights;
   Routing routing;
 
-  TensorView out;        ///< [T, d] (form B: [P, d]), dtype of x, unit stride in d; every element written
-  TensorView h;          ///< [P, g*n] contiguous, dtype of x; absent in inference. Rows >= R untouched
+  TensorView out;  ///< [T, d] (form B: [P, d]), dtype of x, unit stride in d; every element written
+  TensorView h;    ///< [P, g*n] contiguous, dtype of x; absent in inference. Rows >= R untouched
   TensorView metadata;   ///< [moe_metadata_bytes()] uint8, 16-byte aligned; absent in inference
   TensorView workspace;  ///< [WorkspacePlan::bytes] uint8 (or more), 64-byte aligned
   std::optional<std::size_t> workspace_limit;  ///< the value given to moe_forward_workspace
@@ -153,7 +153,8 @@ struct MoEBackwardArgs {
 
   // Every gradient is optional; one that is present is written in full.
   TensorView grad_x;   ///< shape of x, dtype of x, unit stride in d
-  TensorView grad_w1;  ///< [E, g*n, d], unit stride in one of the last two dimensions; dtype of w1 or float32
+  TensorView grad_w1;  ///< [E, g*n, d], unit stride in one of the last two dimensions; dtype of w1
+                       ///< or float32
   TensorView grad_b1;  ///< [E, g*n] unit last stride; dtype of b1 or float32
   TensorView grad_w2;  ///< [E, d, n], as grad_w1
   TensorView grad_b2;  ///< [E, d]

@@ -29,7 +29,8 @@ struct MoELayerForwardArgs {
   MoELayerOptions options;
   ConstTensorView x;              ///< [T, d] float32|bfloat16
   ConstTensorView router_weight;  ///< Wr [E, d], dtype of x or float32, unit stride in d
-  ConstTensorView router_bias;    ///< [E] dtype of router_weight or float32, or absent (gpt-oss has one)
+  ConstTensorView
+      router_bias;  ///< [E] dtype of router_weight or float32, or absent (gpt-oss has one)
   ExpertWeights weights;
 
   TensorView out;              ///< [T, d], dtype of x

@@ -2,7 +2,8 @@
 //
 // One formula for all scorings (docs/router.md):
 //   score(t,e)  = exp(logit) (topk_softmax), softmax over E (softmax_topk), sigmoid (sigmoid_topk)
-//   weight(t,e) = scale * score(t,e) / Z_t, Z_t = sum of the token's top-K scores where renormalised
+//   weight(t,e) = scale * score(t,e) / Z_t, Z_t = sum of the token's top-K scores where
+//   renormalised
 //                 (always for topk_softmax; + 1e-20 for sigmoid_topk), else 1
 // Logits, scores, weights and their gradients are float32.
 #pragma once
@@ -60,9 +61,9 @@ struct RouterOptions {
 
 struct RouteForwardArgs {
   RouterOptions options;
-  ConstTensorView logits;   ///< [T, E] float32 contiguous
-  TensorView topk_ids;      ///< [T, K] int32|int64 contiguous; by descending selection score
-  TensorView topk_weights;  ///< [T, K] float32 contiguous
+  ConstTensorView logits;      ///< [T, E] float32 contiguous
+  TensorView topk_ids;         ///< [T, K] int32|int64 contiguous; by descending selection score
+  TensorView topk_weights;     ///< [T, K] float32 contiguous
   TensorView rows_per_expert;  ///< [E] int32, optional
 };
 
@@ -93,21 +94,22 @@ struct RoundingOptions {
 };
 
 /// Length P of the returned pair list, a function of shapes only:
-/// down T*K; balanced T*K + M/2; nearest T*K + E*(M/2); up, stochastic, nearest_score T*K + E*(M-1).
+/// down T*K; balanced T*K + M/2; nearest T*K + E*(M/2); up, stochastic, nearest_score T*K +
+/// E*(M-1).
 SONICMOE_API std::int64_t rounded_capacity(std::int64_t num_tokens, std::int64_t num_experts,
                                            std::int64_t top_k, const RoundingOptions& rounding);
 
 struct RoundTokensForwardArgs {
   RouterOptions options;
   RoundingOptions rounding;
-  ConstTensorView logits;   ///< [T, E] float32 contiguous
-  TensorView token_ids;     ///< [P] int32; sorted by (expert, token); unused places at the end are -1
-  TensorView expert_ids;    ///< [P] int32; unused places -1
-  TensorView pair_weights;  ///< [P] float32; unused places 0
-  TensorView topk_ids;      ///< [T, K] int32: token choice before rounding (backward needs it)
-  TensorView rows_per_expert;         ///< [E] int32 after rounding, optional
+  ConstTensorView logits;  ///< [T, E] float32 contiguous
+  TensorView token_ids;   ///< [P] int32; sorted by (expert, token); unused places at the end are -1
+  TensorView expert_ids;  ///< [P] int32; unused places -1
+  TensorView pair_weights;     ///< [P] float32; unused places 0
+  TensorView topk_ids;         ///< [T, K] int32: token choice before rounding (backward needs it)
+  TensorView rows_per_expert;  ///< [E] int32 after rounding, optional
   TensorView rows_per_expert_before;  ///< [E] int32 of token choice, optional
-  TensorView workspace;  ///< [round_tokens_workspace_bytes()] uint8, 64-byte aligned
+  TensorView workspace;               ///< [round_tokens_workspace_bytes()] uint8, 64-byte aligned
 };
 
 /// Scratch of round_tokens_forward.
@@ -116,8 +118,8 @@ SONICMOE_API std::size_t round_tokens_workspace_bytes(const Context& context,
                                                       std::int64_t num_experts, std::int64_t top_k);
 
 /// Token rounding: moves every expert's row count to a multiple of M, less than one tile away from
-/// token choice. Rows kept keep their weight; added rows continue the same scale (docs/round_tokens.md).
-/// Errors: as route_forward; T < M; P other than rounded_capacity().
+/// token choice. Rows kept keep their weight; added rows continue the same scale
+/// (docs/round_tokens.md). Errors: as route_forward; T < M; P other than rounded_capacity().
 SONICMOE_API void round_tokens_forward(const Context& context, const RoundTokensForwardArgs& args);
 
 /// The selection inside round_tokens_forward alone: comparison and integer work on given scores, so
@@ -152,8 +154,8 @@ SONICMOE_API void round_tokens_backward(const Context& context,
 // -------------------------------------------------------------------------------------- balancing
 
 /// Switch auxiliary loss E * sum_e f_e p_e: f_e = rows_per_expert[e] / (T*K), p_e the mean over the
-/// tokens of softmax over E (sigmoid_topk: of sigmoid over its sum over E). Uniform routing gives 1.
-/// (Hugging Face's value is K times this.) `loss` [1] float32. T = 0 gives 0.
+/// tokens of softmax over E (sigmoid_topk: of sigmoid over its sum over E). Uniform routing
+/// gives 1. (Hugging Face's value is K times this.) `loss` [1] float32. T = 0 gives 0.
 SONICMOE_API void load_balancing_loss_forward(const Context& context, Scoring scoring,
                                               std::int64_t top_k, ConstTensorView logits,
                                               ConstTensorView rows_per_expert, TensorView loss);

@@ -34,9 +34,9 @@ std::size_t router_scratch(const Backend& backend, const Context& context,
                            const MoELayerOptions& options, const MoEShape& shape, bool forward) {
   std::size_t bytes = backend.router_logits_workspace_bytes(context, shape);
   if (forward && options.rounding) {
-    bytes = std::max(bytes, backend.round_tokens_workspace_bytes(
-                                context, shape.num_tokens, shape.num_experts,
-                                options.router.top_k));
+    bytes =
+        std::max(bytes, backend.round_tokens_workspace_bytes(
+                            context, shape.num_tokens, shape.num_experts, options.router.top_k));
   }
   return bytes;
 }
@@ -175,10 +175,9 @@ MoEShape moe_layer_shape(const MoELayerOptions& options, ConstTensorView x,
   check.that(options.router.top_k >= 1 && options.router.top_k <= shape.num_experts, "top_k",
              "1.." + std::to_string(shape.num_experts), std::to_string(options.router.top_k));
   shape.form = options.rounding ? MoEShape::Form::kPairs : MoEShape::Form::kTopK;
-  shape.num_pairs = options.rounding
-                        ? rounded_capacity(shape.num_tokens, shape.num_experts,
-                                           options.router.top_k, *options.rounding)
-                        : shape.num_tokens * options.router.top_k;
+  shape.num_pairs = options.rounding ? rounded_capacity(shape.num_tokens, shape.num_experts,
+                                                        options.router.top_k, *options.rounding)
+                                     : shape.num_tokens * options.router.top_k;
   return shape;
 }
 
@@ -199,19 +198,17 @@ WorkspacePlan moe_layer_backward_workspace(const Context& context, const MoELaye
 void moe_layer_forward(const Context& context, const MoELayerForwardArgs& args) {
   const Check check("moe_layer_forward");
   const MoEShape shape = moe_layer_shape(args.options, args.x, args.weights);
-  check_router(check, args.x, args.router_weight, args.router_bias, args.logits,
-               shape.num_experts);
+  check_router(check, args.x, args.router_weight, args.router_bias, args.logits, shape.num_experts);
   const Backend& backend = choose_backend(context, "moe_layer_forward");
   Context forced = context;
   forced.backend = backend.name();
   const bool inference = !args.saved.h.defined();
-  const WorkspacePlan plan = forward_plan(backend, context, args.options, shape, inference,
-                                          args.workspace_limit);
+  const WorkspacePlan plan =
+      forward_plan(backend, context, args.options, shape, inference, args.workspace_limit);
   check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
-  const std::size_t outer =
-      carve(nullptr, backend, context, args.options, shape, true, 0).used;
-  const LayerWorkspace workspace = carve(args.workspace.data(), backend, context, args.options,
-                                         shape, true, plan.bytes - outer);
+  const std::size_t outer = carve(nullptr, backend, context, args.options, shape, true, 0).used;
+  const LayerWorkspace workspace =
+      carve(args.workspace.data(), backend, context, args.options, shape, true, plan.bytes - outer);
 
   const TensorView router_scratch = bytes_view(workspace.router, workspace.router_bytes);
   backend.router_logits(context, args.x, args.router_weight, args.router_bias, args.logits,
@@ -263,8 +260,7 @@ void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args
   const WorkspacePlan plan =
       backward_plan(backend, context, args.options, shape, args.workspace_limit);
   check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
-  const std::size_t outer =
-      carve(nullptr, backend, context, args.options, shape, false, 0).used;
+  const std::size_t outer = carve(nullptr, backend, context, args.options, shape, false, 0).used;
   const LayerWorkspace workspace = carve(args.workspace.data(), backend, context, args.options,
                                          shape, false, plan.bytes - outer);
   std::optional<std::size_t> limit;
@@ -279,9 +275,9 @@ void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args
   router.router_weight = args.router_weight;
   router.compute_grad_logits = [&] {
     if (args.options.rounding) {
-      round_tokens_backward(forced, {args.options.router, args.logits, args.saved.topk_ids,
-                                     args.saved.token_ids, args.saved.expert_ids,
-                                     experts.grad_routing_weights, grad_logits});
+      round_tokens_backward(
+          forced, {args.options.router, args.logits, args.saved.topk_ids, args.saved.token_ids,
+                   args.saved.expert_ids, experts.grad_routing_weights, grad_logits});
     } else {
       route_backward(forced, {args.options.router, args.logits, args.saved.topk_ids,
                               experts.grad_routing_weights, grad_logits});

@@ -36,8 +36,8 @@ void check_logits(const Check& check, const ConstTensorView& logits) {
 }
 
 void check_options(const Check& check, const RouterOptions& options, std::int64_t num_experts) {
-  check.that(options.top_k >= 1 && options.top_k <= num_experts, "top_k",
-             "1.." + text(num_experts), text(options.top_k));
+  check.that(options.top_k >= 1 && options.top_k <= num_experts, "top_k", "1.." + text(num_experts),
+             text(options.top_k));
   check.that(options.scoring != Scoring::kTopKSoftmax || options.renormalize.value_or(true),
              "renormalize", "unset or true with topk_softmax", "false");
   const bool sigmoid = options.scoring == Scoring::kSigmoidTopK;

@@ -41,7 +41,8 @@ std::size_t host_memory_bytes() {
 #if defined(__unix__)
   const long pages = sysconf(_SC_PHYS_PAGES);
   const long page = sysconf(_SC_PAGE_SIZE);
-  if (pages > 0 && page > 0) return static_cast<std::size_t>(pages) * static_cast<std::size_t>(page);
+  if (pages > 0 && page > 0)
+    return static_cast<std::size_t>(pages) * static_cast<std::size_t>(page);
 #endif
   return 0;
 }
@@ -85,8 +86,6 @@ std::vector<BackendInfo> backends() {
   return list;
 }
 
-std::vector<DeviceInfo> devices() {
-  return {{Device{}, "CPU", host_memory_bytes()}};
-}
+std::vector<DeviceInfo> devices() { return {{Device{}, "CPU", host_memory_bytes()}}; }
 
 }  // namespace sonicmoe

@@ -19,8 +19,8 @@ namespace sonicmoe {
 /// The router's part of a fused layer backward: dX += grad_logits Wr, in the same float32 sum and
 /// with the same single rounding as the experts' rows.
 struct RouterShare {
-  /// Computes grad_logits from grad_routing_weights. The backend calls it exactly once, after it has
-  /// produced (or, on a stream, enqueued) all of grad_routing_weights and before it sums dX.
+  /// Computes grad_logits from grad_routing_weights. The backend calls it exactly once, after it
+  /// has produced (or, on a stream, enqueued) all of grad_routing_weights and before it sums dX.
   std::function<void()> compute_grad_logits;
   ConstTensorView grad_logits;    ///< [T, E] float32 contiguous
   ConstTensorView router_weight;  ///< [E, d], dtype of x or float32, unit stride in d
@@ -47,8 +47,7 @@ class Backend {
                            const MoEForwardArgs& args) const = 0;
   /// `router` is null outside moe_layer_backward.
   virtual void moe_backward(const Context& context, const MoEShape& shape,
-                            const MoEBackwardArgs& args,
-                            const RouterShare* router) const = 0;
+                            const MoEBackwardArgs& args, const RouterShare* router) const = 0;
 
   // Router.
   virtual void route_forward(const Context& context, const RouteForwardArgs& args) const = 0;

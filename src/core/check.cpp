@@ -6,7 +6,8 @@ namespace {
 template <class Range>
 std::string join(const Range& values) {
   std::string text;
-  for (const std::int64_t value : values) text += (text.empty() ? "" : ", ") + std::to_string(value);
+  for (const std::int64_t value : values)
+    text += (text.empty() ? "" : ", ") + std::to_string(value);
   return "[" + text + "]";
 }
 

@@ -107,8 +107,7 @@ void build_metadata(const MoEShape& shape, const Routing& routing, const Metadat
   } else {
     const auto& pairs = std::get<PairRouting>(routing);
     with_ids(pairs.token_ids, [&](auto token) {
-      with_ids(pairs.expert_ids,
-               [&](auto expert) { place_pairs(shape, metadata, token, expert); });
+      with_ids(pairs.expert_ids, [&](auto expert) { place_pairs(shape, metadata, token, expert); });
       group_by_token(shape, metadata, token);
     });
   }

@@ -11,16 +11,18 @@ namespace sonicmoe {
 
 /// Views into the metadata buffer. All entries int32.
 struct Metadata {
-  std::int32_t* offsets = nullptr;      ///< [E] cumulative ends
-  std::int32_t* row_token = nullptr;    ///< [P] token of a row; null for sorted rows (row = token)
-  std::int32_t* row_pair = nullptr;     ///< [P] input position of a row; null for sorted rows
-  std::int32_t* pair_row = nullptr;     ///< [P] row of a pair, -1 when dropped; null for sorted rows
+  std::int32_t* offsets = nullptr;    ///< [E] cumulative ends
+  std::int32_t* row_token = nullptr;  ///< [P] token of a row; null for sorted rows (row = token)
+  std::int32_t* row_pair = nullptr;   ///< [P] input position of a row; null for sorted rows
+  std::int32_t* pair_row = nullptr;   ///< [P] row of a pair, -1 when dropped; null for sorted rows
   std::int32_t* token_start = nullptr;  ///< [T+1] pair lists only: rows of token t are
   std::int32_t* token_rows = nullptr;   ///< [P]   token_rows[token_start[t] .. token_start[t+1])
 
   std::int64_t num_experts = 0;
   std::int64_t num_rows() const { return num_experts == 0 ? 0 : offsets[num_experts - 1]; }
-  std::int64_t first_row(std::int64_t expert) const { return expert == 0 ? 0 : offsets[expert - 1]; }
+  std::int64_t first_row(std::int64_t expert) const {
+    return expert == 0 ? 0 : offsets[expert - 1];
+  }
   std::int64_t token_of(std::int64_t row) const { return row_token ? row_token[row] : row; }
   std::int64_t pair_of(std::int64_t row) const { return row_pair ? row_pair[row] : row; }
 };

@@ -18,9 +18,9 @@ std::array<std::int64_t, kMaxRank> row_major_strides(std::span<const std::int64_
 }  // namespace
 
 ConstTensorView::ConstTensorView(const void* data, DType dtype, std::span<const std::int64_t> shape)
-    : ConstTensorView(data, dtype, shape,
-                      std::span<const std::int64_t>(row_major_strides(shape).data(), shape.size())) {
-}
+    : ConstTensorView(
+          data, dtype, shape,
+          std::span<const std::int64_t>(row_major_strides(shape).data(), shape.size())) {}
 
 ConstTensorView::ConstTensorView(const void* data, DType dtype, std::span<const std::int64_t> shape,
                                  std::span<const std::int64_t> strides)

@@ -1,7 +1,8 @@
 #include "sonicmoe/version.hpp"
 
 #define SONICMOE_STRING(x) #x
-#define SONICMOE_VERSION_STRING(a, b, c) SONICMOE_STRING(a) "." SONICMOE_STRING(b) "." SONICMOE_STRING(c)
+#define SONICMOE_VERSION_STRING(a, b, c) \
+  SONICMOE_STRING(a) "." SONICMOE_STRING(b) "." SONICMOE_STRING(c)
 
 namespace sonicmoe {
 

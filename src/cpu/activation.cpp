@@ -11,8 +11,8 @@ namespace {
 
 #define SONICMOE_INLINE __attribute__((always_inline)) inline
 
-// e^x, relative error below 3e-7; saturates to 1.7e-38 and 2.4e38 outside [-87.3, 88.3]; NaN stays NaN.
-// Cody-Waite reduction to |r| <= ln(2)/2 and the Taylor series to r^7.
+// e^x, relative error below 3e-7; saturates to 1.7e-38 and 2.4e38 outside [-87.3, 88.3]; NaN stays
+// NaN. Cody-Waite reduction to |r| <= ln(2)/2 and the Taylor series to r^7.
 SONICMOE_INLINE float exp_inline(float x) {
   x = x < -87.3f ? -87.3f : x;
   x = x > 88.3f ? 88.3f : x;
@@ -32,6 +32,18 @@ SONICMOE_INLINE float exp_inline(float x) {
   return p * std::bit_cast<float>(exponent);
 }
 
+// sigmoid(x) and 1 - sigmoid(x), the latter without cancellation.
+struct Sigmoid {
+  float value;
+  float complement;
+};
+
+SONICMOE_INLINE Sigmoid sigmoid_pair(float x) {
+  const float e = exp_inline(-x);
+  const float s = 1.0f / (1.0f + e);
+  return {s, e * s};
+}
+
 SONICMOE_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_inline(-x)); }
 
 constexpr float kInvSqrt2 = 0.707106781f;
@@ -44,8 +56,8 @@ constexpr float kClampedSlope = 1.702f;
 struct SiLU {
   static SONICMOE_INLINE float value(float x) { return x * sigmoid(x); }
   static SONICMOE_INLINE float slope(float x) {
-    const float s = sigmoid(x);
-    return s * (1.0f + x * (1.0f - s));
+    const Sigmoid s = sigmoid_pair(x);
+    return s.value * (1.0f + x * s.complement);
   }
 };
 
@@ -54,8 +66,7 @@ struct GELU {
     return 0.5f * x * (1.0f + std::erf(x * kInvSqrt2));
   }
   static SONICMOE_INLINE float slope(float x) {
-    return 0.5f * (1.0f + std::erf(x * kInvSqrt2)) +
-           x * kInvSqrt2Pi * exp_inline(-0.5f * x * x);
+    return 0.5f * (1.0f + std::erf(x * kInvSqrt2)) + x * kInvSqrt2Pi * exp_inline(-0.5f * x * x);
   }
 };
 
@@ -66,8 +77,9 @@ struct GELUTanh {
   }
   static SONICMOE_INLINE float value(float x) { return x * sigmoid(inner(x)); }
   static SONICMOE_INLINE float slope(float x) {
-    const float s = sigmoid(inner(x));
-    return s + x * s * (1.0f - s) * 2.0f * kSqrt2OverPi * (1.0f + 3.0f * kTanhCubic * x * x);
+    const Sigmoid s = sigmoid_pair(inner(x));
+    const float inner_slope = 2.0f * kSqrt2OverPi * (1.0f + 3.0f * kTanhCubic * x * x);
+    return s.value + x * s.value * s.complement * inner_slope;
   }
 };
 
@@ -130,12 +142,12 @@ SONICMOE_INLINE void clamped_backward(float limit, const float* gate, const floa
   for (std::int64_t i = 0; i < count; ++i) {
     const float g = clamp_gate(gate[i], limit);
     const float u = clamp_up(up[i], limit);
-    const float s = sigmoid(kClampedSlope * g);
-    const float slope = s * (1.0f + kClampedSlope * g * (1.0f - s));
+    const Sigmoid s = sigmoid_pair(kClampedSlope * g);
+    const float slope = s.value * (1.0f + kClampedSlope * g * s.complement);
     const bool gate_inside = !(gate[i] > limit);
     const bool up_inside = !(up[i] > limit) && !(up[i] < -limit);
     d_gate[i] = gate_inside ? d_out[i] * (u + 1.0f) * slope : 0.0f;
-    d_up[i] = up_inside ? d_out[i] * g * s : 0.0f;
+    d_up[i] = up_inside ? d_out[i] * g * s.value : 0.0f;
   }
 }
 

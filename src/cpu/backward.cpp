@@ -24,7 +24,8 @@ struct RowScratch {
   float* row_sums;  // [kRowBlock] dS
 
   static RowScratch carve(const MoEShape& shape, WorkspaceCarver& carver) {
-    const auto depth = static_cast<std::size_t>(std::max(shape.hidden_size, shape.hidden_columns()));
+    const auto depth =
+        static_cast<std::size_t>(std::max(shape.hidden_size, shape.hidden_columns()));
     constexpr std::size_t kWidth = std::max(kUnitBlock, kColumnBlock);
     RowScratch s;
     s.rows = carver.take<Compute>(kRowBlock * depth);
@@ -43,7 +44,8 @@ struct SumScratch {
 
   static SumScratch carve(const MoEShape& shape, WorkspaceCarver& carver) {
     SumScratch s;
-    s.router_weight = carver.take<float>(static_cast<std::size_t>(shape.num_experts * kColumnBlock));
+    s.router_weight =
+        carver.take<float>(static_cast<std::size_t>(shape.num_experts * kColumnBlock));
     s.columns = carver.take<float>(
         static_cast<std::size_t>(std::max(shape.hidden_size, shape.hidden_columns())));
     return s;
@@ -62,10 +64,10 @@ std::size_t thread_scratch_bytes(const MoEShape& shape) {
 template <class Storage, class Compute>
 struct Buffers {
   RowBlock* blocks;
-  Storage* dh;      // [P, g*n]
-  Storage* a;       // [P, n]  A' = s A
-  Storage* dx;      // [P, slab]  dX~
-  float* sums;      // [threads, kTokenBlock, slab]
+  Storage* dh;  // [P, g*n]
+  Storage* a;   // [P, n]  A' = s A
+  Storage* dx;  // [P, slab]  dX~
+  float* sums;  // [threads, kTokenBlock, slab]
   std::byte* scratch;
   std::size_t scratch_stride;
 
@@ -155,20 +157,20 @@ class Backward {
     if (args_.grad_routing_weights.defined()) store_row_sums(block, scratch.row_sums);
   }
 
-  // From dA' of one row (rounded here, as a stored tensor would be): dH and A'. Returns <dA', A>.
+  // From dA' of one row (rounded here, as a stored tensor would be): dH and A', rounded once.
+  // Returns <dA', A>.
   float finish_row(std::int64_t row, std::int64_t unit, std::int64_t units, float* da,
                    float* temp) const {
-    float* h = temp;                           // [2 units] as the panel orders them
-    float* separate = temp + 2 * kUnitBlock;   // [2 units] gate, up of the interleaved layout
-    float* gradient = temp + 4 * kUnitBlock;   // [2 units] d gate, d up
-    float* a = temp + 6 * kUnitBlock;          // [units]
+    float* h = temp;                          // [2 units] as the panel orders them
+    float* separate = temp + 2 * kUnitBlock;  // [2 units] gate, up of the interleaved layout
+    float* gradient = temp + 4 * kUnitBlock;  // [2 units] d gate, d up
+    float* a = temp + 6 * kUnitBlock;         // [units]
     const std::int64_t offset = row * layout_.columns();
     layout_.for_runs(unit, units, [&](std::int64_t column, std::int64_t at, std::int64_t count) {
       convert(args_.h.as<Storage>() + offset + column, h + at, count);
     });
     const GateUp gate_up = split(layout_, h, units, separate);
     activate(shape_.activation, args_.options.limit, gate_up.gate, gate_up.up, a, units);
-    round_to<Storage>(a, units);
     round_to<Storage>(da, units);
     const float ds = dot(da, a, units);
 
@@ -272,8 +274,7 @@ class Backward {
         return load_rows<T, float>(row_source<T>(wr, nullptr), 0, experts, column + c, count,
                                    block);
       };
-      const Operand<float> w =
-          wr.dtype() == DType::kFloat32 ? load(float{}) : load(bfloat16{});
+      const Operand<float> w = wr.dtype() == DType::kFloat32 ? load(float{}) : load(bfloat16{});
       gemm(tokens, count, experts, logits, w, sums + c, columns);
     }
   }

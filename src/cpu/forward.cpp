@@ -81,8 +81,7 @@ class Forward {
         weights_(args.routing) {
     WorkspaceCarver carver(args.workspace.data());
     buffers_ = carve<Storage, Compute>(carver, threads, shape, !args.h.defined(), slab);
-    metadata_ =
-        metadata_view(shape, args.h.defined() ? args.metadata.data() : buffers_.metadata);
+    metadata_ = metadata_view(shape, args.h.defined() ? args.metadata.data() : buffers_.metadata);
   }
 
   void run() {
@@ -102,9 +101,8 @@ class Forward {
   void up(const RowBlock& block, int thread) const {
     const ThreadScratch<Compute> scratch = buffers_.thread(shape_, thread);
     const std::int64_t d = shape_.hidden_size;
-    const Operand<Compute> x =
-        load_rows<Storage>(row_source<Storage>(args_.x, metadata_.row_token), block.first,
-                           block.rows, 0, d, scratch.rows);
+    const Operand<Compute> x = load_rows<Storage>(row_source<Storage>(args_.x, metadata_.row_token),
+                                                  block.first, block.rows, 0, d, scratch.rows);
     for (std::int64_t unit = 0; unit < shape_.intermediate_size; unit += kUnitBlock) {
       const std::int64_t units = std::min(kUnitBlock, shape_.intermediate_size - unit);
       const std::int64_t width = layout_.gated() ? 2 * units : units;
@@ -197,8 +195,7 @@ WorkspacePlan forward_plan(int threads, const MoEShape& shape, bool inference,
 }
 
 void forward(int threads, const MoEShape& shape, const MoEForwardArgs& args) {
-  const WorkspacePlan plan =
-      forward_plan(threads, shape, !args.h.defined(), args.workspace_limit);
+  const WorkspacePlan plan = forward_plan(threads, shape, !args.h.defined(), args.workspace_limit);
   visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
     Forward<Storage, Compute>(threads, shape, args, plan.slab_columns).run();
   });

@@ -93,8 +93,8 @@ class MatmulCache {
 
   static dnnl::memory::desc desc(std::int64_t rows, std::int64_t columns, std::int64_t ld,
                                  bool row_major, dnnl::memory::data_type type) {
-    return {{rows, columns}, type,
-            row_major ? dnnl::memory::dims{ld, 1} : dnnl::memory::dims{1, ld}};
+    return {
+        {rows, columns}, type, row_major ? dnnl::memory::dims{ld, 1} : dnnl::memory::dims{1, ld}};
   }
 
   const Entry& find(const Key& key) {

@@ -10,7 +10,8 @@
 
 namespace sonicmoe::cpu {
 
-/// A matrix inside a GEMM: element (i, j) at data[i * ld + j], or data[j * ld + i] when column-major.
+/// A matrix inside a GEMM: element (i, j) at data[i * ld + j], or data[j * ld + i] when
+/// column-major.
 template <class T>
 struct Operand {
   const T* data;
@@ -27,9 +28,9 @@ void gemm(std::int64_t m, std::int64_t n, std::int64_t k, Operand<float> a, Oper
 void gemm(std::int64_t m, std::int64_t n, std::int64_t k, Operand<bfloat16> a, Operand<bfloat16> b,
           float* c, std::int64_t ldc, bool add = false);
 
-/// Whether this CPU multiplies bfloat16 in hardware and oneDNN uses it. If not, bfloat16 tensors are
-/// converted panel by panel and multiplied in float32, which costs a few percent more than float32
-/// storage and the same precision.
+/// Whether this CPU multiplies bfloat16 in hardware and oneDNN uses it. If not, bfloat16 tensors
+/// are converted panel by panel and multiplied in float32, which costs a few percent more than
+/// float32 storage and the same precision.
 bool native_bfloat16();
 
 /// "oneDNN 2.6.3, AVX2".

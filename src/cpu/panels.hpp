@@ -1,4 +1,5 @@
-// Panels: pieces of tensors brought into the form a GEMM takes, in place where they already have it.
+// Panels: pieces of tensors brought into the form a GEMM takes, in place where they already have
+// it.
 //
 // Storage is the dtype of the tensors, Compute that of the GEMM: equal for float32 and for bfloat16
 // on a CPU that multiplies it, otherwise bfloat16 is widened to float32 panel by panel.

@@ -30,7 +30,8 @@ template <class T>
 }  // namespace
 
 void convert(const float* from, float* to, std::int64_t count) {
-  if (from != to && count > 0) std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
+  if (from != to && count > 0)
+    std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
 }
 
 void convert(const bfloat16* from, bfloat16* to, std::int64_t count) {
@@ -79,8 +80,7 @@ SONICMOE_CLONES void deinterleave(const float* x, float* even, float* odd, std::
   }
 }
 
-SONICMOE_CLONES void interleave(const float* even, const float* odd, float* x,
-                                std::int64_t count) {
+SONICMOE_CLONES void interleave(const float* even, const float* odd, float* x, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) {
     x[2 * i] = even[i];
     x[2 * i + 1] = odd[i];

@@ -42,8 +42,8 @@ void interleave(const float* even, const float* odd, float* x, std::int64_t coun
 void activate(Activation activation, float limit, const float* gate, const float* up, float* out,
               std::int64_t count);
 
-/// d_gate[i], d_up[i]: gradients of act at (gate, up) times d_out[i]. `up`, `d_up` are unused for an
-/// ungated activation.
+/// d_gate[i], d_up[i]: gradients of act at (gate, up) times d_out[i]. `up`, `d_up` are unused for
+/// an ungated activation.
 void activate_backward(Activation activation, float limit, const float* gate, const float* up,
                        const float* d_out, float* d_gate, float* d_up, std::int64_t count);
 

@@ -54,8 +54,7 @@ inline void put(const float* from, const TensorView& grad, std::int64_t offset, 
 inline void put_block(const float* product, const TensorView& grad, std::int64_t e,
                       std::int64_t row, std::int64_t rows, std::int64_t column,
                       std::int64_t columns, bool add, float* line) {
-  const std::int64_t base =
-      e * grad.stride(0) + row * grad.stride(1) + column * grad.stride(2);
+  const std::int64_t base = e * grad.stride(0) + row * grad.stride(1) + column * grad.stride(2);
   if (grad.stride(2) == 1 || grad.size(2) == 1) {
     for (std::int64_t i = 0; i < rows; ++i) {
       put(product + i * kRightBlock, grad, base + i * grad.stride(1), columns, add);

@@ -37,7 +37,10 @@ def parsed(result):
         (("bench", "--shape", "8,8,8,2,3"), "K <= E"),
         (("bench", "--shape", "8,8,8,0,0"), "--shape"),
         (("bench", "--suite", "frob"), "--suite: expected one of"),
-        (("bench", "--suite", "cpu", "--shape", "8,8,8,2,1"), "either --shape or --suite"),
+        (
+            ("bench", "--suite", "cpu", "--shape", "8,8,8,2,1"),
+            "either --shape or --suite",
+        ),
         (("bench", "--shape", "8,8,8,2,1", "--dtype", "float8"), "--dtype"),
         (("bench", "--shape", "8,8,8,2,1", "--activation", "frob"), "swiglu"),
         (("bench", "--shape", "8,8,8,2,1", "--workspace-limit", 1), "workspace_limit"),
@@ -134,7 +137,17 @@ def test_the_printed_command_repeats_the_row(sonicmoe):
 @pytest.mark.parametrize(("suite", "rows"), [("cpu", 6), ("models", 6), ("paper", 12)])
 def test_bench_suites_name_their_problems(sonicmoe, suite, rows):
     # A weight larger than any test machine keeps the big suites from running: they say so.
-    arguments = ("--tokens", 8, "--repeats", 1, "--warmup", 0, "--seconds", 0.01, "--no-check")
+    arguments = (
+        "--tokens",
+        8,
+        "--repeats",
+        1,
+        "--warmup",
+        0,
+        "--seconds",
+        0.01,
+        "--no-check",
+    )
     if suite != "cpu":
         arguments = ("--tokens", 2**30)
     report = parsed(sonicmoe("bench", "--suite", suite, "--json", *arguments))
@@ -254,7 +267,15 @@ def test_bad_files_are_named(sonicmoe, tmp_path):
     (tmp_path / "nan.npy").unlink(missing_ok=True)
     np.save(tmp_path / "nan.npy", np.full((64, 4), np.nan, dtype="float32"))
     for name in (*contents, "ints", "vector", "none", "nan"):
-        arguments = ("route", "--logits", tmp_path / f"{name}.npy", "--top-k", 1, "--tile", 2)
+        arguments = (
+            "route",
+            "--logits",
+            tmp_path / f"{name}.npy",
+            "--top-k",
+            1,
+            "--tile",
+            2,
+        )
         result = sonicmoe(*arguments)
         assert result.returncode == 2 and result.stderr.count("\n") == 1, name
         assert name in result.stderr.lower(), result.stderr

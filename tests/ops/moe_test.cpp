@@ -66,8 +66,7 @@ TEST_P(Moe, EveryStrideOfWeightsAndRows) {
         c.w1_strides = w1;
         c.w2_strides = w2;
         c.x_strides = seed % 2 == 0 ? Strides::kPadded : Strides::kContiguous;
-        c.gate_up_layout =
-            seed % 3 == 0 ? GateUpLayout::kInterleaved : GateUpLayout::kConcatenated;
+        c.gate_up_layout = seed % 3 == 0 ? GateUpLayout::kInterleaved : GateUpLayout::kConcatenated;
         c.dtype = dtype;
         c.num_tokens = 33;
         c.hidden_size = 33;

@@ -22,7 +22,10 @@ def tensors(grad):
 
 def moe_args(form, grad):
     x, _, w1, b1, w2, b2 = tensors(grad)
-    ids = {0: torch.randint(0, E, (T, K)), 1: torch.tensor([8, 8, 20, T], dtype=torch.int32)}
+    ids = {
+        0: torch.randint(0, E, (T, K)),
+        1: torch.tensor([8, 8, 20, T], dtype=torch.int32),
+    }
     tokens = torch.randint(0, T, (50,))
     routing = (ids[form], None) if form < 2 else (torch.randint(0, E, (50,)), tokens)
     weights = torch.rand({0: (T, K), 1: (T,), 2: (50,)}[form]).requires_grad_(grad)
@@ -36,7 +39,10 @@ def test_opcheck_moe(form):
     opcheck(ops.moe_forward, (*args, *EXPERT_OPTIONS, False))
     _, h, metadata = ops.moe_forward(*args, *EXPERT_OPTIONS, True)
     for needs in ((True,) * 6, (False, True, False, True, False, False)):
-        opcheck(ops.moe_backward, (torch.randn(T, D), *args, h, metadata, *EXPERT_OPTIONS, *needs))
+        opcheck(
+            ops.moe_backward,
+            (torch.randn(T, D), *args, h, metadata, *EXPERT_OPTIONS, *needs),
+        )
 
 
 def layer_args(rounding, grad):
@@ -81,7 +87,8 @@ def test_opcheck_router():
         plain, None, torch.tensor([1]), *ROUTER_OPTIONS, 8, 3, 0
     )
     opcheck(
-        ops.round_tokens_backward, (weights, plain, ids, tokens, experts, None, *ROUTER_OPTIONS)
+        ops.round_tokens_backward,
+        (weights, plain, ids, tokens, experts, None, *ROUTER_OPTIONS),
     )
     opcheck(ops.load_balancing_loss_forward, (logits, rows, K, 1))
     opcheck(ops.load_balancing_loss_backward, (torch.ones(1), plain, rows, K, 1))
@@ -121,7 +128,15 @@ def functions():
 
     def rounded(x):
         y, logits, rows = sm.moe_layer(
-            x, wr, w1, w2, K, router="token_rounding", tile=8, seed=torch.tensor(3), **weights
+            x,
+            wr,
+            w1,
+            w2,
+            K,
+            router="token_rounding",
+            tile=8,
+            seed=torch.tensor(3),
+            **weights,
         )
         return y + sm.load_balancing_loss(logits, rows, top_k=K) + sm.router_z_loss(logits)
 

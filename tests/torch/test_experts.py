@@ -46,7 +46,10 @@ def routing(form, dtype=torch.float32):
     if form == "sorted":
         return (torch.tensor([4, 4, 9, 15, 20], dtype=torch.int32),), torch.rand(T).to(dtype)
     tokens, experts = torch.randint(0, T, (41,)), torch.randint(0, E, (41,))
-    tokens[:3], experts[3:6] = torch.tensor([-1, T, T + 1]), torch.tensor([-1, E, E + 3])
+    tokens[:3], experts[3:6] = (
+        torch.tensor([-1, T, T + 1]),
+        torch.tensor([-1, E, E + 3]),
+    )
     tokens[7], experts[7] = tokens[8], experts[8]
     return (tokens.int(), experts.int()), torch.rand(41).to(dtype)
 
@@ -186,7 +189,14 @@ def test_no_tokens(form):
         "pairs": (torch.empty(0, dtype=torch.int32),) * 2,
     }[form]
     y = run(
-        form, x, w1, w2, ids, torch.empty(0, K) if form == "topk" else torch.empty(0), None, None
+        form,
+        x,
+        w1,
+        w2,
+        ids,
+        torch.empty(0, K) if form == "topk" else torch.empty(0),
+        None,
+        None,
     )
     y.sum().backward()
     assert y.shape == (0, D) and x.grad.shape == (0, D)

@@ -112,11 +112,17 @@ def test_update_expert_bias():
         (lambda x: sm.route(x, E + 1), "top_k"),
         (lambda x: sm.route(x, -1), "top_k"),
         (lambda x: sm.route(x, K, scoring="argmax"), "scoring: expected one of"),
-        (lambda x: sm.route(x, K, scoring="topk_softmax", renormalize=False), "renormalize"),
+        (
+            lambda x: sm.route(x, K, scoring="topk_softmax", renormalize=False),
+            "renormalize",
+        ),
         (lambda x: sm.route(x, K, bias=torch.zeros(E)), "bias"),
         (lambda x: sm.route(x * float("nan"), K), "NaN|nan"),
         (lambda x: sm.round_tokens(x, K, tile=T + 1), "tile|num_tokens|tokens"),
-        (lambda x: sm.round_tokens(x, K, tile=8, policy="sideways"), "policy: expected one of"),
+        (
+            lambda x: sm.round_tokens(x, K, tile=8, policy="sideways"),
+            "policy: expected one of",
+        ),
         (lambda x: sm.round_tokens(x, K, tile=8, seed=-1), "seed"),
     ],
 )

@@ -24,10 +24,18 @@ COMMON = {
 FAMILIES = {
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
-        {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 8, "norm_topk_prob": True},
+        {
+            "num_experts": 8,
+            "moe_intermediate_size": 24,
+            "head_dim": 8,
+            "norm_topk_prob": True,
+        },
     ),
     "olmoe": ("OlmoeForCausalLM", {"num_experts": 8, "intermediate_size": 24}),
-    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 8, "intermediate_size": 24}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {"num_local_experts": 8, "intermediate_size": 24},
+    ),
     "gpt_oss": (
         "GptOssForCausalLM",
         {"num_local_experts": 8, "intermediate_size": 24, "head_dim": 8},

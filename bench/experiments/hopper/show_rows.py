@@ -16,9 +16,12 @@ def main():
         head = dict(pair.split("=", 1) for pair in sys.argv[at + 2 :])
         with open(sys.argv[at + 1], "w") as f:
             f.write("{\n")
-            for key, value in head.items():
-                f.write(f"  {json.dumps(key)}: {json.dumps(value)},\n")
-            f.write('  "rows": [\n    ' + ",\n    ".join(json.dumps(r) for r in rows) + "\n  ]\n}\n")
+            f.writelines(
+                f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items()
+            )
+            f.write(
+                '  "rows": [\n    ' + ",\n    ".join(json.dumps(r) for r in rows) + "\n  ]\n}\n"
+            )
         return
     group = None
     for row in rows:
@@ -27,8 +30,11 @@ def main():
             group = title
             print("\n" + " | ".join(str(x) for x in title))
         skip = ("experiment", "variant", "size", "x", "window_mb")
-        figures = "  ".join(f"{k} {v:g}" if isinstance(v, (int, float)) else f"{k} {v}"
-                            for k, v in row.items() if k not in skip)
+        figures = "  ".join(
+            f"{k} {v:g}" if isinstance(v, (int, float)) else f"{k} {v}"
+            for k, v in row.items()
+            if k not in skip
+        )
         print(f"{row['variant'][:64]:64} {figures}")
 
 

@@ -62,7 +62,11 @@ def main():
         end.synchronize()
         times.append(begin.elapsed_time(end))
     ms = quantile(times[2:], 0.5)
-    row = {"experiment": "torch_copy", "variant": "device copy, 4.3 GB", "ms": round(ms, 4)}
+    row = {
+        "experiment": "torch_copy",
+        "variant": "device copy, 4.3 GB",
+        "ms": round(ms, 4),
+    }
     row["tb_s"] = round(2 * x.numel() * 4 / ms * 1e-9, 3)
     print("ROW " + json.dumps(row), flush=True)
 

@@ -150,7 +150,9 @@ def _z_loss_backward(ctx, grad_loss):
 
 
 torch.library.register_autograd(
-    "sonicmoe_cpp::router_z_loss_forward", _z_loss_backward, setup_context=_z_loss_setup_context
+    "sonicmoe_cpp::router_z_loss_forward",
+    _z_loss_backward,
+    setup_context=_z_loss_setup_context,
 )
 torch.library.register_autograd("sonicmoe_cpp::router_z_loss_backward", no_double_backward)
 

@@ -159,7 +159,16 @@ def moe_sorted(
     weights = None if row_weights is None else _ranked(row_weights, "row_weights", 1)
     routing = (FORM_SORTED, _ranked(offsets, "offsets", 1), None, weights)
     return _experts(
-        rows, w1, w2, b1, b2, routing, activation, gate_up_layout, limit, workspace_limit
+        rows,
+        w1,
+        w2,
+        b1,
+        b2,
+        routing,
+        activation,
+        gate_up_layout,
+        limit,
+        workspace_limit,
     )
 
 
@@ -237,7 +246,13 @@ def round_tokens(
     number, tensor = _seed(seed)
     options = _router_options(top_k, scoring, renormalize, num_groups, top_groups, scale)
     token_ids, expert_ids, pair_weights, *_ = ops.round_tokens_forward(
-        _logits(logits), bias, tensor, *options, tile, code(POLICIES, "policy", policy), number
+        _logits(logits),
+        bias,
+        tensor,
+        *options,
+        tile,
+        code(POLICIES, "policy", policy),
+        number,
     )
     return token_ids, expert_ids, pair_weights
 

@@ -130,7 +130,11 @@ class MoE(nn.Module):
         y = out.y.reshape(x.shape)
         if not return_router:
             return y
-        return y, out.logits.reshape(*x.shape[:-1], self.num_experts), out.rows_per_expert
+        return (
+            y,
+            out.logits.reshape(*x.shape[:-1], self.num_experts),
+            out.rows_per_expert,
+        )
 
     def _next_seed(self) -> int | Tensor:
         if self.policy != "stochastic":

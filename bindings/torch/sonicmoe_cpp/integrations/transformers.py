@@ -144,7 +144,13 @@ class SonicMoEBlock(nn.Module):
     `last_rows_per_expert_before`, what token choice asked for."""
 
     def __init__(
-        self, block: nn.Module, family: _Family, router: str, tile: int, policy: str, seed: int
+        self,
+        block: nn.Module,
+        family: _Family,
+        router: str,
+        tile: int,
+        policy: str,
+        seed: int,
     ) -> None:
         super().__init__()
         # The very children, under their names and in their order.
