@@ -87,7 +87,7 @@ class Balancing : public ::testing::TestWithParam<Scoring> {};
 INSTANTIATE_TEST_SUITE_P(All, Balancing,
                          ::testing::Values(Scoring::kTopKSoftmax, Scoring::kSoftmaxTopK,
                                            Scoring::kSigmoidTopK),
-                         [](const auto& info) { return std::string(name_of(info.param)); });
+                         [](const auto& tested) { return std::string(name_of(tested.param)); });
 
 TEST_P(Balancing, LossMatchesTheFormula) {
   for (std::uint64_t seed = 1; seed <= 5; ++seed) {

@@ -227,7 +227,7 @@ struct RandomSelection {
 };
 
 TEST(RoundSelect, MatchesTheNaiveDerivation) {
-  for (std::uint64_t seed = 0; seed < 150; ++seed) {
+  for (std::uint64_t seed = 0; seed < 60; ++seed) {
     const RandomSelection r(seed);
     for (const RoundingPolicy policy : kPolicies) {
       for (const std::int64_t tile : {1, 2, 3, 8, 16, 64, 128}) {
@@ -236,7 +236,7 @@ TEST(RoundSelect, MatchesTheNaiveDerivation) {
                      std::to_string(seed));
         const RoundingOptions options = rounding(tile, policy, seed);
         Selected selected(options, r.num_tokens, r.num_experts, r.top_k, r.scores, r.ids);
-        selected.run(static_cast<int>(seed % 3) + 1);
+        selected.run(seed % 8 == 0 ? 2 : 1);
         selected.expect(naive_rounding(options, r.num_tokens, r.num_experts, r.scores, r.ids));
         if (::testing::Test::HasFailure()) return;
       }
@@ -328,7 +328,7 @@ TEST(RoundSelectByHand, NearestScore) {
 
 TEST(RoundSelect, StochasticRoundsUpAsOftenAsItShould) {
   int ups = 0;
-  constexpr int kSeeds = 2000;
+  constexpr int kSeeds = 1000;
   for (int seed = 0; seed < kSeeds; ++seed) {
     ups +=
         rounded_counts(rounding(4, kStochastic, static_cast<std::uint64_t>(seed)), {1, 7})[0] == 4;
@@ -341,8 +341,6 @@ TEST(RoundSelect, SeedTensorReplacesTheSeed) {
   for (const std::int64_t seed : {std::int64_t{5}, std::int64_t{-1}, std::int64_t{1} << 40}) {
     const auto unsigned_seed = static_cast<std::uint64_t>(seed);
     const Buffer<std::int64_t> tensor({seed}, {1});
-    Selected selected(rounding(1, kStochastic), r.num_tokens, r.num_experts, r.top_k, r.scores,
-                      r.ids);
     RoundingOptions options = rounding(std::min<std::int64_t>(7, r.num_tokens), kStochastic, 99);
     options.seed_tensor = tensor.view();
     Selected from_tensor(options, r.num_tokens, r.num_experts, r.top_k, r.scores, r.ids);
@@ -463,7 +461,9 @@ TEST_P(RoundTokens, Guarantees) {
           forced |= (before[at(e)] + tile - 1) / tile * tile > T;
         }
         EXPECT_LE(total, rounded.capacity);
-        if (policy == kBalanced && !forced) EXPECT_LE(std::abs(total - T * K), tile / 2);
+        if (policy == kBalanced && !forced) {
+          EXPECT_LE(std::abs(total - T * K), tile / 2);
+        }
         std::vector<bool> chosen(at(T * E));
         for (std::int64_t i = 0; i < T * K; ++i) chosen[at(i / K * E + ids[at(i)])] = true;
         std::int64_t both = 0;
@@ -473,8 +473,11 @@ TEST_P(RoundTokens, Guarantees) {
           EXPECT_TRUE(experts[at(i - 1)] < experts[at(i)] ||
                       (experts[at(i - 1)] == experts[at(i)] && tokens[at(i - 1)] < tokens[at(i)]));
         }
-        if (policy == kDown) EXPECT_EQ(both, total);           // a subset of token choice
-        if (policy == kUp && !forced) EXPECT_EQ(both, T * K);  // a superset
+        if (policy == kDown) {
+          EXPECT_EQ(both, total);  // a subset of token choice
+        } else if (policy == kUp && !forced) {
+          EXPECT_EQ(both, T * K);  // a superset
+        }
         if (tile == 1) {
           EXPECT_EQ(after, before);
           EXPECT_EQ(both, T * K);
@@ -518,23 +521,21 @@ TEST(RoundTokensExamples, ATokenMayEndWithNoneOrWithMoreThanK) {
   EXPECT_THAT(down.tokens.values(), ::testing::ElementsAre(0, 1, -1, -1));
 }
 
-// The bias keeps expert 1 from being chosen, so the row added has a larger score than the top-K.
+// The bias turns token 0 away from expert 0, whose score is e^3 times that of its choice.
 TEST(RoundTokensExamples, AddedRowsMayWeighMoreThanTheTopK) {
   Problem problem;
   problem.num_tokens = 2;
   problem.num_experts = 2;
   problem.options.scoring = Scoring::kSigmoidTopK;
-  problem.bias = {0.0f, -10.0f};
-  problem.logits = {-3, 80, -40, -80};
-  Rounded up(problem, rounding(1, kUp));
+  problem.bias = {-0.95f, 0.0f};
+  problem.logits = {3, -3, 3, -10};
+  Rounded up(problem, rounding(2, kUp));
   up.run();
-  EXPECT_THAT(up.tokens.values(), ::testing::ElementsAre(0, 1));
-  problem.bias = {0.0f, 10.0f};
-  problem.logits = {90, -3, 90, 90};
-  problem.bias = {-0.9f, 0.0f};
-  Rounded rounded(problem, rounding(2, kUp));
-  rounded.run();
-  for (const float weight : rounded.weights.values()) EXPECT_TRUE(std::isfinite(weight));
+  EXPECT_THAT(up.ids.values(), ::testing::ElementsAre(1, 0));
+  EXPECT_THAT(up.tokens.values(), ::testing::ElementsAre(0, 1, 0, 1));
+  const double last = naive_sigmoid(-10) / naive_sigmoid(3);
+  EXPECT_TRUE(
+      close(up.weights.values(), std::vector<double>{std::exp(3.0), 1, 1, last}, kFloatTolerance));
 }
 
 // ------------------------------------------------------------------------------------------ errors
