@@ -1,0 +1,134 @@
+// Which backend serves a call: by Context, by environment, and what SONICMOE_LOG=dispatch says.
+// And the formulas of memory.hpp.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+
+#include "core/backend.hpp"
+#include "sonicmoe/sonicmoe.hpp"
+#include "support/target.hpp"
+
+namespace sonicmoe::testing {
+namespace {
+
+using ::testing::HasSubstr;
+
+// Sets an environment variable for one scope.
+class Environment {
+ public:
+  Environment(const char* name, const char* value) : name_(name) {
+    if (const char* old = std::getenv(name)) old_ = old;
+    setenv(name, value, 1);
+  }
+  ~Environment() {
+    if (old_.empty()) {
+      unsetenv(name_);
+    } else {
+      setenv(name_, old_.c_str(), 1);
+    }
+  }
+
+ private:
+  const char* name_;
+  std::string old_;
+};
+
+std::string error_of(const Context& context) {
+  try {
+    choose_backend(context, "moe_forward");
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(Dispatch, TheReferenceIsLastAndAlwaysThere) {
+  ASSERT_FALSE(backends().empty());
+  EXPECT_EQ(backends().back().name, "reference");
+  EXPECT_TRUE(backends().back().available);
+  for (const BackendInfo& backend : backends()) EXPECT_FALSE(backend.reason.empty());
+}
+
+TEST(Dispatch, ContextNamesTheBackend) {
+  for (const Target& target : targets()) {
+    EXPECT_EQ(choose_backend(target.context(), "test").name(), target.backend);
+  }
+}
+
+TEST(Dispatch, EnvironmentForcesABackendUnlessTheContextNamesOne) {
+  const Environment environment("SONICMOE_BACKEND", "reference");
+  EXPECT_EQ(choose_backend({}, "test").name(), "reference");
+  EXPECT_EQ(choose_backend(targets().front().context(), "test").name(), targets().front().backend);
+}
+
+TEST(Dispatch, UnknownNamesAreErrors) {
+  Context context;
+  context.backend = "abacus";
+  EXPECT_THAT(error_of(context), HasSubstr("abacus"));
+  const Environment environment("SONICMOE_BACKEND", "slide_rule");
+  EXPECT_THAT(error_of({}), HasSubstr("slide_rule"));
+}
+
+TEST(Dispatch, LogSaysWhatWasChosenAndWhyOnlyWhenAsked) {
+  ::testing::internal::CaptureStderr();
+  Context context;
+  context.backend = "reference";
+  choose_backend(context, "moe_forward");
+  EXPECT_EQ(::testing::internal::GetCapturedStderr(), "");
+  const Environment environment("SONICMOE_LOG", "dispatch");
+  ::testing::internal::CaptureStderr();
+  choose_backend(context, "moe_forward");
+  const std::string text = ::testing::internal::GetCapturedStderr();
+  EXPECT_THAT(text, HasSubstr("moe_forward"));
+  EXPECT_THAT(text, HasSubstr("reference"));
+  if (backend_list().size() > 1) {
+    EXPECT_THAT(text, HasSubstr("passed over"));
+  }
+}
+
+// T=10, d=6, n=4, E=3, K=2: P = 20 pairs.
+MoEShape example(DType dtype) {
+  MoEShape shape;
+  shape.num_tokens = 10;
+  shape.hidden_size = 6;
+  shape.intermediate_size = 4;
+  shape.num_experts = 3;
+  shape.num_pairs = 20;
+  shape.dtype = dtype;
+  return shape;
+}
+
+TEST(Memory, FormulasOfThePage) {
+  const MoEShape shape = example(DType::kBFloat16);
+  const MemoryEstimate estimate = estimate_memory(shape);
+  EXPECT_EQ(estimate.kept_h, 2u * 20 * 2 * 4);
+  EXPECT_LE(estimate.kept_metadata, 32u * 20 + 4u * 3);
+  EXPECT_EQ(estimate.transient_forward, 2u * 20 * (4 + 6));
+  EXPECT_EQ(estimate.transient_backward, 2u * 20 * (2 * 4 + 4 + 6));
+  EXPECT_EQ(estimate_memory_scattermoe(shape).kept_h, 2u * 20 * (2 * 4 + 4 + 6));
+  EXPECT_EQ(parameter_bytes(shape), 2u * 3 * (8 * 6 + 6 * 4));
+  EXPECT_EQ(forward_flops(shape), 2.0 * 20 * 6 * 4 * 3);
+  EXPECT_EQ(backward_flops(shape), 2 * forward_flops(shape));
+}
+
+TEST(Memory, MetadataBytesOfEachForm) {
+  MoEShape shape = example(DType::kFloat32);
+  EXPECT_EQ(moe_h_bytes(shape), 4u * 20 * 8);
+  EXPECT_EQ(moe_metadata_bytes(shape), 4u * (3 + 3 * 20));
+  shape.form = MoEShape::Form::kPairs;
+  EXPECT_EQ(moe_metadata_bytes(shape), 4u * (3 + 4 * 20 + 10 + 1));
+  shape.form = MoEShape::Form::kSorted;
+  EXPECT_EQ(moe_metadata_bytes(shape), 4u * 3);
+}
+
+TEST(Memory, KeptDoesNotGrowWithGranularityAtConstantNK) {
+  MoEShape coarse = example(DType::kBFloat16), fine = coarse;
+  coarse.intermediate_size = 64, coarse.num_pairs = 20;
+  fine.intermediate_size = 16, fine.num_pairs = 80;
+  EXPECT_EQ(estimate_memory(coarse).kept_h, estimate_memory(fine).kept_h);
+  EXPECT_LT(estimate_memory_scattermoe(coarse).kept_h, estimate_memory_scattermoe(fine).kept_h);
+}
+
+}  // namespace
+}  // namespace sonicmoe::testing

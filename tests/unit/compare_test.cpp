@@ -1,0 +1,136 @@
+// The comparators reject what they exist to reject: zeros, a swapped row, a dropped expert, NaN.
+#include "support/compare.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace sonicmoe::testing {
+namespace {
+
+const Target& reference_target() { return targets().back(); }
+
+MoECase example(DType dtype) {
+  MoECase c;
+  c.num_tokens = 37;
+  c.hidden_size = 48;
+  c.intermediate_size = 32;
+  c.dtype = dtype;
+  return c;
+}
+
+class Comparators : public ::testing::TestWithParam<DType> {
+ protected:
+  // Whether both comparators that backends are held to object to the spoiled run.
+  template <class Spoil>
+  void expect_rejected(Spoil spoil) {
+    const MoECase c = example(GetParam());
+    RunResult run = run_moe(reference_target(), c);
+    ASSERT_TRUE(check_run(c, {}, run).empty());
+    ASSERT_TRUE(check_run(c, {}, run, Strictness::kTiny).empty());
+    spoil(c, run);
+    EXPECT_FALSE(check_run(c, {}, run).empty());
+    EXPECT_FALSE(check_run(c, {}, run, Strictness::kTiny).empty());
+  }
+};
+
+using Tensors = std::vector<double> RunResult::*;
+constexpr Tensors kTensors[] = {&RunResult::out,
+                                &RunResult::grad_x,
+                                &RunResult::grad_w1,
+                                &RunResult::grad_b1,
+                                &RunResult::grad_w2,
+                                &RunResult::grad_b2,
+                                &RunResult::grad_routing_weights};
+
+TEST_P(Comparators, RejectZerosInAnyTensor) {
+  for (const Tensors tensor : kTensors) {
+    expect_rejected([&](const MoECase&, RunResult& run) {
+      std::fill((run.*tensor).begin(), (run.*tensor).end(), 0.0);
+    });
+  }
+}
+
+TEST_P(Comparators, RejectASwappedRow) {
+  for (const Tensors tensor : {&RunResult::out, &RunResult::grad_x}) {
+    expect_rejected([&](const MoECase& c, RunResult& run) {
+      std::swap_ranges((run.*tensor).begin(), (run.*tensor).begin() + c.hidden_size,
+                       (run.*tensor).begin() + c.hidden_size);
+    });
+  }
+}
+
+TEST_P(Comparators, RejectADroppedExpert) {
+  for (const Tensors tensor :
+       {&RunResult::grad_w1, &RunResult::grad_b1, &RunResult::grad_w2, &RunResult::grad_b2}) {
+    expect_rejected([&](const MoECase& c, RunResult& run) {
+      auto& values = run.*tensor;
+      std::fill_n(values.begin(), values.size() / static_cast<std::size_t>(c.num_experts), 0.0);
+    });
+  }
+}
+
+TEST_P(Comparators, RejectTheOutputWithoutOneExpert) {
+  expect_rejected([](const MoECase& c, RunResult& run) {
+    // The same layer where expert 0 adds nothing: its pairs get weight 0.
+    MoEInputs host(host_target(), c);
+    const std::vector<double> ids = host.topk_ids.values();
+    std::vector<double> weights = host.routing_weights.values();
+    for (std::size_t i = 0; i < ids.size(); ++i) weights[i] = ids[i] == 0 ? 0.0 : weights[i];
+    host.routing_weights.fill(weights);
+    run.out = oracle::forward(host.problem()).out;
+  });
+}
+
+TEST_P(Comparators, RejectANaNAMissingElementAndAViolation) {
+  expect_rejected([](const MoECase&, RunResult& run) { run.out[5] = std::nan(""); });
+  expect_rejected([](const MoECase&, RunResult& run) { run.grad_w1.pop_back(); });
+  expect_rejected([](const MoECase&, RunResult& run) { run.violations.push_back("out: test"); });
+}
+
+INSTANTIATE_TEST_SUITE_P(Dtypes, Comparators, ::testing::Values(DType::kFloat32, DType::kBFloat16),
+                         [](const auto& test) { return std::string(name_of(test.param)); });
+
+TEST(ExactComparator, RejectsOneBit) {
+  MoECase c;
+  c.values = Values::kIntegers;
+  c.activation = Activation::kReLU;
+  c.hidden_size = 12;
+  c.intermediate_size = 6;
+  RunResult run = run_moe(reference_target(), c);
+  ASSERT_TRUE(check_run_exactly(c, {}, run).empty());
+  run.grad_w1[0] += 0x1p-20;
+  EXPECT_FALSE(check_run_exactly(c, {}, run).empty());
+}
+
+TEST(ExactComparator, RejectsACaseThatIsNotExact) {
+  const MoECase c;  // real numbers
+  EXPECT_FALSE(check_run_exactly(c, {}, run_moe(reference_target(), c)).empty());
+}
+
+TEST(GuardedBuffers, FindWritesBetweenElementsAndIntoInputs) {
+  Tensor tensor(host_target(), DType::kFloat32, {3, 5}, Strides::kPadded);
+  tensor.fill_constant(1.0);
+  EXPECT_EQ(tensor.violation_as_output(), "");
+  EXPECT_EQ(tensor.violation_as_input(), "");
+  tensor.view().as<float>()[0] = 2.0f;
+  EXPECT_EQ(tensor.violation_as_output(), "");
+  EXPECT_NE(tensor.violation_as_input(), "");
+  tensor.view().as<float>()[5] = 2.0f;  // the gap after the first row
+  EXPECT_NE(tensor.violation_as_output(), "");
+}
+
+#if !defined(__SANITIZE_ADDRESS__)  // where the write itself already stops the program
+TEST(GuardedBuffers, FindWritesOutside) {
+  for (const std::ptrdiff_t place : {-1, 10, -256, 265}) {
+    const GuardedBuffer buffer(host_target(), 10);
+    EXPECT_TRUE(buffer.guards_intact());
+    static_cast<std::byte*>(buffer.data())[place] = std::byte{1};
+    EXPECT_FALSE(buffer.guards_intact()) << place;
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace sonicmoe::testing
