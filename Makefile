@@ -9,6 +9,8 @@ PY := $(CURDIR)/$(VENV)/bin/python
 FUZZ_CASES ?= 100000
 ARGS ?=
 
+# Spinning OpenMP threads starve the other processes of a small or busy machine.
+export OMP_WAIT_POLICY ?= passive
 export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)/examples
 
 .PHONY: all setup build test test-cpp test-python train compare fuzz sanitize bench format \
