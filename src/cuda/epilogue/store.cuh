@@ -1,0 +1,190 @@
+// Epilogues that store the product as it is: rows of Y or dX~, and weight gradients. Included after
+// hopper/grouped_gemm.cuh.
+//
+// Interface of an epilogue, called by grouped_gemm.cuh:
+//   finish(params, item, acc, warp, lane)          math warps, before rounding (bias, fp32 stores)
+//   constructor(params, item, w, warp, lane)       epilogue warp `warp` (0..2), half w of the item
+//   prefetch()                                     before the half is ready: loads that do not need
+//   it store(half)                                    reads the dumped half and stores it
+// Eight lanes take eight 16-byte chunks (64 columns) of a row, a warp four rows; warp v takes every
+// third group of four rows.
+#pragma once
+
+#include "cuda/epilogue/vector8.cuh"
+#include "cuda/hopper/grouped_gemm.cuh"
+
+namespace sonicmoe::cuda::hopper {
+
+// Groups of four rows of a 64-row half that one epilogue warp takes.
+inline constexpr int kGroupsPerWarp = (16 + kEpilogueWarps - 1) / kEpilogueWarps;
+
+// Position of a lane in the half: the row of its i-th group.
+struct HalfRows {
+  __device__ HalfRows(const Item& t, int w, int warp, int lane)
+      : row0(t.row0 + 64 * w), rows(min(t.rows - 64 * w, 64)), warp(warp), lane(lane) {}
+  __device__ int row(int i) const { return 4 * (warp + i * kEpilogueWarps) + lane / 8; }
+  __device__ bool valid(int i) const { return row(i) < rows; }
+  int row0, rows, warp, lane;
+};
+
+// acc += bias of the column, for one 64 x block_n half in the wgmma layout.
+template <int kCount, class BiasAt>
+__device__ void add_bias(float (&acc)[kCount], int lane, BiasAt bias_at) {
+#pragma unroll
+  for (int b = 0; b < kCount / 4; ++b) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float bias = bias_at(8 * b + 2 * (lane % 4) + i);
+      acc[4 * b + i] += bias;
+      acc[4 * b + 2 + i] += bias;
+    }
+  }
+}
+
+// out[row_map(r), c] = row_weight[r] * round(acc + bias[e, c]).
+template <int kBlockN>
+class StoreRows {
+ public:
+  struct Params {
+    bf16* out;  // [*, ld]
+    int64_t ld;
+    const std::int32_t* row_map;  // [P] or null
+    const float* row_weight;      // [P] or null
+    const bf16* bias;             // [E, bias_ld], already at the first column, or null
+    int64_t bias_ld;
+    int columns;
+  };
+
+  template <int kCount>
+  static __device__ void finish(const Params& p, const Item& t, float (&acc)[kCount], int,
+                                int lane) {
+    if (p.bias == nullptr) return;
+    const bf16* bias = p.bias + t.expert * p.bias_ld;
+    add_bias(acc, lane, [&](int c) {
+      const int column = t.n * kBlockN + c;
+      return column < p.columns ? __bfloat162float(bias[column]) : 0.0f;
+    });
+  }
+
+  __device__ StoreRows(const Params& p, const Item& t, int w, int warp, int lane)
+      : p_(p), rows_(t, w, warp, lane), column0_(t.n * kBlockN + (lane & 7) * 8) {}
+
+  __device__ void prefetch() {
+#pragma unroll
+    for (int i = 0; i < kGroupsPerWarp; ++i) {
+      if (!rows_.valid(i)) continue;
+      const int row = rows_.row0 + rows_.row(i);
+      to_[i] = p_.row_map == nullptr ? row : __ldg(p_.row_map + row);
+      weight_[i] = p_.row_weight == nullptr ? 1.0f : __ldg(p_.row_weight + row);
+    }
+  }
+
+  __device__ void store(uint32_t half) {
+#pragma unroll
+    for (int i = 0; i < kGroupsPerWarp; ++i) {
+      if (!rows_.valid(i)) continue;
+      bf16* out = p_.out + to_[i] * p_.ld;
+#pragma unroll
+      for (int block = 0; block < kBlockN / 64; ++block) {
+        const int column = column0_ + block * 64;
+        uint4 v = ptx::load_shared_v4(
+            half + tile::dump_offset(rows_.row(i), block * 8 + (rows_.lane & 7)));
+        if (p_.row_weight != nullptr) v = scaled(v, weight_[i]);
+        if (column < p_.columns) ptx::store_global_v4(out + column, v);
+      }
+    }
+  }
+
+ private:
+  static __device__ uint4 scaled(const uint4& v, float s) {
+    float f[8];
+    unpack(v, f);
+#pragma unroll
+    for (float& x : f) x *= s;
+    return pack(f);
+  }
+  const Params& p_;
+  HalfRows rows_;
+  int column0_;
+  int64_t to_[kGroupsPerWarp];
+  float weight_[kGroupsPerWarp];
+};
+
+// Weight gradients: out[e, r, c] with strides (expert, row, column), r of d, one of the last two
+// strides 1. bf16 through the dump (kRows: unit column stride, kTransposed: unit row stride),
+// float32 straight from the accumulators, added to what is there with `accumulate`.
+template <int kBlockN, Dump kDump>
+class StoreWeightGradient {
+ public:
+  struct Params {
+    void* out;
+    int64_t expert_stride, row_stride, column_stride;
+    int rows, columns;
+    bool accumulate;  // kDirect only
+  };
+
+  template <int kCount>
+  static __device__ void finish(const Params& p, const Item& t, float (&acc)[kCount], int warp,
+                                int lane) {
+    if constexpr (kDump == Dump::kDirect) {
+      float* out = static_cast<float*>(p.out) + t.expert * p.expert_stride;
+      const int row0 = t.m * kBlockM + warp * 16 + lane / 4;
+      const int column0 = t.n * kBlockN + 2 * (lane % 4);
+#pragma unroll
+      for (int i = 0; i < kCount; i += 2) {
+        const int row = row0 + i / 2 % 2 * 8, column = column0 + i / 4 * 8;
+        if (row >= p.rows || column >= p.columns) continue;  // columns is even
+        float* at = out + row * p.row_stride + column * p.column_stride;
+        if (p.column_stride == 1) {
+          float2 v = {acc[i], acc[i + 1]};
+          if (p.accumulate) {
+            const float2 old = *reinterpret_cast<const float2*>(at);
+            v = {old.x + v.x, old.y + v.y};
+          }
+          *reinterpret_cast<float2*>(at) = v;
+        } else {
+          at[0] = acc[i] + (p.accumulate ? at[0] : 0.0f);
+          at[p.column_stride] = acc[i + 1] + (p.accumulate ? at[p.column_stride] : 0.0f);
+        }
+      }
+    }
+  }
+
+  __device__ StoreWeightGradient(const Params& p, const Item& t, int w, int warp, int lane)
+      : p_(p), t_(t), w_(w), warp_(warp), lane_(lane) {}
+  __device__ void prefetch() {}
+
+  __device__ void store(uint32_t half) {
+    bf16* out = static_cast<bf16*>(p_.out) + t_.expert * p_.expert_stride;
+    if constexpr (kDump == Dump::kRows) {
+      for (int g = warp_; g < 16; g += kEpilogueWarps) {
+        const int in_half = 4 * g + lane_ / 8, row = t_.m * kBlockM + 64 * w_ + in_half;
+        if (row >= p_.rows) break;
+#pragma unroll
+        for (int block = 0; block < kBlockN / 64; ++block) {
+          const int column = t_.n * kBlockN + block * 64 + (lane_ & 7) * 8;
+          const uint4 v =
+              ptx::load_shared_v4(half + tile::dump_offset(in_half, block * 8 + (lane_ & 7)));
+          if (column < p_.columns) ptx::store_global_v4(out + row * p_.row_stride + column, v);
+        }
+      }
+    } else if constexpr (kDump == Dump::kTransposed) {
+      const int row = t_.m * kBlockM + 64 * w_ + (lane_ & 7) * 8;
+#pragma unroll 4
+      for (int g = warp_; g < kBlockN / 4; g += kEpilogueWarps) {
+        const int in_tile = 4 * g + lane_ / 8, column = t_.n * kBlockN + in_tile;
+        const uint4 v = ptx::load_shared_v4(half + tile::chunk_offset(in_tile, lane_ & 7));
+        if (row < p_.rows && column < p_.columns) {
+          ptx::store_global_v4(out + column * p_.column_stride + row, v);
+        }
+      }
+    }
+  }
+
+ private:
+  const Params& p_;
+  Item t_;
+  int w_, warp_, lane_;
+};
+
+}  // namespace sonicmoe::cuda::hopper

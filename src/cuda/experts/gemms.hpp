@@ -1,0 +1,143 @@
+// The six grouped GEMMs of the expert layer, as the CUDA backend calls them. Two implementations:
+//   simt::    any dtype, stride, width and alignment; CUDA cores; the oracle on the device
+//   hopper::  bf16, wgmma and TMA; what it cannot take it declines with a reason
+// Every function enqueues on call.stream and returns; nothing allocates or synchronises.
+//
+// Letters: T tokens, d hidden_size, n intermediate_size, g = 2 when gated else 1, E experts, P
+// capacity of the row list, R <= P rows (known to the device alone). Rows are sorted by expert.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <string>
+
+#include "sonicmoe/moe.hpp"
+
+namespace sonicmoe::cuda {
+
+/// Which rows exist, in device memory; built by build_row_lists() (metadata.hpp).
+struct RowLists {
+  const std::int32_t* offsets = nullptr;    ///< [E] cumulative ends; offsets[E-1] = R
+  const std::int32_t* row_token = nullptr;  ///< [P] token of a row; null: row r is token r
+  /// Tiles of at most 128 rows of one expert, in row order: {first row, rows, expert, 0}. An expert
+  /// of m rows has ceil(m/128) tiles, all full but its last. [tile_capacity()] int4.
+  const int4* tiles = nullptr;
+  const std::int32_t* num_tiles = nullptr;  ///< [1]
+  /// All experts by falling row count, ties by index: {first row, rows, expert, 0}. [E] int4.
+  const int4* experts = nullptr;
+};
+
+inline constexpr int kTileRows = 128;
+
+/// Entries to allocate for RowLists::tiles.
+inline std::int64_t tile_capacity(std::int64_t num_pairs, std::int64_t num_experts) {
+  return (num_pairs + kTileRows - 1) / kTileRows + num_experts;
+}
+
+/// What all six share.
+struct ExpertCall {
+  MoEShape shape;
+  ExpertOptions options;
+  RowLists rows;
+  cudaStream_t stream = nullptr;
+  int device = 0;  ///< ordinal of the current device
+};
+
+/// Rows of a matrix with unit column stride. `ld` in elements.
+struct Matrix {
+  void* data = nullptr;
+  std::int64_t ld = 0;
+};
+
+/// H[r] = X[token(r)] W1[e]^T + b1[e]; A[r] = act(H[r]), from the rounded H.
+struct UpArgs {
+  Matrix x;            ///< [T, d]
+  ConstTensorView w1;  ///< [E, g*n, d]
+  ConstTensorView b1;  ///< [E, g*n] or absent
+  void* h = nullptr;   ///< [P, g*n] contiguous, or null (inference)
+  void* a = nullptr;   ///< [P, n] contiguous
+};
+
+/// out[row_map(r)] = row_weight[r] * (A[r] W2[e]^T + b2[e]) for columns first_column.. of d.
+struct DownArgs {
+  const void* a = nullptr;  ///< [P, n] contiguous
+  ConstTensorView w2;       ///< [E, d, n]
+  ConstTensorView b2;       ///< [E, d] or absent
+  std::int64_t first_column = 0;
+  std::int64_t num_columns = 0;
+  Matrix out;                             ///< [P, num_columns], dtype of x
+  const std::int32_t* row_map = nullptr;  ///< [P] or null: out row = r
+  const float* row_weight = nullptr;      ///< [P] or null: 1. The product is rounded once more
+};
+
+/// dA' = dO[token(r)] W2[e], rounded to the dtype; with A = act(H[r]) and s = row_weight[r]:
+///   dH[r] = act'(H[r])^T (s dA');  A'[r] = s A;  partial[r * parts + j] = <dA', A> over the j-th
+///   group of partial_columns columns, parts = ceil(n / partial_columns).
+struct HiddenGradientArgs {
+  Matrix grad_out;                    ///< [T, d]
+  ConstTensorView w2;                 ///< [E, d, n]
+  const void* h = nullptr;            ///< [P, g*n] contiguous
+  const float* row_weight = nullptr;  ///< [P] or null: 1
+  void* grad_h = nullptr;             ///< [P, g*n] contiguous
+  void* scaled_a = nullptr;           ///< [P, n] contiguous
+  float* partial = nullptr;           ///< [P, parts]; see hidden_gradient_partial_columns()
+};
+
+/// out[row_map(r)] = dH[r] W1[e] for columns first_column.. of d.
+struct InputGradientArgs {
+  const void* grad_h = nullptr;  ///< [P, g*n] contiguous
+  ConstTensorView w1;            ///< [E, g*n, d]
+  std::int64_t first_column = 0;
+  std::int64_t num_columns = 0;
+  Matrix out;                             ///< [P, num_columns], dtype of x
+  const std::int32_t* row_map = nullptr;  ///< [P] or null: out row = r
+};
+
+/// grad_w2[e] (+)= sum over rows r of e of dO[token(r)]^T A'[r], zeros for an expert without rows.
+struct DownWeightGradientArgs {
+  Matrix grad_out;                 ///< [T, d]
+  const void* scaled_a = nullptr;  ///< [P, n] contiguous
+  TensorView grad_w2;              ///< [E, d, n], dtype of x or float32, one of the last strides 1
+  bool accumulate = false;         ///< float32 only: add to what is there
+};
+
+/// grad_w1[e] (+)= sum over rows r of e of dH[r]^T X[token(r)], zeros for an expert without rows.
+struct UpWeightGradientArgs {
+  const void* grad_h = nullptr;  ///< [P, g*n] contiguous
+  Matrix x;                      ///< [T, d]
+  TensorView grad_w1;            ///< [E, g*n, d], as grad_w2
+  bool accumulate = false;
+};
+
+namespace simt {
+void up(const ExpertCall& call, const UpArgs& args);
+void down(const ExpertCall& call, const DownArgs& args);
+void hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& args);
+void input_gradient(const ExpertCall& call, const InputGradientArgs& args);
+void down_weight_gradient(const ExpertCall& call, const DownWeightGradientArgs& args);
+void up_weight_gradient(const ExpertCall& call, const UpWeightGradientArgs& args);
+inline constexpr int kPartialColumns = 64;
+}  // namespace simt
+
+namespace hopper {
+/// Empty when the call can run here, else one line that says what is in the way ("n = 60 is not a
+/// multiple of 8"). Pure host code: no CUDA call.
+std::string reason_against(const ExpertCall& call, const UpArgs& args);
+std::string reason_against(const ExpertCall& call, const DownArgs& args);
+std::string reason_against(const ExpertCall& call, const HiddenGradientArgs& args);
+std::string reason_against(const ExpertCall& call, const InputGradientArgs& args);
+std::string reason_against(const ExpertCall& call, const DownWeightGradientArgs& args);
+std::string reason_against(const ExpertCall& call, const UpWeightGradientArgs& args);
+
+void up(const ExpertCall& call, const UpArgs& args);
+void down(const ExpertCall& call, const DownArgs& args);
+void hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& args);
+void input_gradient(const ExpertCall& call, const InputGradientArgs& args);
+void down_weight_gradient(const ExpertCall& call, const DownWeightGradientArgs& args);
+void up_weight_gradient(const ExpertCall& call, const UpWeightGradientArgs& args);
+/// Columns of dA' that one partial sum of dS covers for this shape: 256, 192 or 128.
+int partial_columns(const MoEShape& shape);
+}  // namespace hopper
+
+}  // namespace sonicmoe::cuda

@@ -1,0 +1,234 @@
+// Grouped GEMM for Hopper: for every expert e, D[e] = epilogue(A[e] · B[e]), bf16, fp32 sums.
+// One persistent kernel template serves all six products of the layer; a Spec (specs.cuh) names
+// one.
+//
+//   kRows   rows of an expert are the M side (up, down, dH, dX~): tiles of 128 rows x block_n
+//           columns from the device's tile table; A is gathered by token or loaded by TMA
+//   kDepth  rows of an expert are the reduction (dW1, dW2): A is 64 gathered rows x 128 of d,
+//           B 64 rows x block_n of the sorted operand; the number of k-tiles varies by expert
+//
+// Roles       warps 0-3, 4-7 math (tile rows 0-63, 64-127) · warp 8 loader · warps 9-11 epilogue
+// Pipelines   full[s]: 1 expect_tx (+ 1 of the gathering warp) · empty[s]: 1 per math warp
+//             dump_full[w]: 4 warps of math warpgroup w · dump_empty[w]: 1 per epilogue warp
+// Timeline    load: [per k] wait empty → TMA, cp.async → arrive
+//             math: [per k] wait full → 4 wgmma → release k-1; then round, dump, arrive
+//             epilogue: [per half] wait dump_full → activation, stores → release
+// Rows past a tile's end only spoil their own accumulator rows, which no epilogue stores. A
+// warpgroup without rows ("dead") releases every stage and issues no wgmma: a tail of at most 64
+// rows costs half a tile.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/fence.cuh"
+#include "cuda/ptx/math.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/stmatrix.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/tile/pipeline.cuh"
+#include "cuda/tile/swizzle.cuh"
+
+namespace sonicmoe::cuda::hopper {
+
+using bf16 = __nv_bfloat16;
+using ptx::Major;
+using tile::Role;
+using tile::Slot;
+
+enum class Grouping { kRows, kDepth };
+
+// How accumulators leave the math warps: rounded to bf16 through the dump tile, as stored or
+// transposed, or in float32 straight to global memory.
+enum class Dump { kRows, kTransposed, kDirect };
+
+struct GemmShape {
+  Grouping grouping = Grouping::kRows;
+  int block_n = 256;
+  Major a = Major::kK;
+  Major b = Major::kK;
+  bool gather = true;  // A by cp.async, row by row
+  Dump dump = Dump::kRows;
+};
+
+inline constexpr int kThreads = 384;
+inline constexpr int kBlockM = 128;
+inline constexpr int kBlockK = 64;
+inline constexpr int kLoaderWarp = 8;
+inline constexpr int kFirstEpilogueWarp = 9;
+inline constexpr int kEpilogueWarps = 3;
+// 2 * math + helper = 504 = 3 * 168, exactly what 384 threads are launched with; a larger sum
+// hangs.
+inline constexpr int kMathRegisters = 192;
+inline constexpr int kHelperRegisters = 120;
+static_assert(2 * kMathRegisters + kHelperRegisters == 504);
+
+inline constexpr int kSharedLimit = 232448;
+inline constexpr int kBarrierBytes = 1024;
+
+__host__ __device__ constexpr int stage_bytes(GemmShape s) {
+  return (kBlockM + s.block_n) * kBlockK * 2;
+}
+__host__ __device__ constexpr int half_dump_bytes(GemmShape s) {
+  return s.dump == Dump::kDirect ? 0 : 64 * s.block_n * 2;
+}
+__host__ __device__ constexpr int stage_count(GemmShape s) {
+  const int fit = (kSharedLimit - kBarrierBytes - 2 * half_dump_bytes(s)) / stage_bytes(s);
+  return fit < 6 ? fit : 6;
+}
+__host__ __device__ constexpr int shared_bytes(GemmShape s) {
+  return kBarrierBytes + stage_count(s) * stage_bytes(s) + 2 * half_dump_bytes(s);
+}
+
+// What loader and math need, whatever the epilogue.
+struct OperandParams {
+  CUtensorMap a;  // A by TMA: [P, depth], boxes of 64 rows x 64
+  CUtensorMap b;  // kRows: weights, 4-D (inner, outer, part, expert); kDepth: [P, N] boxes 64 x 64
+
+  const bf16* gathered;           // X or dO [T, depth of d]
+  uint32_t gathered_ld;           // elements, a multiple of 8
+  const std::int32_t* row_token;  // [P] or null: row r is token r
+  const bf16* b_rows;             // kDepth: B [P, N] itself, for the last k-tile of an expert
+  int64_t b_rows_ld;
+
+  const int4* entries;              // tile table or expert list: {first row, rows, expert, 0}
+  const std::int32_t* num_entries;  // on the device, or null: max_entries
+  int max_entries;
+  int m_tiles;  // kDepth: ceil(d / 128); else 1
+  int n_tiles;
+  int depth;         // kRows: length of the reduction; kDepth: d, the columns of the gathered side
+  int b_columns;     // kDepth: N, columns of b_rows
+  int first_column;  // kRows: first column of B's outer side (slabs of d)
+  // Columns of a tile come in two halves, gate and up: [0, block_n / 2) from part 0, the rest from
+  // part 1 of the same columns.
+  bool paired;
+};
+
+template <class Spec>
+struct Params {
+  OperandParams operands;
+  typename Spec::Epilogue::Params epilogue;
+};
+
+struct SharedLayout {
+  uint32_t full, empty, dump_full, dump_empty, ring, dump;
+};
+
+template <class Spec>
+__device__ SharedLayout shared_layout(uint32_t base) {
+  constexpr GemmShape s = Spec::shape;
+  SharedLayout l;
+  l.full = base;
+  l.empty = base + 64;
+  l.dump_full = base + 128;
+  l.dump_empty = base + 144;
+  l.ring = base + kBarrierBytes;
+  l.dump = l.ring + stage_count(s) * stage_bytes(s);
+  return l;
+}
+
+// One tile of the product.
+struct Item {
+  int row0, rows, expert;  // of the table entry
+  int m;                   // kDepth: tile along d
+  int n;                   // tile along the columns
+  int k_tiles;
+};
+
+// Hands this CTA every gridDim-th item, columns fastest. The entry of the next item is loaded one
+// item ahead, so that its latency is hidden.
+template <class Spec>
+class Schedule {
+ public:
+  __device__ explicit Schedule(const OperandParams& p) : p_(p), index_(blockIdx.x) {
+    const int entries = p.num_entries == nullptr ? p.max_entries : __ldg(p.num_entries);
+    per_entry_ = p.m_tiles * p.n_tiles;
+    items_ = entries * per_entry_;
+    fetch();
+  }
+  __device__ bool valid() const { return index_ < items_; }
+  __device__ Item take() {
+    Item t;
+    const int within = index_ % per_entry_;
+    t.row0 = entry_.x;
+    t.rows = entry_.y;
+    t.expert = entry_.z;
+    t.m = within / p_.n_tiles;
+    t.n = within % p_.n_tiles;
+    const int depth = Spec::shape.grouping == Grouping::kRows ? p_.depth : t.rows;
+    t.k_tiles = (depth + kBlockK - 1) / kBlockK;
+    index_ += gridDim.x;
+    fetch();
+    return t;
+  }
+
+ private:
+  __device__ void fetch() {
+    if (index_ < items_) entry_ = __ldg(p_.entries + index_ / per_entry_);
+  }
+  const OperandParams& p_;
+  int index_, items_, per_entry_;
+  int4 entry_;
+};
+
+}  // namespace sonicmoe::cuda::hopper
+
+#include "cuda/hopper/loader.cuh"
+#include "cuda/hopper/math.cuh"
+
+namespace sonicmoe::cuda::hopper {
+
+template <class Spec>
+__device__ void epilogue_role(const Params<Spec>& p, const SharedLayout& l, int warp, int lane) {
+  uint32_t parity = 0;
+  for (Schedule<Spec> schedule(p.operands); schedule.valid();) {
+    const Item t = schedule.take();
+    for (int w = 0; w < 2; ++w) {
+      typename Spec::Epilogue epilogue(p.epilogue, t, w, warp, lane);
+      epilogue.prefetch();
+      tile::wait(l.dump_full + 8 * w, parity, Role::kEpilogue, Slot::kDumpFull, w);
+      epilogue.store(l.dump + w * half_dump_bytes(Spec::shape));
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(l.dump_empty + 8 * w);
+    }
+    parity ^= 1;
+  }
+}
+
+template <class Spec>
+__global__ void __launch_bounds__(kThreads, 1)
+    grouped_gemm_kernel(const __grid_constant__ Params<Spec> p) {
+  constexpr GemmShape shape = Spec::shape;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const SharedLayout l = shared_layout<Spec>(ptx::shared_address(shared));
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < stage_count(shape); ++s) {
+      ptx::mbarrier_init(l.full + 8 * s, shape.gather ? 2 : 1);
+      ptx::mbarrier_init(l.empty + 8 * s, 8);
+    }
+    for (int w = 0; w < 2; ++w) {
+      ptx::mbarrier_init(l.dump_full + 8 * w, 4);
+      ptx::mbarrier_init(l.dump_empty + 8 * w, kEpilogueWarps);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (warp < kLoaderWarp) {
+    ptx::setmaxnreg_increase<kMathRegisters>();
+    math_role<Spec>(p, l, warp, lane);
+  } else {
+    ptx::setmaxnreg_decrease<kHelperRegisters>();
+    if (warp == kLoaderWarp) {
+      load_role<Spec>(p.operands, l, lane);
+    } else if constexpr (shape.dump != Dump::kDirect) {
+      epilogue_role<Spec>(p, l, warp - kFirstEpilogueWarp, lane);
+    }
+  }
+}
+
+}  // namespace sonicmoe::cuda::hopper

@@ -1,0 +1,41 @@
+// dH, A' and the partial sums of dS.
+#include "cuda/hopper/launch.cuh"
+#include "cuda/hopper/specs.cuh"
+
+namespace sonicmoe::cuda::hopper {
+namespace {
+
+template <int kBlockN, Major kMajor, bool kGated>
+void launch_hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& args) {
+  using Spec = HiddenGradientSpec<kBlockN, kMajor, kGated>;
+  const MoEShape& s = call.shape;
+  Params<Spec> p{};
+  p.operands = row_operands(call, s.hidden_size, s.intermediate_size, kBlockN);
+  p.operands.b = map_of_weight(args.w2, 2, 1, kBlockN, kMajor);
+  set_gather(p.operands, args.grad_out);
+  p.epilogue = {.h = static_cast<const bf16*>(args.h),
+                .grad_h = static_cast<bf16*>(args.grad_h),
+                .scaled_a = static_cast<bf16*>(args.scaled_a),
+                .row_weight = args.row_weight,
+                .partial = args.partial,
+                .n = static_cast<int>(s.intermediate_size),
+                .parts = p.operands.n_tiles,
+                .layout = hidden_layout(call),
+                .activation = {call.options.activation, call.options.limit}};
+  launch<Spec>(call, p, max_items(p.operands));
+}
+
+}  // namespace
+
+void hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& args) {
+  const Major major = depth_has_unit_stride(args.w2, 1) ? Major::kK : Major::kMn;
+  visit_tile(partial_columns(call.shape), major, [&]<int kBlockN, Major kMajor>() {
+    if (is_gated(call.shape.activation)) {
+      launch_hidden_gradient<kBlockN, kMajor, true>(call, args);
+    } else {
+      launch_hidden_gradient<kBlockN, kMajor, false>(call, args);
+    }
+  });
+}
+
+}  // namespace sonicmoe::cuda::hopper

@@ -1,0 +1,99 @@
+// Launching a Spec of the grouped GEMM, and the host-side pieces the six operations share.
+#pragma once
+
+#include <algorithm>
+#include <string>
+
+#include "cuda/epilogue/glu.cuh"
+#include "cuda/experts/gemms.hpp"
+#include "cuda/hopper/grouped_gemm.cuh"
+#include "cuda/hopper/select.hpp"
+#include "cuda/hopper/tensor_map.hpp"
+#include "sonicmoe/error.hpp"
+
+namespace sonicmoe::cuda::hopper {
+
+inline void check_cuda(cudaError_t status, const char* what, const MoEShape& shape) {
+  if (status == cudaSuccess) return;
+  throw Error(std::string(what) + ": " + cudaGetErrorString(status) + " (T=" +
+              std::to_string(shape.num_tokens) + ", d=" + std::to_string(shape.hidden_size) +
+              ", n=" + std::to_string(shape.intermediate_size) + ", E=" +
+              std::to_string(shape.num_experts) + ", P=" + std::to_string(shape.num_pairs) + ")");
+}
+
+/// Launches one CTA per multiprocessor (fewer when there are fewer tiles at most). `max_items`
+/// bounds the tiles that can exist.
+template <class Spec>
+void launch(const ExpertCall& call, const Params<Spec>& params, std::int64_t max_items) {
+  constexpr int bytes = shared_bytes(Spec::shape);
+  static_assert(bytes <= kSharedLimit);
+  // Once per kernel and process would do on one device; the call is cheap and has no state.
+  check_cuda(cudaFuncSetAttribute(grouped_gemm_kernel<Spec>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+             Spec::name, call.shape);
+  int processors = 0;
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, call.device),
+             Spec::name, call.shape);
+  const std::int64_t grid = std::min<std::int64_t>(grid_limit(processors), max_items);
+  if (grid <= 0) return;
+  grouped_gemm_kernel<Spec><<<static_cast<unsigned>(grid), kThreads, bytes, call.stream>>>(params);
+  check_cuda(cudaGetLastError(), Spec::name, call.shape);
+}
+
+inline int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+/// The operands of a kRows product that every operation sets alike.
+inline OperandParams row_operands(const ExpertCall& call, std::int64_t depth, std::int64_t columns,
+                                  int columns_per_tile) {
+  OperandParams o{};
+  o.row_token = call.rows.row_token;
+  o.entries = call.rows.tiles;
+  o.num_entries = call.rows.num_tiles;
+  o.max_entries = static_cast<int>(tile_capacity(call.shape.num_pairs, call.shape.num_experts));
+  o.m_tiles = 1;
+  o.n_tiles = ceil_div(columns, columns_per_tile);
+  o.depth = static_cast<int>(depth);
+  return o;
+}
+
+inline std::int64_t max_items(const OperandParams& o) {
+  return std::int64_t{o.max_entries} * o.m_tiles * o.n_tiles;
+}
+
+inline void set_gather(OperandParams& o, const Matrix& m) {
+  o.gathered = static_cast<const bf16*>(m.data);
+  o.gathered_ld = static_cast<std::uint32_t>(m.ld);
+}
+
+/// A [P, columns] contiguous, loaded in boxes of 64 rows x 64 columns.
+inline CUtensorMap map_of_rows(const void* data, std::int64_t num_rows, std::int64_t columns) {
+  return make_tensor_map(data, {columns, num_rows}, {columns}, {64, 64});
+}
+
+inline HiddenLayout hidden_layout(const ExpertCall& call) {
+  if (!is_gated(call.shape.activation)) return HiddenLayout::kPlain;
+  return call.options.gate_up_layout == GateUpLayout::kConcatenated ? HiddenLayout::kConcatenated
+                                                                    : HiddenLayout::kInterleaved;
+}
+
+/// Map of a weight [E, outer, inner] for the B operand of a block_n wide tile. `outer` is the
+/// product's column index, `inner` its reduction. K-major when the reduction has unit stride, else
+/// MN-major. parts = 2 splits `outer` into two halves, gate and up, so that columns past the end of
+/// the first arrive as zeros and not as the second.
+inline CUtensorMap map_of_weight(const ConstTensorView& w, int column_dim, int parts, int block_n,
+                                 Major major) {
+  const int depth_dim = 3 - column_dim;
+  const std::int64_t columns = w.size(column_dim) / parts, depth = w.size(depth_dim);
+  const std::int64_t column_stride = w.stride(column_dim), depth_stride = w.stride(depth_dim);
+  constexpr std::int64_t kUnused = 64;  // of a dimension of one element; must still be legal
+  const std::int64_t part_stride = parts == 1 ? kUnused : columns * column_stride;
+  const std::int64_t expert_stride = w.size(0) == 1 ? kUnused : w.stride(0);
+  if (major == Major::kK) {
+    return make_tensor_map(w.data(), {depth, columns, parts, w.size(0)},
+                           {column_stride, part_stride, expert_stride}, {64, block_n / 2, 1, 1});
+  }
+  return make_tensor_map(w.data(), {columns, depth, parts, w.size(0)},
+                         {depth_stride, part_stride, expert_stride}, {64, 64, 1, 1});
+}
+
+}  // namespace sonicmoe::cuda::hopper

@@ -1,0 +1,243 @@
+// The loader warp of the grouped GEMM. Included by grouped_gemm.cuh only.
+#pragma once
+
+namespace sonicmoe::cuda::hopper {
+
+// Signals the gathered half of a stage once its cp.async have landed. cp.async writes through the
+// generic proxy, so the bytes need a proxy fence by their writer before wgmma may read them: a
+// stage is signalled when the next one has been issued (one stage of lag), or before the loader
+// blocks, so that math never waits for a stage the loader holds back.
+template <class Spec>
+class GatherSignal {
+ public:
+  __device__ GatherSignal(uint32_t full, int lane) : full_(full), lane_(lane) {}
+
+  // Before waiting for a slot of the ring.
+  __device__ void before_wait(uint32_t empty, uint32_t parity) {
+    if (pending_ >= 0 && !ptx::mbarrier_try_wait(empty, parity)) flush();
+  }
+  // After the copies into `stage` were issued.
+  __device__ void issued(uint32_t stage) {
+    ptx::cp_async_commit_group();
+    if (pending_ >= 0) {
+      ptx::cp_async_wait_group<1>();
+      signal();
+    }
+    pending_ = static_cast<int>(stage);
+  }
+  __device__ void flush() {
+    if (pending_ < 0) return;
+    ptx::cp_async_wait_group<0>();
+    signal();
+    pending_ = -1;
+  }
+
+ private:
+  __device__ void signal() {
+    ptx::fence_proxy_async_shared();
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(full_ + 8 * pending_);
+  }
+  uint32_t full_;
+  int lane_;
+  int pending_ = -1;
+};
+
+// kRows: lane l copies chunk l % 8 of tile rows 4i + l / 8, i = 0..31. The rows' offsets stay in
+// registers for the whole tile: a shared load in front of each copy would cost its latency.
+class RowGather {
+ public:
+  __device__ void begin_tile(const OperandParams& p, const Item& t, int lane) {
+    const int last = t.rows - 1;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const int row = t.row0 + min(4 * i + lane / 8, last);
+      offset_[i] = p.row_token == nullptr ? row : __ldg(p.row_token + row);
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) offset_[i] *= p.gathered_ld / 8;
+    groups_ = (t.rows + 3) / 4;
+  }
+
+  __device__ void copy(const OperandParams& p, uint32_t a, int k, int lane) const {
+    const int chunk = lane & 7, column = k * kBlockK + chunk * 8;
+    const bool inside = column < p.depth;  // else zeros: 0 * NaN would poison the row
+    const uint4* source = reinterpret_cast<const uint4*>(p.gathered) + (inside ? column / 8 : 0);
+    const uint32_t to = a + (lane / 8) * 128, swizzled = chunk ^ (lane / 8);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      if (i < groups_) {
+        // Row 4i + lane / 8: its low three bits are lane / 8 plus 4 for odd i.
+        const uint32_t at = to + i * 512 + ((swizzled ^ (i % 2 * 4)) << 4);
+        ptx::cp_async_16(at, source + offset_[i], inside ? 16 : 0);
+      }
+    }
+  }
+
+ private:
+  uint32_t offset_[32];
+  int groups_;
+};
+
+// kDepth: 64 rows of the expert x 128 columns of d. Lane l copies chunk l % 16 of rows 2i + l / 16.
+// The tokens of the next 64 rows are loaded one k-tile ahead, two per lane.
+class DepthGather {
+ public:
+  __device__ void begin_tile(const OperandParams& p, const Item& t, int lane) {
+    fetch(p, t, 0, lane);
+  }
+
+  __device__ void copy(const OperandParams& p, const Item& t, uint32_t a, int k, int lane) {
+    const uint32_t first = token_[0], second = token_[1];
+    fetch(p, t, k + 1, lane);
+    const int chunk = lane & 15, column = t.m * kBlockM + chunk * 8;
+    const bool inside = column < p.depth;
+    const uint4* source = reinterpret_cast<const uint4*>(p.gathered) + (inside ? column / 8 : 0);
+    const int rows = t.rows - k * kBlockK;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const int row = 2 * i + lane / 16;
+      const uint32_t token = __shfl_sync(~0u, i < 16 ? first : second, row & 31);
+      const uint32_t at = a + (chunk / 8) * tile::kBlockBytes + tile::chunk_offset(row, chunk % 8);
+      ptx::cp_async_16(at, source + token * (p.gathered_ld / 8), inside && row < rows ? 16 : 0);
+    }
+  }
+
+ private:
+  __device__ void fetch(const OperandParams& p, const Item& t, int k, int lane) {
+    const int last = t.row0 + t.rows - 1;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int row = min(t.row0 + k * kBlockK + 32 * j + lane, last);
+      token_[j] = p.row_token == nullptr || t.rows == 0 ? row : __ldg(p.row_token + row);
+    }
+  }
+  uint32_t token_[2];
+};
+
+// Box i of the B tile: which part (gate, up) and first column it holds.
+struct Box {
+  int part, column;
+};
+template <int kBoxes, int kColumns>
+__device__ Box box_of_b(const OperandParams& p, int n, int i) {
+  if (!p.paired) return {0, (n * kBoxes + i) * kColumns};
+  constexpr int half = kBoxes / 2;
+  return {i / half, (n * half + i % half) * kColumns};
+}
+
+// kRows: A (unless gathered) and B of one k-tile. One thread.
+template <class Spec>
+__device__ void load_boxes(const OperandParams& p, const Item& t, uint32_t a, uint32_t b,
+                           uint32_t full, int k) {
+  constexpr GemmShape s = Spec::shape;
+  constexpr int b_bytes = s.block_n * kBlockK * 2;
+  const int depth = k * kBlockK;
+  if constexpr (s.gather) {
+    ptx::mbarrier_arrive_expect_tx(full, b_bytes);
+  } else {
+    const bool both = t.rows > 64;
+    ptx::mbarrier_arrive_expect_tx(full, b_bytes + (both ? 2 : 1) * tile::kBlockBytes);
+    ptx::tma_load(a, &p.a, full, depth, t.row0);
+    if (both) ptx::tma_load(a + tile::kBlockBytes, &p.a, full, depth, t.row0 + 64);
+  }
+  if constexpr (s.b == Major::kK) {
+    constexpr int columns = s.block_n / 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Box box = box_of_b<2, columns>(p, t.n, i);
+      ptx::tma_load(b + i * columns * 128, &p.b, full, depth, p.first_column + box.column, box.part,
+                    t.expert);
+    }
+  } else {
+    constexpr int boxes = s.block_n / 64;
+#pragma unroll
+    for (int i = 0; i < boxes; ++i) {
+      const Box box = box_of_b<boxes, 64>(p, t.n, i);
+      ptx::tma_load(b + i * tile::kBlockBytes, &p.b, full, p.first_column + box.column, depth,
+                    box.part, t.expert);
+    }
+  }
+}
+
+// kDepth: B of a full k-tile by TMA. One thread.
+template <class Spec>
+__device__ void load_depth_boxes(const OperandParams& p, const Item& t, uint32_t b, uint32_t full,
+                                 int k) {
+  constexpr GemmShape s = Spec::shape;
+  ptx::mbarrier_arrive_expect_tx(full, s.block_n * kBlockK * 2);
+#pragma unroll
+  for (int i = 0; i < s.block_n / 64; ++i) {
+    ptx::tma_load(b + i * tile::kBlockBytes, &p.b, full, t.n * s.block_n + i * 64,
+                  t.row0 + k * kBlockK);
+  }
+}
+
+// kDepth: B of an expert's last, partial k-tile, by the whole warp. A TMA box would bring rows of
+// the next expert (or rows nobody wrote): their product with A's zeros is NaN when they are not
+// finite. Rows past the end arrive as zeros instead.
+template <class Spec>
+__device__ void copy_depth_tail(const OperandParams& p, const Item& t, uint32_t b, int k,
+                                int lane) {
+  constexpr int kBlocks = Spec::shape.block_n / 64;
+  const int rows = t.rows - k * kBlockK, chunk = lane & 7;
+  for (int block = 0; block < kBlocks; ++block) {
+    const int column = t.n * Spec::shape.block_n + block * 64 + chunk * 8;
+#pragma unroll 4
+    for (int i = 0; i < 16; ++i) {
+      const int row = 4 * i + lane / 8;
+      const bool inside = row < rows && column < p.b_columns;
+      const bf16* source =
+          inside ? p.b_rows + (int64_t{t.row0} + k * kBlockK + row) * p.b_rows_ld + column
+                 : p.b_rows;
+      ptx::cp_async_16(b + block * tile::kBlockBytes + tile::chunk_offset(row, chunk), source,
+                       inside ? 16 : 0);
+    }
+  }
+}
+
+template <class Spec>
+__device__ void load_role(const OperandParams& p, const SharedLayout& l, int lane) {
+  constexpr GemmShape s = Spec::shape;
+  static_assert(s.grouping == Grouping::kRows || s.gather);
+  if (lane == 0) {
+    ptx::prefetch_tensormap(&p.b);
+    if constexpr (!s.gather) ptx::prefetch_tensormap(&p.a);
+  }
+  tile::RingState<stage_count(s)> ring;
+  GatherSignal<Spec> signal(l.full, lane);
+  [[maybe_unused]] RowGather row_gather;
+  [[maybe_unused]] DepthGather depth_gather;
+  for (Schedule<Spec> schedule(p); schedule.valid();) {
+    const Item t = schedule.take();
+    if constexpr (s.grouping == Grouping::kDepth) {
+      depth_gather.begin_tile(p, t, lane);
+    } else if constexpr (s.gather) {
+      row_gather.begin_tile(p, t, lane);
+    }
+    for (int k = 0; k < t.k_tiles; ++k) {
+      const uint32_t full = l.full + 8 * ring.stage, empty = l.empty + 8 * ring.stage;
+      if constexpr (s.gather) signal.before_wait(empty, ring.parity ^ 1);
+      tile::wait(empty, ring.parity ^ 1, Role::kLoader, Slot::kEmpty, ring.stage);
+      const uint32_t a = l.ring + ring.stage * stage_bytes(s), b = a + kBlockM * kBlockK * 2;
+      if constexpr (s.grouping == Grouping::kRows) {
+        if (lane == 0) load_boxes<Spec>(p, t, a, b, full, k);
+        if constexpr (s.gather) row_gather.copy(p, a, k, lane);
+      } else {
+        if ((k + 1) * kBlockK <= t.rows) {
+          if (lane == 0) load_depth_boxes<Spec>(p, t, b, full, k);
+        } else {
+          if (lane == 0) ptx::mbarrier_arrive(full);
+          copy_depth_tail<Spec>(p, t, b, k, lane);
+        }
+        depth_gather.copy(p, t, a, k, lane);
+      }
+      if constexpr (s.gather) signal.issued(ring.stage);
+      __syncwarp();
+      ring.advance();
+    }
+  }
+  if constexpr (s.gather) signal.flush();
+}
+
+}  // namespace sonicmoe::cuda::hopper

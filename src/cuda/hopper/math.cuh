@@ -1,0 +1,132 @@
+// The math warpgroups of the grouped GEMM. Included by grouped_gemm.cuh only.
+#pragma once
+
+namespace sonicmoe::cuda::hopper {
+
+// Rounds warpgroup w's 64 x block_n sums to bf16 and writes them to its half of the dump tile.
+// kRows: 64 rows in blocks of 64 columns (tile::dump_offset). kTransposed: block_n rows of the 64
+// columns that the warpgroup's tile rows become.
+template <Dump kDump, int kCount>
+__device__ void dump_accumulators(const float (&acc)[kCount], uint32_t half, int warp, int lane) {
+#pragma unroll
+  for (int j = 0; j < kCount / 8; ++j) {  // 16 columns each
+    const uint32_t r0 = ptx::pack_bf16x2(acc[8 * j], acc[8 * j + 1]);
+    const uint32_t r1 = ptx::pack_bf16x2(acc[8 * j + 2], acc[8 * j + 3]);
+    const uint32_t r2 = ptx::pack_bf16x2(acc[8 * j + 4], acc[8 * j + 5]);
+    const uint32_t r3 = ptx::pack_bf16x2(acc[8 * j + 6], acc[8 * j + 7]);
+    if constexpr (kDump == Dump::kTransposed) {
+      const int row = 16 * j + 8 * (lane >> 4) + (lane & 7);
+      const int chunk = 2 * (warp & 3) + ((lane >> 3) & 1);
+      ptx::stmatrix_x4_trans(half + tile::chunk_offset(row, chunk), r0, r1, r2, r3);
+    } else {
+      const int row = (warp & 3) * 16 + (lane & 15);
+      ptx::stmatrix_x4(half + tile::dump_offset(row, 2 * j + (lane >> 4)), r0, r1, r2, r3);
+    }
+  }
+}
+
+// The ring as a math warp sees it, and its way to the epilogue warps.
+template <class Spec>
+class MathPipes {
+ public:
+  static constexpr GemmShape s = Spec::shape;
+  __device__ MathPipes(const SharedLayout& l, int warp, int lane)
+      : l_(l), w_(warp / 4), lane_(lane) {}
+
+  __device__ uint32_t stage() const { return ring_.stage; }
+  __device__ void wait_full() {
+    tile::wait(l_.full + 8 * ring_.stage, ring_.parity, Role::kMath, Slot::kFull, ring_.stage);
+  }
+  __device__ void advance() { ring_.advance(); }
+  // One arrival per warp: wgmma.wait_group proves only this warp's share done.
+  __device__ void release(uint32_t stage) {
+    if (lane_ == 0) ptx::mbarrier_arrive(l_.empty + 8 * stage);
+  }
+  __device__ void wait_dump_empty() {
+    tile::wait(l_.dump_empty + 8 * w_, dump_parity_, Role::kMath, Slot::kDumpEmpty, w_);
+    dump_parity_ ^= 1;
+  }
+  __device__ void arrive_dump_full() {
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(l_.dump_full + 8 * w_);
+  }
+  __device__ uint32_t half() const { return l_.dump + w_ * half_dump_bytes(s); }
+
+ private:
+  const SharedLayout& l_;
+  int w_, lane_;
+  tile::RingState<stage_count(s)> ring_;
+  uint32_t dump_parity_ = 1;
+};
+
+// A half without products: a dead warpgroup (nothing will read its dump) or, along the depth, an
+// expert without rows, whose gradient is zero and still written.
+template <class Spec>
+__device__ void skip_item(const Params<Spec>& p, const Item& t, MathPipes<Spec>& pipes, int warp,
+                          int lane) {
+  constexpr GemmShape s = Spec::shape;
+  for (int k = 0; k < t.k_tiles; ++k) {
+    pipes.wait_full();
+    pipes.release(pipes.stage());
+    pipes.advance();
+  }
+  if constexpr (s.dump != Dump::kDirect) pipes.wait_dump_empty();
+  if constexpr (s.grouping == Grouping::kDepth) {
+    float zeros[s.block_n / 2] = {};
+    Spec::Epilogue::finish(p.epilogue, t, zeros, warp, lane);
+    if constexpr (s.dump != Dump::kDirect) {
+      dump_accumulators<s.dump>(zeros, pipes.half(), warp, lane);
+    }
+  }
+  if constexpr (s.dump != Dump::kDirect) pipes.arrive_dump_full();
+}
+
+template <class Spec>
+__device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp, int lane) {
+  constexpr GemmShape s = Spec::shape;
+  const int w = warp / 4;
+  const uint32_t a_half = s.a == Major::kK ? 64 * 128 : tile::kBlockBytes;
+  const uint64_t a0 = tile::make_descriptor(l.ring + w * a_half, s.a);
+  const uint64_t b0 = tile::make_descriptor(l.ring + kBlockM * kBlockK * 2, s.b);
+  MathPipes<Spec> pipes(l, warp, lane);
+  float acc[s.block_n / 2];
+  for (Schedule<Spec> schedule(p.operands); schedule.valid();) {
+    const Item t = schedule.take();
+    const bool live = s.grouping == Grouping::kDepth ? t.k_tiles > 0 : t.rows > 64 * w;
+    if (!live) {
+      skip_item<Spec>(p, t, pipes, warp, lane);
+      continue;
+    }
+    uint32_t previous = 0;
+    for (int k = 0; k < t.k_tiles; ++k) {
+      pipes.wait_full();
+      const uint64_t a = tile::advance_descriptor(a0, pipes.stage() * stage_bytes(s));
+      const uint64_t b = tile::advance_descriptor(b0, pipes.stage() * stage_bytes(s));
+      ptx::fence_accumulators(acc);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < kBlockK / 16; ++kk) {
+        ptx::Wgmma<s.block_n, s.a, s.b>::mma(
+            acc, tile::advance_descriptor(a, kk * tile::k16_bytes(s.a)),
+            tile::advance_descriptor(b, kk * tile::k16_bytes(s.b)), (k | kk) != 0);
+      }
+      ptx::wgmma_commit_group();
+      ptx::fence_accumulators(acc);
+      ptx::wgmma_wait_group<1>();
+      if (k > 0) pipes.release(previous);
+      previous = pipes.stage();
+      pipes.advance();
+    }
+    ptx::wgmma_wait_group<0>();
+    ptx::fence_accumulators(acc);
+    pipes.release(previous);
+    Spec::Epilogue::finish(p.epilogue, t, acc, warp, lane);
+    if constexpr (s.dump != Dump::kDirect) {
+      pipes.wait_dump_empty();
+      dump_accumulators<s.dump>(acc, pipes.half(), warp, lane);
+      pipes.arrive_dump_full();
+    }
+  }
+}
+
+}  // namespace sonicmoe::cuda::hopper

@@ -1,0 +1,61 @@
+// Y of the down projection and dX~ of the input gradient: sorted rows in, rows out.
+#include "cuda/hopper/launch.cuh"
+#include "cuda/hopper/specs.cuh"
+
+namespace sonicmoe::cuda::hopper {
+namespace {
+
+template <int kBlockN, Major kMajor>
+void launch_down(const ExpertCall& call, const DownArgs& args) {
+  using Spec = RowsSpec<kBlockN, kMajor>;
+  const MoEShape& s = call.shape;
+  Params<Spec> p{};
+  p.operands = row_operands(call, s.intermediate_size, args.num_columns, kBlockN);
+  p.operands.a = map_of_rows(args.a, s.num_pairs, s.intermediate_size);
+  p.operands.b = map_of_weight(args.w2, 1, 1, kBlockN, kMajor);
+  p.operands.first_column = static_cast<int>(args.first_column);
+  p.epilogue = {.out = static_cast<bf16*>(args.out.data),
+                .ld = args.out.ld,
+                .row_map = args.row_map,
+                .row_weight = args.row_weight,
+                .bias = args.b2.defined() ? args.b2.as<bf16>() + args.first_column : nullptr,
+                .bias_ld = args.b2.defined() ? args.b2.stride(0) : 0,
+                .columns = static_cast<int>(args.num_columns)};
+  launch<Spec>(call, p, max_items(p.operands));
+}
+
+template <int kBlockN, Major kMajor>
+void launch_input_gradient(const ExpertCall& call, const InputGradientArgs& args) {
+  using Spec = RowsSpec<kBlockN, kMajor>;
+  const MoEShape& s = call.shape;
+  Params<Spec> p{};
+  p.operands = row_operands(call, s.hidden_columns(), args.num_columns, kBlockN);
+  p.operands.a = map_of_rows(args.grad_h, s.num_pairs, s.hidden_columns());
+  p.operands.b = map_of_weight(args.w1, 2, 1, kBlockN, kMajor);
+  p.operands.first_column = static_cast<int>(args.first_column);
+  p.epilogue = {.out = static_cast<bf16*>(args.out.data),
+                .ld = args.out.ld,
+                .row_map = args.row_map,
+                .row_weight = nullptr,
+                .bias = nullptr,
+                .bias_ld = 0,
+                .columns = static_cast<int>(args.num_columns)};
+  launch<Spec>(call, p, max_items(p.operands));
+}
+
+}  // namespace
+
+void down(const ExpertCall& call, const DownArgs& args) {
+  const Major major = depth_has_unit_stride(args.w2, 2) ? Major::kK : Major::kMn;
+  visit_tile(choose_block_n(args.num_columns), major,
+             [&]<int kBlockN, Major kMajor>() { launch_down<kBlockN, kMajor>(call, args); });
+}
+
+void input_gradient(const ExpertCall& call, const InputGradientArgs& args) {
+  const Major major = depth_has_unit_stride(args.w1, 1) ? Major::kK : Major::kMn;
+  visit_tile(choose_block_n(args.num_columns), major, [&]<int kBlockN, Major kMajor>() {
+    launch_input_gradient<kBlockN, kMajor>(call, args);
+  });
+}
+
+}  // namespace sonicmoe::cuda::hopper

@@ -1,0 +1,27 @@
+// Which Spec serves a call, and which calls none can serve. Pure host code without CUDA calls, so
+// that it is tested on machines without a GPU.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cuda/experts/gemms.hpp"
+
+namespace sonicmoe::cuda::hopper {
+
+/// Width of the tile for `columns` output columns: 256, or 128 where it pads enough less. Measured
+/// on dense products: 128 x 128 tiles cost 1% more per column at long reductions, 8% at short ones.
+int choose_block_n(std::int64_t columns);
+
+/// For a gated up projection of `n` hidden units, whose tile holds block_n / 2 of them.
+int choose_gated_block_n(std::int64_t n);
+
+/// CTAs to launch on a GPU of `processors` multiprocessors: one each, or SONICMOE_CUDA_GRID if set
+/// (tests run grids of 1, 2, 7, 131).
+int grid_limit(int processors);
+
+/// Whether the reduction (K-major) or the other index of a weight [E, a, b] has unit stride, seen
+/// from a product that reduces over dimension `depth_dim`.
+bool depth_has_unit_stride(const ConstTensorView& w, int depth_dim);
+
+}  // namespace sonicmoe::cuda::hopper

@@ -1,0 +1,59 @@
+// The legal configurations of the grouped GEMM, by name. A config travels as a type: it reads well
+// in a profiler, and a template argument of class type on a __global__ function does not compile
+// inside a namespace.
+#pragma once
+
+#include "cuda/epilogue/glu.cuh"
+#include "cuda/epilogue/store.cuh"
+#include "cuda/hopper/grouped_gemm.cuh"
+
+namespace sonicmoe::cuda::hopper {
+
+// [H; A] = act(X[token] W1^T): gathers X.
+template <int kBlockN, Major kMajor, bool kGated>
+struct UpSpec {
+  static constexpr const char* name = "up";
+  static constexpr GemmShape shape = {.block_n = kBlockN, .b = kMajor};
+  using Epilogue = UpEpilogue<kBlockN, kGated>;
+};
+
+// Y = A W2^T and dX~ = dH W1: plain rows in, rows out.
+template <int kBlockN, Major kMajor>
+struct RowsSpec {
+  static constexpr const char* name = "rows";
+  static constexpr GemmShape shape = {.block_n = kBlockN, .b = kMajor, .gather = false};
+  using Epilogue = StoreRows<kBlockN>;
+};
+
+// dA' = dO[token] W2, with dH, A' and dS in the epilogue: gathers dO.
+template <int kBlockN, Major kMajor, bool kGated>
+struct HiddenGradientSpec {
+  static constexpr const char* name = "hidden_gradient";
+  static constexpr GemmShape shape = {.block_n = kBlockN, .b = kMajor};
+  using Epilogue = HiddenGradientEpilogue<kBlockN, kGated>;
+};
+
+// dW2 = dO[token]^T A' and dW1 = X[token]^T dH: gathers along the reduction.
+template <int kBlockN, Dump kDump>
+struct WeightGradientSpec {
+  static constexpr const char* name = "weight_gradient";
+  static constexpr GemmShape shape = {.grouping = Grouping::kDepth,
+                                      .block_n = kBlockN,
+                                      .a = Major::kMn,
+                                      .b = Major::kMn,
+                                      .dump = kDump};
+  using Epilogue = StoreWeightGradient<kBlockN, kDump>;
+};
+
+// Calls f.operator()<block_n, major>() for a runtime choice.
+template <class F>
+void visit_tile(int block_n, Major major, F f) {
+  if (block_n == 256) {
+    return major == Major::kK ? f.template operator()<256, Major::kK>()
+                              : f.template operator()<256, Major::kMn>();
+  }
+  return major == Major::kK ? f.template operator()<128, Major::kK>()
+                            : f.template operator()<128, Major::kMn>();
+}
+
+}  // namespace sonicmoe::cuda::hopper

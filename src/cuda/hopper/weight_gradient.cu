@@ -1,0 +1,84 @@
+// dW1 and dW2. The gathered side (X or dO, d columns) is the tile's M, the sorted side (dH or A')
+// its N, so dW2 [d, n] leaves as it is and dW1 [g*n, d] transposed.
+#include "cuda/hopper/launch.cuh"
+#include "cuda/hopper/specs.cuh"
+
+namespace sonicmoe::cuda::hopper {
+namespace {
+
+struct WeightGradient {
+  Matrix gathered;             // [T, d]
+  const void* rows = nullptr;  // [P, columns] contiguous
+  std::int64_t columns = 0;
+  TensorView out;  // [E, ...], d along d_dim
+  int d_dim = 1;
+  bool accumulate = false;
+};
+
+template <int kBlockN, Dump kDump>
+void launch_weight_gradient(const ExpertCall& call, const WeightGradient& g) {
+  using Spec = WeightGradientSpec<kBlockN, kDump>;
+  const MoEShape& s = call.shape;
+  Params<Spec> p{};
+  OperandParams& o = p.operands;
+  o.b = map_of_rows(g.rows, s.num_pairs, g.columns);
+  o.row_token = call.rows.row_token;
+  o.b_rows = static_cast<const bf16*>(g.rows);
+  o.b_rows_ld = g.columns;
+  o.entries = call.rows.experts;
+  o.max_entries = static_cast<int>(s.num_experts);
+  o.m_tiles = ceil_div(s.hidden_size, kBlockM);
+  o.n_tiles = ceil_div(g.columns, kBlockN);
+  o.depth = static_cast<int>(s.hidden_size);
+  o.b_columns = static_cast<int>(g.columns);
+  set_gather(o, g.gathered);
+  p.epilogue = {.out = g.out.data(),
+                .expert_stride = g.out.stride(0),
+                .row_stride = g.out.stride(g.d_dim),
+                .column_stride = g.out.stride(3 - g.d_dim),
+                .rows = static_cast<int>(s.hidden_size),
+                .columns = static_cast<int>(g.columns),
+                .accumulate = g.accumulate};
+  launch<Spec>(call, p, max_items(o));
+}
+
+template <int kBlockN>
+void visit_dump(const ExpertCall& call, const WeightGradient& g) {
+  if (g.out.dtype() == DType::kFloat32) {
+    launch_weight_gradient<kBlockN, Dump::kDirect>(call, g);
+  } else if (depth_has_unit_stride(g.out, 3 - g.d_dim)) {  // the columns' index is contiguous
+    launch_weight_gradient<kBlockN, Dump::kRows>(call, g);
+  } else {
+    launch_weight_gradient<kBlockN, Dump::kTransposed>(call, g);
+  }
+}
+
+void weight_gradient(const ExpertCall& call, const WeightGradient& g) {
+  if (choose_block_n(g.columns) == 256) {
+    visit_dump<256>(call, g);
+  } else {
+    visit_dump<128>(call, g);
+  }
+}
+
+}  // namespace
+
+void down_weight_gradient(const ExpertCall& call, const DownWeightGradientArgs& args) {
+  weight_gradient(call, {.gathered = args.grad_out,
+                         .rows = args.scaled_a,
+                         .columns = call.shape.intermediate_size,
+                         .out = args.grad_w2,
+                         .d_dim = 1,
+                         .accumulate = args.accumulate});
+}
+
+void up_weight_gradient(const ExpertCall& call, const UpWeightGradientArgs& args) {
+  weight_gradient(call, {.gathered = args.x,
+                         .rows = args.grad_h,
+                         .columns = call.shape.hidden_columns(),
+                         .out = args.grad_w1,
+                         .d_dim = 2,
+                         .accumulate = args.accumulate});
+}
+
+}  // namespace sonicmoe::cuda::hopper
