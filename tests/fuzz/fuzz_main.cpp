@@ -1,6 +1,8 @@
-// sonicmoe_fuzz --cases N [--seed S] [--case C]: random shapes, layouts, routings and options of
-// the expert layer on every backend, each compared with the float64 oracle. A failure prints one
-// line that repeats it. All-zero results where the oracle has none count as failures.
+// sonicmoe_fuzz --cases N [--seed S] [--seconds T] [--case C]: random shapes, layouts, routings and
+// options of the expert layer on every backend, each compared with the float64 oracle. A failure
+// prints one line that repeats it. All-zero results where the oracle has none count as failures.
+// --seconds ends the run early; the last line says how many cases were run.
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -84,9 +86,16 @@ std::vector<std::string> problems_of(std::uint64_t seed, const Target& target, s
   }
 }
 
-int fuzz(std::uint64_t first, std::uint64_t count) {
+// `seconds` 0: no limit of time.
+int fuzz(std::uint64_t first, std::uint64_t count, std::uint64_t seconds) {
   std::uint64_t passed = 0, failed = 0;
+  const auto begin = std::chrono::steady_clock::now();
   for (std::uint64_t seed = first; seed < first + count; ++seed) {
+    if (seconds > 0 && std::chrono::steady_clock::now() - begin > std::chrono::seconds(seconds)) {
+      std::cout << "stopped after " << seconds << " s at " << seed - first << " of " << count
+                << " cases\n";
+      break;
+    }
     bool good = true;
     for (const Target& target : targets()) {
       std::string what;
@@ -109,21 +118,23 @@ int fuzz(std::uint64_t first, std::uint64_t count) {
 }  // namespace sonicmoe::testing
 
 int main(int argc, char** argv) {
-  std::uint64_t cases = 1000, seed = 1;
+  std::uint64_t cases = 1000, seed = 1, seconds = 0;
   for (int i = 1; i < argc; ++i) {
     const std::string flag = argv[i];
     char* end = nullptr;
     const std::uint64_t value = i + 1 < argc ? std::strtoull(argv[i + 1], &end, 10) : 0;
     if (i + 1 >= argc || end == argv[i + 1] || *end != '\0' ||
-        (flag != "--cases" && flag != "--seed" && flag != "--case")) {
-      std::cerr << "usage: sonicmoe_fuzz [--cases N] [--seed S] [--case SEED_OF_ONE_CASE]\n";
+        (flag != "--cases" && flag != "--seed" && flag != "--seconds" && flag != "--case")) {
+      std::cerr << "usage: sonicmoe_fuzz [--cases N] [--seed S] [--seconds T] "
+                   "[--case SEED_OF_ONE_CASE]\n";
       return 2;
     }
     // Seeds of neighbouring runs do not overlap: case i of seed S is number S * 2^32 + i.
     if (flag == "--cases") cases = value;
     if (flag == "--seed") seed = value;
-    if (flag == "--case") return sonicmoe::testing::fuzz(value, 1);
+    if (flag == "--seconds") seconds = value;
+    if (flag == "--case") return sonicmoe::testing::fuzz(value, 1, 0);
     ++i;
   }
-  return sonicmoe::testing::fuzz(seed << 32, cases);
+  return sonicmoe::testing::fuzz(seed << 32, cases, seconds);
 }
