@@ -48,9 +48,10 @@ SONICMOE_DEVICE void visit_activation(Activation kind, F f) {
 }
 
 // H = round(acc + b1), A = round(act(H)). Gated tiles hold block_n / 2 hidden units.
-template <int kBlockN, bool kGated>
+template <int kBlockN, bool kGated, int kWarps>
 class UpEpilogue {
  public:
+  static constexpr int kGroups = HalfRows<kWarps>::kGroups;
   static constexpr int kUnits = kGated ? kBlockN / 2 : kBlockN;
   struct Params {
     bf16* h;  // [P, g*n] or null
@@ -80,6 +81,7 @@ class UpEpilogue {
     });
   }
 
+  static __device__ void prefetch_tile(const Params&, const Item&, int, int) {}
   __device__ UpEpilogue(const Params& p, const Item& t, int w, int warp, int lane)
       : p_(p), rows_(t, w, warp, lane), n_tile_(t.n) {}
   __device__ void prefetch() {}
@@ -87,7 +89,7 @@ class UpEpilogue {
   __device__ void store(uint32_t half) {
     visit_activation<kGated>(p_.activation.kind, [&](auto kind) {
       const ActivationParams activation{kind.value, p_.activation.limit};
-      for (int i = 0; i < kGroupsPerWarp; ++i) {
+      for (int i = 0; i < kGroups; ++i) {
         if (!rows_.valid(i)) continue;
 #pragma unroll
         for (int block = 0; block < kUnits / 64; ++block) {
@@ -134,15 +136,16 @@ class UpEpilogue {
   }
 
   const Params& p_;
-  HalfRows rows_;
+  HalfRows<kWarps> rows_;
   int n_tile_;
 };
 
 // acc is dA' of kBlockN hidden units. With s = row_weight[r] and H read back:
 //   dH = act'(H) (s dA'), A' = s act(H), partial[r, n tile] = sum over the tile of dA' act(H)
-template <int kBlockN, bool kGated>
+template <int kBlockN, bool kGated, int kWarps>
 class HiddenGradientEpilogue {
  public:
+  static constexpr int kGroups = HalfRows<kWarps>::kGroups;
   static constexpr int kBlocks = kBlockN / 64;
   struct Params {
     const bf16* h;            // [P, g*n]
@@ -158,23 +161,37 @@ class HiddenGradientEpilogue {
   template <int kCount>
   static __device__ void finish(const Params&, const Item&, float (&)[kCount], int, int) {}
 
+  // The tile's part of H, row by row: 2 or 1 runs of kBlockN values.
+  static __device__ void prefetch_tile(const Params& p, const Item& t, int warp, int lane) {
+    const int width = min(kBlockN, p.n - t.n * kBlockN);
+    const bool halves = p.layout == HiddenLayout::kConcatenated;
+    for (int row = warp * 32 + lane; row < t.rows; row += kWarps * 32) {
+      const bf16* h = p.h + int64_t{t.row0 + row} * (kGated ? 2 * p.n : p.n);
+      if (kGated && !halves) {
+        ptx::prefetch_l2(h + 2 * t.n * kBlockN, 4 * width);
+      } else {
+        ptx::prefetch_l2(h + t.n * kBlockN, 2 * width);
+        if constexpr (kGated) ptx::prefetch_l2(h + p.n + t.n * kBlockN, 2 * width);
+      }
+    }
+  }
   __device__ HiddenGradientEpilogue(const Params& p, const Item& t, int w, int warp, int lane)
       : p_(p), rows_(t, w, warp, lane), n_tile_(t.n) {}
 
   // H does not depend on the product: the first rows are on their way while math still runs.
-  __device__ void prefetch() { load(0); }
+  __device__ void prefetch() { load(0, 0, h_[0]); }
 
+  // Each row group goes in two batches of columns. The next batch's loads are all issued before the
+  // first use of this one's: loads share a few scoreboards, and a load issued between two uses would
+  // be waited for by the second.
   __device__ void store(uint32_t half) {
     visit_activation<kGated>(p_.activation.kind, [&](auto kind) {
       const ActivationParams activation{kind.value, p_.activation.limit};
-      for (int i = 0; i < kGroupsPerWarp; ++i) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
-          if (rows_.valid(i) && unit(block) < p_.n) sum += store_chunk(half, activation, i, block);
-          // The next group's H takes the registers just read: in flight over the other blocks.
-          if (i + 1 < kGroupsPerWarp) load_block(i + 1, block);
-        }
+      for (int i = 0; i < kGroups; ++i) {
+        load(i, 1, h_[1]);
+        float sum = store_batch(half, activation, i, 0, h_[0]);
+        if (i + 1 < kGroups) load(i + 1, 0, h_[0]);
+        sum += store_batch(half, activation, i, 1, h_[1]);
 #pragma unroll
         for (int distance = 4; distance > 0; distance /= 2) {
           sum += __shfl_xor_sync(~0u, sum, distance);
@@ -182,42 +199,57 @@ class HiddenGradientEpilogue {
         if (rows_.valid(i) && (rows_.lane & 7) == 0) {
           p_.partial[int64_t{rows_.row0 + rows_.row(i)} * p_.parts + n_tile_] = sum;
         }
-        if (i + 1 < kGroupsPerWarp) load_weight(i + 1);
       }
     });
   }
 
  private:
+  static constexpr int kBatch = kBlocks / 2;
+  // 16-byte vectors of H for a batch of one lane's chunks: gate and up, or halves of pairs.
+  struct Hidden {
+    uint4 first[kBatch];
+    uint4 second[kGated ? kBatch : 1];
+    float weight;
+  };
+
   __device__ int unit(int block) const {
     return n_tile_ * kBlockN + block * 64 + (rows_.lane & 7) * 8;
   }
-  __device__ void load_weight(int i) {
+  __device__ void load(int i, int batch, Hidden& to) {
     if (!rows_.valid(i)) return;
-    weight_ = p_.row_weight == nullptr ? 1.0f : __ldg(p_.row_weight + rows_.row0 + rows_.row(i));
-  }
-  __device__ void load_block(int i, int block) {
-    if (!rows_.valid(i) || unit(block) >= p_.n) return;
     const int64_t r = rows_.row0 + rows_.row(i);
     const bf16* h = p_.h + r * (kGated ? 2 * p_.n : p_.n);
     const bool halves = p_.layout == HiddenLayout::kConcatenated;
-    first_[block] = ptx::load_global_nc_v4(h + (kGated && !halves ? 2 * unit(block) : unit(block)));
-    if constexpr (kGated) {
-      second_[block] =
-          ptx::load_global_nc_v4(h + (halves ? p_.n + unit(block) : 2 * unit(block) + 8));
+    to.weight = p_.row_weight == nullptr ? 1.0f : __ldg(p_.row_weight + r);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int j = unit(batch * kBatch + b);
+      if (j >= p_.n) continue;
+      to.first[b] = ptx::load_global_nc_v4(h + (kGated && !halves ? 2 * j : j));
+      if constexpr (kGated) {
+        to.second[b] = ptx::load_global_nc_v4(h + (halves ? p_.n + j : 2 * j + 8));
+      }
     }
   }
-  __device__ void load(int i) {
-    load_weight(i);
+
+  __device__ float store_batch(uint32_t half, const ActivationParams& activation, int i, int batch,
+                               const Hidden& h) const {
+    float sum = 0.0f;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) load_block(i, block);
+    for (int b = 0; b < kBatch; ++b) {
+      const int block = batch * kBatch + b;
+      if (!rows_.valid(i) || unit(block) >= p_.n) continue;
+      sum += store_chunk(half, activation, rows_.row(i), block, h.first[b],
+                         h.second[kGated ? b : 0], h.weight);
+    }
+    return sum;
   }
 
   // Returns this chunk's share of dS.
-  __device__ float store_chunk(uint32_t half, const ActivationParams& activation, int i,
-                               int block) const {
-    const int row = rows_.row(i), j = unit(block);
-    const float s = weight_;
-    const uint4 first = first_[block];
+  __device__ float store_chunk(uint32_t half, const ActivationParams& activation, int row,
+                               int block, const uint4& first, const uint4& second,
+                               float s) const {
+    const int j = unit(block);
     const int64_t r = rows_.row0 + row;
     float da[8], g[8], a[8], sum = 0.0f;
     unpack(ptx::load_shared_v4(half + tile::dump_offset(row, block * 8 + (rows_.lane & 7))), da);
@@ -237,9 +269,9 @@ class HiddenGradientEpilogue {
       float u[8];
       if (halves) {
         unpack(first, g);
-        unpack(second_[block], u);
+        unpack(second, u);
       } else {
-        unpack_pairs(first, second_[block], g, u);
+        unpack_pairs(first, second, g, u);
       }
 #pragma unroll
       for (int v = 0; v < 8; ++v) {
@@ -261,11 +293,9 @@ class HiddenGradientEpilogue {
   }
 
   const Params& p_;
-  HalfRows rows_;
+  HalfRows<kWarps> rows_;
   int n_tile_;
-  float weight_ = 1.0f;
-  uint4 first_[kBlocks];
-  uint4 second_[kGated ? kBlocks : 1];
+  Hidden h_[2];
 };
 
 }  // namespace sonicmoe::cuda::hopper

@@ -3,6 +3,7 @@
 //
 // Interface of an epilogue, called by grouped_gemm.cuh:
 //   finish(params, item, acc, warp, lane)          math warps, before rounding (bias, fp32 stores)
+//   prefetch_tile(params, item, warp, lane)        epilogue warps, one tile ahead: into L2
 //   constructor(params, item, w, warp, lane)       epilogue warp `warp` (0..2), half w of the item
 //   prefetch()                                     before the half is ready: loads that do not need
 //   it store(half)                                    reads the dumped half and stores it
@@ -15,14 +16,14 @@
 
 namespace sonicmoe::cuda::hopper {
 
-// Groups of four rows of a 64-row half that one epilogue warp takes.
-inline constexpr int kGroupsPerWarp = (16 + kEpilogueWarps - 1) / kEpilogueWarps;
-
-// Position of a lane in the half: the row of its i-th group.
+// Position of a lane in the half: the row of its i-th group of four, i < kGroups, when kWarps
+// epilogue warps share the sixteen groups.
+template <int kWarps>
 struct HalfRows {
+  static constexpr int kGroups = (16 + kWarps - 1) / kWarps;
   __device__ HalfRows(const Item& t, int w, int warp, int lane)
       : row0(t.row0 + 64 * w), rows(min(t.rows - 64 * w, 64)), warp(warp), lane(lane) {}
-  __device__ int row(int i) const { return 4 * (warp + i * kEpilogueWarps) + lane / 8; }
+  __device__ int row(int i) const { return 4 * (warp + i * kWarps) + lane / 8; }
   __device__ bool valid(int i) const { return row(i) < rows; }
   int row0, rows, warp, lane;
 };
@@ -42,9 +43,10 @@ __device__ void add_bias(float (&acc)[kCount], int lane, BiasAt bias_at) {
 }
 
 // out[row_map(r), c] = row_weight[r] * round(acc + bias[e, c]).
-template <int kBlockN>
+template <int kBlockN, int kWarps>
 class StoreRows {
  public:
+  static constexpr int kGroups = HalfRows<kWarps>::kGroups;
   struct Params {
     bf16* out;  // [*, ld]
     int64_t ld;
@@ -66,12 +68,13 @@ class StoreRows {
     });
   }
 
+  static __device__ void prefetch_tile(const Params&, const Item&, int, int) {}
   __device__ StoreRows(const Params& p, const Item& t, int w, int warp, int lane)
       : p_(p), rows_(t, w, warp, lane), column0_(t.n * kBlockN + (lane & 7) * 8) {}
 
   __device__ void prefetch() {
 #pragma unroll
-    for (int i = 0; i < kGroupsPerWarp; ++i) {
+    for (int i = 0; i < kGroups; ++i) {
       if (!rows_.valid(i)) continue;
       const int row = rows_.row0 + rows_.row(i);
       to_[i] = p_.row_map == nullptr ? row : __ldg(p_.row_map + row);
@@ -81,7 +84,7 @@ class StoreRows {
 
   __device__ void store(uint32_t half) {
 #pragma unroll
-    for (int i = 0; i < kGroupsPerWarp; ++i) {
+    for (int i = 0; i < kGroups; ++i) {
       if (!rows_.valid(i)) continue;
       bf16* out = p_.out + to_[i] * p_.ld;
 #pragma unroll
@@ -104,16 +107,16 @@ class StoreRows {
     return pack(f);
   }
   const Params& p_;
-  HalfRows rows_;
+  HalfRows<kWarps> rows_;
   int column0_;
-  int64_t to_[kGroupsPerWarp];
-  float weight_[kGroupsPerWarp];
+  int64_t to_[kGroups];
+  float weight_[kGroups];
 };
 
 // Weight gradients: out[e, r, c] with strides (expert, row, column), r of d, one of the last two
 // strides 1. bf16 through the dump (kRows: unit column stride, kTransposed: unit row stride),
 // float32 straight from the accumulators, added to what is there with `accumulate`.
-template <int kBlockN, Dump kDump>
+template <int kBlockN, Dump kDump, int kWarps>
 class StoreWeightGradient {
  public:
   struct Params {
@@ -150,6 +153,7 @@ class StoreWeightGradient {
     }
   }
 
+  static __device__ void prefetch_tile(const Params&, const Item&, int, int) {}
   __device__ StoreWeightGradient(const Params& p, const Item& t, int w, int warp, int lane)
       : p_(p), t_(t), w_(w), warp_(warp), lane_(lane) {}
   __device__ void prefetch() {}
@@ -157,7 +161,7 @@ class StoreWeightGradient {
   __device__ void store(uint32_t half) {
     bf16* out = static_cast<bf16*>(p_.out) + t_.expert * p_.expert_stride;
     if constexpr (kDump == Dump::kRows) {
-      for (int g = warp_; g < 16; g += kEpilogueWarps) {
+      for (int g = warp_; g < 16; g += kWarps) {
         const int in_half = 4 * g + lane_ / 8, row = t_.m * kBlockM + 64 * w_ + in_half;
         if (row >= p_.rows) break;
 #pragma unroll
@@ -171,7 +175,7 @@ class StoreWeightGradient {
     } else if constexpr (kDump == Dump::kTransposed) {
       const int row = t_.m * kBlockM + 64 * w_ + (lane_ & 7) * 8;
 #pragma unroll 4
-      for (int g = warp_; g < kBlockN / 4; g += kEpilogueWarps) {
+      for (int g = warp_; g < kBlockN / 4; g += kWarps) {
         const int in_tile = 4 * g + lane_ / 8, column = t_.n * kBlockN + in_tile;
         const uint4 v = ptx::load_shared_v4(half + tile::chunk_offset(in_tile, lane_ & 7));
         if (row < p_.rows && column < p_.columns) {

@@ -3,30 +3,34 @@
 
 namespace sonicmoe::cuda::hopper {
 
-// Signals the gathered half of a stage once its cp.async have landed. cp.async writes through the
-// generic proxy, so the bytes need a proxy fence by their writer before wgmma may read them: a
-// stage is signalled when the next one has been issued (one stage of lag), or before the loader
-// blocks, so that math never waits for a stage the loader holds back.
+// Signals the gathered half of a stage once its cp.async have landed. In the strict form a stage is
+// signalled when the next one has been issued, or before the loader blocks, so that math never waits
+// for a stage the loader holds back.
 template <class Spec>
 class GatherSignal {
  public:
+  static constexpr bool kStrict = Spec::shape.form == GatherForm::kStrict;
   __device__ GatherSignal(uint32_t full, int lane) : full_(full), lane_(lane) {}
 
   // Before waiting for a slot of the ring.
   __device__ void before_wait(uint32_t empty, uint32_t parity) {
-    if (pending_ >= 0 && !ptx::mbarrier_try_wait(empty, parity)) flush();
+    if (kStrict && pending_ >= 0 && !ptx::mbarrier_try_wait(empty, parity)) flush();
   }
   // After the copies into `stage` were issued.
   __device__ void issued(uint32_t stage) {
-    ptx::cp_async_commit_group();
-    if (pending_ >= 0) {
-      ptx::cp_async_wait_group<1>();
-      signal();
+    if constexpr (kStrict) {
+      ptx::cp_async_commit_group();
+      if (pending_ >= 0) {
+        ptx::cp_async_wait_group<1>();
+        signal();
+      }
+      pending_ = static_cast<int>(stage);
+    } else {
+      ptx::cp_async_mbarrier_arrive_noinc(full_ + 8 * stage);
     }
-    pending_ = static_cast<int>(stage);
   }
   __device__ void flush() {
-    if (pending_ < 0) return;
+    if (!kStrict || pending_ < 0) return;
     ptx::cp_async_wait_group<0>();
     signal();
     pending_ = -1;
@@ -43,31 +47,38 @@ class GatherSignal {
   int pending_ = -1;
 };
 
-// kRows: lane l copies chunk l % 8 of tile rows 4i + l / 8, i = 0..31. The rows' offsets stay in
-// registers for the whole tile: a shared load in front of each copy would cost its latency.
+// kRows: lane l of loader warp v copies chunk l % 8 of tile rows 4i + l / 8, for its share of
+// i = 0..31. The rows' offsets stay in registers for the whole tile: a shared load in front of each
+// copy would cost its latency.
+template <int kWarps>
 class RowGather {
  public:
-  __device__ void begin_tile(const OperandParams& p, const Item& t, int lane) {
+  static constexpr int kCopies = (32 + kWarps - 1) / kWarps;
+  __device__ RowGather(int warp, int lane) : first_(warp * kCopies), lane_(lane) {}
+
+  __device__ void begin_tile(const OperandParams& p, const Item& t) {
     const int last = t.rows - 1;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const int row = t.row0 + min(4 * i + lane / 8, last);
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = t.row0 + min(4 * (first_ + i) + lane_ / 8, last);
       offset_[i] = p.row_token == nullptr ? row : __ldg(p.row_token + row);
     }
 #pragma unroll
-    for (int i = 0; i < 32; ++i) offset_[i] *= p.gathered_ld / 8;
-    groups_ = (t.rows + 3) / 4;
+    for (int i = 0; i < kCopies; ++i) offset_[i] *= p.gathered_ld / 8;
+    copies_ = (t.rows + 3) / 4 - first_;
   }
 
-  __device__ void copy(const OperandParams& p, uint32_t a, int k, int lane) const {
-    const int chunk = lane & 7, column = k * kBlockK + chunk * 8;
+  __device__ void copy(const OperandParams& p, uint32_t a, int k) const {
+    const int chunk = lane_ & 7, column = k * kBlockK + chunk * 8;
     const bool inside = column < p.depth;  // else zeros: 0 * NaN would poison the row
     const uint4* source = reinterpret_cast<const uint4*>(p.gathered) + (inside ? column / 8 : 0);
-    const uint32_t to = a + (lane / 8) * 128, swizzled = chunk ^ (lane / 8);
+    const uint32_t to = a + first_ * 512 + (lane_ / 8) * 128;
+    const uint32_t swizzled = chunk ^ (lane_ / 8) ^ (first_ % 2 * 4);
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      if (i < groups_) {
-        // Row 4i + lane / 8: its low three bits are lane / 8 plus 4 for odd i.
+    for (int i = 0; i < kCopies; ++i) {
+      if (i < copies_) {
+        // Row 4 (first + i) + lane / 8: its low three bits are lane / 8, plus 4 where first + i is
+        // odd.
         const uint32_t at = to + i * 512 + ((swizzled ^ (i % 2 * 4)) << 4);
         ptx::cp_async_16(at, source + offset_[i], inside ? 16 : 0);
       }
@@ -75,44 +86,58 @@ class RowGather {
   }
 
  private:
-  uint32_t offset_[32];
-  int groups_;
+  int first_, lane_, copies_ = 0;
+  uint32_t offset_[kCopies];
 };
 
-// kDepth: 64 rows of the expert x 128 columns of d. Lane l copies chunk l % 16 of rows 2i + l / 16.
-// The tokens of the next 64 rows are loaded one k-tile ahead, two per lane.
+// kDepth: 64 rows of the expert x 128 columns of d. Lane l of loader warp v copies chunk l % 16 of
+// rows 2i + l / 16, for its share of i = 0..31. The tokens of the next 64 rows are loaded one k-tile
+// ahead, and all offsets are shuffled out before the first copy: a shuffle in front of each copy
+// would cost its latency.
+template <int kWarps>
 class DepthGather {
  public:
-  __device__ void begin_tile(const OperandParams& p, const Item& t, int lane) {
-    fetch(p, t, 0, lane);
-  }
+  static constexpr int kCopies = (32 + kWarps - 1) / kWarps;
+  static constexpr int kTokens = (2 * kCopies + 31) / 32;  // per lane
+  __device__ DepthGather(int warp, int lane) : row0_(warp * 2 * kCopies), lane_(lane) {}
 
-  __device__ void copy(const OperandParams& p, const Item& t, uint32_t a, int k, int lane) {
-    const uint32_t first = token_[0], second = token_[1];
-    fetch(p, t, k + 1, lane);
-    const int chunk = lane & 15, column = t.m * kBlockM + chunk * 8;
+  __device__ void begin_tile(const OperandParams& p, const Item& t) { fetch(p, t, 0); }
+
+  __device__ void copy(const OperandParams& p, const Item& t, uint32_t a, int k) {
+    uint32_t offset[kCopies];
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      offset[i] = __shfl_sync(~0u, token_[i / 16], (2 * i + lane_ / 16) & 31);
+    }
+    fetch(p, t, k + 1);
+    const int chunk = lane_ & 15, column = t.m * kBlockM + chunk * 8;
     const bool inside = column < p.depth;
     const uint4* source = reinterpret_cast<const uint4*>(p.gathered) + (inside ? column / 8 : 0);
-    const int rows = t.rows - k * kBlockK;
+    const int rows = inside ? t.rows - k * kBlockK - row0_ - lane_ / 16 : 0;
+    const uint32_t to = a + (chunk / 8) * tile::kBlockBytes + (row0_ + lane_ / 16) * 128;
+    const uint32_t swizzled = (chunk % 8) ^ (lane_ / 16) ^ (row0_ & 7);  // row0_ is even
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const int row = 2 * i + lane / 16;
-      const uint32_t token = __shfl_sync(~0u, i < 16 ? first : second, row & 31);
-      const uint32_t at = a + (chunk / 8) * tile::kBlockBytes + tile::chunk_offset(row, chunk % 8);
-      ptx::cp_async_16(at, source + token * (p.gathered_ld / 8), inside && row < rows ? 16 : 0);
+    for (int i = 0; i < kCopies; ++i) {
+      const uint32_t low = kWarps == 3 ? (row0_ + 2 * i ^ row0_) & 7 : 2 * i & 7;
+      const uint32_t at = to + i * 256 + ((swizzled ^ low) << 4);
+      if (32 % kWarps == 0 || row0_ + 2 * i < kBlockK) {
+        ptx::cp_async_16(at, source + offset[i], 2 * i < rows ? 16 : 0);
+      }
     }
   }
 
  private:
-  __device__ void fetch(const OperandParams& p, const Item& t, int k, int lane) {
+  __device__ void fetch(const OperandParams& p, const Item& t, int k) {
     const int last = t.row0 + t.rows - 1;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int row = min(t.row0 + k * kBlockK + 32 * j + lane, last);
-      token_[j] = p.row_token == nullptr || t.rows == 0 ? row : __ldg(p.row_token + row);
+    for (int j = 0; j < kTokens; ++j) {
+      const int row = min(t.row0 + k * kBlockK + row0_ + 32 * j + lane_, last);
+      const int token = p.row_token == nullptr || t.rows == 0 ? row : __ldg(p.row_token + row);
+      token_[j] = token * (p.gathered_ld / 8);
     }
   }
-  uint32_t token_[2];
+  int row0_, lane_;
+  uint32_t token_[kTokens];  // offsets of the rows' tokens, in 16-byte chunks
 };
 
 // Box i of the B tile: which part (gate, up) and first column it holds.
@@ -173,15 +198,15 @@ __device__ void load_depth_boxes(const OperandParams& p, const Item& t, uint32_t
   }
 }
 
-// kDepth: B of an expert's last, partial k-tile, by the whole warp. A TMA box would bring rows of
+// kDepth: B of an expert's last, partial k-tile, by all loader warps. A TMA box would bring rows of
 // the next expert (or rows nobody wrote): their product with A's zeros is NaN when they are not
 // finite. Rows past the end arrive as zeros instead.
 template <class Spec>
 __device__ void copy_depth_tail(const OperandParams& p, const Item& t, uint32_t b, int k,
-                                int lane) {
+                                int warp, int lane) {
   constexpr int kBlocks = Spec::shape.block_n / 64;
   const int rows = t.rows - k * kBlockK, chunk = lane & 7;
-  for (int block = 0; block < kBlocks; ++block) {
+  for (int block = warp; block < kBlocks; block += Spec::shape.loader_warps) {
     const int column = t.n * Spec::shape.block_n + block * 64 + chunk * 8;
 #pragma unroll 4
     for (int i = 0; i < 16; ++i) {
@@ -197,23 +222,25 @@ __device__ void copy_depth_tail(const OperandParams& p, const Item& t, uint32_t 
 }
 
 template <class Spec>
-__device__ void load_role(const OperandParams& p, const SharedLayout& l, int lane) {
+__device__ void load_role(const OperandParams& p, const SharedLayout& l, int warp, int lane) {
   constexpr GemmShape s = Spec::shape;
   static_assert(s.grouping == Grouping::kRows || s.gather);
-  if (lane == 0) {
+  static_assert(s.loader_warps == 1 || s.gather);
+  const bool leader = warp == 0 && lane == 0;  // issues TMA
+  if (leader) {
     ptx::prefetch_tensormap(&p.b);
     if constexpr (!s.gather) ptx::prefetch_tensormap(&p.a);
   }
   tile::RingState<stage_count(s)> ring;
   GatherSignal<Spec> signal(l.full, lane);
-  [[maybe_unused]] RowGather row_gather;
-  [[maybe_unused]] DepthGather depth_gather;
+  [[maybe_unused]] RowGather<s.loader_warps> row_gather(warp, lane);
+  [[maybe_unused]] DepthGather<s.loader_warps> depth_gather(warp, lane);
   for (Schedule<Spec> schedule(p); schedule.valid();) {
     const Item t = schedule.take();
     if constexpr (s.grouping == Grouping::kDepth) {
-      depth_gather.begin_tile(p, t, lane);
+      depth_gather.begin_tile(p, t);
     } else if constexpr (s.gather) {
-      row_gather.begin_tile(p, t, lane);
+      row_gather.begin_tile(p, t);
     }
     for (int k = 0; k < t.k_tiles; ++k) {
       const uint32_t full = l.full + 8 * ring.stage, empty = l.empty + 8 * ring.stage;
@@ -221,16 +248,19 @@ __device__ void load_role(const OperandParams& p, const SharedLayout& l, int lan
       tile::wait(empty, ring.parity ^ 1, Role::kLoader, Slot::kEmpty, ring.stage);
       const uint32_t a = l.ring + ring.stage * stage_bytes(s), b = a + kBlockM * kBlockK * 2;
       if constexpr (s.grouping == Grouping::kRows) {
-        if (lane == 0) load_boxes<Spec>(p, t, a, b, full, k);
-        if constexpr (s.gather) row_gather.copy(p, a, k, lane);
+        if (leader) load_boxes<Spec>(p, t, a, b, full, k);
+        __syncwarp();
+        if constexpr (s.gather) row_gather.copy(p, a, k);
       } else {
         if ((k + 1) * kBlockK <= t.rows) {
-          if (lane == 0) load_depth_boxes<Spec>(p, t, b, full, k);
+          if (leader) load_depth_boxes<Spec>(p, t, b, full, k);
+          __syncwarp();
         } else {
-          if (lane == 0) ptx::mbarrier_arrive(full);
-          copy_depth_tail<Spec>(p, t, b, k, lane);
+          if (leader) ptx::mbarrier_arrive(full);
+          __syncwarp();
+          copy_depth_tail<Spec>(p, t, b, k, warp, lane);
         }
-        depth_gather.copy(p, t, a, k, lane);
+        depth_gather.copy(p, t, a, k);
       }
       if constexpr (s.gather) signal.issued(ring.stage);
       __syncwarp();

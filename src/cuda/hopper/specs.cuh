@@ -2,6 +2,18 @@
 // in a profiler, and a template argument of class type on a __global__ function does not compile
 // inside a namespace.
 #pragma once
+#ifndef X_UP
+#define X_UP 1
+#endif
+#ifndef X_HG
+#define X_HG 1
+#endif
+#ifndef X_WG
+#define X_WG 1
+#endif
+#ifndef X_FORM
+#define X_FORM kFenced
+#endif
 
 #include "cuda/epilogue/glu.cuh"
 #include "cuda/epilogue/store.cuh"
@@ -13,8 +25,8 @@ namespace sonicmoe::cuda::hopper {
 template <int kBlockN, Major kMajor, bool kGated>
 struct UpSpec {
   static constexpr const char* name = "up";
-  static constexpr GemmShape shape = {.block_n = kBlockN, .b = kMajor};
-  using Epilogue = UpEpilogue<kBlockN, kGated>;
+  static constexpr GemmShape shape = {.block_n = kBlockN, .b = kMajor, .loader_warps = X_UP, .form = GatherForm::X_FORM};
+  using Epilogue = UpEpilogue<kBlockN, kGated, shape.epilogue_warps()>;
 };
 
 // Y = A W2^T and dX~ = dH W1: plain rows in, rows out.
@@ -22,15 +34,15 @@ template <int kBlockN, Major kMajor>
 struct RowsSpec {
   static constexpr const char* name = "rows";
   static constexpr GemmShape shape = {.block_n = kBlockN, .b = kMajor, .gather = false};
-  using Epilogue = StoreRows<kBlockN>;
+  using Epilogue = StoreRows<kBlockN, shape.epilogue_warps()>;
 };
 
 // dA' = dO[token] W2, with dH, A' and dS in the epilogue: gathers dO.
 template <int kBlockN, Major kMajor, bool kGated>
 struct HiddenGradientSpec {
   static constexpr const char* name = "hidden_gradient";
-  static constexpr GemmShape shape = {.block_n = kBlockN, .b = kMajor};
-  using Epilogue = HiddenGradientEpilogue<kBlockN, kGated>;
+  static constexpr GemmShape shape = {.block_n = kBlockN, .b = kMajor, .loader_warps = X_HG, .form = GatherForm::X_FORM};
+  using Epilogue = HiddenGradientEpilogue<kBlockN, kGated, shape.epilogue_warps()>;
 };
 
 // dW2 = dO[token]^T A' and dW1 = X[token]^T dH: gathers along the reduction.
@@ -41,8 +53,8 @@ struct WeightGradientSpec {
                                       .block_n = kBlockN,
                                       .a = Major::kMn,
                                       .b = Major::kMn,
-                                      .dump = kDump};
-  using Epilogue = StoreWeightGradient<kBlockN, kDump>;
+                                      .dump = kDump, .loader_warps = kDump == Dump::kDirect ? 4 : X_WG, .form = GatherForm::X_FORM};
+  using Epilogue = StoreWeightGradient<kBlockN, kDump, shape.epilogue_warps()>;
 };
 
 // Calls f.operator()<block_n, major>() for a runtime choice.
