@@ -466,16 +466,22 @@ int main(int argc, char** argv) {
       {"ungated narrow", 256, 64, 64, 6, 2, A::kSiLU, L::kConcatenated, true, false, true, 3},
       {"eight wide", 100, 8, 8, 3, 2, A::kSwiGLU, L::kConcatenated, false, false, false},
   };
-  for (const Case& c : small) {
-    Problem p(c, Fill::kNormal);
-    check(p, 1 << 24);
+  // No argument: everything. "checks": the small cases alone (for the sanitizer). Else the name of
+  // the one case to time.
+  const std::string only = argc > 1 ? argv[1] : "";
+  if (only.empty() || only == "checks") {
+    for (const Case& c : small) {
+      Problem p(c, Fill::kNormal);
+      check(p, 1 << 24);
+    }
   }
-  if (argc > 1) return finish();  // checks alone, for the sanitizer
   const Case timed[] = {
       {"7B-n256", 24576, 1536, 256, 128, 8},     {"30B-n256", 32768, 4096, 256, 256, 16},
       {"30B-n1024", 32768, 4096, 1024, 64, 4},   {"120B-n2048", 32768, 4096, 2048, 64, 4},
       {"Qwen3-Next", 32768, 2048, 512, 512, 10}, {"1.4B-n256", 40960, 768, 256, 128, 8},
   };
-  for (const Case& c : timed) time_case(c);
+  for (const Case& c : timed) {
+    if (only.empty() || only == c.name) time_case(c);
+  }
   return finish();
 }

@@ -81,7 +81,6 @@ class UpEpilogue {
     });
   }
 
-  static __device__ void prefetch_tile(const Params&, const Item&, int, int) {}
   __device__ UpEpilogue(const Params& p, const Item& t, int w, int warp, int lane)
       : p_(p), rows_(t, w, warp, lane), n_tile_(t.n) {}
   __device__ void prefetch() {}
@@ -161,20 +160,6 @@ class HiddenGradientEpilogue {
   template <int kCount>
   static __device__ void finish(const Params&, const Item&, float (&)[kCount], int, int) {}
 
-  // The tile's part of H, row by row: 2 or 1 runs of kBlockN values.
-  static __device__ void prefetch_tile(const Params& p, const Item& t, int warp, int lane) {
-    const int width = min(kBlockN, p.n - t.n * kBlockN);
-    const bool halves = p.layout == HiddenLayout::kConcatenated;
-    for (int row = warp * 32 + lane; row < t.rows; row += kWarps * 32) {
-      const bf16* h = p.h + int64_t{t.row0 + row} * (kGated ? 2 * p.n : p.n);
-      if (kGated && !halves) {
-        ptx::prefetch_l2(h + 2 * t.n * kBlockN, 4 * width);
-      } else {
-        ptx::prefetch_l2(h + t.n * kBlockN, 2 * width);
-        if constexpr (kGated) ptx::prefetch_l2(h + p.n + t.n * kBlockN, 2 * width);
-      }
-    }
-  }
   __device__ HiddenGradientEpilogue(const Params& p, const Item& t, int w, int warp, int lane)
       : p_(p), rows_(t, w, warp, lane), n_tile_(t.n) {}
 
@@ -182,8 +167,8 @@ class HiddenGradientEpilogue {
   __device__ void prefetch() { load(0, 0, h_[0]); }
 
   // Each row group goes in two batches of columns. The next batch's loads are all issued before the
-  // first use of this one's: loads share a few scoreboards, and a load issued between two uses would
-  // be waited for by the second.
+  // first use of this one's: loads share a few scoreboards, and a load issued between two uses
+  // would be waited for by the second.
   __device__ void store(uint32_t half) {
     visit_activation<kGated>(p_.activation.kind, [&](auto kind) {
       const ActivationParams activation{kind.value, p_.activation.limit};
@@ -247,8 +232,7 @@ class HiddenGradientEpilogue {
 
   // Returns this chunk's share of dS.
   __device__ float store_chunk(uint32_t half, const ActivationParams& activation, int row,
-                               int block, const uint4& first, const uint4& second,
-                               float s) const {
+                               int block, const uint4& first, const uint4& second, float s) const {
     const int j = unit(block);
     const int64_t r = rows_.row0 + row;
     float da[8], g[8], a[8], sum = 0.0f;

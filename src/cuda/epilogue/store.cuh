@@ -3,7 +3,6 @@
 //
 // Interface of an epilogue, called by grouped_gemm.cuh:
 //   finish(params, item, acc, warp, lane)          math warps, before rounding (bias, fp32 stores)
-//   prefetch_tile(params, item, warp, lane)        epilogue warps, one tile ahead: into L2
 //   constructor(params, item, w, warp, lane)       epilogue warp `warp` (0..2), half w of the item
 //   prefetch()                                     before the half is ready: loads that do not need
 //   it store(half)                                    reads the dumped half and stores it
@@ -68,7 +67,6 @@ class StoreRows {
     });
   }
 
-  static __device__ void prefetch_tile(const Params&, const Item&, int, int) {}
   __device__ StoreRows(const Params& p, const Item& t, int w, int warp, int lane)
       : p_(p), rows_(t, w, warp, lane), column0_(t.n * kBlockN + (lane & 7) * 8) {}
 
@@ -153,7 +151,6 @@ class StoreWeightGradient {
     }
   }
 
-  static __device__ void prefetch_tile(const Params&, const Item&, int, int) {}
   __device__ StoreWeightGradient(const Params& p, const Item& t, int w, int warp, int lane)
       : p_(p), t_(t), w_(w), warp_(warp), lane_(lane) {}
   __device__ void prefetch() {}

@@ -7,8 +7,9 @@
 //   kDepth  rows of an expert are the reduction (dW1, dW2): A is 64 gathered rows x 128 of d,
 //           B 64 rows x block_n of the sorted operand; the number of k-tiles varies by expert
 //
-// Roles       warps 0-3, 4-7 math (tile rows 0-63, 64-127) · warps 8-11 one or two loaders, the rest epilogue
-// Pipelines   full[s]: 1 expect_tx (+ the gather's, by its form) · empty[s]: 1 per math warp
+// Roles       warps 0-3, 4-7 math (tile rows 0-63, 64-127) · warps 8-11 one or two loaders, the
+// rest epilogue Pipelines   full[s]: 1 expect_tx (+ the gather's, by its form) · empty[s]: 1 per
+// math warp
 //             dump_full[w]: 4 warps of math warpgroup w · dump_empty[w]: 1 per epilogue warp
 // Timeline    load: [per k] wait empty → TMA, cp.async → arrive
 //             math: [per k] wait full → 4 wgmma → release k-1; then round, dump, arrive
@@ -46,8 +47,8 @@ enum class Grouping { kRows, kDepth };
 // transposed, or in float32 straight to global memory.
 enum class Dump { kRows, kTransposed, kDirect };
 
-// How math warps learn that gathered bytes have landed. cp.async writes through the generic proxy and
-// wgmma reads through the async proxy, so a proxy fence belongs between the two.
+// How math warps learn that gathered bytes have landed. cp.async writes through the generic proxy
+// and wgmma reads through the async proxy, so a proxy fence belongs between the two.
 //   kStrict  the loader waits for its copies, fences and arrives: one stage of lag
 //   kFenced  the copies arrive by themselves (noinc); each math warp fences after its wait
 //   kNoinc   no fence at all, as several libraries do; only to measure what the fence costs
@@ -165,13 +166,6 @@ class Schedule {
   }
   __device__ bool valid() const { return index_ < items_; }
   __device__ Item take() {
-    const Item t = peek();
-    index_ += gridDim.x;
-    fetch();
-    return t;
-  }
-  // The next item, without taking it.
-  __device__ Item peek() const {
     Item t;
     const int within = index_ % per_entry_;
     t.row0 = entry_.x;
@@ -181,6 +175,8 @@ class Schedule {
     t.n = within % p_.n_tiles;
     const int depth = Spec::shape.grouping == Grouping::kRows ? p_.depth : t.rows;
     t.k_tiles = (depth + kBlockK - 1) / kBlockK;
+    index_ += gridDim.x;
+    fetch();
     return t;
   }
 
@@ -205,8 +201,6 @@ __device__ void epilogue_role(const Params<Spec>& p, const SharedLayout& l, int 
   uint32_t parity = 0;
   for (Schedule<Spec> schedule(p.operands); schedule.valid();) {
     const Item t = schedule.take();
-    // What the next tile's epilogue will read is asked for one tile ahead.
-    if (schedule.valid()) Spec::Epilogue::prefetch_tile(p.epilogue, schedule.peek(), warp, lane);
     for (int w = 0; w < 2; ++w) {
       typename Spec::Epilogue epilogue(p.epilogue, t, w, warp, lane);
       epilogue.prefetch();
@@ -233,7 +227,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int w = 0; w < 2; ++w) {
       ptx::mbarrier_init(l.dump_full + 8 * w, 4);
-      ptx::mbarrier_init(l.dump_empty + 8 * w, shape.epilogue_warps() > 0 ? shape.epilogue_warps() : 1);
+      ptx::mbarrier_init(l.dump_empty + 8 * w,
+                         shape.epilogue_warps() > 0 ? shape.epilogue_warps() : 1);
     }
     ptx::fence_mbarrier_init();
   }

@@ -9,17 +9,9 @@
 #include "cuda/hopper/grouped_gemm.cuh"
 #include "cuda/hopper/select.hpp"
 #include "cuda/hopper/tensor_map.hpp"
-#include "sonicmoe/error.hpp"
+#include "cuda/launch_check.hpp"
 
 namespace sonicmoe::cuda::hopper {
-
-inline void check_cuda(cudaError_t status, const char* what, const MoEShape& shape) {
-  if (status == cudaSuccess) return;
-  throw Error(std::string(what) + ": " + cudaGetErrorString(status) + " (T=" +
-              std::to_string(shape.num_tokens) + ", d=" + std::to_string(shape.hidden_size) +
-              ", n=" + std::to_string(shape.intermediate_size) + ", E=" +
-              std::to_string(shape.num_experts) + ", P=" + std::to_string(shape.num_pairs) + ")");
-}
 
 /// Launches one CTA per multiprocessor (fewer when there are fewer tiles at most). `max_items`
 /// bounds the tiles that can exist.
@@ -28,16 +20,16 @@ void launch(const ExpertCall& call, const Params<Spec>& params, std::int64_t max
   constexpr int bytes = shared_bytes(Spec::shape);
   static_assert(bytes <= kSharedLimit);
   // Once per kernel and process would do on one device; the call is cheap and has no state.
-  check_cuda(cudaFuncSetAttribute(grouped_gemm_kernel<Spec>,
+  check_launch(cudaFuncSetAttribute(grouped_gemm_kernel<Spec>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
              Spec::name, call.shape);
   int processors = 0;
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, call.device),
+  check_launch(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, call.device),
              Spec::name, call.shape);
   const std::int64_t grid = std::min<std::int64_t>(grid_limit(processors), max_items);
   if (grid <= 0) return;
   grouped_gemm_kernel<Spec><<<static_cast<unsigned>(grid), kThreads, bytes, call.stream>>>(params);
-  check_cuda(cudaGetLastError(), Spec::name, call.shape);
+  check_launch(cudaGetLastError(), Spec::name, call.shape);
 }
 
 inline int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }

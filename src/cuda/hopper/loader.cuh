@@ -4,8 +4,8 @@
 namespace sonicmoe::cuda::hopper {
 
 // Signals the gathered half of a stage once its cp.async have landed. In the strict form a stage is
-// signalled when the next one has been issued, or before the loader blocks, so that math never waits
-// for a stage the loader holds back.
+// signalled when the next one has been issued, or before the loader blocks, so that math never
+// waits for a stage the loader holds back.
 template <class Spec>
 class GatherSignal {
  public:
@@ -91,9 +91,9 @@ class RowGather {
 };
 
 // kDepth: 64 rows of the expert x 128 columns of d. Lane l of loader warp v copies chunk l % 16 of
-// rows 2i + l / 16, for its share of i = 0..31. The tokens of the next 64 rows are loaded one k-tile
-// ahead, and all offsets are shuffled out before the first copy: a shuffle in front of each copy
-// would cost its latency.
+// rows 2i + l / 16, for its share of i = 0..31. The tokens of the next 64 rows are loaded one
+// k-tile ahead, and all offsets are shuffled out before the first copy: a shuffle in front of each
+// copy would cost its latency.
 template <int kWarps>
 class DepthGather {
  public:
@@ -202,8 +202,8 @@ __device__ void load_depth_boxes(const OperandParams& p, const Item& t, uint32_t
 // the next expert (or rows nobody wrote): their product with A's zeros is NaN when they are not
 // finite. Rows past the end arrive as zeros instead.
 template <class Spec>
-__device__ void copy_depth_tail(const OperandParams& p, const Item& t, uint32_t b, int k,
-                                int warp, int lane) {
+__device__ void copy_depth_tail(const OperandParams& p, const Item& t, uint32_t b, int k, int warp,
+                                int lane) {
   constexpr int kBlocks = Spec::shape.block_n / 64;
   const int rows = t.rows - k * kBlockK, chunk = lane & 7;
   for (int block = warp; block < kBlocks; block += Spec::shape.loader_warps) {

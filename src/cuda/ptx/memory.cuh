@@ -38,12 +38,6 @@ SONICMOE_DEVICE uint4 load_global_nc_v4(const void* address) {
   return v;
 }
 
-// Asks L2 to fetch `bytes` bytes (a multiple of 16) from 16-byte aligned `address`. No register and
-// no barrier waits for it.
-SONICMOE_DEVICE void prefetch_l2(const void* address, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
-}
-
 // 16 bytes to global memory.
 SONICMOE_DEVICE void store_global_v4(void* address, const uint4& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),

@@ -1,0 +1,41 @@
+// Row lists on the device: what core/metadata.hpp builds on the host, without a synchronisation.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/metadata.hpp"
+#include "core/workspace.hpp"
+#include "cuda/experts/gemms.hpp"
+
+namespace sonicmoe::cuda {
+
+/// Device scratch of build_metadata(): per-block counts. Carved from the workspace.
+struct MetadataScratch {
+  std::int32_t* expert_counts = nullptr;  ///< [blocks, E], then exclusive sums over the blocks
+  std::int32_t* token_counts = nullptr;   ///< [T], pair lists only
+};
+MetadataScratch carve_metadata_scratch(WorkspaceCarver& carver, const MoEShape& shape);
+
+/// Tables derived from the offsets, built for each call. Carved from the workspace.
+struct RowTables {
+  int4* tiles = nullptr;              ///< [tile_capacity()]
+  int4* experts = nullptr;            ///< [E]
+  std::int32_t* num_tiles = nullptr;  ///< [1]
+  float* row_weight = nullptr;        ///< [P]; null for sorted rows without weights
+};
+RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape, bool has_weights);
+
+/// Fills `metadata` (device memory) from the caller's routing: the same entries as the host's
+/// build_metadata(), places past the last row -1. Offsets of sorted rows are clamped to
+/// non-decreasing ends within 0..P. Deterministic: counts and ranks, no sort, no ordered atomics.
+void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
+                    const Metadata& metadata, const MetadataScratch& scratch);
+
+/// Fills `tables` from metadata.offsets and the routing weights.
+void build_row_tables(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
+                      const Metadata& metadata, const RowTables& tables);
+
+/// The view the GEMMs take.
+RowLists row_lists(const Metadata& metadata, const RowTables& tables);
+
+}  // namespace sonicmoe::cuda
