@@ -8,6 +8,9 @@
 #endif
 
 #include "core/log.hpp"
+#if defined(SONICMOE_HAS_CUDA)
+#include "cuda/device.hpp"
+#endif
 #include "sonicmoe/backend.hpp"
 #include "sonicmoe/error.hpp"
 
@@ -16,6 +19,9 @@ namespace {
 
 std::vector<std::unique_ptr<Backend>> make_backends() {
   std::vector<std::unique_ptr<Backend>> list;
+#if defined(SONICMOE_HAS_CUDA)
+  list.push_back(make_cuda_backend());
+#endif
 #if defined(SONICMOE_HAS_ONEDNN)
   list.push_back(make_cpu_backend());
 #endif
@@ -75,6 +81,9 @@ const Backend& choose_backend(const Context& context, std::string_view operation
 
 std::vector<BackendInfo> backends() {
   std::vector<BackendInfo> list;
+#if !defined(SONICMOE_HAS_CUDA)
+  list.push_back({"cuda", false, "this build found no nvcc"});
+#endif
 #if !defined(SONICMOE_HAS_ONEDNN)
   list.push_back({"cpu", false, "this build found no oneDNN (libdnnl-dev)"});
 #endif
@@ -86,6 +95,12 @@ std::vector<BackendInfo> backends() {
   return list;
 }
 
-std::vector<DeviceInfo> devices() { return {{Device{}, "CPU", host_memory_bytes()}}; }
+std::vector<DeviceInfo> devices() {
+  std::vector<DeviceInfo> list = {{Device{}, "CPU", host_memory_bytes()}};
+#if defined(SONICMOE_HAS_CUDA)
+  for (const DeviceInfo& gpu : cuda::devices()) list.push_back(gpu);
+#endif
+  return list;
+}
 
 }  // namespace sonicmoe

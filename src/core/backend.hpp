@@ -107,6 +107,7 @@ const Backend& choose_backend(const Context& context, std::string_view operation
 
 // Factories, one per backend folder. A backend left out of the build has none.
 std::unique_ptr<Backend> make_cpu_backend();
+std::unique_ptr<Backend> make_cuda_backend();
 std::unique_ptr<Backend> make_reference_backend();
 
 }  // namespace sonicmoe

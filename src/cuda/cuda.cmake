@@ -1,0 +1,22 @@
+# The CUDA backend, where a CUDA compiler is found. A spill, or registers that setmaxnreg cannot
+# move, fail the build.
+include(CheckLanguage)
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # sm_90a is given below; CMake's own names do not reach every version
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  message(STATUS "sonicmoe: no nvcc found; the CUDA backend is not built")
+  return()
+endif()
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+
+file(GLOB SONICMOE_CUDA_SOURCES CONFIGURE_DEPENDS
+  ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*.cpp ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*/*.cpp
+  ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*/*.cu)
+target_sources(sonicmoe PRIVATE ${SONICMOE_CUDA_SOURCES})
+target_compile_definitions(sonicmoe PRIVATE SONICMOE_HAS_CUDA)
+set_target_properties(sonicmoe PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_ARCHITECTURES OFF)
+target_compile_options(sonicmoe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
+  -std=c++20 -gencode=arch=compute_90a,code=sm_90a -Xptxas=--warn-on-spills,--warning-as-error>)
+target_include_directories(sonicmoe PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+target_link_libraries(sonicmoe PRIVATE CUDA::cudart_static)

@@ -1,0 +1,230 @@
+#include <cuda_bf16.h>
+
+#include "cuda/epilogue/vector8.cuh"
+#include "cuda/experts/aggregate.hpp"
+#include "cuda/launch_check.hpp"
+#include "cuda/ptx/memory.cuh"
+
+namespace sonicmoe::cuda {
+namespace {
+
+using bf16 = __nv_bfloat16;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kBatch = 8;  // rows in flight per lane
+
+struct Sources {
+  const bf16* rows;
+  const void* weights;  // by pair, or null
+  bool weights_are_bf16;
+  const float* share;
+  bf16* out;
+  std::int64_t out_ld;
+  std::int64_t num_tokens;
+  int columns, top_k;  // top_k 0: pair list
+  bool vector_out;     // out rows start at multiples of 16 bytes
+
+  __device__ float weight(std::int64_t pair) const {
+    if (weights == nullptr) return 1.0f;
+    return weights_are_bf16 ? __bfloat162float(static_cast<const bf16*>(weights)[pair])
+                            : static_cast<const float*>(weights)[pair];
+  }
+};
+
+// The rows of one token: where they lie in `rows` and their weights, for up to 32 at a time, one
+// per lane; at -1: nothing there.
+struct TokenRows {
+  int at;
+  float weight;
+};
+__device__ TokenRows rows_of_token(const Sources& s, const Metadata& m, std::int64_t t, int first,
+                                   int count, int lane) {
+  const int i = first + lane;
+  if (i >= count) return {-1, 0.0f};
+  if (s.top_k > 0) {
+    const std::int64_t pair = t * s.top_k + i;
+    return m.pair_row[pair] < 0 ? TokenRows{-1, 0.0f}
+                                : TokenRows{static_cast<int>(pair), s.weight(pair)};
+  }
+  const int row = m.token_rows[m.token_start[t] + i];
+  return {row, s.weight(m.row_pair[row])};
+}
+
+// One warp per token and 256 columns. All loads of a batch are issued before the first is used.
+__global__ void __launch_bounds__(kThreads) aggregate_kernel(Sources s, Metadata m) {
+  const int lane = threadIdx.x % 32;
+  const std::int64_t t = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (t >= s.num_tokens) return;
+  const int count = s.top_k > 0 ? s.top_k : m.token_start[t + 1] - m.token_start[t];
+  const TokenRows head = rows_of_token(s, m, t, 0, count, lane);
+  for (int base = 0; base < s.columns; base += 256) {
+    const int column = base + lane * 8;
+    const bool inside = column < s.columns;
+    float sum[8] = {};
+    for (int first = 0; first < count; first += kBatch) {
+      const TokenRows mine = first < 32 ? head : rows_of_token(s, m, t, first & ~31, count, lane);
+      uint4 values[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int at = __shfl_sync(~0u, mine.at, (first + j) & 31);
+        if (at >= 0 && inside) {
+          values[j] = ptx::load_global_nc_v4(s.rows + std::int64_t{at} * s.columns + column);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int at = __shfl_sync(~0u, mine.at, (first + j) & 31);
+        const float weight = __shfl_sync(~0u, mine.weight, (first + j) & 31);
+        if (at < 0) continue;
+        float v[8];
+        unpack(values[j], v);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[i] += weight * v[i];
+      }
+    }
+    if (!inside) continue;
+    if (s.share != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] += s.share[t * s.columns + column + i];
+    }
+    bf16* out = s.out + t * s.out_ld + column;
+    if (s.vector_out) {
+      ptx::store_global_streaming_v4(out, pack(sum));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = __float2bfloat16(sum[i]);
+    }
+  }
+}
+
+__global__ void zero_tail_kernel(Metadata m, std::int64_t num_rows, bf16* out, std::int64_t ld,
+                                 std::int64_t columns) {
+  const std::int64_t first = m.offsets[m.num_experts - 1];
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+       i < (num_rows - first) * columns; i += std::int64_t{gridDim.x} * kThreads) {
+    out[(first + i / columns) * ld + i % columns] = __float2bfloat16(0.0f);
+  }
+}
+
+__device__ int expert_of(const Metadata& m, std::int64_t row) {
+  int low = 0, high = static_cast<int>(m.num_experts) - 1;  // first expert whose end is past row
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (m.offsets[middle] > row) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+// One warp per pair.
+__global__ void finish_weight_gradient_kernel(Metadata m, std::int64_t num_pairs,
+                                              const float* partial, int parts, const bf16* grad_out,
+                                              std::int64_t grad_out_ld, const bf16* b2,
+                                              std::int64_t b2_ld, int d, float* grad) {
+  const std::int64_t pair = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (pair >= num_pairs) return;
+  std::int64_t row = m.pair_row == nullptr ? pair : m.pair_row[pair];
+  if (row >= m.offsets[m.num_experts - 1]) row = -1;
+  float sum = 0.0f;
+  if (row >= 0) {
+    for (int j = lane; j < parts; j += 32) sum += partial[row * parts + j];
+    if (b2 != nullptr) {
+      const std::int64_t token = m.row_token == nullptr ? row : m.row_token[row];
+      const bf16* bias = b2 + expert_of(m, row) * b2_ld;
+      for (int c = lane; c < d; c += 32) {
+        sum += __bfloat162float(grad_out[token * grad_out_ld + c]) * __bfloat162float(bias[c]);
+      }
+    }
+    for (int distance = 16; distance > 0; distance /= 2) {
+      sum += __shfl_xor_sync(~0u, sum, distance);
+    }
+  }
+  if (lane == 0) grad[pair] = sum;
+}
+
+// One CTA per expert and 32 columns; warp w sums rows w, w + 8, ..., then the warps are summed in
+// order.
+__global__ void bias_gradient_kernel(Metadata m, const bf16* values, std::int64_t ld, bool by_token,
+                                     const float* row_weight, void* grad, bool grad_is_bf16,
+                                     std::int64_t grad_ld, int columns, bool accumulate) {
+  __shared__ float sums[kWarps][32];
+  const int e = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int column = blockIdx.x * 32 + lane;
+  const int first = e == 0 ? 0 : m.offsets[e - 1];
+  float sum = 0.0f;
+  for (int row = first + warp; row < m.offsets[e]; row += kWarps) {
+    const std::int64_t source = by_token && m.row_token != nullptr ? m.row_token[row] : row;
+    const float weight = row_weight == nullptr ? 1.0f : row_weight[row];
+    if (column < columns) sum += weight * __bfloat162float(values[source * ld + column]);
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0 || column >= columns) return;
+  for (int w = 1; w < kWarps; ++w) sum += sums[w][lane];
+  if (grad_is_bf16) {
+    static_cast<bf16*>(grad)[e * grad_ld + column] = __float2bfloat16(sum);
+  } else {
+    float* at = static_cast<float*>(grad) + e * grad_ld + column;
+    *at = accumulate ? *at + sum : sum;
+  }
+}
+
+unsigned ceil_div(std::int64_t a, std::int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
+
+}  // namespace
+
+void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata,
+               const AggregateArgs& args) {
+  if (shape.num_tokens == 0) return;
+  Sources s{};
+  s.rows = static_cast<const bf16*>(args.rows);
+  s.weights = args.weights.data();
+  s.weights_are_bf16 = args.weights.defined() && args.weights.dtype() == DType::kBFloat16;
+  s.share = args.share;
+  s.out = static_cast<bf16*>(args.out.data);
+  s.out_ld = args.out.ld;
+  s.num_tokens = shape.num_tokens;
+  s.columns = static_cast<int>(args.columns);
+  s.top_k = shape.form == MoEShape::Form::kTopK
+                ? static_cast<int>(shape.num_pairs / shape.num_tokens)
+                : 0;
+  s.vector_out = reinterpret_cast<std::uintptr_t>(args.out.data) % 16 == 0 && args.out.ld % 8 == 0;
+  aggregate_kernel<<<ceil_div(shape.num_tokens, kWarps), kThreads, 0, stream>>>(s, metadata);
+  check_launch(cudaGetLastError(), "aggregate", shape);
+}
+
+void zero_tail(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata, Matrix out,
+               std::int64_t columns) {
+  if (shape.num_pairs == 0) return;
+  zero_tail_kernel<<<264, kThreads, 0, stream>>>(metadata, shape.num_pairs,
+                                                 static_cast<bf16*>(out.data), out.ld, columns);
+  check_launch(cudaGetLastError(), "zero rows past the last", shape);
+}
+
+void finish_weight_gradient(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata,
+                            const float* partial, int parts, Matrix grad_out, ConstTensorView b2,
+                            float* grad) {
+  if (shape.num_pairs == 0) return;
+  finish_weight_gradient_kernel<<<ceil_div(shape.num_pairs, kWarps), kThreads, 0, stream>>>(
+      metadata, shape.num_pairs, partial, parts, static_cast<const bf16*>(grad_out.data),
+      grad_out.ld, b2.as<bf16>(), b2.defined() ? b2.stride(0) : 0,
+      static_cast<int>(shape.hidden_size), grad);
+  check_launch(cudaGetLastError(), "gradient of the routing weights", shape);
+}
+
+void bias_gradient(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata,
+                   Matrix values, bool by_token, const float* row_weight, TensorView grad,
+                   bool accumulate) {
+  const dim3 grid(ceil_div(grad.size(1), 32), static_cast<unsigned>(shape.num_experts));
+  bias_gradient_kernel<<<grid, kThreads, 0, stream>>>(
+      metadata, static_cast<const bf16*>(values.data), values.ld, by_token, row_weight, grad.data(),
+      grad.dtype() == DType::kBFloat16, grad.stride(0), static_cast<int>(grad.size(1)), accumulate);
+  check_launch(cudaGetLastError(), "bias gradient", shape);
+}
+
+}  // namespace sonicmoe::cuda

@@ -1,0 +1,39 @@
+// The memory-bound passes around the grouped GEMMs.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/metadata.hpp"
+#include "cuda/experts/gemms.hpp"
+
+namespace sonicmoe::cuda {
+
+/// out[t, c] = sum over the rows of t, in input order, of weight * rows[row, c]  (+ share[t, c]),
+/// float32 sum, one rounding, for `columns` columns. bfloat16.
+/// Top-K routing: `rows` is in pair order (row t*K + k); pair lists: in row order.
+struct AggregateArgs {
+  const void* rows = nullptr;    ///< [P, columns] contiguous
+  ConstTensorView weights;       ///< by pair, float32|bfloat16, or absent for 1
+  const float* share = nullptr;  ///< [T, columns] or null
+  Matrix out;                    ///< [T, *], at the slab's first column
+  std::int64_t columns = 0;
+};
+void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata,
+               const AggregateArgs& args);
+
+/// Sorted rows: zeroes rows R..P of out [P, columns].
+void zero_tail(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata, Matrix out,
+               std::int64_t columns);
+
+/// grad[pair] = sum over j of partial[row, j] (+ <grad_out[token], b2[e]>); 0 for a dropped pair.
+void finish_weight_gradient(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata,
+                            const float* partial, int parts, Matrix grad_out, ConstTensorView b2,
+                            float* grad);
+
+/// grad[e, c] (+)= sum over the rows of e of row_weight[row] * values[source(row), c];
+/// source(row) = row_token[row] when `by_token`, else row. `row_weight` null: 1.
+void bias_gradient(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata,
+                   Matrix values, bool by_token, const float* row_weight, TensorView grad,
+                   bool accumulate);
+
+}  // namespace sonicmoe::cuda

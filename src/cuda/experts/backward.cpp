@@ -1,0 +1,110 @@
+// Backward without Y: dS = <dA', A>, so that only X, H and the row lists are kept.
+//   1 dH, A', dS from dO, W2 and the stored H      2 bias gradients
+//   3 dX~ = dH W1, summed per token, slab by slab  4 dW2, dW1
+#include <algorithm>
+
+#include "cuda/experts/buffers.hpp"
+#include "cuda/experts/experts.hpp"
+
+namespace sonicmoe::cuda {
+namespace {
+
+constexpr std::int64_t kLeastPartialColumns = 128;
+
+struct Buffers {
+  RowTables tables;
+  void* grad_h;    // [P, g*n]
+  void* scaled_a;  // [P, n]
+  float* partial;  // [P, ceil(n / 128)]
+  void* grad_x;    // [P, slab] dX~; not for sorted rows, whose dX~ is dX
+};
+
+Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab) {
+  Buffers b{};
+  const std::int64_t parts =
+      (shape.intermediate_size + kLeastPartialColumns - 1) / kLeastPartialColumns;
+  b.tables = carve_row_tables(carver, shape, true);
+  b.grad_h = carver.take_bytes(elements(shape.num_pairs, shape.hidden_columns()) * kElementBytes);
+  b.scaled_a =
+      carver.take_bytes(elements(shape.num_pairs, shape.intermediate_size) * kElementBytes);
+  b.partial = carver.take<float>(elements(shape.num_pairs, parts));
+  if (shape.form != MoEShape::Form::kSorted) {
+    b.grad_x = carver.take_bytes(elements(shape.num_pairs, slab) * kElementBytes);
+  }
+  return b;
+}
+
+void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const Metadata& m,
+                     const Buffers& b, std::int64_t slab) {
+  const MoEShape& shape = call.shape;
+  const bool sorted = shape.form == MoEShape::Form::kSorted;
+  for (std::int64_t c = 0; c < shape.hidden_size; c += slab) {
+    const std::int64_t columns = std::min(slab, shape.hidden_size - c);
+    const Matrix out{args.grad_x.as<bfloat16>() + c, args.grad_x.stride(0)};
+    SONICMOE_RUN_GEMM(
+        call, input_gradient,
+        InputGradientArgs{.grad_h = b.grad_h,
+                          .w1 = args.weights.w1,
+                          .first_column = c,
+                          .num_columns = columns,
+                          .out = sorted ? out : Matrix{b.grad_x, columns},
+                          .row_map = shape.form == MoEShape::Form::kTopK ? m.row_pair : nullptr});
+    if (sorted) {
+      zero_tail(call.stream, shape, m, out, columns);
+      continue;
+    }
+    aggregate(call.stream, shape, m,
+              {.rows = b.grad_x, .weights = {}, .share = nullptr, .out = out, .columns = columns});
+  }
+}
+
+}  // namespace
+
+WorkspacePlan backward_plan(const MoEShape& shape, std::optional<std::size_t> limit) {
+  return plan_slabs("moe_backward", shape.hidden_size, limit, [&](std::int64_t slab) {
+    WorkspaceCarver carver;
+    carve(carver, shape, slab);
+    return carver.used();
+  });
+}
+
+void backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args) {
+  const WorkspacePlan plan = backward_plan(shape, args.workspace_limit);
+  WorkspaceCarver carver(args.workspace.data());
+  Buffers b = carve(carver, shape, plan.slab_columns);
+  // The metadata is only read here; the view type is shared with the forward that fills it.
+  const Metadata m = metadata_view(shape, const_cast<void*>(args.metadata.data()));
+  if (!routing_weights(args.routing).defined()) b.tables.row_weight = nullptr;
+  const ExpertCall call = expert_call(context, shape, args.options, m, b.tables);
+  build_row_tables(call.stream, shape, args.routing, m, b.tables);
+
+  const Matrix grad_out = matrix(args.grad_out), x = matrix(args.x);
+  SONICMOE_RUN_GEMM(call, hidden_gradient,
+                    HiddenGradientArgs{grad_out, args.weights.w2, args.h.data(),
+                                       b.tables.row_weight, b.grad_h, b.scaled_a, b.partial});
+  if (args.grad_routing_weights.defined()) {
+    const std::int64_t width = hopper::partial_columns(shape);
+    finish_weight_gradient(call.stream, shape, m, b.partial,
+                           static_cast<int>((shape.intermediate_size + width - 1) / width),
+                           grad_out, args.weights.b2, args.grad_routing_weights.as<float>());
+  }
+  if (args.grad_b1.defined()) {
+    bias_gradient(call.stream, shape, m, {b.grad_h, shape.hidden_columns()}, false, nullptr,
+                  args.grad_b1, args.accumulate);
+  }
+  if (args.grad_b2.defined()) {
+    bias_gradient(call.stream, shape, m, grad_out, true, b.tables.row_weight, args.grad_b2,
+                  args.accumulate);
+  }
+  if (args.grad_x.defined()) input_gradients(call, args, m, b, plan.slab_columns);
+  if (args.grad_w2.defined()) {
+    SONICMOE_RUN_GEMM(call, down_weight_gradient,
+                      DownWeightGradientArgs{grad_out, b.scaled_a, args.grad_w2, args.accumulate});
+  }
+  if (args.grad_w1.defined()) {
+    SONICMOE_RUN_GEMM(call, up_weight_gradient,
+                      UpWeightGradientArgs{b.grad_h, x, args.grad_w1, args.accumulate});
+  }
+}
+
+}  // namespace sonicmoe::cuda

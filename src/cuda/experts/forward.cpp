@@ -1,0 +1,77 @@
+// Forward: row lists, H and A, then Y and its sum over each token's rows, slab by slab.
+#include <algorithm>
+
+#include "cuda/experts/buffers.hpp"
+#include "cuda/experts/experts.hpp"
+
+namespace sonicmoe::cuda {
+namespace {
+
+struct Buffers {
+  MetadataScratch scratch;
+  RowTables tables;
+  void* metadata;  // inference only; otherwise the caller keeps it
+  void* a;         // [P, n]
+  void* y;         // [P, slab]; not for sorted rows, whose Y is the output
+};
+
+Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, bool inference, std::int64_t slab) {
+  Buffers b{};
+  b.scratch = carve_metadata_scratch(carver, shape);
+  b.tables = carve_row_tables(carver, shape, true);
+  b.metadata = inference ? carver.take_bytes(moe_metadata_bytes(shape)) : nullptr;
+  b.a = carver.take_bytes(elements(shape.num_pairs, shape.intermediate_size) * kElementBytes);
+  if (shape.form != MoEShape::Form::kSorted) {
+    b.y = carver.take_bytes(elements(shape.num_pairs, slab) * kElementBytes);
+  }
+  return b;
+}
+
+}  // namespace
+
+WorkspacePlan forward_plan(const MoEShape& shape, bool inference,
+                           std::optional<std::size_t> limit) {
+  return plan_slabs("moe_forward", shape.hidden_size, limit, [&](std::int64_t slab) {
+    WorkspaceCarver carver;
+    carve(carver, shape, inference, slab);
+    return carver.used();
+  });
+}
+
+void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs& args) {
+  const bool inference = !args.h.defined(), sorted = shape.form == MoEShape::Form::kSorted;
+  const WorkspacePlan plan = forward_plan(shape, inference, args.workspace_limit);
+  WorkspaceCarver carver(args.workspace.data());
+  Buffers b = carve(carver, shape, inference, plan.slab_columns);
+  const Metadata m = metadata_view(shape, inference ? b.metadata : args.metadata.data());
+  const ConstTensorView weights = routing_weights(args.routing);
+  if (!weights.defined()) b.tables.row_weight = nullptr;
+  const ExpertCall call = expert_call(context, shape, args.options, m, b.tables);
+  build_metadata(call.stream, shape, args.routing, m, b.scratch);
+  build_row_tables(call.stream, shape, args.routing, m, b.tables);
+  SONICMOE_RUN_GEMM(call, up,
+                    UpArgs{matrix(args.x), args.weights.w1, args.weights.b1,
+                           inference ? nullptr : args.h.data(), b.a});
+  for (std::int64_t c = 0; c < shape.hidden_size; c += plan.slab_columns) {
+    const std::int64_t columns = std::min(plan.slab_columns, shape.hidden_size - c);
+    const Matrix out{args.out.as<bfloat16>() + c, args.out.stride(0)};
+    SONICMOE_RUN_GEMM(
+        call, down,
+        DownArgs{.a = b.a,
+                 .w2 = args.weights.w2,
+                 .b2 = args.weights.b2,
+                 .first_column = c,
+                 .num_columns = columns,
+                 .out = sorted ? out : Matrix{b.y, columns},
+                 .row_map = shape.form == MoEShape::Form::kTopK ? m.row_pair : nullptr,
+                 .row_weight = sorted ? b.tables.row_weight : nullptr});
+    if (sorted) {
+      zero_tail(call.stream, shape, m, out, columns);
+    } else {
+      aggregate(call.stream, shape, m,
+                {.rows = b.y, .weights = weights, .out = out, .columns = columns});
+    }
+  }
+}
+
+}  // namespace sonicmoe::cuda
