@@ -1,0 +1,177 @@
+// The gradient of one token's weights, for top-K routing and for token rounding.
+//   softmax over E:      dl_i = scale p_i (g_i - sum_e g_e p_e)
+//   renormalised:        dl_i = scale r_i (g_i - [i in top-K] sum_e g_e r_e), r = exp(l) / Z
+//   sigmoid:             dl_i = scale s'(l_i) / Z (g_i - [i in top-K] sum_e g_e s_e / Z)
+// with g = dL/d weight(t,e), 0 where no row uses it. One warp per token; grad_logits is read as g
+// and overwritten. Three passes over the token's E values, the second and third from L1.
+#include "cuda/router/launch.hpp"
+#include "cuda/router/route.hpp"
+#include "cuda/router/router.hpp"
+
+namespace sonicmoe::cuda::router {
+namespace {
+
+constexpr int kMaxWarps = 8;
+
+struct BackwardParams {
+  ScoringParams scoring;
+  const float* logits;        // [T, E]
+  const void* topk_ids;       // [T, K]
+  const float* grad_weights;  // [T, K] or null
+  float* grad_logits;         // [T, E]
+  std::int64_t num_tokens;
+};
+
+// The quotients of the formulas above: raw(e) / denominator is p, r or s / Z.
+struct Terms {
+  double shift;
+  double denominator;
+  double dot;
+};
+
+template <class Id>
+__device__ double largest_logit(const ScoringParams& p, const float* logits, const Id* ids,
+                                int lane) {
+  float largest = -INFINITY;
+  if (p.renormalizes) {
+    for (int k = lane; k < p.top_k; k += 32) {
+      if (ids[k] >= 0 && ids[k] < p.num_experts) largest = fmaxf(largest, logits[ids[k]]);
+    }
+  } else {
+    for (int e = lane; e < p.num_experts; e += 32) largest = fmaxf(largest, logits[e]);
+  }
+  return warp_max(largest);
+}
+
+template <class Id>
+__device__ Terms terms_of(const ScoringParams& p, const float* logits, const float* gradient,
+                          const Id* ids, int lane) {
+  Terms terms{0.0, 1.0, 0.0};
+  if (p.is_softmax) terms.shift = largest_logit(p, logits, ids, lane);
+  double sum = 0.0, dot = 0.0;
+  if (p.renormalizes) {
+    for (int k = lane; k < p.top_k; k += 32) {
+      if (ids[k] >= 0 && ids[k] < p.num_experts) sum += raw_score(p, logits[ids[k]], terms.shift);
+    }
+    for (int e = lane; e < p.num_experts; e += 32) {
+      if (gradient[e] != 0.0f) dot += gradient[e] * raw_score(p, logits[e], terms.shift);
+    }
+  } else if (p.is_softmax) {
+    for (int e = lane; e < p.num_experts; e += 32) {
+      const double raw = raw_score(p, logits[e], terms.shift);
+      sum += raw;
+      dot += gradient[e] * raw;
+    }
+  } else {
+    return terms;
+  }
+  terms.denominator = warp_sum(sum) + (p.is_softmax ? 0.0 : kSigmoidEpsilon);
+  terms.dot = warp_sum(dot) / terms.denominator;
+  return terms;
+}
+
+// `chosen` [ceil(E/32)]: the token's top-K as bits, in shared memory.
+template <class Id>
+__device__ void backward_token(const BackwardParams& b, std::int64_t t, int lane,
+                               unsigned* chosen) {
+  const ScoringParams& p = b.scoring;
+  const float* logits = b.logits + t * p.num_experts;
+  float* gradient = b.grad_logits + t * p.num_experts;
+  const Id* ids = static_cast<const Id*>(b.topk_ids) + t * p.top_k;
+  for (int w = lane; w < (p.num_experts + 31) / 32; w += 32) chosen[w] = 0;
+  if (b.grad_weights != nullptr) {
+    for (int e = lane; e < p.num_experts; e += 32) gradient[e] = 0.0f;
+  }
+  __syncwarp();
+  for (int k = lane; k < p.top_k; k += 32) {
+    const Id e = ids[k];
+    if (e < 0 || e >= p.num_experts) continue;
+    atomicOr(chosen + e / 32, 1u << (e % 32));
+    if (b.grad_weights != nullptr) gradient[e] = b.grad_weights[t * p.top_k + k];
+  }
+  __syncwarp();
+
+  const Terms terms = terms_of(p, logits, gradient, ids, lane);
+  const bool all_in_denominator = !p.renormalizes && p.is_softmax;
+  for (int e = lane; e < p.num_experts; e += 32) {
+    const bool counts =
+        all_in_denominator || (p.renormalizes && ((chosen[e / 32] >> (e % 32)) & 1u) != 0);
+    const double difference = gradient[e] - (counts ? terms.dot : 0.0);
+    double slope = 0.0;
+    if (difference != 0.0) {  // saves the exponential, and 0 * inf far from the top-K
+      slope = p.is_softmax ? raw_score(p, logits[e], terms.shift) : sigmoid_slope(logits[e]);
+    }
+    gradient[e] = static_cast<float>(p.scale * (slope / terms.denominator) * difference);
+  }
+  __syncwarp();  // the next token clears `chosen`
+}
+
+template <class Id>
+__global__ void __launch_bounds__(32 * kMaxWarps, 2) weight_backward_kernel(BackwardParams b) {
+  extern __shared__ unsigned chosen[];  // [warps, ceil(E/32)]
+  const int warp = threadIdx.x / 32;
+  const int warps = blockDim.x / 32;
+  for (std::int64_t t = std::int64_t{blockIdx.x} * warps + warp; t < b.num_tokens;
+       t += std::int64_t{gridDim.x} * warps) {
+    backward_token<Id>(b, t, threadIdx.x % 32, chosen + warp * ((b.scoring.num_experts + 31) / 32));
+  }
+}
+
+// dL/d weight(t,e) as a matrix: the list is sorted by expert, the normalisation runs over tokens.
+__global__ void scatter_pairs_kernel(const std::int32_t* token_ids, const std::int32_t* expert_ids,
+                                     const float* grad_pair_weights, std::int64_t num_pairs,
+                                     std::int64_t num_tokens, int num_experts, float* matrix) {
+  for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < num_pairs;
+       i += std::int64_t{gridDim.x} * blockDim.x) {
+    const std::int64_t t = token_ids[i];
+    const std::int32_t e = expert_ids[i];
+    if (t < 0 || t >= num_tokens || e < 0 || e >= num_experts) continue;  // unused place
+    matrix[t * num_experts + e] = grad_pair_weights[i];
+  }
+}
+
+}  // namespace
+
+void launch_weight_backward(cudaStream_t stream, const ScoringParams& scoring, const float* logits,
+                            ConstTensorView topk_ids, const float* grad_weights, float* grad_logits,
+                            const char* operation) {
+  const BackwardParams b{scoring,      logits,      topk_ids.data(),
+                         grad_weights, grad_logits, topk_ids.size(0)};
+  if (b.num_tokens == 0) return;
+  const std::size_t bytes = sizeof(unsigned) * kMaxWarps * ((scoring.num_experts + 31) / 32);
+  const unsigned blocks = grid_stride_blocks(b.num_tokens, kMaxWarps);
+  if (topk_ids.dtype() == DType::kInt64) {
+    weight_backward_kernel<std::int64_t><<<blocks, 32 * kMaxWarps, bytes, stream>>>(b);
+  } else {
+    weight_backward_kernel<std::int32_t><<<blocks, 32 * kMaxWarps, bytes, stream>>>(b);
+  }
+  check_launch(operation);
+}
+
+void route_backward(const Context& context, const RouteBackwardArgs& args) {
+  launch_weight_backward(stream_of(context), scoring_params(args.options, args.logits.size(1)),
+                         args.logits.as<float>(), args.topk_ids, args.grad_topk_weights.as<float>(),
+                         args.grad_logits.as<float>(), "route_backward");
+}
+
+void round_tokens_backward(const Context& context, const RoundTokensBackwardArgs& args) {
+  const char* operation = "round_tokens_backward";
+  const cudaStream_t stream = stream_of(context);
+  const std::int64_t num_tokens = args.logits.size(0);
+  const std::int64_t num_experts = args.logits.size(1);
+  const std::int64_t num_pairs = args.token_ids.size(0);
+  if (num_tokens == 0) return;
+  check_cuda(cudaMemsetAsync(args.grad_logits.data(), 0, args.grad_logits.nbytes(), stream),
+             operation);
+  if (num_pairs > 0) {
+    scatter_pairs_kernel<<<grid_stride_blocks(num_pairs, 256), 256, 0, stream>>>(
+        args.token_ids.as<std::int32_t>(), args.expert_ids.as<std::int32_t>(),
+        args.grad_pair_weights.as<float>(), num_pairs, num_tokens, static_cast<int>(num_experts),
+        args.grad_logits.as<float>());
+    check_launch(operation);
+  }
+  launch_weight_backward(stream, scoring_params(args.options, num_experts), args.logits.as<float>(),
+                         args.topk_ids, nullptr, args.grad_logits.as<float>(), operation);
+}
+
+}  // namespace sonicmoe::cuda::router
