@@ -20,3 +20,4 @@ target_compile_options(sonicmoe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
   -std=c++20 -gencode=arch=compute_90a,code=sm_90a -Xptxas=--warn-on-spills,--warning-as-error>)
 target_include_directories(sonicmoe PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 target_link_libraries(sonicmoe PRIVATE CUDA::cudart_static)
+set_property(GLOBAL PROPERTY SONICMOE_HAS_CUDA ON)

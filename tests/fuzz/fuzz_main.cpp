@@ -76,7 +76,7 @@ RunOptions random_options(std::uint64_t seed, const Target& target, const MoECas
 
 // Problems of one seed on one backend.
 std::vector<std::string> problems_of(std::uint64_t seed, const Target& target, std::string* what) {
-  const MoECase c = random_case(seed);
+  const MoECase c = fitted(target, random_case(seed));
   *what = c.describe();
   try {
     const RunOptions options = random_options(seed, target, c);

@@ -79,7 +79,7 @@ INSTANTIATE_TEST_SUITE_P(Backends, MoeErrors, ::testing::ValuesIn(targets()),
                          [](const auto& test) { return test.param.backend; });
 
 TEST_P(MoeErrors, TheUnspoiledCallIsValid) {
-  const Call call(GetParam());
+  const Call call(GetParam(), fitted(GetParam(), {}));
   EXPECT_EQ(call.forward_error(), "(no error)");
   EXPECT_EQ(call.backward_error(), "(no error)");
 }
@@ -155,6 +155,7 @@ TEST_P(MoeErrors, Routing) {
   s.offsets = reshaped(offsets, {4});
   EXPECT_EQ(sorted.forward_error(), "offsets");
   s.offsets = offsets;
+  if (GetParam().device.type != DeviceType::kCpu) return;  // values on a device are not read back
   sorted.inputs.offsets.fill_ids({3, 2, 5, 9, 29});
   EXPECT_EQ(sorted.forward_error(), "offsets");
   sorted.inputs.offsets.fill_ids({3, 4, 5, 9, 30});
@@ -188,7 +189,7 @@ TEST_P(MoeErrors, Backward) {
 TEST_P(MoeErrors, AccumulateNeedsFloat32) {
   MoECase c;
   c.dtype = DType::kBFloat16;
-  Call call(GetParam(), c);
+  Call call(GetParam(), fitted(GetParam(), c));
   EXPECT_EQ(call.backward_error(), "(no error)");
   call.backward.accumulate = true;
   EXPECT_EQ(call.backward_error(), "grad_w1");

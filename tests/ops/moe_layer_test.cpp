@@ -253,7 +253,7 @@ class MoELayerTest : public ::testing::TestWithParam<std::tuple<Target, LayerCas
 };
 
 INSTANTIATE_TEST_SUITE_P(Backends, MoELayerTest,
-                         ::testing::Combine(::testing::ValuesIn(targets()),
+                         ::testing::Combine(::testing::ValuesIn(router_targets()),
                                             ::testing::ValuesIn(kCases)),
                          [](const auto& test) {
                            return std::get<0>(test.param).backend + "_" +

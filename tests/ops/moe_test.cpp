@@ -18,8 +18,9 @@ std::string join(const std::vector<std::string>& lines) {
   return text;
 }
 
-void expect_correct(const Target& target, const MoECase& c, const RunOptions& options = {},
+void expect_correct(const Target& target, const MoECase& wanted, const RunOptions& options = {},
                     Strictness strictness = Strictness::kRealistic) {
+  const MoECase c = fitted(target, wanted);
   SCOPED_TRACE(target.backend + ": " + c.describe());
   const RunResult result = run_moe(target, c, options);
   EXPECT_EQ(join(check_run(c, options, result, strictness)), "");
@@ -179,7 +180,7 @@ TEST_P(Moe, SmallIntegersAreExact) {
         c.intermediate_size = 4;
         c.seed = seed++;
         SCOPED_TRACE(GetParam().backend + ": " + c.describe());
-        EXPECT_EQ(join(check_run_exactly(c, {}, run_moe(GetParam(), c))), "");
+        EXPECT_EQ(join(check_run_exactly(fitted(GetParam(), c), {}, run_moe(GetParam(), c))), "");
       }
     }
   }
@@ -222,7 +223,7 @@ TEST_P(Moe, WorkspaceLimitIsKeptAndChangesNoBit) {
     MoECase c;
     c.dtype = dtype;
     c.num_tokens = 120;
-    c.hidden_size = 650;
+    c.hidden_size = 1300;
     c.num_experts = 4;
     const RunResult whole = run_moe(GetParam(), c);
     EXPECT_EQ(whole.forward_plan.num_slabs, 1);

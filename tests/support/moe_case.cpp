@@ -94,6 +94,22 @@ void poison_unused(std::vector<double>& values, std::int64_t columns,
 
 }  // namespace
 
+MoECase fitted(const Target& target, MoECase c) {
+  if (target.device.type != DeviceType::kCuda) return c;
+  const auto unpadded = [](Strides strides) {
+    return strides == Strides::kPadded             ? Strides::kContiguous
+           : strides == Strides::kTransposedPadded ? Strides::kTransposed
+                                                   : strides;
+  };
+  c.dtype = DType::kBFloat16;
+  c.hidden_size = (c.hidden_size + 7) / 8 * 8;
+  c.intermediate_size = (c.intermediate_size + 7) / 8 * 8;
+  c.x_strides = unpadded(c.x_strides);
+  c.w1_strides = unpadded(c.w1_strides);
+  c.w2_strides = unpadded(c.w2_strides);
+  return c;
+}
+
 std::string MoECase::describe() const {
   std::ostringstream out;
   out << "T=" << tokens() << " d=" << hidden_size << " n=" << intermediate_size

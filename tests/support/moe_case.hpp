@@ -59,6 +59,10 @@ struct MoECase {
   std::string describe() const;
 };
 
+/// The case, changed as little as the target's backend needs: the CUDA backend takes bfloat16,
+/// widths that are multiples of 8 and rows that start at multiples of 16 bytes.
+MoECase fitted(const Target& target, MoECase test_case);
+
 /// The inputs of a case on a target: a pure function of the case. Rows of x and grad_out that no
 /// pair uses hold NaN.
 struct MoEInputs {

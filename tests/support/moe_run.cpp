@@ -164,7 +164,8 @@ void Run::backward() {
 }  // namespace
 
 RunResult run_moe(const Target& target, const MoECase& test_case, const RunOptions& options) {
-  return Run(target, test_case, options)();
+  const MoECase fit = fitted(target, test_case);
+  return Run(target, fit, options)();
 }
 
 std::string bitwise_difference(const std::vector<double>& a, const std::vector<double>& b) {

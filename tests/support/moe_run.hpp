@@ -41,7 +41,7 @@ struct RunResult {
   std::vector<std::string> violations;
 };
 
-/// moe_forward and, unless options.inference, moe_backward.
+/// moe_forward and, unless options.inference, moe_backward, of fitted(target, test_case).
 RunResult run_moe(const Target& target, const MoECase& test_case, const RunOptions& options = {});
 
 /// The tensors of two results that differ in any bit, as a readable list; empty when none do.

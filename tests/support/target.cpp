@@ -2,8 +2,13 @@
 
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 #include "core/backend.hpp"
+
+#if defined(SONICMOE_HAS_CUDA)
+#include <cuda_runtime_api.h>
+#endif
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -33,6 +38,29 @@ class HostMemory final : public DeviceMemory {
 #endif
 };
 
+#if defined(SONICMOE_HAS_CUDA)
+class CudaMemory final : public DeviceMemory {
+ public:
+  void* allocate(std::size_t bytes, std::size_t) override {  // cudaMalloc aligns to 256
+    void* data = nullptr;
+    check(cudaMalloc(&data, bytes == 0 ? 1 : bytes));
+    return data;
+  }
+  void release(void* data) override { (void)cudaFree(data); }
+  void upload(void* device, const void* host, std::size_t bytes) override {
+    check(cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice));
+  }
+  void download(void* host, const void* device, std::size_t bytes) override {
+    check(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost));
+  }
+
+ private:
+  static void check(cudaError_t status) {
+    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+  }
+};
+#endif
+
 HostMemory& host_memory() {
   static HostMemory memory;
   return memory;
@@ -41,8 +69,16 @@ HostMemory& host_memory() {
 std::vector<Target> find_targets() {
   std::vector<Target> result;
   for (const auto& backend : backend_list()) {
-    if (!backend->unavailable_reason().empty() || !backend->serves(DeviceType::kCpu)) continue;
-    result.push_back({std::string(backend->name()), Device{}, &host_memory()});
+    if (!backend->unavailable_reason().empty()) continue;
+    if (backend->serves(DeviceType::kCpu)) {
+      result.push_back({std::string(backend->name()), Device{}, &host_memory()});
+    }
+#if defined(SONICMOE_HAS_CUDA)
+    if (backend->serves(DeviceType::kCuda)) {
+      static CudaMemory memory;
+      result.push_back({std::string(backend->name()), Device{DeviceType::kCuda, 0}, &memory});
+    }
+#endif
   }
   return result;
 }
@@ -59,6 +95,15 @@ const Target& host_target() {
 
 const std::vector<Target>& targets() {
   static const std::vector<Target> list = find_targets();
+  return list;
+}
+
+const std::vector<Target>& router_targets() {
+  static const std::vector<Target> list = [] {
+    std::vector<Target> with_router = targets();
+    std::erase_if(with_router, [](const Target& t) { return t.backend == "cuda"; });
+    return with_router;
+  }();
   return list;
 }
 

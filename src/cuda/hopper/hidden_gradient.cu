@@ -28,6 +28,7 @@ void launch_hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& ar
 }  // namespace
 
 void hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& args) {
+  if (call.shape.num_pairs == 0) return;
   const Major major = depth_has_unit_stride(args.w2, 1) ? Major::kK : Major::kMn;
   visit_tile(partial_columns(call.shape), major, [&]<int kBlockN, Major kMajor>() {
     if (is_gated(call.shape.activation)) {

@@ -21,11 +21,11 @@ void launch(const ExpertCall& call, const Params<Spec>& params, std::int64_t max
   static_assert(bytes <= kSharedLimit);
   // Once per kernel and process would do on one device; the call is cheap and has no state.
   check_launch(cudaFuncSetAttribute(grouped_gemm_kernel<Spec>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-             Spec::name, call.shape);
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+               Spec::name, call.shape);
   int processors = 0;
   check_launch(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, call.device),
-             Spec::name, call.shape);
+               Spec::name, call.shape);
   const std::int64_t grid = std::min<std::int64_t>(grid_limit(processors), max_items);
   if (grid <= 0) return;
   grouped_gemm_kernel<Spec><<<static_cast<unsigned>(grid), kThreads, bytes, call.stream>>>(params);

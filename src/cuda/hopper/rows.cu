@@ -46,12 +46,14 @@ void launch_input_gradient(const ExpertCall& call, const InputGradientArgs& args
 }  // namespace
 
 void down(const ExpertCall& call, const DownArgs& args) {
+  if (call.shape.num_pairs == 0) return;
   const Major major = depth_has_unit_stride(args.w2, 2) ? Major::kK : Major::kMn;
   visit_tile(choose_block_n(args.num_columns), major,
              [&]<int kBlockN, Major kMajor>() { launch_down<kBlockN, kMajor>(call, args); });
 }
 
 void input_gradient(const ExpertCall& call, const InputGradientArgs& args) {
+  if (call.shape.num_pairs == 0) return;
   const Major major = depth_has_unit_stride(args.w1, 1) ? Major::kK : Major::kMn;
   visit_tile(choose_block_n(args.num_columns), major, [&]<int kBlockN, Major kMajor>() {
     launch_input_gradient<kBlockN, kMajor>(call, args);

@@ -29,6 +29,7 @@ void launch_up(const ExpertCall& call, const UpArgs& args) {
 }  // namespace
 
 void up(const ExpertCall& call, const UpArgs& args) {
+  if (call.shape.num_pairs == 0) return;
   const std::int64_t n = call.shape.intermediate_size;
   const Major major = depth_has_unit_stride(args.w1, 2) ? Major::kK : Major::kMn;
   const bool gated = is_gated(call.shape.activation);

@@ -21,7 +21,10 @@ void launch_weight_gradient(const ExpertCall& call, const WeightGradient& g) {
   const MoEShape& s = call.shape;
   Params<Spec> p{};
   OperandParams& o = p.operands;
-  o.b = map_of_rows(g.rows, s.num_pairs, g.columns);
+  // Without any row the gradient is still written (zeros) and nothing is loaded; a tensor map needs
+  // at least one row and an address.
+  o.b = s.num_pairs == 0 ? map_of_rows(g.out.data(), 1, g.columns)
+                         : map_of_rows(g.rows, s.num_pairs, g.columns);
   o.row_token = call.rows.row_token;
   o.b_rows = static_cast<const bf16*>(g.rows);
   o.b_rows_ld = g.columns;
