@@ -17,7 +17,7 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kClusterSize = 8;
-constexpr int kLossThreads = 1024;
+constexpr int kLossThreads = 512;
 constexpr int kLossWarps = kLossThreads / 32;
 constexpr int kGradientWarps = 8;
 

@@ -1,0 +1,216 @@
+// The router's matrix products.
+//   logits [T, E] = x Wrᵀ + bias          tensor cores for bf16, else float32
+//   dWr [E, d] = dlogitsᵀ x, db = sums    float32, split over T, the parts added in order
+//   dX share [T, d] = dlogits Wr          float32
+#include "core/workspace.hpp"
+#include "cuda/router/bias.cuh"
+#include "cuda/router/launch.hpp"
+#include "cuda/router/logits_kernel.hpp"
+#include "cuda/router/router.hpp"
+#include "cuda/router/simt_gemm.cuh"
+
+namespace sonicmoe::cuda::router {
+namespace {
+
+using bf16 = __nv_bfloat16;
+
+constexpr int kBiasSplits = 64;
+
+// Calls function(pointer) with the elements' type.
+template <class Function>
+void visit_float_dtype(const ConstTensorView& view, Function&& function) {
+  if (view.dtype() == DType::kFloat32) {
+    function(static_cast<const float*>(view.data()));
+  } else {
+    function(static_cast<const bf16*>(view.data()));
+  }
+}
+
+template <class A, class B, class Store>
+void launch_simt(cudaStream_t stream, const A& a, const B& b, const SimtShape& shape,
+                 std::int64_t splits, const Store& store, const char* operation) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(shape.m, kSimtTile)),
+                  static_cast<unsigned>(ceil_div(shape.n, kSimtTile)),
+                  static_cast<unsigned>(splits));
+  simt_gemm_kernel<<<grid, kSimtThreads, 0, stream>>>(a, b, shape, store);
+  check_launch(operation);
+}
+
+struct StoreLogits {
+  float* logits;  // [T, E]
+  std::int64_t num_experts;
+  RouterBias bias;
+
+  __device__ void operator()(int, std::int64_t t, std::int64_t e, float sum) const {
+    logits[t * num_experts + e] = sum + bias[e];
+  }
+};
+
+struct StoreMatrix {
+  float* out;  // [splits, M, N]
+  std::int64_t rows, columns;
+
+  __device__ void operator()(int split, std::int64_t m, std::int64_t n, float sum) const {
+    out[(split * rows + m) * columns + n] = sum;
+  }
+};
+
+// --------------------------------------------------------------------------------- weight gradient
+
+// Scratch of the weight gradient: parts [splits, E, d] and bias parts [kBiasSplits, E].
+struct GradientParts {
+  float* weight;
+  double* bias;
+  std::int64_t splits;
+  std::int64_t tokens_per_split;
+};
+
+// As many parts as fill the GPU twice, but at least 256 tokens each: a function of shapes alone.
+std::size_t carve(void* base, std::int64_t num_tokens, std::int64_t num_experts, std::int64_t d,
+                  GradientParts& parts) {
+  const std::int64_t tiles = ceil_div(num_experts, kSimtTile) * ceil_div(d, kSimtTile);
+  const std::int64_t wanted = std::min(ceil_div(2 * 132, std::max<std::int64_t>(tiles, 1)),
+                                       std::max<std::int64_t>(num_tokens / 256, 1));
+  parts.tokens_per_split = std::max<std::int64_t>(
+      ceil_div(ceil_div(num_tokens, wanted), kSimtDepth) * kSimtDepth, kSimtDepth);
+  parts.splits = std::max<std::int64_t>(ceil_div(num_tokens, parts.tokens_per_split), 1);
+  WorkspaceCarver carver(base);
+  parts.weight = carver.take<float>(static_cast<std::size_t>(parts.splits * num_experts * d));
+  parts.bias = carver.take<double>(static_cast<std::size_t>(kBiasSplits * num_experts));
+  return carver.used();
+}
+
+// A gradient of rows x columns in its own dtype and row stride; the columns have unit stride.
+struct GradientOut {
+  void* data;
+  std::int64_t stride, rows, columns;
+  bool is_bf16, accumulate;
+
+  __device__ void put(std::int64_t row, std::int64_t column, float sum) const {
+    const std::int64_t at = row * stride + column;
+    if (is_bf16) {
+      auto* out = static_cast<bf16*>(data);
+      out[at] = __float2bfloat16(accumulate ? __bfloat162float(out[at]) + sum : sum);
+    } else {
+      auto* out = static_cast<float*>(data);
+      out[at] = accumulate ? out[at] + sum : sum;
+    }
+  }
+};
+
+template <class Part>
+__global__ void add_parts_kernel(const Part* parts, std::int64_t splits, GradientOut out) {
+  const std::int64_t count = out.rows * out.columns;
+  for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
+       i += std::int64_t{gridDim.x} * blockDim.x) {
+    Part sum = 0;
+    for (std::int64_t s = 0; s < splits; ++s) sum += parts[s * count + i];
+    out.put(i / out.columns, i % out.columns, static_cast<float>(sum));
+  }
+}
+
+template <class Part>
+void launch_add_parts(cudaStream_t stream, const Part* parts, std::int64_t splits,
+                      const GradientOut& out) {
+  add_parts_kernel<<<grid_stride_blocks(out.rows * out.columns, 256), 256, 0, stream>>>(
+      parts, splits, out);
+  check_launch("router_logits_backward");
+}
+
+// Column sums over the tokens of split blockIdx.y; 32 experts times 8 tokens per CTA.
+__global__ void __launch_bounds__(256)
+    column_sums_kernel(const float* grad_logits, std::int64_t num_tokens, std::int64_t num_experts,
+                       double* parts) {
+  __shared__ double sums[8][32];
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const std::int64_t e = std::int64_t{blockIdx.x} * 32 + lane;
+  const std::int64_t begin = num_tokens * blockIdx.y / kBiasSplits;
+  const std::int64_t end = num_tokens * (blockIdx.y + 1) / kBiasSplits;
+  double sum = 0.0;
+  if (e < num_experts) {
+    for (std::int64_t t = begin + warp; t < end; t += 8) sum += grad_logits[t * num_experts + e];
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp == 0 && e < num_experts) {
+    double total = 0.0;
+    for (int w = 0; w < 8; ++w) total += sums[w][lane];
+    parts[blockIdx.y * num_experts + e] = total;
+  }
+}
+
+}  // namespace
+
+void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,
+                   ConstTensorView bias, TensorView logits, TensorView) {
+  const std::int64_t num_tokens = x.size(0);
+  const std::int64_t num_experts = weight.size(0);
+  const cudaStream_t stream = stream_of(context);
+  if (num_tokens == 0) return;
+  if (tensor_core_logits_fit(x, weight)) {
+    return launch_tensor_core_logits(stream, x, weight, bias, logits);
+  }
+  const SimtShape shape{num_tokens, num_experts, x.size(1), x.size(1)};
+  const StoreLogits store{logits.as<float>(), num_experts, RouterBias(bias)};
+  visit_float_dtype(x, [&]<class X>(const X* x_data) {
+    visit_float_dtype(weight, [&]<class W>(const W* weight_data) {
+      launch_simt(stream, SimtOperand<X, Unit::kDepth>{x_data, x.stride(0)},
+                  SimtOperand<W, Unit::kDepth>{weight_data, weight.stride(0)}, shape, 1, store,
+                  "router_logits");
+    });
+  });
+}
+
+std::size_t router_logits_workspace_bytes(const Context&, const MoEShape& shape) {
+  GradientParts parts;
+  return carve(nullptr, shape.num_tokens, shape.num_experts, shape.hidden_size, parts);
+}
+
+void router_logits_backward(const Context& context, ConstTensorView x, ConstTensorView grad_logits,
+                            TensorView grad_weight, TensorView grad_bias, bool accumulate,
+                            TensorView workspace) {
+  const char* operation = "router_logits_backward";
+  const cudaStream_t stream = stream_of(context);
+  const std::int64_t num_tokens = x.size(0);
+  const std::int64_t d = x.size(1);
+  const std::int64_t num_experts = grad_logits.size(1);
+  GradientParts parts;
+  carve(workspace.data(), num_tokens, num_experts, d, parts);
+  if (grad_weight.defined()) {
+    visit_float_dtype(x, [&]<class X>(const X* x_data) {
+      launch_simt(stream, SimtOperand<float, Unit::kWidth>{grad_logits.as<float>(), num_experts},
+                  SimtOperand<X, Unit::kWidth>{x_data, x.stride(0)},
+                  {num_experts, d, num_tokens, parts.tokens_per_split}, parts.splits,
+                  StoreMatrix{parts.weight, num_experts, d}, operation);
+    });
+    launch_add_parts(stream, parts.weight, parts.splits,
+                     {grad_weight.data(), grad_weight.stride(0), num_experts, d,
+                      grad_weight.dtype() == DType::kBFloat16, accumulate});
+  }
+  if (grad_bias.defined()) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(num_experts, 32)), kBiasSplits);
+    column_sums_kernel<<<grid, 256, 0, stream>>>(grad_logits.as<float>(), num_tokens, num_experts,
+                                                 parts.bias);
+    check_launch(operation);
+    launch_add_parts(stream, parts.bias, kBiasSplits,
+                     {grad_bias.data(), num_experts, 1, num_experts,
+                      grad_bias.dtype() == DType::kBFloat16, accumulate});
+  }
+}
+
+void logits_grad_input(cudaStream_t stream, ConstTensorView grad_logits,
+                       ConstTensorView router_weight, std::int64_t first_column,
+                       std::int64_t num_columns, float* out) {
+  const std::int64_t num_tokens = grad_logits.size(0);
+  const std::int64_t num_experts = grad_logits.size(1);
+  if (num_tokens == 0 || num_columns == 0) return;
+  visit_float_dtype(router_weight, [&]<class W>(const W* weight) {
+    launch_simt(stream, SimtOperand<float, Unit::kDepth>{grad_logits.as<float>(), num_experts},
+                SimtOperand<W, Unit::kWidth>{weight + first_column, router_weight.stride(0)},
+                {num_tokens, num_columns, num_experts, num_experts}, 1,
+                StoreMatrix{out, num_tokens, num_columns}, "logits_grad_input");
+  });
+}
+
+}  // namespace sonicmoe::cuda::router
