@@ -1,13 +1,18 @@
 // The router's matrix products.
 //   logits [T, E] = x Wrᵀ + bias          tensor cores for bf16, else float32
-//   dWr [E, d] = dlogitsᵀ x, db = sums    float32, split over T, the parts added in order
-//   dX share [T, d] = dlogits Wr          float32
+//   dWr [E, d] = dlogitsᵀ x, db = sums    split over T, the parts added in order
+//   dX share [T, d] = dlogits Wr
+// The gradients' float32 operand is dlogits; with a bf16 one beside it they run on the tensor cores
+// in three terms (split_gemm.cuh), else in float32.
+#include <type_traits>
+
 #include "core/workspace.hpp"
 #include "cuda/router/bias.cuh"
 #include "cuda/router/launch.hpp"
 #include "cuda/router/logits_kernel.hpp"
 #include "cuda/router/router.hpp"
 #include "cuda/router/simt_gemm.cuh"
+#include "cuda/router/split_gemm.cuh"
 
 namespace sonicmoe::cuda::router {
 namespace {
@@ -34,6 +39,27 @@ void launch_simt(cudaStream_t stream, const A& a, const B& b, const SimtShape& s
                   static_cast<unsigned>(splits));
   simt_gemm_kernel<<<grid, kSimtThreads, 0, stream>>>(a, b, shape, store);
   check_launch(operation);
+}
+
+// A [M, K] float32 times the rows of a matrix B [K, N], on the tensor cores where B allows.
+template <Unit kUnit, class W, class Store>
+void launch_product(cudaStream_t stream, const SimtOperand<float, kUnit>& a,
+                    const SimtOperand<W, Unit::kWidth>& b, const SimtShape& shape,
+                    std::int64_t splits, const Store& store, const char* operation) {
+  if constexpr (std::is_same_v<W, bf16>) {
+    if (reinterpret_cast<std::uintptr_t>(b.data) % 16 == 0 && (shape.k <= 1 || b.stride % 8 == 0)) {
+      const auto kernel = split_gemm_kernel<kUnit, Store>;
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      kSplitSharedBytes<kUnit>),
+                 operation);
+      const dim3 grid(static_cast<unsigned>(ceil_div(shape.m, kSplitTile)),
+                      static_cast<unsigned>(ceil_div(shape.n, kSplitTile)),
+                      static_cast<unsigned>(splits));
+      kernel<<<grid, kSplitThreads, kSplitSharedBytes<kUnit>, stream>>>(a, b, shape, store);
+      return check_launch(operation);
+    }
+  }
+  launch_simt(stream, a, b, shape, splits, store, operation);
 }
 
 struct StoreLogits {
@@ -68,11 +94,11 @@ struct GradientParts {
 // As many parts as fill the GPU twice, but at least 256 tokens each: a function of shapes alone.
 std::size_t carve(void* base, std::int64_t num_tokens, std::int64_t num_experts, std::int64_t d,
                   GradientParts& parts) {
-  const std::int64_t tiles = ceil_div(num_experts, kSimtTile) * ceil_div(d, kSimtTile);
+  const std::int64_t tiles = ceil_div(num_experts, kSplitTile) * ceil_div(d, kSplitTile);
   const std::int64_t wanted = std::min(ceil_div(2 * 132, std::max<std::int64_t>(tiles, 1)),
                                        std::max<std::int64_t>(num_tokens / 256, 1));
   parts.tokens_per_split = std::max<std::int64_t>(
-      ceil_div(ceil_div(num_tokens, wanted), kSimtDepth) * kSimtDepth, kSimtDepth);
+      ceil_div(ceil_div(num_tokens, wanted), kSplitDepth) * kSplitDepth, kSplitDepth);
   parts.splits = std::max<std::int64_t>(ceil_div(num_tokens, parts.tokens_per_split), 1);
   WorkspaceCarver carver(base);
   parts.weight = carver.take<float>(static_cast<std::size_t>(parts.splits * num_experts * d));
@@ -179,10 +205,10 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
   carve(workspace.data(), num_tokens, num_experts, d, parts);
   if (grad_weight.defined()) {
     visit_float_dtype(x, [&]<class X>(const X* x_data) {
-      launch_simt(stream, SimtOperand<float, Unit::kWidth>{grad_logits.as<float>(), num_experts},
-                  SimtOperand<X, Unit::kWidth>{x_data, x.stride(0)},
-                  {num_experts, d, num_tokens, parts.tokens_per_split}, parts.splits,
-                  StoreMatrix{parts.weight, num_experts, d}, operation);
+      launch_product(stream, SimtOperand<float, Unit::kWidth>{grad_logits.as<float>(), num_experts},
+                     SimtOperand<X, Unit::kWidth>{x_data, x.stride(0)},
+                     {num_experts, d, num_tokens, parts.tokens_per_split}, parts.splits,
+                     StoreMatrix{parts.weight, num_experts, d}, operation);
     });
     launch_add_parts(stream, parts.weight, parts.splits,
                      {grad_weight.data(), grad_weight.stride(0), num_experts, d,
@@ -206,10 +232,10 @@ void logits_grad_input(cudaStream_t stream, ConstTensorView grad_logits,
   const std::int64_t num_experts = grad_logits.size(1);
   if (num_tokens == 0 || num_columns == 0) return;
   visit_float_dtype(router_weight, [&]<class W>(const W* weight) {
-    launch_simt(stream, SimtOperand<float, Unit::kDepth>{grad_logits.as<float>(), num_experts},
-                SimtOperand<W, Unit::kWidth>{weight + first_column, router_weight.stride(0)},
-                {num_tokens, num_columns, num_experts, num_experts}, 1,
-                StoreMatrix{out, num_tokens, num_columns}, "logits_grad_input");
+    launch_product(stream, SimtOperand<float, Unit::kDepth>{grad_logits.as<float>(), num_experts},
+                   SimtOperand<W, Unit::kWidth>{weight + first_column, router_weight.stride(0)},
+                   {num_tokens, num_columns, num_experts, num_experts}, 1,
+                   StoreMatrix{out, num_tokens, num_columns}, "logits_grad_input");
   });
 }
 
