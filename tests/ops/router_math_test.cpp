@@ -1,0 +1,263 @@
+// The router's losses on every backend, compared with the host's, and its matrix products, compared
+// with naive float64 ones.
+#include <cmath>
+
+#include "ops/router_sides.hpp"
+
+namespace sonicmoe::testing {
+namespace {
+
+class RouterMath : public ::testing::TestWithParam<Target> {};
+INSTANTIATE_TEST_SUITE_P(Targets, RouterMath, ::testing::ValuesIn(targets()), target_name);
+
+// -------------------------------------------------------------------------------------- balancing
+
+struct Losses {
+  Values balancing, balancing_grad, z, z_grad, bias;
+};
+
+Losses losses(const Side& side, std::int64_t num_tokens, std::int64_t num_experts, Scoring scoring,
+              double shift) {
+  Values values = make_logits(num_tokens, num_experts, 1.0, false, 21);
+  for (double& value : values) value = static_cast<float>(value + shift);
+  const Tensor logits = side.floats({num_tokens, num_experts}, values);
+  Values counts;
+  for (std::int64_t e = 0; e < num_experts; ++e) {
+    counts.push_back(static_cast<double>((e * 37) % 19 + 1));
+  }
+  const Tensor rows = side.ids(DType::kInt32, {num_experts}, counts);
+  const Tensor grad_loss = side.floats({1}, {0.5});
+  const Tensor balancing = side.output(DType::kFloat32, {1});
+  const Tensor z = side.output(DType::kFloat32, {1});
+  const Tensor balancing_grad = side.output(DType::kFloat32, {num_tokens, num_experts});
+  const Tensor z_grad = side.output(DType::kFloat32, {num_tokens, num_experts});
+  const Tensor bias = side.floats({num_experts}, make_logits(1, num_experts, 0.0, false, 22));
+  load_balancing_loss_forward(side.context, scoring, 1, logits.view(), rows.view(),
+                              balancing.view());
+  load_balancing_loss_backward(side.context, scoring, 1, logits.view(), rows.view(),
+                               grad_loss.view(), balancing_grad.view());
+  router_z_loss_forward(side.context, logits.view(), z.view());
+  router_z_loss_backward(side.context, logits.view(), grad_loss.view(), z_grad.view());
+  update_expert_bias(side.context, bias.view(), rows.view(), 0.01f);
+  for (const Tensor* output : {&balancing, &z, &balancing_grad, &z_grad, &bias}) {
+    expect_output(*output);
+  }
+  return {balancing.values(), balancing_grad.values(), z.values(), z_grad.values(), bias.values()};
+}
+
+TEST_P(RouterMath, LossesAgreeWithTheHost) {
+  struct Shape {
+    std::int64_t num_tokens, num_experts;
+  };
+  for (const auto& [num_tokens, num_experts] :
+       {Shape{1, 2}, Shape{77, 5}, Shape{1000, 32}, Shape{333, 129}, Shape{4100, 256}}) {
+    for (const Scoring scoring : {Scoring::kSoftmaxTopK, Scoring::kSigmoidTopK}) {
+      for (const double shift : {0.0, -60.0, 30.0, -1000.0}) {
+        SCOPED_TRACE("T=" + std::to_string(num_tokens) + " E=" + std::to_string(num_experts) + " " +
+                     std::string(name_of(scoring)) + " shift=" + std::to_string(shift));
+        const Losses expected = losses(Side::host(), num_tokens, num_experts, scoring, shift);
+        const Losses actual =
+            losses(Side::device(GetParam()), num_tokens, num_experts, scoring, shift);
+        expect_close(actual.balancing, expected.balancing, 2.5e-7);
+        expect_close(actual.z, expected.z, 2.5e-7);
+        expect_close(actual.z_grad, expected.z_grad, kOneRounding);
+        EXPECT_EQ(actual.bias, expected.bias);
+        if (scoring == Scoring::kSigmoidTopK && shift > 0) continue;  // the gradient vanishes
+        expect_close(actual.balancing_grad, expected.balancing_grad, kOneRounding);
+      }
+    }
+  }
+}
+
+TEST_P(RouterMath, AddLogitsGradient) {
+  const Side side = Side::device(GetParam());
+  const Tensor sum = side.floats({301, 7}, make_logits(301, 7, 0.0, true, 31));
+  const Tensor addend = side.floats({301, 7}, make_logits(301, 7, 0.0, true, 32));
+  Values expected = sum.values();
+  const Values added = addend.values();
+  for (std::size_t i = 0; i < expected.size(); ++i) expected[i] += added[i];
+  choose_backend(side.context, "test").add_logits_gradient(side.context, sum.view(), addend.view());
+  EXPECT_EQ(sum.values(), expected);
+}
+
+// ------------------------------------------------------------------------------- matrix products
+
+struct ProductCase {
+  std::int64_t num_tokens, hidden_size, num_experts;
+  DType x, weight;
+  bool bias;
+  bool accumulate;
+  Strides strides = Strides::kContiguous;
+
+  std::string text() const {
+    return "T=" + std::to_string(num_tokens) + " d=" + std::to_string(hidden_size) +
+           " E=" + std::to_string(num_experts) + " x " + std::string(name_of(x)) + " Wr " +
+           std::string(name_of(weight)) + " " + name_of(strides);
+  }
+};
+
+std::vector<ProductCase> product_cases() {
+  const DType f32 = DType::kFloat32, bf16 = DType::kBFloat16;
+  return {
+      {1, 1, 1, f32, f32, false, false},
+      {70, 33, 5, f32, f32, true, true},
+      {300, 200, 66, f32, f32, true, false},
+      {300, 200, 66, bf16, bf16, true, false},
+      {129, 520, 130, bf16, bf16, false, true},
+      {1, 8, 1, bf16, bf16, true, false},
+      {260, 100, 12, bf16, bf16, true, true},  // d no multiple of 8
+      {64, 64, 32, bf16, f32, true, false},
+      {130, 72, 20, bf16, bf16, true, false, Strides::kPadded},
+      {1500, 128, 256, bf16, bf16, false, false},
+      {1500, 136, 40, bf16, f32, true, true},
+  };
+}
+
+// sum_k left(i, k) right(k, j), and the sums of |terms|.
+struct Product {
+  Values sums, magnitudes;
+};
+template <class Left, class Right>
+Product multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, const Left& left,
+                 const Right& right) {
+  Product product;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t j = 0; j < columns; ++j) {
+      double sum = 0.0, magnitude = 0.0;
+      for (std::int64_t k = 0; k < depth; ++k) {
+        const double term = left(i, k) * right(k, j);
+        sum += term;
+        magnitude += std::abs(term);
+      }
+      product.sums.push_back(sum);
+      product.magnitudes.push_back(magnitude);
+    }
+  }
+  return product;
+}
+
+// Float32 sums: |error| <= 2^-20 sum|terms|, plus the rounding of a bfloat16 result. An operand
+// rounded to bfloat16 or TF32 on the way would be off by 2^-12 and more.
+void expect_product(const Values& actual, const Product& expected, DType dtype) {
+  ASSERT_EQ(actual.size(), expected.sums.size());
+  const double rounding = dtype == DType::kBFloat16 ? 0x1p-8 : 0.0;
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    const double tolerance =
+        0x1p-20 * expected.magnitudes[i] + rounding * std::abs(expected.sums[i]);
+    ASSERT_LE(std::abs(actual[i] - expected.sums[i]), tolerance)
+        << "element " << i << ": " << actual[i] << ", expected " << expected.sums[i];
+  }
+}
+
+Tensor strided_input(const Side& side, DType dtype, std::vector<std::int64_t> shape,
+                     Strides strides, std::uint64_t seed) {
+  Tensor tensor(side.target, dtype, shape, strides);
+  tensor.fill(make_logits(shape[0], shape.size() > 1 ? shape[1] : 1, 0.0, false, seed));
+  return tensor;
+}
+
+MoEShape shape_of(const ProductCase& c) {
+  MoEShape shape;
+  shape.num_tokens = c.num_tokens;
+  shape.hidden_size = c.hidden_size;
+  shape.num_experts = c.num_experts;
+  shape.dtype = c.x;
+  return shape;
+}
+
+std::size_t at(std::int64_t row, std::int64_t columns, std::int64_t column) {
+  return static_cast<std::size_t>(row * columns + column);
+}
+
+void check_logits(const Side& side, const ProductCase& c) {
+  const std::int64_t num_tokens = c.num_tokens, d = c.hidden_size, num_experts = c.num_experts;
+  const Backend& backend = choose_backend(side.context, "test");
+  const Tensor x = strided_input(side, c.x, {num_tokens, d}, c.strides, 41);
+  const Tensor weight = strided_input(side, c.weight, {num_experts, d}, c.strides, 42);
+  Tensor bias;
+  if (c.bias) bias = strided_input(side, c.weight, {num_experts}, Strides::kContiguous, 43);
+  const Tensor logits = side.output(DType::kFloat32, {num_tokens, num_experts});
+  const GuardedBuffer workspace(side.target,
+                                backend.router_logits_workspace_bytes(side.context, shape_of(c)));
+  backend.router_logits(side.context, x.view(), weight.view(), bias.view(), logits.view(),
+                        workspace.view());
+  const Values xs = x.values(), ws = weight.values();
+  const Values bs = c.bias ? bias.values() : Values();
+  const Product expected = multiply(
+      num_tokens, num_experts, d + 1,
+      [&](std::int64_t t, std::int64_t k) { return k < d ? xs[at(t, d, k)] : 1.0; },
+      [&](std::int64_t k, std::int64_t e) {
+        return k < d ? ws[at(e, d, k)] : c.bias ? bs[static_cast<std::size_t>(e)] : 0.0;
+      });
+  expect_product(logits.values(), expected, DType::kFloat32);
+  expect_output(logits);
+  EXPECT_TRUE(workspace.guards_intact());
+}
+
+void check_gradients(const Side& side, const ProductCase& c) {
+  const std::int64_t num_tokens = c.num_tokens, d = c.hidden_size, num_experts = c.num_experts;
+  const Backend& backend = choose_backend(side.context, "test");
+  const Tensor x = strided_input(side, c.x, {num_tokens, d}, c.strides, 51);
+  const Tensor grad =
+      strided_input(side, DType::kFloat32, {num_tokens, num_experts}, Strides::kContiguous, 52);
+  const DType dtype = c.accumulate ? DType::kFloat32 : c.weight;
+  Tensor grad_weight(side.target, dtype, {num_experts, d}, c.strides);
+  Tensor grad_bias(side.target, dtype, {num_experts});
+  const double before = c.accumulate ? 0.25 : 0.0;
+  if (c.accumulate) {
+    grad_weight.fill_constant(before);
+    grad_bias.fill_constant(before);
+  }
+  const GuardedBuffer workspace(side.target,
+                                backend.router_logits_workspace_bytes(side.context, shape_of(c)));
+  backend.router_logits_backward(side.context, x.view(), grad.view(), grad_weight.view(),
+                                 grad_bias.view(), c.accumulate, workspace.view());
+  const Values xs = x.values(), gs = grad.values();
+  const auto left = [&](std::int64_t e, std::int64_t t) {
+    return t < num_tokens ? gs[at(t, num_experts, e)] : before;
+  };
+  const auto right = [&](std::int64_t t, std::int64_t column) {
+    return t < num_tokens ? xs[at(t, d, column)] : 1.0;
+  };
+  const auto ones = [](std::int64_t, std::int64_t) { return 1.0; };
+  expect_product(grad_weight.values(), multiply(num_experts, d, num_tokens + 1, left, right),
+                 dtype);
+  expect_product(grad_bias.values(), multiply(num_experts, 1, num_tokens + 1, left, ones), dtype);
+  expect_output(grad_weight);
+  expect_output(grad_bias);
+  EXPECT_TRUE(workspace.guards_intact());
+}
+
+TEST_P(RouterMath, LogitsMatchFloat64) {
+  for (const ProductCase& c : product_cases()) {
+    SCOPED_TRACE(c.text());
+    check_logits(Side::device(GetParam()), c);
+  }
+}
+
+TEST_P(RouterMath, LogitsGradientsMatchFloat64) {
+  for (const ProductCase& c : product_cases()) {
+    SCOPED_TRACE(c.text());
+    check_gradients(Side::device(GetParam()), c);
+  }
+}
+
+TEST_P(RouterMath, GradientsOfNoTokensAreZero) {
+  const Side side = Side::device(GetParam());
+  const Backend& backend = choose_backend(side.context, "test");
+  const Tensor x = side.output(DType::kFloat32, {0, 40});
+  const Tensor grad = side.output(DType::kFloat32, {0, 70});
+  const Tensor grad_weight = side.output(DType::kFloat32, {70, 40});
+  const Tensor grad_bias = side.output(DType::kFloat32, {70});
+  const GuardedBuffer workspace(
+      side.target,
+      backend.router_logits_workspace_bytes(
+          side.context, shape_of({0, 40, 70, DType::kFloat32, DType::kFloat32, true, false})));
+  backend.router_logits_backward(side.context, x.view(), grad.view(), grad_weight.view(),
+                                 grad_bias.view(), false, workspace.view());
+  EXPECT_EQ(grad_weight.values(), Values(70 * 40, 0.0));
+  EXPECT_EQ(grad_bias.values(), Values(70, 0.0));
+}
+
+}  // namespace
+}  // namespace sonicmoe::testing
