@@ -1,16 +1,15 @@
-// The CUDA backend: the expert layer on Hopper GPUs, bfloat16. The router's operations are not here
-// yet; they say so.
+// The CUDA backend: the expert layer and the router on Hopper GPUs. Expert computation in bfloat16,
+// routing in float32.
 #include "core/backend.hpp"
 #include "cuda/device.hpp"
 #include "cuda/experts/experts.hpp"
-#include "sonicmoe/error.hpp"
+#include "cuda/router/router.hpp"
 
 namespace sonicmoe {
 namespace {
 
-[[noreturn]] void no_router(const char* operation) {
-  throw Error(std::string(operation) + ": the cuda backend has no router yet");
-}
+using cuda::DeviceGuard;
+namespace router = cuda::router;
 
 class CudaBackend final : public Backend {
  public:
@@ -29,66 +28,92 @@ class CudaBackend final : public Backend {
   }
   void moe_forward(const Context& context, const MoEShape& shape,
                    const MoEForwardArgs& args) const override {
-    const cuda::DeviceGuard guard(context.device.index);
+    const DeviceGuard guard(context.device.index);
     cuda::forward(context, shape, args);
   }
   void moe_backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
-                    const RouterShare* router) const override {
-    if (router != nullptr) no_router("moe_layer_backward");
-    const cuda::DeviceGuard guard(context.device.index);
-    cuda::backward(context, shape, args);
+                    const RouterShare* share) const override {
+    const DeviceGuard guard(context.device.index);
+    cuda::backward(context, shape, args, share);
   }
 
-  void route_forward(const Context&, const RouteForwardArgs&) const override {
-    no_router("route_forward");
+  void route_forward(const Context& context, const RouteForwardArgs& args) const override {
+    const DeviceGuard guard(context.device.index);
+    router::route_forward(context, args);
   }
-  void route_backward(const Context&, const RouteBackwardArgs&) const override {
-    no_router("route_backward");
+  void route_backward(const Context& context, const RouteBackwardArgs& args) const override {
+    const DeviceGuard guard(context.device.index);
+    router::route_backward(context, args);
   }
-  std::size_t round_tokens_workspace_bytes(const Context&, std::int64_t, std::int64_t,
-                                           std::int64_t) const override {
-    no_router("round_tokens_workspace_bytes");
+  std::size_t round_tokens_workspace_bytes(const Context& context, std::int64_t num_tokens,
+                                           std::int64_t num_experts,
+                                           std::int64_t top_k) const override {
+    return router::round_tokens_workspace_bytes(context, num_tokens, num_experts, top_k);
   }
-  void round_tokens_forward(const Context&, const RoundTokensForwardArgs&) const override {
-    no_router("round_tokens_forward");
+  void round_tokens_forward(const Context& context,
+                            const RoundTokensForwardArgs& args) const override {
+    const DeviceGuard guard(context.device.index);
+    router::round_tokens_forward(context, args);
   }
-  void round_select(const Context&, const RoundSelectArgs&) const override {
-    no_router("round_select");
+  void round_select(const Context& context, const RoundSelectArgs& args) const override {
+    const DeviceGuard guard(context.device.index);
+    router::round_select(context, args);
   }
-  void round_tokens_backward(const Context&, const RoundTokensBackwardArgs&) const override {
-    no_router("round_tokens_backward");
+  void round_tokens_backward(const Context& context,
+                             const RoundTokensBackwardArgs& args) const override {
+    const DeviceGuard guard(context.device.index);
+    router::round_tokens_backward(context, args);
   }
-  void load_balancing_loss_forward(const Context&, Scoring, std::int64_t, ConstTensorView,
-                                   ConstTensorView, TensorView) const override {
-    no_router("load_balancing_loss_forward");
+  void load_balancing_loss_forward(const Context& context, Scoring scoring, std::int64_t top_k,
+                                   ConstTensorView logits, ConstTensorView rows_per_expert,
+                                   TensorView loss) const override {
+    const DeviceGuard guard(context.device.index);
+    router::load_balancing_loss_forward(context, scoring, top_k, logits, rows_per_expert, loss);
   }
-  void load_balancing_loss_backward(const Context&, Scoring, std::int64_t, ConstTensorView,
-                                    ConstTensorView, ConstTensorView, TensorView) const override {
-    no_router("load_balancing_loss_backward");
+  void load_balancing_loss_backward(const Context& context, Scoring scoring, std::int64_t top_k,
+                                    ConstTensorView logits, ConstTensorView rows_per_expert,
+                                    ConstTensorView grad_loss,
+                                    TensorView grad_logits) const override {
+    const DeviceGuard guard(context.device.index);
+    router::load_balancing_loss_backward(context, scoring, top_k, logits, rows_per_expert,
+                                         grad_loss, grad_logits);
   }
-  void router_z_loss_forward(const Context&, ConstTensorView, TensorView) const override {
-    no_router("router_z_loss_forward");
+  void router_z_loss_forward(const Context& context, ConstTensorView logits,
+                             TensorView loss) const override {
+    const DeviceGuard guard(context.device.index);
+    router::router_z_loss_forward(context, logits, loss);
   }
-  void router_z_loss_backward(const Context&, ConstTensorView, ConstTensorView,
-                              TensorView) const override {
-    no_router("router_z_loss_backward");
+  void router_z_loss_backward(const Context& context, ConstTensorView logits,
+                              ConstTensorView grad_loss, TensorView grad_logits) const override {
+    const DeviceGuard guard(context.device.index);
+    router::router_z_loss_backward(context, logits, grad_loss, grad_logits);
   }
-  void update_expert_bias(const Context&, TensorView, ConstTensorView, float) const override {
-    no_router("update_expert_bias");
+  void update_expert_bias(const Context& context, TensorView bias, ConstTensorView rows_per_expert,
+                          float rate) const override {
+    const DeviceGuard guard(context.device.index);
+    router::update_expert_bias(context, bias, rows_per_expert, rate);
   }
-  void add_logits_gradient(const Context&, TensorView, ConstTensorView) const override {
-    no_router("moe_layer_backward");
+  void add_logits_gradient(const Context& context, TensorView grad_logits,
+                           ConstTensorView addend) const override {
+    const DeviceGuard guard(context.device.index);
+    router::add_logits_gradient(context, grad_logits, addend);
   }
-  void router_logits(const Context&, ConstTensorView, ConstTensorView, ConstTensorView, TensorView,
-                     TensorView) const override {
-    no_router("moe_layer_forward");
+  void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,
+                     ConstTensorView bias, TensorView logits, TensorView workspace) const override {
+    const DeviceGuard guard(context.device.index);
+    router::router_logits(context, x, weight, bias, logits, workspace);
   }
-  void router_logits_backward(const Context&, ConstTensorView, ConstTensorView, TensorView,
-                              TensorView, bool, TensorView) const override {
-    no_router("moe_layer_backward");
+  void router_logits_backward(const Context& context, ConstTensorView x,
+                              ConstTensorView grad_logits, TensorView grad_weight,
+                              TensorView grad_bias, bool accumulate,
+                              TensorView workspace) const override {
+    const DeviceGuard guard(context.device.index);
+    router::router_logits_backward(context, x, grad_logits, grad_weight, grad_bias, accumulate,
+                                   workspace);
   }
-  std::size_t router_logits_workspace_bytes(const Context&, const MoEShape&) const override {
-    no_router("moe_layer_workspace");
+  std::size_t router_logits_workspace_bytes(const Context& context,
+                                            const MoEShape& shape) const override {
+    return router::router_logits_workspace_bytes(context, shape);
   }
 };
 

@@ -252,8 +252,15 @@ class MoELayerTest : public ::testing::TestWithParam<std::tuple<Target, LayerCas
   const LayerCase& layer_case() const { return std::get<1>(GetParam()); }
 };
 
+// The expectations read the tensors of a call in place, so only targets in host memory take part.
+std::vector<Target> host_memory_targets() {
+  std::vector<Target> result = targets();
+  std::erase_if(result, [](const Target& t) { return t.device.type != DeviceType::kCpu; });
+  return result;
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, MoELayerTest,
-                         ::testing::Combine(::testing::ValuesIn(router_targets()),
+                         ::testing::Combine(::testing::ValuesIn(host_memory_targets()),
                                             ::testing::ValuesIn(kCases)),
                          [](const auto& test) {
                            return std::get<0>(test.param).backend + "_" +

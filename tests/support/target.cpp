@@ -98,13 +98,4 @@ const std::vector<Target>& targets() {
   return list;
 }
 
-const std::vector<Target>& router_targets() {
-  static const std::vector<Target> list = [] {
-    std::vector<Target> with_router = targets();
-    std::erase_if(with_router, [](const Target& t) { return t.backend == "cuda"; });
-    return with_router;
-  }();
-  return list;
-}
-
 }  // namespace sonicmoe::testing

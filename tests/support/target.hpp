@@ -51,7 +51,4 @@ const Target& host_target();
 /// Every available backend on every device it serves.
 const std::vector<Target>& targets();
 
-/// Those that have the router's operations, which the CUDA backend still lacks.
-const std::vector<Target>& router_targets();
-
 }  // namespace sonicmoe::testing

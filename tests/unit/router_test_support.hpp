@@ -33,7 +33,7 @@ inline std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
 inline const testing::Target& target() {
   static const testing::Target& chosen = []() -> const testing::Target& {
     const char* wanted = std::getenv("SONICMOE_BACKEND");
-    for (const testing::Target& candidate : testing::router_targets()) {
+    for (const testing::Target& candidate : testing::targets()) {
       if (wanted == nullptr || candidate.backend == wanted) return candidate;
     }
     throw Error("router tests: no such backend");

@@ -243,9 +243,7 @@ class HiddenGradientEpilogue {
       for (int v = 0; v < 8; ++v) {
         float dg;
         plain_gradient(activation, g[v], s * da[v], dg, a[v]);
-        sum += da[v] * a[v];
         g[v] = dg;
-        a[v] *= s;
       }
       ptx::store_global_v4(p_.grad_h + r * p_.n + j, pack(g));
     } else {
@@ -261,16 +259,22 @@ class HiddenGradientEpilogue {
       for (int v = 0; v < 8; ++v) {
         float dg, du;
         gated_gradient(activation, g[v], u[v], s * da[v], dg, du, a[v]);
-        sum += da[v] * a[v];
         g[v] = dg;
         u[v] = du;
-        a[v] *= s;
       }
       bf16* grad_h = p_.grad_h + r * (2 * p_.n);
       uint4 low = pack(g), high = pack(u);
       if (!halves) pack_pairs(g, u, low, high);
       ptx::store_global_v4(grad_h + (halves ? j : 2 * j), low);
       ptx::store_global_v4(grad_h + (halves ? p_.n + j : 2 * j + 8), high);
+    }
+    // dS with A rounded as forward stored it: the weight of the Y that was summed.
+    float stored_a[8];
+    unpack(pack(a), stored_a);
+#pragma unroll
+    for (int v = 0; v < 8; ++v) {
+      sum += da[v] * stored_a[v];
+      a[v] *= s;
     }
     ptx::store_global_v4(p_.scaled_a + r * p_.n + j, pack(a));
     return sum;

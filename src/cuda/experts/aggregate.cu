@@ -16,6 +16,7 @@ constexpr int kBatch = 8;  // rows in flight per lane
 
 struct Sources {
   const bf16* rows;
+  std::int64_t rows_ld;
   const void* weights;  // by pair, or null
   bool weights_are_bf16;
   const float* share;
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) aggregate_kernel(Sources s, Metadata
       for (int j = 0; j < kBatch; ++j) {
         const int at = __shfl_sync(~0u, mine.at, (first + j) & 31);
         if (at >= 0 && inside) {
-          values[j] = ptx::load_global_nc_v4(s.rows + std::int64_t{at} * s.columns + column);
+          values[j] = ptx::load_global_nc_v4(s.rows + std::int64_t{at} * s.rows_ld + column);
         }
       }
 #pragma unroll
@@ -183,6 +184,7 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
   if (shape.num_tokens == 0) return;
   Sources s{};
   s.rows = static_cast<const bf16*>(args.rows);
+  s.rows_ld = args.rows_ld;
   s.weights = args.weights.data();
   s.weights_are_bf16 = args.weights.defined() && args.weights.dtype() == DType::kBFloat16;
   s.share = args.share;

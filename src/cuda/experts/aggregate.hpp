@@ -12,7 +12,8 @@ namespace sonicmoe::cuda {
 /// float32 sum, one rounding, for `columns` columns. bfloat16.
 /// Top-K routing: `rows` is in pair order (row t*K + k); pair lists: in row order.
 struct AggregateArgs {
-  const void* rows = nullptr;    ///< [P, columns] contiguous
+  const void* rows = nullptr;    ///< [P, rows_ld], 16-byte aligned
+  std::int64_t rows_ld = 0;      ///< a multiple of 8
   ConstTensorView weights;       ///< by pair, float32|bfloat16, or absent for 1
   const float* share = nullptr;  ///< [T, columns] or null
   Matrix out;                    ///< [T, *], at the slab's first column

@@ -1,15 +1,19 @@
 // Backward without Y: dS = <dA', A>, so that only X, H and the row lists are kept.
-//   1 dH, A', dS from dO, W2 and the stored H      2 bias gradients
-//   3 dX~ = dH W1, summed per token, slab by slab  4 dW2, dW1
+//   1 dH, A', dS from dO, W2 and the stored H      2 the router's gradient (moe_layer only)
+//   3 bias gradients                               4 dX~ = dH W1, summed per token, slab by slab
+//   5 dW2, dW1
 #include <algorithm>
 
 #include "cuda/experts/buffers.hpp"
 #include "cuda/experts/experts.hpp"
+#include "cuda/router/router.hpp"
 
 namespace sonicmoe::cuda {
 namespace {
 
 constexpr std::int64_t kLeastPartialColumns = 128;
+// Columns of the router's share of dX at a time: float32 that should stay in L2.
+constexpr std::int64_t kShareColumns = 256;
 
 struct Buffers {
   RowTables tables;
@@ -17,6 +21,7 @@ struct Buffers {
   void* scaled_a;  // [P, n]
   float* partial;  // [P, ceil(n / 128)]
   void* grad_x;    // [P, slab] dX~; not for sorted rows, whose dX~ is dX
+  float* share;    // [T, kShareColumns] the router's part of dX; likewise
 };
 
 Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab) {
@@ -30,12 +35,34 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab)
   b.partial = carver.take<float>(elements(shape.num_pairs, parts));
   if (shape.form != MoEShape::Form::kSorted) {
     b.grad_x = carver.take_bytes(elements(shape.num_pairs, slab) * kElementBytes);
+    b.share = carver.take<float>(elements(shape.num_tokens, kShareColumns));
   }
   return b;
 }
 
+// dX of columns [column, column + columns) from dX~, with the router's share in the same sum.
+void sum_tokens(const ExpertCall& call, const MoEBackwardArgs& args, const Metadata& m,
+                const Buffers& b, const RouterShare* router, std::int64_t column,
+                std::int64_t columns) {
+  const std::int64_t step = router == nullptr ? columns : kShareColumns;
+  for (std::int64_t c = 0; c < columns; c += step) {
+    const std::int64_t width = std::min(step, columns - c);
+    if (router != nullptr) {
+      router::logits_grad_input(call.stream, router->grad_logits, router->router_weight, column + c,
+                                width, b.share);
+    }
+    aggregate(call.stream, call.shape, m,
+              {.rows = static_cast<const bfloat16*>(b.grad_x) + c,
+               .rows_ld = columns,
+               .weights = {},
+               .share = router == nullptr ? nullptr : b.share,
+               .out = {args.grad_x.as<bfloat16>() + column + c, args.grad_x.stride(0)},
+               .columns = width});
+  }
+}
+
 void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const Metadata& m,
-                     const Buffers& b, std::int64_t slab) {
+                     const Buffers& b, const RouterShare* router, std::int64_t slab) {
   const MoEShape& shape = call.shape;
   const bool sorted = shape.form == MoEShape::Form::kSorted;
   for (std::int64_t c = 0; c < shape.hidden_size; c += slab) {
@@ -53,8 +80,7 @@ void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const 
       zero_tail(call.stream, shape, m, out, columns);
       continue;
     }
-    aggregate(call.stream, shape, m,
-              {.rows = b.grad_x, .weights = {}, .share = nullptr, .out = out, .columns = columns});
+    sum_tokens(call, args, m, b, router, c, columns);
   }
 }
 
@@ -68,7 +94,8 @@ WorkspacePlan backward_plan(const MoEShape& shape, std::optional<std::size_t> li
   });
 }
 
-void backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args) {
+void backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
+              const RouterShare* router) {
   const WorkspacePlan plan = backward_plan(shape, args.workspace_limit);
   WorkspaceCarver carver(args.workspace.data());
   Buffers b = carve(carver, shape, plan.slab_columns);
@@ -88,6 +115,7 @@ void backward(const Context& context, const MoEShape& shape, const MoEBackwardAr
                            static_cast<int>((shape.intermediate_size + width - 1) / width),
                            grad_out, args.weights.b2, args.grad_routing_weights.as<float>());
   }
+  if (router != nullptr) router->compute_grad_logits();
   if (args.grad_b1.defined()) {
     bias_gradient(call.stream, shape, m, {b.grad_h, shape.hidden_columns()}, false, nullptr,
                   args.grad_b1, args.accumulate);
@@ -96,7 +124,7 @@ void backward(const Context& context, const MoEShape& shape, const MoEBackwardAr
     bias_gradient(call.stream, shape, m, grad_out, true, b.tables.row_weight, args.grad_b2,
                   args.accumulate);
   }
-  if (args.grad_x.defined()) input_gradients(call, args, m, b, plan.slab_columns);
+  if (args.grad_x.defined()) input_gradients(call, args, m, b, router, plan.slab_columns);
   if (args.grad_w2.defined()) {
     SONICMOE_RUN_GEMM(call, down_weight_gradient,
                       DownWeightGradientArgs{grad_out, b.scaled_a, args.grad_w2, args.accumulate});

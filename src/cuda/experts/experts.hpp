@@ -12,6 +12,7 @@ WorkspacePlan backward_plan(const MoEShape& shape, std::optional<std::size_t> li
 
 /// Errors: what the Hopper kernels decline (dtype, widths, strides, alignment), by argument.
 void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs& args);
-void backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args);
+void backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
+              const RouterShare* router);
 
 }  // namespace sonicmoe::cuda

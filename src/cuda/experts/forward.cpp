@@ -68,8 +68,9 @@ void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs
     if (sorted) {
       zero_tail(call.stream, shape, m, out, columns);
     } else {
-      aggregate(call.stream, shape, m,
-                {.rows = b.y, .weights = weights, .out = out, .columns = columns});
+      aggregate(
+          call.stream, shape, m,
+          {.rows = b.y, .rows_ld = columns, .weights = weights, .out = out, .columns = columns});
     }
   }
 }

@@ -378,7 +378,9 @@ void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& r
 void build_row_tables(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
                       const Metadata& m, const RowTables& tables) {
   const int E = static_cast<int>(shape.num_experts);
-  const std::size_t shared = 2 * sizeof(std::int32_t) * static_cast<std::size_t>(E);
+  // Padded: the compiler reads counts ahead of its loop, past the end of the array.
+  constexpr std::size_t kReadAhead = 256;
+  const std::size_t shared = 2 * sizeof(std::int32_t) * static_cast<std::size_t>(E) + kReadAhead;
   allow_shared(make_tables, shared, shape);
   make_tables<<<1, kScanThreads, shared, stream>>>(m.offsets, E, tables);
   const ConstTensorView weights = weights_of(routing);
