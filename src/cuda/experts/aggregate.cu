@@ -45,8 +45,8 @@ __device__ TokenRows rows_of_token(const Sources& s, const Metadata& m, std::int
   if (i >= count) return {-1, 0.0f};
   if (s.top_k > 0) {
     const std::int64_t pair = t * s.top_k + i;
-    return m.pair_row[pair] < 0 ? TokenRows{-1, 0.0f}
-                                : TokenRows{static_cast<int>(pair), s.weight(pair)};
+    const int row = m.pair_row[pair];
+    return row < 0 ? TokenRows{-1, 0.0f} : TokenRows{row, s.weight(pair)};
   }
   const int row = m.token_rows[m.token_start[t] + i];
   return {row, s.weight(m.row_pair[row])};
@@ -119,6 +119,19 @@ __device__ int expert_of(const Metadata& m, std::int64_t row) {
     }
   }
   return low;
+}
+
+// One thread per pair, without <dO, b2>.
+__global__ void sum_partials_kernel(Metadata m, std::int64_t num_pairs, const float* partial,
+                                    int parts, float* grad) {
+  const std::int64_t pair = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (pair >= num_pairs) return;
+  const std::int64_t row = m.pair_row == nullptr ? pair : m.pair_row[pair];
+  float sum = 0.0f;
+  if (row >= 0 && row < m.offsets[m.num_experts - 1]) {
+    for (int j = 0; j < parts; ++j) sum += partial[row * parts + j];
+  }
+  grad[pair] = sum;
 }
 
 // One warp per pair.
@@ -212,6 +225,11 @@ void finish_weight_gradient(cudaStream_t stream, const MoEShape& shape, const Me
                             const float* partial, int parts, Matrix grad_out, ConstTensorView b2,
                             float* grad) {
   if (shape.num_pairs == 0) return;
+  if (!b2.defined()) {
+    sum_partials_kernel<<<ceil_div(shape.num_pairs, kThreads), kThreads, 0, stream>>>(
+        metadata, shape.num_pairs, partial, parts, grad);
+    return check_launch(cudaGetLastError(), "gradient of the routing weights", shape);
+  }
   finish_weight_gradient_kernel<<<ceil_div(shape.num_pairs, kWarps), kThreads, 0, stream>>>(
       metadata, shape.num_pairs, partial, parts, static_cast<const bf16*>(grad_out.data),
       grad_out.ld, b2.as<bf16>(), b2.defined() ? b2.stride(0) : 0,

@@ -10,7 +10,8 @@ namespace sonicmoe::cuda {
 
 /// out[t, c] = sum over the rows of t, in input order, of weight * rows[row, c]  (+ share[t, c]),
 /// float32 sum, one rounding, for `columns` columns. bfloat16.
-/// Top-K routing: `rows` is in pair order (row t*K + k); pair lists: in row order.
+/// `rows` is in row order: the K rows of a token lie apart. (In token order the down projection
+/// would have to scatter them, which measured slower than gathering them here.)
 struct AggregateArgs {
   const void* rows = nullptr;    ///< [P, rows_ld], 16-byte aligned
   std::int64_t rows_ld = 0;      ///< a multiple of 8

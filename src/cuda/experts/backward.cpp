@@ -68,14 +68,12 @@ void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const 
   for (std::int64_t c = 0; c < shape.hidden_size; c += slab) {
     const std::int64_t columns = std::min(slab, shape.hidden_size - c);
     const Matrix out{args.grad_x.as<bfloat16>() + c, args.grad_x.stride(0)};
-    SONICMOE_RUN_GEMM(
-        call, input_gradient,
-        InputGradientArgs{.grad_h = b.grad_h,
-                          .w1 = args.weights.w1,
-                          .first_column = c,
-                          .num_columns = columns,
-                          .out = sorted ? out : Matrix{b.grad_x, columns},
-                          .row_map = shape.form == MoEShape::Form::kTopK ? m.row_pair : nullptr});
+    SONICMOE_RUN_GEMM(call, input_gradient,
+                      InputGradientArgs{.grad_h = b.grad_h,
+                                        .w1 = args.weights.w1,
+                                        .first_column = c,
+                                        .num_columns = columns,
+                                        .out = sorted ? out : Matrix{b.grad_x, columns}});
     if (sorted) {
       zero_tail(call.stream, shape, m, out, columns);
       continue;

@@ -55,16 +55,14 @@ void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs
   for (std::int64_t c = 0; c < shape.hidden_size; c += plan.slab_columns) {
     const std::int64_t columns = std::min(plan.slab_columns, shape.hidden_size - c);
     const Matrix out{args.out.as<bfloat16>() + c, args.out.stride(0)};
-    SONICMOE_RUN_GEMM(
-        call, down,
-        DownArgs{.a = b.a,
-                 .w2 = args.weights.w2,
-                 .b2 = args.weights.b2,
-                 .first_column = c,
-                 .num_columns = columns,
-                 .out = sorted ? out : Matrix{b.y, columns},
-                 .row_map = shape.form == MoEShape::Form::kTopK ? m.row_pair : nullptr,
-                 .row_weight = sorted ? b.tables.row_weight : nullptr});
+    SONICMOE_RUN_GEMM(call, down,
+                      DownArgs{.a = b.a,
+                               .w2 = args.weights.w2,
+                               .b2 = args.weights.b2,
+                               .first_column = c,
+                               .num_columns = columns,
+                               .out = sorted ? out : Matrix{b.y, columns},
+                               .row_weight = sorted ? b.tables.row_weight : nullptr});
     if (sorted) {
       zero_tail(call.stream, shape, m, out, columns);
     } else {
