@@ -17,20 +17,19 @@ namespace {
 // Scratch of one thread while it computes dH or dX~.
 template <class Compute>
 struct RowScratch {
-  Compute* rows;    // [kRowBlock, max(d, g*n)] gathered dO, or dH
-  Compute* weight;  // [max(d, g*n), kUnitBlock or kColumnBlock]
+  Compute* rows;    // [kRowBlock, max(d, g*n)] padded: gathered dO, or dH
+  Compute* weight;  // [max(d, g*n), kUnitBlock or kColumnBlock] padded
   float* panel;     // [kRowBlock, kUnitBlock or kColumnBlock]
   float* temp;      // [7 kUnitBlock]
   float* row_sums;  // [kRowBlock] dS
 
   static RowScratch carve(const MoEShape& shape, WorkspaceCarver& carver) {
-    const auto depth =
-        static_cast<std::size_t>(std::max(shape.hidden_size, shape.hidden_columns()));
-    constexpr std::size_t kWidth = std::max(kUnitBlock, kColumnBlock);
+    const std::int64_t depth = std::max(shape.hidden_size, shape.hidden_columns());
+    constexpr std::int64_t kWidth = std::max(kUnitBlock, kColumnBlock);
     RowScratch s;
-    s.rows = carver.take<Compute>(kRowBlock * depth);
-    s.weight = carver.take<Compute>(kWidth * depth);
-    s.panel = carver.take<float>(kRowBlock * kWidth);
+    s.rows = carver.take<Compute>(panel_size(kRowBlock, depth));
+    s.weight = carver.take<Compute>(panel_size(kWidth, depth));
+    s.panel = carver.take<float>(static_cast<std::size_t>(kRowBlock * kWidth));
     s.temp = carver.take<float>(7 * kUnitBlock);
     s.row_sums = carver.take<float>(kRowBlock);
     return s;
@@ -44,8 +43,7 @@ struct SumScratch {
 
   static SumScratch carve(const MoEShape& shape, WorkspaceCarver& carver) {
     SumScratch s;
-    s.router_weight =
-        carver.take<float>(static_cast<std::size_t>(shape.num_experts * kColumnBlock));
+    s.router_weight = carver.take<float>(panel_size(shape.num_experts, kColumnBlock));
     s.columns = carver.take<float>(
         static_cast<std::size_t>(std::max(shape.hidden_size, shape.hidden_columns())));
     return s;

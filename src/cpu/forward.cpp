@@ -15,8 +15,8 @@ namespace {
 // Scratch of one thread.
 template <class Compute>
 struct ThreadScratch {
-  Compute* rows;    // [kRowBlock, max(d, n)] gathered X or A
-  Compute* weight;  // [2 kUnitBlock or kColumnBlock, max(d, n)]
+  Compute* rows;    // [kRowBlock, max(d, n)] padded: gathered X or A
+  Compute* weight;  // [2 kUnitBlock or kColumnBlock, max(d, n)] padded
   float* panel;     // [kRowBlock, 2 kUnitBlock]
   float* temp;      // [3 kUnitBlock]
 };
@@ -37,11 +37,10 @@ struct Buffers {
   }
 
   static ThreadScratch<Compute> carve_thread(const MoEShape& shape, WorkspaceCarver& carver) {
-    const auto depth =
-        static_cast<std::size_t>(std::max(shape.hidden_size, shape.intermediate_size));
+    const std::int64_t depth = std::max(shape.hidden_size, shape.intermediate_size);
     ThreadScratch<Compute> s;
-    s.rows = carver.take<Compute>(kRowBlock * depth);
-    s.weight = carver.take<Compute>(2 * kUnitBlock * depth);
+    s.rows = carver.take<Compute>(panel_size(kRowBlock, depth));
+    s.weight = carver.take<Compute>(panel_size(2 * kUnitBlock, depth));
     s.panel = carver.take<float>(kRowBlock * 2 * kUnitBlock);
     s.temp = carver.take<float>(3 * kUnitBlock);
     return s;

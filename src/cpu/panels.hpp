@@ -39,26 +39,45 @@ std::int64_t padded_rows(std::int64_t rows) {
   return std::is_same_v<Compute, bfloat16> ? round_up(rows, kRowQuantum) : rows;
 }
 
-/// Rows [first, first + rows) x columns [column, column + columns) as a row-major operand.
-/// `scratch` holds padded_rows(rows) x columns; padding rows are zero.
+/// Leading dimension of a packed panel. Lines that lie a power of two apart share few sets of the
+/// caches, so every line gets one cache line more.
+inline constexpr std::int64_t kLinePadding = 16;
+inline constexpr std::int64_t padded_line(std::int64_t length) { return length + kLinePadding; }
+
+/// Elements of scratch for a panel of `lines` x `length`, whichever of the two is contiguous.
+inline constexpr std::size_t panel_size(std::int64_t lines, std::int64_t length) {
+  return static_cast<std::size_t>(padded_line(lines) * padded_line(length));
+}
+
+/// Rows [first, first + rows) x columns [column, column + columns) copied to a row-major operand.
+/// `scratch` holds padded_rows(rows) x padded_line(columns); padding rows are zero.
+template <class Storage, class Compute>
+Operand<Compute> pack_rows(const RowSource<Storage>& source, std::int64_t first, std::int64_t rows,
+                           std::int64_t column, std::int64_t columns, Compute* scratch) {
+  const std::int64_t ld = padded_line(columns);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    convert(source.row(first + r) + column, scratch + r * ld, columns);
+  }
+  for (std::int64_t r = rows; r < padded_rows<Compute>(rows); ++r) {
+    std::fill_n(scratch + r * ld, columns, Compute{});
+  }
+  return {scratch, ld};
+}
+
+/// As pack_rows, but in place where the rows already are such an operand.
 template <class Storage, class Compute>
 Operand<Compute> load_rows(const RowSource<Storage>& source, std::int64_t first, std::int64_t rows,
                            std::int64_t column, std::int64_t columns, Compute* scratch) {
   if constexpr (std::is_same_v<Storage, float>) {
-    if (source.index == nullptr && source.row_stride >= columns) {
+    if (source.index == nullptr && source.row_stride >= columns && source.row_stride % 256 != 0) {
       return {source.row(first) + column, source.row_stride};
     }
   }
-  for (std::int64_t r = 0; r < rows; ++r) {
-    convert(source.row(first + r) + column, scratch + r * columns, columns);
-  }
-  const std::int64_t padding = padded_rows<Compute>(rows) - rows;
-  std::fill_n(scratch + rows * columns, padding * columns, Compute{});
-  return {scratch, columns};
+  return pack_rows(source, first, rows, column, columns, scratch);
 }
 
 /// Rows [row, row + rows) x columns [column, column + columns) of matrix e of a weight [E, *, *],
-/// either of whose last two strides is 1. `scratch` holds rows x columns.
+/// either of whose last two strides is 1. `scratch` holds panel_size(rows, columns).
 template <class Storage, class Compute>
 Operand<Compute> load_weight(const ConstTensorView& weight, std::int64_t e, std::int64_t row,
                              std::int64_t rows, std::int64_t column, std::int64_t columns,
@@ -69,12 +88,15 @@ Operand<Compute> load_weight(const ConstTensorView& weight, std::int64_t e, std:
   const std::int64_t ld = row_major ? weight.stride(1) : weight.stride(2);
   const std::int64_t lines = row_major ? rows : columns;
   const std::int64_t length = row_major ? columns : rows;
-  // A single line may carry any stride, and a GEMM wants ld >= length.
+  // A single line may carry any stride, and a GEMM wants ld >= length. Short pieces of long float32
+  // lines are copied: a kernel that walks across them meets a new page every few lines.
   if constexpr (std::is_same_v<Storage, Compute>) {
-    if (ld >= length) return {data, ld, row_major};
+    const bool short_pieces = std::is_same_v<Compute, float> && ld >= 4 * length;
+    if (ld >= length && !short_pieces) return {data, ld, row_major};
   }
-  for (std::int64_t i = 0; i < lines; ++i) convert(data + i * ld, scratch + i * length, length);
-  return {scratch, length, row_major};
+  const std::int64_t scratch_ld = padded_line(length);
+  for (std::int64_t i = 0; i < lines; ++i) convert(data + i * ld, scratch + i * scratch_ld, length);
+  return {scratch, scratch_ld, row_major};
 }
 
 /// Calls run(Storage{}, Compute{}) for the tensors' dtype on this machine.

@@ -19,8 +19,8 @@ struct Scratch {
 
   static Scratch carve(WorkspaceCarver& carver) {
     Scratch s;
-    s.left = carver.take<float>(kRowBlock * std::max(kDepthBlock, kExpertBlock));
-    s.right = carver.take<float>(std::max(kRowBlock, kExpertBlock) * kDepthBlock);
+    s.left = carver.take<float>(panel_size(kRowBlock, std::max(kDepthBlock, kExpertBlock)));
+    s.right = carver.take<float>(panel_size(std::max(kRowBlock, kExpertBlock), kDepthBlock));
     s.product = carver.take<float>(kExpertBlock * kDepthBlock);
     return s;
   }

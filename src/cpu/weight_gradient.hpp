@@ -9,20 +9,23 @@
 
 namespace sonicmoe::cpu {
 
-inline constexpr std::int64_t kLeftBlock = 128;
-inline constexpr std::int64_t kRightBlock = 256;
+// Rows are packed before they are multiplied, which costs 1 / kLeftBlock + 1 / kRightBlock copies a
+// multiplication; a task's panels and product (1.3 MB of float32) should not outgrow the L2 by
+// much.
+inline constexpr std::int64_t kLeftBlock = 256;
+inline constexpr std::int64_t kRightBlock = 512;
 
 template <class Compute>
 struct WeightGradientScratch {
-  Compute* left;   // [kRowBlock, kLeftBlock]
-  Compute* right;  // [kRowBlock, kRightBlock]
+  Compute* left;   // [kRowBlock, kLeftBlock] padded
+  Compute* right;  // [kRowBlock, kRightBlock] padded
   float* product;  // [kLeftBlock, kRightBlock]
   float* line;     // [kRightBlock] one row or column of the product
 
   static WeightGradientScratch carve(WorkspaceCarver& carver) {
     WeightGradientScratch s;
-    s.left = carver.take<Compute>(kRowBlock * kLeftBlock);
-    s.right = carver.take<Compute>(kRowBlock * kRightBlock);
+    s.left = carver.take<Compute>(panel_size(kRowBlock, kLeftBlock));
+    s.right = carver.take<Compute>(panel_size(kRowBlock, kRightBlock));
     s.product = carver.take<float>(kLeftBlock * kRightBlock);
     s.line = carver.take<float>(std::max(kLeftBlock, kRightBlock));
     return s;
@@ -67,6 +70,16 @@ inline void put_block(const float* product, const TensorView& grad, std::int64_t
   }
 }
 
+/// Where a block of grad[e] can be computed in place: float32 rows, written and not added to.
+inline float* block_in_place(const TensorView& grad, std::int64_t e, std::int64_t row,
+                             std::int64_t column, bool accumulate) {
+  if (accumulate || grad.dtype() != DType::kFloat32 || grad.stride(2) != 1 ||
+      grad.stride(1) < grad.size(2)) {
+    return nullptr;
+  }
+  return grad.as<float>() + e * grad.stride(0) + row * grad.stride(1) + column;
+}
+
 /// grad is [E, left columns, right columns]. `scratch(thread)` gives a thread's scratch.
 template <class Storage, class Compute, class Scratch>
 void weight_gradient(int threads, const Metadata& m, RowSource<Storage> left,
@@ -87,14 +100,18 @@ void weight_gradient(int threads, const Metadata& m, RowSource<Storage> left,
       if (accumulate) return;
       std::fill_n(s.product, kLeftBlock * kRightBlock, 0.0f);
     }
+    float* const in_place = r == end ? nullptr : block_in_place(grad, e, row, column, accumulate);
+    float* const product = in_place == nullptr ? s.product : in_place;
+    const std::int64_t ld = in_place == nullptr ? kRightBlock : grad.stride(1);
     for (bool add = false; r < end; r += kRowBlock, add = true) {
       const std::int64_t depth = std::min(kRowBlock, end - r);
-      const auto a = load_rows<Storage>(left, r, depth, row, rows, s.left);
-      const auto b = load_rows<Storage>(right, r, depth, column, columns, s.right);
-      gemm(rows, columns, padded_rows<Compute>(depth), a.transposed(), b, s.product, kRightBlock,
-           add);
+      const auto a = pack_rows(left, r, depth, row, rows, s.left);
+      const auto b = pack_rows(right, r, depth, column, columns, s.right);
+      gemm(rows, columns, padded_rows<Compute>(depth), a.transposed(), b, product, ld, add);
     }
-    put_block(s.product, grad, e, row, rows, column, columns, accumulate, s.line);
+    if (in_place == nullptr) {
+      put_block(product, grad, e, row, rows, column, columns, accumulate, s.line);
+    }
   });
 }
 
