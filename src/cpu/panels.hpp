@@ -69,7 +69,7 @@ template <class Storage, class Compute>
 Operand<Compute> load_rows(const RowSource<Storage>& source, std::int64_t first, std::int64_t rows,
                            std::int64_t column, std::int64_t columns, Compute* scratch) {
   if constexpr (std::is_same_v<Storage, float>) {
-    if (source.index == nullptr && source.row_stride >= columns && source.row_stride % 256 != 0) {
+    if (source.index == nullptr && source.row_stride >= columns) {
       return {source.row(first) + column, source.row_stride};
     }
   }
