@@ -6,6 +6,7 @@
 #include "api/moe_checks.hpp"
 #include "core/backend.hpp"
 #include "core/check.hpp"
+#include "core/metadata.hpp"
 
 namespace sonicmoe {
 namespace {
@@ -131,15 +132,6 @@ void check_bias_gradient(const Check& check, const char* name, const ConstTensor
   check_parameter_gradient(check, name, grad, bias, accumulate);
 }
 
-const ConstTensorView& weights_of(const Routing& routing) {
-  struct Visitor {
-    const ConstTensorView& operator()(const TopKRouting& r) const { return r.topk_weights; }
-    const ConstTensorView& operator()(const SortedRouting& r) const { return r.row_weights; }
-    const ConstTensorView& operator()(const PairRouting& r) const { return r.pair_weights; }
-  };
-  return std::visit(Visitor{}, routing);
-}
-
 void check_gradients(const Check& check, const MoEBackwardArgs& args) {
   if (args.grad_x.defined()) {
     check.shape_like("grad_x", args.grad_x, args.x);
@@ -151,7 +143,7 @@ void check_gradients(const Check& check, const MoEBackwardArgs& args) {
   check_bias_gradient(check, "grad_b1", args.grad_b1, args.weights.b1, args.accumulate);
   check_bias_gradient(check, "grad_b2", args.grad_b2, args.weights.b2, args.accumulate);
   if (args.grad_routing_weights.defined()) {
-    const ConstTensorView& weights = weights_of(args.routing);
+    const ConstTensorView& weights = routing_weights(args.routing);
     check.that(weights.defined(), "grad_routing_weights",
                "no gradient, since row_weights is absent", args.grad_routing_weights.describe());
     check.shape_like("grad_routing_weights", args.grad_routing_weights, weights);

@@ -113,15 +113,17 @@ void build_metadata(const MoEShape& shape, const Routing& routing, const Metadat
   }
 }
 
+const ConstTensorView& routing_weights(const Routing& routing) {
+  struct Visitor {
+    const ConstTensorView& operator()(const TopKRouting& r) const { return r.topk_weights; }
+    const ConstTensorView& operator()(const SortedRouting& r) const { return r.row_weights; }
+    const ConstTensorView& operator()(const PairRouting& r) const { return r.pair_weights; }
+  };
+  return std::visit(Visitor{}, routing);
+}
+
 RoutingWeights::RoutingWeights(const Routing& routing) {
-  const ConstTensorView weights = std::visit(
-      [](const auto& form) {
-        using Form = std::decay_t<decltype(form)>;
-        if constexpr (std::is_same_v<Form, TopKRouting>) return form.topk_weights;
-        if constexpr (std::is_same_v<Form, SortedRouting>) return form.row_weights;
-        if constexpr (std::is_same_v<Form, PairRouting>) return form.pair_weights;
-      },
-      routing);
+  const ConstTensorView& weights = routing_weights(routing);
   if (!weights.defined()) return;
   data_ = weights.data();
   is_bfloat16_ = weights.dtype() == DType::kBFloat16;

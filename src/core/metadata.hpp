@@ -56,6 +56,9 @@ void for_rows_of_token(const MoEShape& shape, const Metadata& m, std::int64_t t,
   }
 }
 
+/// The caller's weights of any form; absent for sorted rows without weights.
+const ConstTensorView& routing_weights(const Routing& routing);
+
 /// The routing weights of any form as float32 by input position; 1 where none were given.
 class RoutingWeights {
  public:

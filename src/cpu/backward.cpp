@@ -4,11 +4,11 @@
 //   3 biases  column sums per expert
 //   4 dX      dX~ = dH W1 slab by slab, summed over the rows of each token
 //   5 dW2, dW1
+#include "core/slabs.hpp"
 #include "cpu/aggregate.hpp"
 #include "cpu/experts.hpp"
 #include "cpu/hidden_block.hpp"
 #include "cpu/panels.hpp"
-#include "cpu/slabs.hpp"
 #include "cpu/weight_gradient.hpp"
 
 namespace sonicmoe::cpu {
@@ -304,11 +304,12 @@ class Backward {
 WorkspacePlan backward_plan(int threads, const MoEShape& shape, std::optional<std::size_t> limit) {
   WorkspacePlan plan;
   visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
-    plan = plan_slabs("moe_backward", shape.hidden_size, limit, [&](std::int64_t slab) {
-      WorkspaceCarver carver;
-      carve<Storage, Compute>(carver, threads, shape, slab);
-      return carver.used();
-    });
+    plan =
+        plan_slabs("moe_backward", shape.hidden_size, kColumnBlock, limit, [&](std::int64_t slab) {
+          WorkspaceCarver carver;
+          carve<Storage, Compute>(carver, threads, shape, slab);
+          return carver.used();
+        });
   });
   return plan;
 }

@@ -3,11 +3,11 @@
 //   task of up     one row block: gather X once, all hidden units
 //   task of down   one row block: all columns of the slab
 //   task of sum    64 tokens
+#include "core/slabs.hpp"
 #include "cpu/aggregate.hpp"
 #include "cpu/experts.hpp"
 #include "cpu/hidden_block.hpp"
 #include "cpu/panels.hpp"
-#include "cpu/slabs.hpp"
 
 namespace sonicmoe::cpu {
 namespace {
@@ -184,11 +184,12 @@ WorkspacePlan forward_plan(int threads, const MoEShape& shape, bool inference,
                            std::optional<std::size_t> limit) {
   WorkspacePlan plan;
   visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
-    plan = plan_slabs("moe_forward", shape.hidden_size, limit, [&](std::int64_t slab) {
-      WorkspaceCarver carver;
-      carve<Storage, Compute>(carver, threads, shape, inference, slab);
-      return carver.used();
-    });
+    plan =
+        plan_slabs("moe_forward", shape.hidden_size, kColumnBlock, limit, [&](std::int64_t slab) {
+          WorkspaceCarver carver;
+          carve<Storage, Compute>(carver, threads, shape, inference, slab);
+          return carver.used();
+        });
   });
   return plan;
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/integers.hpp"
 #include "core/metadata.hpp"
 
 namespace sonicmoe::cpu {
@@ -19,9 +20,8 @@ struct RowBlock {
 inline constexpr std::int64_t kRowBlock = 256;
 /// Blocks have a multiple of this many rows except an expert's last, so that few shapes occur.
 inline constexpr std::int64_t kRowQuantum = 32;
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+/// Columns of Y and dX~ that one GEMM computes; slabs under a workspace limit are multiples of it.
+inline constexpr std::int64_t kColumnBlock = 128;
 
 /// Upper bound on the number of blocks of P rows over E experts.
 inline std::int64_t max_row_blocks(std::int64_t num_pairs, std::int64_t num_experts) {

@@ -2,7 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "sonicmoe/error.hpp"
+#include "cuda/launch_check.hpp"
 
 namespace sonicmoe::cuda {
 namespace {
@@ -47,8 +47,7 @@ const Gpus& gpus() {
 
 cudaDeviceProp properties(int ordinal) {
   cudaDeviceProp p{};
-  const cudaError_t status = cudaGetDeviceProperties(&p, ordinal);
-  if (status != cudaSuccess) throw Error(std::string("cuda: ") + cudaGetErrorString(status));
+  check_cuda(cudaGetDeviceProperties(&p, ordinal), "cuda");
   return p;
 }
 
@@ -77,9 +76,7 @@ std::vector<DeviceInfo> devices() {
 DeviceGuard::DeviceGuard(int device) {
   cudaError_t status = cudaGetDevice(&previous_);
   if (status == cudaSuccess && previous_ != device) status = cudaSetDevice(device);
-  if (status != cudaSuccess) {
-    throw Error("cuda:" + std::to_string(device) + ": " + cudaGetErrorString(status));
-  }
+  check_cuda(status, "cuda:" + std::to_string(device));
 }
 
 DeviceGuard::~DeviceGuard() { (void)cudaSetDevice(previous_); }

@@ -1,4 +1,4 @@
-// Turning a CUDA status into an Error that names the call and the shape.
+// Turning a CUDA status into an Error that names the call and, where there is one, the shape.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,12 +10,19 @@
 
 namespace sonicmoe::cuda {
 
+/// Throws unless `status` is success; `detail` ends the message.
+inline void check_cuda(cudaError_t status, const std::string& what,
+                       const std::string& detail = {}) {
+  if (status != cudaSuccess) throw Error(what + ": " + cudaGetErrorString(status) + detail);
+}
+
 inline void check_launch(cudaError_t status, const std::string& what, const MoEShape& shape) {
   if (status == cudaSuccess) return;
-  throw Error(what + ": " + cudaGetErrorString(status) + " (T=" + std::to_string(shape.num_tokens) +
-              ", d=" + std::to_string(shape.hidden_size) + ", n=" +
-              std::to_string(shape.intermediate_size) + ", E=" + std::to_string(shape.num_experts) +
-              ", P=" + std::to_string(shape.num_pairs) + ")");
+  check_cuda(
+      status, what,
+      " (T=" + std::to_string(shape.num_tokens) + ", d=" + std::to_string(shape.hidden_size) +
+          ", n=" + std::to_string(shape.intermediate_size) + ", E=" +
+          std::to_string(shape.num_experts) + ", P=" + std::to_string(shape.num_pairs) + ")");
 }
 
 }  // namespace sonicmoe::cuda

@@ -165,7 +165,7 @@ std::vector<std::pair<const char*, std::function<void()>>> calls(Problem& p) {
   const cuda::Matrix x{p.x.data(), c.d}, dout{p.grad_out.data(), c.d};
   const cuda::UpArgs up{x, p.w1.view(), bias(p.b1, p.g * c.n), p.h.data(), p.a.data()};
   const cuda::DownArgs down{p.a.data(), p.w2.view(),       bias(p.b2, c.d), 0,
-                            c.d,        {p.y.data(), c.d}, nullptr,         nullptr};
+                            c.d,        {p.y.data(), c.d}, nullptr};
   const cuda::HiddenGradientArgs hidden{dout,
                                         p.w2.view(),
                                         p.h.data(),
@@ -173,8 +173,7 @@ std::vector<std::pair<const char*, std::function<void()>>> calls(Problem& p) {
                                         p.grad_h.data(),
                                         p.scaled_a.data(),
                                         p.partial.data()};
-  const cuda::InputGradientArgs input{p.grad_h.data(),        p.w1.view(), 0, c.d,
-                                      {p.grad_x.data(), c.d}, nullptr};
+  const cuda::InputGradientArgs input{p.grad_h.data(), p.w1.view(), 0, c.d, {p.grad_x.data(), c.d}};
   const cuda::DownWeightGradientArgs dw2{dout, p.scaled_a.data(), gradient(p.grad_w2, p.float_w2),
                                          c.float_gradients};
   const cuda::UpWeightGradientArgs dw1{p.grad_h.data(), x, gradient(p.grad_w1, p.float_w1),

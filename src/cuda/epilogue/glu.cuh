@@ -19,10 +19,9 @@ enum class HiddenLayout : int {
 // Calls f with the activation as a compile-time constant: one branch for eight values.
 template <bool kGated, class F>
 SONICMOE_DEVICE void visit_activation(Activation kind, F f) {
-  auto as = [&](auto constant) { f(constant); };
 #define SONICMOE_CASE(name) \
   case Activation::name:    \
-    return as(std::integral_constant<Activation, Activation::name>{})
+    return f(std::integral_constant<Activation, Activation::name>{})
   if constexpr (kGated) {
     switch (kind) {
       SONICMOE_CASE(kSwiGLU);
@@ -45,6 +44,17 @@ SONICMOE_DEVICE void visit_activation(Activation kind, F f) {
     }
   }
 #undef SONICMOE_CASE
+}
+
+// Gate and up of eight hidden units from two vectors of H: one each, or eight pairs.
+SONICMOE_DEVICE void unpack_gate_up(bool halves, const uint4& first, const uint4& second,
+                                    float (&g)[8], float (&u)[8]) {
+  if (halves) {
+    unpack(first, g);
+    unpack(second, u);
+  } else {
+    unpack_pairs(first, second, g, u);
+  }
 }
 
 // H = round(acc + b1), A = round(act(H)). Gated tiles hold block_n / 2 hidden units.
@@ -122,12 +132,7 @@ class UpEpilogue {
         ptx::store_global_streaming_v4(h + (halves ? p_.n + unit : 2 * unit + 8), v1);
       }
       float u[8];
-      if (halves) {
-        unpack(v0, g);
-        unpack(v1, u);
-      } else {
-        unpack_pairs(v0, v1, g, u);
-      }
+      unpack_gate_up(halves, v0, v1, g, u);
 #pragma unroll
       for (int i = 0; i < 8; ++i) a[i] = gated(activation, g[i], u[i]);
     }
@@ -249,12 +254,7 @@ class HiddenGradientEpilogue {
     } else {
       const bool halves = p_.layout == HiddenLayout::kConcatenated;
       float u[8];
-      if (halves) {
-        unpack(first, g);
-        unpack(second, u);
-      } else {
-        unpack_pairs(first, second, g, u);
-      }
+      unpack_gate_up(halves, first, second, g, u);
 #pragma unroll
       for (int v = 0; v < 8; ++v) {
         float dg, du;

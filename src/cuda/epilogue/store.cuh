@@ -41,7 +41,7 @@ __device__ void add_bias(float (&acc)[kCount], int lane, BiasAt bias_at) {
   }
 }
 
-// out[row_map(r), c] = row_weight[r] * round(acc + bias[e, c]).
+// out[r, c] = row_weight[r] * round(acc + bias[e, c]).
 template <int kBlockN, int kWarps>
 class StoreRows {
  public:
@@ -49,9 +49,8 @@ class StoreRows {
   struct Params {
     bf16* out;  // [*, ld]
     int64_t ld;
-    const std::int32_t* row_map;  // [P] or null
-    const float* row_weight;      // [P] or null
-    const bf16* bias;             // [E, bias_ld], already at the first column, or null
+    const float* row_weight;  // [P] or null
+    const bf16* bias;         // [E, bias_ld], already at the first column, or null
     int64_t bias_ld;
     int columns;
   };
@@ -75,7 +74,6 @@ class StoreRows {
     for (int i = 0; i < kGroups; ++i) {
       if (!rows_.valid(i)) continue;
       const int row = rows_.row0 + rows_.row(i);
-      to_[i] = p_.row_map == nullptr ? row : __ldg(p_.row_map + row);
       weight_[i] = p_.row_weight == nullptr ? 1.0f : __ldg(p_.row_weight + row);
     }
   }
@@ -84,7 +82,7 @@ class StoreRows {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       if (!rows_.valid(i)) continue;
-      bf16* out = p_.out + to_[i] * p_.ld;
+      bf16* out = p_.out + int64_t{rows_.row0 + rows_.row(i)} * p_.ld;
 #pragma unroll
       for (int block = 0; block < kBlockN / 64; ++block) {
         const int column = column0_ + block * 64;
@@ -107,7 +105,6 @@ class StoreRows {
   const Params& p_;
   HalfRows<kWarps> rows_;
   int column0_;
-  int64_t to_[kGroups];
   float weight_[kGroups];
 };
 

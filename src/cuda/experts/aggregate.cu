@@ -1,5 +1,6 @@
 #include <cuda_bf16.h>
 
+#include "core/integers.hpp"
 #include "cuda/epilogue/vector8.cuh"
 #include "cuda/experts/aggregate.hpp"
 #include "cuda/launch_check.hpp"
@@ -188,7 +189,10 @@ __global__ void bias_gradient_kernel(Metadata m, const bf16* values, std::int64_
   }
 }
 
-unsigned ceil_div(std::int64_t a, std::int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
+// CTAs for `count` items, `per_block` each.
+unsigned grid_of(std::int64_t count, std::int64_t per_block) {
+  return static_cast<unsigned>(ceil_div(count, per_block));
+}
 
 }  // namespace
 
@@ -209,7 +213,7 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
                 ? static_cast<int>(shape.num_pairs / shape.num_tokens)
                 : 0;
   s.vector_out = reinterpret_cast<std::uintptr_t>(args.out.data) % 16 == 0 && args.out.ld % 8 == 0;
-  aggregate_kernel<<<ceil_div(shape.num_tokens, kWarps), kThreads, 0, stream>>>(s, metadata);
+  aggregate_kernel<<<grid_of(shape.num_tokens, kWarps), kThreads, 0, stream>>>(s, metadata);
   check_launch(cudaGetLastError(), "aggregate", shape);
 }
 
@@ -226,11 +230,11 @@ void finish_weight_gradient(cudaStream_t stream, const MoEShape& shape, const Me
                             float* grad) {
   if (shape.num_pairs == 0) return;
   if (!b2.defined()) {
-    sum_partials_kernel<<<ceil_div(shape.num_pairs, kThreads), kThreads, 0, stream>>>(
+    sum_partials_kernel<<<grid_of(shape.num_pairs, kThreads), kThreads, 0, stream>>>(
         metadata, shape.num_pairs, partial, parts, grad);
     return check_launch(cudaGetLastError(), "gradient of the routing weights", shape);
   }
-  finish_weight_gradient_kernel<<<ceil_div(shape.num_pairs, kWarps), kThreads, 0, stream>>>(
+  finish_weight_gradient_kernel<<<grid_of(shape.num_pairs, kWarps), kThreads, 0, stream>>>(
       metadata, shape.num_pairs, partial, parts, static_cast<const bf16*>(grad_out.data),
       grad_out.ld, b2.as<bf16>(), b2.defined() ? b2.stride(0) : 0,
       static_cast<int>(shape.hidden_size), grad);
@@ -240,7 +244,7 @@ void finish_weight_gradient(cudaStream_t stream, const MoEShape& shape, const Me
 void bias_gradient(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata,
                    Matrix values, bool by_token, const float* row_weight, TensorView grad,
                    bool accumulate) {
-  const dim3 grid(ceil_div(grad.size(1), 32), static_cast<unsigned>(shape.num_experts));
+  const dim3 grid(grid_of(grad.size(1), 32), static_cast<unsigned>(shape.num_experts));
   bias_gradient_kernel<<<grid, kThreads, 0, stream>>>(
       metadata, static_cast<const bf16*>(values.data), values.ld, by_token, row_weight, grad.data(),
       grad.dtype() == DType::kBFloat16, grad.stride(0), static_cast<int>(grad.size(1)), accumulate);

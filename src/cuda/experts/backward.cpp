@@ -26,9 +26,8 @@ struct Buffers {
 
 Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab) {
   Buffers b{};
-  const std::int64_t parts =
-      (shape.intermediate_size + kLeastPartialColumns - 1) / kLeastPartialColumns;
-  b.tables = carve_row_tables(carver, shape, true);
+  const std::int64_t parts = ceil_div(shape.intermediate_size, kLeastPartialColumns);
+  b.tables = carve_row_tables(carver, shape);
   b.grad_h = carver.take_bytes(elements(shape.num_pairs, shape.hidden_columns()) * kElementBytes);
   b.scaled_a =
       carver.take_bytes(elements(shape.num_pairs, shape.intermediate_size) * kElementBytes);
@@ -85,7 +84,7 @@ void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const 
 }  // namespace
 
 WorkspacePlan backward_plan(const MoEShape& shape, std::optional<std::size_t> limit) {
-  return plan_slabs("moe_backward", shape.hidden_size, limit, [&](std::int64_t slab) {
+  return plan_slabs("moe_backward", shape.hidden_size, kSlabStep, limit, [&](std::int64_t slab) {
     WorkspaceCarver carver;
     carve(carver, shape, slab);
     return carver.used();
@@ -110,8 +109,8 @@ void backward(const Context& context, const MoEShape& shape, const MoEBackwardAr
   if (args.grad_routing_weights.defined()) {
     const std::int64_t width = hopper::partial_columns(shape);
     finish_weight_gradient(call.stream, shape, m, b.partial,
-                           static_cast<int>((shape.intermediate_size + width - 1) / width),
-                           grad_out, args.weights.b2, args.grad_routing_weights.as<float>());
+                           static_cast<int>(ceil_div(shape.intermediate_size, width)), grad_out,
+                           args.weights.b2, args.grad_routing_weights.as<float>());
   }
   if (router != nullptr) router->compute_grad_logits();
   if (args.grad_b1.defined()) {

@@ -1,6 +1,7 @@
 // What forward and backward share: the call's description, slabs, routing weights.
 #pragma once
 
+#include "core/slabs.hpp"
 #include "cuda/experts/aggregate.hpp"
 #include "cuda/experts/gemms.hpp"
 #include "cuda/experts/metadata.hpp"
@@ -16,13 +17,6 @@ inline constexpr std::size_t kElementBytes = 2;  // bfloat16
 
 inline std::size_t elements(std::int64_t rows, std::int64_t columns) {
   return static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns);
-}
-
-/// Routing weights of any form; absent for sorted rows without weights.
-inline ConstTensorView routing_weights(const Routing& routing) {
-  if (const auto* topk = std::get_if<TopKRouting>(&routing)) return topk->topk_weights;
-  if (const auto* pairs = std::get_if<PairRouting>(&routing)) return pairs->pair_weights;
-  return std::get<SortedRouting>(routing).row_weights;
 }
 
 inline ExpertCall expert_call(const Context& context, const MoEShape& shape,
@@ -49,29 +43,5 @@ inline void require(const char* operation, const std::string& reason) {
     require(#operation, hopper::reason_against(call, gemm_args)); \
     hopper::operation(call, gemm_args);                           \
   } while (false)
-
-/// The plan with the widest slabs under `limit`; bytes_with(columns) is the scratch of a call.
-template <class BytesWith>
-WorkspacePlan plan_slabs(const char* operation, std::int64_t hidden_size,
-                         std::optional<std::size_t> limit, BytesWith bytes_with) {
-  WorkspacePlan plan;
-  const std::int64_t least = hidden_size < kSlabStep ? hidden_size : kSlabStep;
-  plan.minimum_bytes = bytes_with(least);
-  plan.slab_columns = hidden_size;
-  if (limit && *limit < plan.minimum_bytes) {
-    throw Error(operation, "workspace_limit",
-                "at least " + std::to_string(plan.minimum_bytes) + " bytes",
-                std::to_string(*limit));
-  }
-  while (limit && plan.slab_columns > least && bytes_with(plan.slab_columns) > *limit) {
-    plan.slab_columns = (plan.slab_columns - 1) / kSlabStep * kSlabStep;
-  }
-  plan.bytes = bytes_with(plan.slab_columns);
-  plan.num_slabs =
-      hidden_size == 0
-          ? 1
-          : static_cast<int>((hidden_size + plan.slab_columns - 1) / plan.slab_columns);
-  return plan;
-}
 
 }  // namespace sonicmoe::cuda

@@ -18,7 +18,7 @@ struct Buffers {
 Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, bool inference, std::int64_t slab) {
   Buffers b{};
   b.scratch = carve_metadata_scratch(carver, shape);
-  b.tables = carve_row_tables(carver, shape, true);
+  b.tables = carve_row_tables(carver, shape);
   b.metadata = inference ? carver.take_bytes(moe_metadata_bytes(shape)) : nullptr;
   b.a = carver.take_bytes(elements(shape.num_pairs, shape.intermediate_size) * kElementBytes);
   if (shape.form != MoEShape::Form::kSorted) {
@@ -31,7 +31,7 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, bool inference, st
 
 WorkspacePlan forward_plan(const MoEShape& shape, bool inference,
                            std::optional<std::size_t> limit) {
-  return plan_slabs("moe_forward", shape.hidden_size, limit, [&](std::int64_t slab) {
+  return plan_slabs("moe_forward", shape.hidden_size, kSlabStep, limit, [&](std::int64_t slab) {
     WorkspaceCarver carver;
     carve(carver, shape, inference, slab);
     return carver.used();
@@ -44,7 +44,7 @@ void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs
   WorkspaceCarver carver(args.workspace.data());
   Buffers b = carve(carver, shape, inference, plan.slab_columns);
   const Metadata m = metadata_view(shape, inference ? b.metadata : args.metadata.data());
-  const ConstTensorView weights = routing_weights(args.routing);
+  const ConstTensorView& weights = routing_weights(args.routing);
   if (!weights.defined()) b.tables.row_weight = nullptr;
   const ExpertCall call = expert_call(context, shape, args.options, m, b.tables);
   build_metadata(call.stream, shape, args.routing, m, b.scratch);

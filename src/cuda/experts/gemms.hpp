@@ -1,7 +1,6 @@
-// The six grouped GEMMs of the expert layer, as the CUDA backend calls them. Two implementations:
-//   simt::    any dtype, stride, width and alignment; CUDA cores; the oracle on the device
-//   hopper::  bf16, wgmma and TMA; what it cannot take it declines with a reason
-// Every function enqueues on call.stream and returns; nothing allocates or synchronises.
+// The six grouped GEMMs of the expert layer, as the CUDA backend calls them: bf16 on wgmma and TMA;
+// what they cannot take they decline with a reason. Every function enqueues on call.stream and
+// returns; nothing allocates or synchronises.
 //
 // Letters: T tokens, d hidden_size, n intermediate_size, g = 2 when gated else 1, E experts, P
 // capacity of the row list, R <= P rows (known to the device alone). Rows are sorted by expert.
@@ -12,11 +11,12 @@
 #include <cstdint>
 #include <string>
 
+#include "core/integers.hpp"
 #include "sonicmoe/moe.hpp"
 
 namespace sonicmoe::cuda {
 
-/// Which rows exist, in device memory; built by build_row_lists() (metadata.hpp).
+/// Which rows exist, in device memory; built by build_row_tables() (metadata.hpp).
 struct RowLists {
   const std::int32_t* offsets = nullptr;    ///< [E] cumulative ends; offsets[E-1] = R
   const std::int32_t* row_token = nullptr;  ///< [P] token of a row; null: row r is token r
@@ -32,7 +32,7 @@ inline constexpr int kTileRows = 128;
 
 /// Entries to allocate for RowLists::tiles.
 inline std::int64_t tile_capacity(std::int64_t num_pairs, std::int64_t num_experts) {
-  return (num_pairs + kTileRows - 1) / kTileRows + num_experts;
+  return ceil_div(num_pairs, kTileRows) + num_experts;
 }
 
 /// What all six share.
@@ -59,16 +59,15 @@ struct UpArgs {
   void* a = nullptr;   ///< [P, n] contiguous
 };
 
-/// out[row_map(r)] = row_weight[r] * (A[r] W2[e]^T + b2[e]) for columns first_column.. of d.
+/// out[r] = row_weight[r] * (A[r] W2[e]^T + b2[e]) for columns first_column.. of d.
 struct DownArgs {
   const void* a = nullptr;  ///< [P, n] contiguous
   ConstTensorView w2;       ///< [E, d, n]
   ConstTensorView b2;       ///< [E, d] or absent
   std::int64_t first_column = 0;
   std::int64_t num_columns = 0;
-  Matrix out;                             ///< [P, num_columns], dtype of x
-  const std::int32_t* row_map = nullptr;  ///< [P] or null: out row = r
-  const float* row_weight = nullptr;      ///< [P] or null: 1. The product is rounded once more
+  Matrix out;                         ///< [P, num_columns], dtype of x
+  const float* row_weight = nullptr;  ///< [P] or null: 1. The product is rounded once more
 };
 
 /// dA' = dO[token(r)] W2[e], rounded to the dtype; with A = act(H[r]) and s = row_weight[r]:
@@ -81,17 +80,16 @@ struct HiddenGradientArgs {
   const float* row_weight = nullptr;  ///< [P] or null: 1
   void* grad_h = nullptr;             ///< [P, g*n] contiguous
   void* scaled_a = nullptr;           ///< [P, n] contiguous
-  float* partial = nullptr;           ///< [P, parts]; see hidden_gradient_partial_columns()
+  float* partial = nullptr;           ///< [P, parts]; see hopper::partial_columns()
 };
 
-/// out[row_map(r)] = dH[r] W1[e] for columns first_column.. of d.
+/// out[r] = dH[r] W1[e] for columns first_column.. of d.
 struct InputGradientArgs {
   const void* grad_h = nullptr;  ///< [P, g*n] contiguous
   ConstTensorView w1;            ///< [E, g*n, d]
   std::int64_t first_column = 0;
   std::int64_t num_columns = 0;
-  Matrix out;                             ///< [P, num_columns], dtype of x
-  const std::int32_t* row_map = nullptr;  ///< [P] or null: out row = r
+  Matrix out;  ///< [P, num_columns], dtype of x
 };
 
 /// grad_w2[e] (+)= sum over rows r of e of dO[token(r)]^T A'[r], zeros for an expert without rows.
@@ -110,16 +108,6 @@ struct UpWeightGradientArgs {
   bool accumulate = false;
 };
 
-namespace simt {
-void up(const ExpertCall& call, const UpArgs& args);
-void down(const ExpertCall& call, const DownArgs& args);
-void hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& args);
-void input_gradient(const ExpertCall& call, const InputGradientArgs& args);
-void down_weight_gradient(const ExpertCall& call, const DownWeightGradientArgs& args);
-void up_weight_gradient(const ExpertCall& call, const UpWeightGradientArgs& args);
-inline constexpr int kPartialColumns = 64;
-}  // namespace simt
-
 namespace hopper {
 /// Empty when the call can run here, else one line that says what is in the way ("n = 60 is not a
 /// multiple of 8"). Pure host code: no CUDA call.
@@ -136,7 +124,7 @@ void hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& args);
 void input_gradient(const ExpertCall& call, const InputGradientArgs& args);
 void down_weight_gradient(const ExpertCall& call, const DownWeightGradientArgs& args);
 void up_weight_gradient(const ExpertCall& call, const UpWeightGradientArgs& args);
-/// Columns of dA' that one partial sum of dS covers for this shape: 256, 192 or 128.
+/// Columns of dA' that one partial sum of dS covers for this shape: 256 or 128.
 int partial_columns(const MoEShape& shape);
 }  // namespace hopper
 

@@ -4,6 +4,7 @@
 // as the host's metadata.
 #include <cuda_bf16.h>
 
+#include "core/integers.hpp"
 #include "cuda/experts/metadata.hpp"
 #include "cuda/launch_check.hpp"
 
@@ -17,7 +18,7 @@ constexpr int kBlockPairs = kWarps * kPairsPerWarp;
 constexpr int kScanThreads = 1024;
 
 unsigned block_count(std::int64_t num_pairs) {
-  return static_cast<unsigned>((num_pairs + kBlockPairs - 1) / kBlockPairs);
+  return static_cast<unsigned>(ceil_div(num_pairs, kBlockPairs));
 }
 
 // Position of a pair in the caller's routing -> expert and token; expert -1 for a dropped pair.
@@ -271,7 +272,7 @@ __global__ void gather_row_weights(const void* weights, bool is_bfloat16, Metada
 }
 
 unsigned grid_of(std::int64_t threads) {
-  return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+  return static_cast<unsigned>(ceil_div(threads, kThreads));
 }
 
 PairSource pair_source(const MoEShape& shape, const Routing& routing) {
@@ -289,12 +290,6 @@ PairSource pair_source(const MoEShape& shape, const Routing& routing) {
     s.wide = pairs.expert_ids.dtype() == DType::kInt64;
   }
   return s;
-}
-
-ConstTensorView weights_of(const Routing& routing) {
-  if (const auto* topk = std::get_if<TopKRouting>(&routing)) return topk->topk_weights;
-  if (const auto* pairs = std::get_if<PairRouting>(&routing)) return pairs->pair_weights;
-  return std::get<SortedRouting>(routing).row_weights;
 }
 
 // Dynamic shared memory beyond 48 KB needs the kernel's limit raised.
@@ -320,13 +315,13 @@ MetadataScratch carve_metadata_scratch(WorkspaceCarver& carver, const MoEShape& 
   return s;
 }
 
-RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape, bool has_weights) {
+RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape) {
   RowTables t;
   t.tiles = carver.take<int4>(
       static_cast<std::size_t>(tile_capacity(shape.num_pairs, shape.num_experts)));
   t.experts = carver.take<int4>(static_cast<std::size_t>(shape.num_experts));
   t.num_tiles = carver.take<std::int32_t>(1);
-  if (has_weights) t.row_weight = carver.take<float>(static_cast<std::size_t>(shape.num_pairs));
+  t.row_weight = carver.take<float>(static_cast<std::size_t>(shape.num_pairs));
   return t;
 }
 
@@ -348,7 +343,7 @@ void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& r
     count_experts<<<blocks, kThreads, shared, stream>>>(source, shape.num_pairs,
                                                         scratch.expert_counts);
   }
-  scan_blocks<<<static_cast<unsigned>((E + kWarps - 1) / kWarps), kThreads, 0, stream>>>(
+  scan_blocks<<<static_cast<unsigned>(ceil_div(E, kWarps)), kThreads, 0, stream>>>(
       scratch.expert_counts, static_cast<int>(blocks), E, m.offsets);
   scan_sums<<<1, kScanThreads, 0, stream>>>(m.offsets, E);
   if (blocks > 0) {
@@ -383,7 +378,7 @@ void build_row_tables(cudaStream_t stream, const MoEShape& shape, const Routing&
   const std::size_t shared = 2 * sizeof(std::int32_t) * static_cast<std::size_t>(E) + kReadAhead;
   allow_shared(make_tables, shared, shape);
   make_tables<<<1, kScanThreads, shared, stream>>>(m.offsets, E, tables);
-  const ConstTensorView weights = weights_of(routing);
+  const ConstTensorView& weights = routing_weights(routing);
   if (tables.row_weight != nullptr && shape.num_pairs > 0) {
     gather_row_weights<<<grid_of(shape.num_pairs), kThreads, 0, stream>>>(
         weights.data(), weights.dtype() == DType::kBFloat16, m, shape.num_pairs, tables.row_weight);

@@ -21,13 +21,14 @@ struct RowTables {
   int4* tiles = nullptr;              ///< [tile_capacity()]
   int4* experts = nullptr;            ///< [E]
   std::int32_t* num_tiles = nullptr;  ///< [1]
-  float* row_weight = nullptr;        ///< [P]; null for sorted rows without weights
+  float* row_weight = nullptr;        ///< [P]; the caller clears it for sorted rows without weights
 };
-RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape, bool has_weights);
+RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape);
 
 /// Fills `metadata` (device memory) from the caller's routing: the same entries as the host's
 /// build_metadata(), places past the last row -1. Offsets of sorted rows are clamped to
-/// non-decreasing ends within 0..P. Deterministic: counts and ranks, no sort, no ordered atomics.
+/// non-decreasing ends within 0..P. Deterministic: counts and ranks; only the pairs that a
+/// list gives to one token are sorted.
 void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
                     const Metadata& metadata, const MetadataScratch& scratch);
 

@@ -1,18 +1,17 @@
 // Grouped GEMM for Hopper: for every expert e, D[e] = epilogue(A[e] · B[e]), bf16, fp32 sums.
-// One persistent kernel template serves all six products of the layer; a Spec (specs.cuh) names
-// one.
+// One persistent kernel template serves all six products of the layer; a Spec (specs.cuh) names it.
 //
 //   kRows   rows of an expert are the M side (up, down, dH, dX~): tiles of 128 rows x block_n
 //           columns from the device's tile table; A is gathered by token or loaded by TMA
 //   kDepth  rows of an expert are the reduction (dW1, dW2): A is 64 gathered rows x 128 of d,
 //           B 64 rows x block_n of the sorted operand; the number of k-tiles varies by expert
 //
-// Roles       warps 0-3, 4-7 math (tile rows 0-63, 64-127) · warps 8-11 one or two loaders, the
-// rest epilogue Pipelines   full[s]: 1 expect_tx (+ the gather's, by its form) · empty[s]: 1 per
-// math warp
+// Roles       warps 0-3, 4-7 math (tile rows 0-63, 64-127)
+//             warps 8-11 one to four loaders, the rest epilogue
+// Pipelines   full[s]: 1 expect_tx (+ 1 per gathering lane) · empty[s]: 1 per math warp
 //             dump_full[w]: 4 warps of math warpgroup w · dump_empty[w]: 1 per epilogue warp
 // Timeline    load: [per k] wait empty → TMA, cp.async → arrive
-//             math: [per k] wait full → 4 wgmma → release k-1; then round, dump, arrive
+//             math: [per k] wait full → fence → 4 wgmma → release k-1; then round, dump, arrive
 //             epilogue: [per half] wait dump_full → activation, stores → release
 // Rows past a tile's end only spoil their own accumulator rows, which no epilogue stores. A
 // warpgroup without rows ("dead") releases every stage and issues no wgmma: a tail of at most 64
@@ -47,13 +46,6 @@ enum class Grouping { kRows, kDepth };
 // transposed, or in float32 straight to global memory.
 enum class Dump { kRows, kTransposed, kDirect };
 
-// How math warps learn that gathered bytes have landed. cp.async writes through the generic proxy
-// and wgmma reads through the async proxy, so a proxy fence belongs between the two.
-//   kStrict  the loader waits for its copies, fences and arrives: one stage of lag
-//   kFenced  the copies arrive by themselves (noinc); each math warp fences after its wait
-//   kNoinc   no fence at all, as several libraries do; only to measure what the fence costs
-enum class GatherForm { kStrict, kFenced, kNoinc };
-
 struct GemmShape {
   Grouping grouping = Grouping::kRows;
   int block_n = 256;
@@ -62,12 +54,11 @@ struct GemmShape {
   bool gather = true;  // A by cp.async, row by row
   Dump dump = Dump::kRows;
   int loader_warps = 1;  // of the helper warpgroup; the others are epilogue warps
-  GatherForm form = GatherForm::kFenced;
 
   __host__ __device__ constexpr int epilogue_warps() const { return 4 - loader_warps; }
-  // Arrivals that fill a stage: expect_tx, and the gather's own.
+  // Arrivals that fill a stage: expect_tx, and every gathering lane's copies.
   __host__ __device__ constexpr int full_arrivals() const {
-    return 1 + (!gather ? 0 : loader_warps * (form == GatherForm::kStrict ? 1 : 32));
+    return 1 + (gather ? 32 * loader_warps : 0);
   }
 };
 
@@ -225,10 +216,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::mbarrier_init(l.full + 8 * s, shape.full_arrivals());
       ptx::mbarrier_init(l.empty + 8 * s, 8);
     }
-    for (int w = 0; w < 2; ++w) {
+    for (int w = 0; w < 2 && shape.dump != Dump::kDirect; ++w) {
       ptx::mbarrier_init(l.dump_full + 8 * w, 4);
-      ptx::mbarrier_init(l.dump_empty + 8 * w,
-                         shape.epilogue_warps() > 0 ? shape.epilogue_warps() : 1);
+      ptx::mbarrier_init(l.dump_empty + 8 * w, shape.epilogue_warps());
     }
     ptx::fence_mbarrier_init();
   }

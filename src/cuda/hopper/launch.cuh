@@ -32,8 +32,6 @@ void launch(const ExpertCall& call, const Params<Spec>& params, std::int64_t max
   check_launch(cudaGetLastError(), Spec::name, call.shape);
 }
 
-inline int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
 /// The operands of a kRows product that every operation sets alike.
 inline OperandParams row_operands(const ExpertCall& call, std::int64_t depth, std::int64_t columns,
                                   int columns_per_tile) {
@@ -43,7 +41,7 @@ inline OperandParams row_operands(const ExpertCall& call, std::int64_t depth, st
   o.num_entries = call.rows.num_tiles;
   o.max_entries = static_cast<int>(tile_capacity(call.shape.num_pairs, call.shape.num_experts));
   o.m_tiles = 1;
-  o.n_tiles = ceil_div(columns, columns_per_tile);
+  o.n_tiles = static_cast<int>(ceil_div(columns, columns_per_tile));
   o.depth = static_cast<int>(depth);
   return o;
 }

@@ -1,51 +1,7 @@
-// The loader warp of the grouped GEMM. Included by grouped_gemm.cuh only.
+// The loader warps of the grouped GEMM. Included by grouped_gemm.cuh only.
 #pragma once
 
 namespace sonicmoe::cuda::hopper {
-
-// Signals the gathered half of a stage once its cp.async have landed. In the strict form a stage is
-// signalled when the next one has been issued, or before the loader blocks, so that math never
-// waits for a stage the loader holds back.
-template <class Spec>
-class GatherSignal {
- public:
-  static constexpr bool kStrict = Spec::shape.form == GatherForm::kStrict;
-  __device__ GatherSignal(uint32_t full, int lane) : full_(full), lane_(lane) {}
-
-  // Before waiting for a slot of the ring.
-  __device__ void before_wait(uint32_t empty, uint32_t parity) {
-    if (kStrict && pending_ >= 0 && !ptx::mbarrier_try_wait(empty, parity)) flush();
-  }
-  // After the copies into `stage` were issued.
-  __device__ void issued(uint32_t stage) {
-    if constexpr (kStrict) {
-      ptx::cp_async_commit_group();
-      if (pending_ >= 0) {
-        ptx::cp_async_wait_group<1>();
-        signal();
-      }
-      pending_ = static_cast<int>(stage);
-    } else {
-      ptx::cp_async_mbarrier_arrive_noinc(full_ + 8 * stage);
-    }
-  }
-  __device__ void flush() {
-    if (!kStrict || pending_ < 0) return;
-    ptx::cp_async_wait_group<0>();
-    signal();
-    pending_ = -1;
-  }
-
- private:
-  __device__ void signal() {
-    ptx::fence_proxy_async_shared();
-    __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(full_ + 8 * pending_);
-  }
-  uint32_t full_;
-  int lane_;
-  int pending_ = -1;
-};
 
 // kRows: lane l of loader warp v copies chunk l % 8 of tile rows 4i + l / 8, for its share of
 // i = 0..31. The rows' offsets stay in registers for the whole tile: a shared load in front of each
@@ -232,7 +188,6 @@ __device__ void load_role(const OperandParams& p, const SharedLayout& l, int war
     if constexpr (!s.gather) ptx::prefetch_tensormap(&p.a);
   }
   tile::RingState<stage_count(s)> ring;
-  GatherSignal<Spec> signal(l.full, lane);
   [[maybe_unused]] RowGather<s.loader_warps> row_gather(warp, lane);
   [[maybe_unused]] DepthGather<s.loader_warps> depth_gather(warp, lane);
   for (Schedule<Spec> schedule(p); schedule.valid();) {
@@ -243,9 +198,9 @@ __device__ void load_role(const OperandParams& p, const SharedLayout& l, int war
       row_gather.begin_tile(p, t);
     }
     for (int k = 0; k < t.k_tiles; ++k) {
-      const uint32_t full = l.full + 8 * ring.stage, empty = l.empty + 8 * ring.stage;
-      if constexpr (s.gather) signal.before_wait(empty, ring.parity ^ 1);
-      tile::wait(empty, ring.parity ^ 1, Role::kLoader, Slot::kEmpty, ring.stage);
+      const uint32_t full = l.full + 8 * ring.stage;
+      tile::wait(l.empty + 8 * ring.stage, ring.parity ^ 1, Role::kLoader, Slot::kEmpty,
+                 ring.stage);
       const uint32_t a = l.ring + ring.stage * stage_bytes(s), b = a + kBlockM * kBlockK * 2;
       if constexpr (s.grouping == Grouping::kRows) {
         if (leader) load_boxes<Spec>(p, t, a, b, full, k);
@@ -262,12 +217,12 @@ __device__ void load_role(const OperandParams& p, const SharedLayout& l, int war
         }
         depth_gather.copy(p, t, a, k);
       }
-      if constexpr (s.gather) signal.issued(ring.stage);
+      // Each lane's copies arrive by themselves once they have landed.
+      if constexpr (s.gather) ptx::cp_async_mbarrier_arrive_noinc(full);
       __syncwarp();
       ring.advance();
     }
   }
-  if constexpr (s.gather) signal.flush();
 }
 
 }  // namespace sonicmoe::cuda::hopper

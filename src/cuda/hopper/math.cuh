@@ -36,7 +36,8 @@ class MathPipes {
   __device__ uint32_t stage() const { return ring_.stage; }
   __device__ void wait_full() {
     tile::wait(l_.full + 8 * ring_.stage, ring_.parity, Role::kMath, Slot::kFull, ring_.stage);
-    if constexpr (s.gather && s.form == GatherForm::kFenced) ptx::fence_proxy_async_shared();
+    // cp.async wrote through the generic proxy, wgmma reads through the async one.
+    if constexpr (s.gather) ptx::fence_proxy_async_shared();
   }
   __device__ void advance() { ring_.advance(); }
   // One arrival per warp: wgmma.wait_group proves only this warp's share done.

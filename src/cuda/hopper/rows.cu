@@ -16,7 +16,6 @@ void launch_down(const ExpertCall& call, const DownArgs& args) {
   p.operands.first_column = static_cast<int>(args.first_column);
   p.epilogue = {.out = static_cast<bf16*>(args.out.data),
                 .ld = args.out.ld,
-                .row_map = args.row_map,
                 .row_weight = args.row_weight,
                 .bias = args.b2.defined() ? args.b2.as<bf16>() + args.first_column : nullptr,
                 .bias_ld = args.b2.defined() ? args.b2.stride(0) : 0,
@@ -35,7 +34,6 @@ void launch_input_gradient(const ExpertCall& call, const InputGradientArgs& args
   p.operands.first_column = static_cast<int>(args.first_column);
   p.epilogue = {.out = static_cast<bf16*>(args.out.data),
                 .ld = args.out.ld,
-                .row_map = args.row_map,
                 .row_weight = nullptr,
                 .bias = nullptr,
                 .bias_ld = 0,

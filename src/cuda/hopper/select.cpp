@@ -85,7 +85,7 @@ std::string check_slab(std::int64_t first_column, std::int64_t num_columns) {
 }  // namespace
 
 int choose_block_n(std::int64_t columns) {
-  const std::int64_t wide = (columns + 255) / 256 * 256, narrow = (columns + 127) / 128 * 128;
+  const std::int64_t wide = round_up(columns, 256), narrow = round_up(columns, 128);
   return narrow * 108 < wide * 100 ? 128 : 256;
 }
 

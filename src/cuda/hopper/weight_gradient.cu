@@ -30,8 +30,8 @@ void launch_weight_gradient(const ExpertCall& call, const WeightGradient& g) {
   o.b_rows_ld = g.columns;
   o.entries = call.rows.experts;
   o.max_entries = static_cast<int>(s.num_experts);
-  o.m_tiles = ceil_div(s.hidden_size, kBlockM);
-  o.n_tiles = ceil_div(g.columns, kBlockN);
+  o.m_tiles = static_cast<int>(ceil_div(s.hidden_size, kBlockM));
+  o.n_tiles = static_cast<int>(ceil_div(g.columns, kBlockN));
   o.depth = static_cast<int>(s.hidden_size);
   o.b_columns = static_cast<int>(g.columns);
   set_gather(o, g.gathered);

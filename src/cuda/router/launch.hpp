@@ -5,10 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
 
+#include "core/integers.hpp"
+#include "cuda/launch_check.hpp"
 #include "sonicmoe/context.hpp"
-#include "sonicmoe/error.hpp"
 
 namespace sonicmoe::cuda::router {
 
@@ -16,16 +16,8 @@ inline cudaStream_t stream_of(const Context& context) {
   return static_cast<cudaStream_t>(context.stream.handle);
 }
 
-inline void check_cuda(cudaError_t status, const char* operation) {
-  if (status != cudaSuccess) {
-    throw Error(std::string(operation) + ": " + cudaGetErrorString(status));
-  }
-}
-
 /// After a launch: what the launch itself was refused for.
 inline void check_launch(const char* operation) { check_cuda(cudaGetLastError(), operation); }
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 /// Blocks of a grid-stride loop over `count` items: enough to fill the GPU, at most 8 per SM of
 /// the largest Hopper.

@@ -5,24 +5,21 @@
 #include <optional>
 #include <string>
 
-#include "core/workspace.hpp"
-#include "cpu/tiles.hpp"
+#include "core/integers.hpp"
 #include "sonicmoe/error.hpp"
 #include "sonicmoe/moe.hpp"
 
-namespace sonicmoe::cpu {
-
-/// Slabs are multiples of the column block of the GEMMs that fill them, so that every column is
-/// computed by the same call with and without a limit, bit for bit.
-inline constexpr std::int64_t kColumnBlock = 128;
+namespace sonicmoe {
 
 /// The plan with the widest slabs under `limit`. bytes_with(columns) gives the scratch of a call
-/// with slabs of that many columns.
+/// with slabs of that many columns. Slabs are multiples of `step`, the column block of the GEMMs
+/// that fill them, so that every column is computed by the same call with and without a limit, bit
+/// for bit.
 template <class BytesWith>
-WorkspacePlan plan_slabs(const char* operation, std::int64_t hidden_size,
+WorkspacePlan plan_slabs(const char* operation, std::int64_t hidden_size, std::int64_t step,
                          std::optional<std::size_t> limit, BytesWith bytes_with) {
   WorkspacePlan plan;
-  const std::int64_t least = std::min(hidden_size, kColumnBlock);
+  const std::int64_t least = std::min(hidden_size, step);
   plan.minimum_bytes = bytes_with(least);
   plan.slab_columns = hidden_size;
   if (limit) {
@@ -32,7 +29,7 @@ WorkspacePlan plan_slabs(const char* operation, std::int64_t hidden_size,
                   std::to_string(*limit));
     }
     while (plan.slab_columns > least && bytes_with(plan.slab_columns) > *limit) {
-      plan.slab_columns = (plan.slab_columns - 1) / kColumnBlock * kColumnBlock;
+      plan.slab_columns = (plan.slab_columns - 1) / step * step;
     }
   }
   plan.bytes = bytes_with(plan.slab_columns);
@@ -40,4 +37,4 @@ WorkspacePlan plan_slabs(const char* operation, std::int64_t hidden_size,
   return plan;
 }
 
-}  // namespace sonicmoe::cpu
+}  // namespace sonicmoe
