@@ -5,6 +5,7 @@
 //   4 dX      dX~ = dH W1 slab by slab, summed over the rows of each token
 //   5 dW2, dW1
 #include "core/slabs.hpp"
+#include "core/workspace.hpp"
 #include "cpu/aggregate.hpp"
 #include "cpu/experts.hpp"
 #include "cpu/hidden_block.hpp"

@@ -4,6 +4,7 @@
 //   task of down   one row block: all columns of the slab
 //   task of sum    64 tokens
 #include "core/slabs.hpp"
+#include "core/workspace.hpp"
 #include "cpu/aggregate.hpp"
 #include "cpu/experts.hpp"
 #include "cpu/hidden_block.hpp"
