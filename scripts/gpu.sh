@@ -2,6 +2,9 @@
 # Builds and runs what needs a GPU of compute capability 9.0.
 #   scripts/gpu.sh build [name...]        compile the Hopper experiments into build-cuda/
 #   scripts/gpu.sh experiments [name...]  run them (building what is missing), each under a time limit
+#   scripts/gpu.sh test                   all tests that need the GPU: library, router, Python package
+#   scripts/gpu.sh bench [args...]        bench/bench_gpu.py: this library, torch grouped_mm, cuBLAS
+# test and bench use the binaries of `make build` (or of SONICMOE_BUILD, another build directory).
 # Output goes to $OUT if set, else build-cuda/out: one log per program and rows.jsonl, a JSON object
 # per measured row.
 set -u -o pipefail
@@ -85,8 +88,21 @@ run_experiments() {
   return $failed
 }
 
+run_tests() {
+  local failed=0 tests=${SONICMOE_BUILD:-build}/tests
+  mkdir -p "$out"
+  run_one ops "$tests/sonicmoe_ops_tests" --gtest_brief=1 --gtest_filter='*cuda*' || failed=1
+  SONICMOE_BACKEND=cuda run_one unit "$tests/sonicmoe_unit_tests" --gtest_brief=1 || failed=1
+  run_one fuzz "$tests/sonicmoe_fuzz" --cases 1000 || failed=1
+  run_one python python3 -m pytest -q --timeout 300 tests/torch/test_cuda.py || failed=1
+  tail -n 3 "$out"/{ops,unit,fuzz,python}.log
+  return $failed
+}
+
 case "${1:-}" in
   build) shift; build "$@" ;;
   experiments) shift; run_experiments "$@" ;;
-  *) sed -n '2,6p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
+  test) run_tests ;;
+  bench) shift; PYTHONPATH=bindings/torch python3 bench/bench_gpu.py "$@" ;;
+  *) sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
 esac

@@ -11,7 +11,7 @@ from pathlib import Path
 ROUTERS = ("topk", "token-rounding")
 POLICIES = ("nearest", "up", "down", "stochastic", "balanced", "nearest_score")
 EXPERTS = ("sonicmoe_cpp", "eager", "grouped_mm")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 
 # A resumed run continues the curve of its first start, so everything that shapes the curve is
@@ -55,7 +55,7 @@ class TrainConfig:
     num_experts: int = 32
     top_k: int = 4
 
-    dtype: str = "float32"
+    dtype: str = "auto"
     device: str = "auto"
     threads: int = 0  # 0: what torch chooses
     eval_every: int = 100
@@ -107,7 +107,12 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         "auto takes the GPU where there is one the experts can run on",
         choices=DEVICES,
     )
-    add(run, "--dtype", "bfloat16 computes in bfloat16 and keeps float32 weights", choices=DTYPES)
+    add(
+        run,
+        "--dtype",
+        "bfloat16 computes in bfloat16 and keeps float32 weights; auto is that on a GPU, else float32",
+        choices=DTYPES,
+    )
     add(run, "--threads", "CPU threads; 0 leaves the choice to torch")
 
     experts = parser.add_argument_group("experts and router")

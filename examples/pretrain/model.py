@@ -51,7 +51,7 @@ def choose_device(config: TrainConfig) -> torch.device:
     if config.device == "cuda" and not usable:
         reason = "torch sees no GPU here"
         if torch.cuda.is_available():
-            reason = "this build of sonicmoe_cpp has no CUDA backend"
+            reason = _why_not_on_gpu(config)
         raise UserError(f"--device cuda: {reason}")
     if config.device == "auto":
         return torch.device("cuda" if usable else "cpu")
@@ -59,11 +59,21 @@ def choose_device(config: TrainConfig) -> torch.device:
 
 
 def _experts_run_on_gpu(config: TrainConfig) -> bool:
-    if config.experts != "sonicmoe_cpp":
-        return True
-    import sonicmoe_cpp  # noqa: F401  registers the operators
+    return not _why_not_on_gpu(config)
 
-    return torch._C._dispatch_has_kernel_for_dispatch_key("sonicmoe_cpp::moe_layer_forward", "CUDA")
+
+def _why_not_on_gpu(config: TrainConfig) -> str:
+    """Empty where the experts of this run can be computed on the GPU."""
+    if config.experts != "sonicmoe_cpp":
+        return ""
+    if config.dtype == "float32":
+        return "sonicmoe_cpp computes in bfloat16 there (--dtype bfloat16)"
+    import sonicmoe_cpp
+
+    cuda = next((b for b in sonicmoe_cpp.backends() if b.name == "cuda"), None)
+    if cuda is None:
+        return "this build of sonicmoe_cpp has no CUDA backend"
+    return "" if cuda.available else f"sonicmoe_cpp: {cuda.reason}"
 
 
 def autocast(config: TrainConfig, device: torch.device):

@@ -278,7 +278,7 @@ def train(request: Request, signals: Signals) -> int:
             return _continue(_resumed(config, digest), run_dir, signals)
     config = request.config
     checkpoint.check_free(run_dir, request.overwrite)
-    trainer = _started(config)
+    trainer = _started(config)  # settles config.dtype, which is written below
     with checkpoint.new_run(run_dir) as folder, checkpoint.exclusive(folder):
         checkpoint.write_config(folder, config, trainer.text.digest)
         checkpoint.save(folder, trainer.state(), trainer.model, trainer.text.tokenizer)
@@ -289,6 +289,8 @@ def train(request: Request, signals: Signals) -> int:
 
 def _started(config: TrainConfig) -> Trainer:
     device = _prepare(config)
+    if config.dtype == "auto":
+        config.dtype = "bfloat16" if device.type == "cuda" else "float32"
     text = load_text(config, None)
     model = new_model(config, len(text.tokenizer), text.tokenizer.eos_token_id)
     return Trainer(config, device, model, text)

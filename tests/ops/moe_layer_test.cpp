@@ -39,11 +39,8 @@ struct Layer {
   Layer(const Target& target_, const LayerCase& c_, std::optional<std::size_t> limit = {},
         std::optional<std::size_t> backward_limit = {})
       : target(target_), c(c_) {
-    MoECase experts;
-    experts.num_tokens = T, experts.hidden_size = d, experts.intermediate_size = n;
-    experts.num_experts = E, experts.top_k = K, experts.dtype = c.dtype, experts.seed = 77;
-    inputs = std::make_unique<MoEInputs>(target, experts);
-    options.experts = experts.options();
+    inputs = std::make_unique<MoEInputs>(target, experts(c));
+    options.experts = experts(c).options();
     options.router.top_k = K;
     options.router.scoring = c.scoring;
     options.router.renormalize = c.renormalize;
@@ -87,6 +84,12 @@ struct Layer {
   Routing routing() const {
     if (c.rounding) return PairRouting{token_ids.view(), expert_ids.view(), pair_weights.view()};
     return TopKRouting{topk_ids.view(), pair_weights.view()};
+  }
+  static MoECase experts(const LayerCase& c) {
+    MoECase result;
+    result.num_tokens = T, result.hidden_size = d, result.intermediate_size = n;
+    result.num_experts = E, result.top_k = K, result.dtype = c.dtype, result.seed = 77;
+    return result;
   }
 
   void forward(std::optional<std::size_t> limit) {
@@ -164,6 +167,38 @@ struct Layer {
   Tensor grad_x, grad_router_weight, grad_router_bias, grad_w1, grad_b1, grad_w2, grad_b2;
   GuardedBuffer metadata;
   WorkspacePlan forward_plan, backward_plan;
+};
+
+// What the oracle reads, in host memory: the inputs and the routing of a layer on any target.
+struct HostCopy {
+  explicit HostCopy(const Layer& layer)
+      : inputs(host_target(), Layer::experts(layer.c)),
+        router_weight(copy(layer.router_weight)),
+        router_bias(copy(layer.router_bias)),
+        topk_ids(copy(layer.topk_ids)),
+        token_ids(copy(layer.token_ids)),
+        expert_ids(copy(layer.expert_ids)),
+        pair_weights(copy(layer.pair_weights)) {}
+
+  static Tensor copy(const Tensor& tensor) {
+    if (!tensor.defined()) return {};
+    const auto shape = tensor.view().shape();
+    Tensor result(host_target(), tensor.dtype(), {shape.begin(), shape.end()});
+    const std::vector<double> values = tensor.values();
+    if (tensor.dtype() == DType::kInt32) {
+      result.fill_ids({values.begin(), values.end()});
+    } else {
+      result.fill(values);
+    }
+    return result;
+  }
+  Routing routing(const LayerCase& c) const {
+    if (c.rounding) return PairRouting{token_ids.view(), expert_ids.view(), pair_weights.view()};
+    return TopKRouting{topk_ids.view(), pair_weights.view()};
+  }
+
+  MoEInputs inputs;
+  Tensor router_weight, router_bias, topk_ids, token_ids, expert_ids, pair_weights;
 };
 
 // weight(t, e) of the page for given logits of a token, its top-K held fixed.
@@ -252,16 +287,18 @@ class MoELayerTest : public ::testing::TestWithParam<std::tuple<Target, LayerCas
   const LayerCase& layer_case() const { return std::get<1>(GetParam()); }
 };
 
-// The expectations read the tensors of a call in place, so only targets in host memory take part.
-std::vector<Target> host_memory_targets() {
-  std::vector<Target> result = targets();
-  std::erase_if(result, [](const Target& t) { return t.device.type != DeviceType::kCpu; });
+// Every case on every target that computes in its dtype.
+std::vector<std::tuple<Target, LayerCase>> all_cases() {
+  std::vector<std::tuple<Target, LayerCase>> result;
+  for (const Target& target : targets()) {
+    for (const LayerCase& c : kCases) {
+      if (fitted(target, Layer::experts(c)).dtype == c.dtype) result.emplace_back(target, c);
+    }
+  }
   return result;
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, MoELayerTest,
-                         ::testing::Combine(::testing::ValuesIn(host_memory_targets()),
-                                            ::testing::ValuesIn(kCases)),
+INSTANTIATE_TEST_SUITE_P(Backends, MoELayerTest, ::testing::ValuesIn(all_cases()),
                          [](const auto& test) {
                            return std::get<0>(test.param).backend + "_" +
                                   std::get<1>(test.param).name;
@@ -269,15 +306,16 @@ INSTANTIATE_TEST_SUITE_P(Backends, MoELayerTest,
 
 TEST_P(MoELayerTest, LogitsAndWeightsFollowTheFormula) {
   const Layer layer(target(), layer_case());
-  const auto reference = oracle::router_logits(layer.inputs->x.view(), layer.router_weight.view(),
-                                               layer.router_bias.view());
+  const HostCopy host(layer);
+  const auto reference = oracle::router_logits(host.inputs.x.view(), host.router_weight.view(),
+                                               host.router_bias.view());
   // 48 products in float32, whatever the dtype of x.
   EXPECT_LE(max_error(layer.logits.values(), reference), 2e-6 * max_abs(reference) + 1e-6);
 
   const std::vector<double> logits = layer.logits.values(), ids = layer.topk_ids.values(),
                             weights = layer.pair_weights.values();
   std::vector<double> rows(static_cast<std::size_t>(E), 0.0);
-  const auto pairs = oracle::sorted_rows(layer.routing(), T, E);
+  const auto pairs = oracle::sorted_rows(host.routing(layer.c), T, E);
   EXPECT_FALSE(pairs.empty());
   for (const oracle::Row& row : pairs) {
     rows[static_cast<std::size_t>(row.expert)] += 1;
@@ -345,12 +383,13 @@ TEST_P(MoELayerTest, ForwardIsTheCompositionBitForBit) {
 
 TEST_P(MoELayerTest, GradientsMatchTheDefinition) {
   const Layer layer(target(), layer_case());
-  const oracle::Problem problem{layer.options.experts, layer.inputs->x.view(),
-                                layer.inputs->weights(), layer.routing()};
+  const HostCopy host(layer);
+  const oracle::Problem problem{layer.options.experts, host.inputs.x.view(), host.inputs.weights(),
+                                host.routing(layer.c)};
   const auto rows = oracle::sorted_rows(problem.routing, T, E);
   std::vector<double> h = layer.h.values();
   h.resize(rows.size() * static_cast<std::size_t>(layer.shape.hidden_columns()));
-  const ConstTensorView grad_out = layer.inputs->grad_out.view();
+  const ConstTensorView grad_out = host.inputs.grad_out.view();
   const auto exact = oracle::backward(problem, rows, h, grad_out);
   const auto naive = naive_backward(problem, rows, h, grad_out, layer.c.dtype);
 
@@ -371,7 +410,7 @@ TEST_P(MoELayerTest, GradientsMatchTheDefinition) {
                   relative_floor(dtype) * max_abs(exact_logits) * std::sqrt(double{T}));
     EXPECT_GT(max_abs(exact_router.bias), 0.0);
   }
-  const ConstTensorView router_weight = layer.router_weight.view();
+  const ConstTensorView router_weight = host.router_weight.view();
   expect_close(
       "grad_x", layer.grad_x, sum(exact.grad_x, oracle::router_grad_x(exact_logits, router_weight)),
       stored(dtype, sum(naive.grad_x, oracle::router_grad_x(naive_logits, router_weight))), dtype);

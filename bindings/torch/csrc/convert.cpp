@@ -1,15 +1,34 @@
 #include "convert.hpp"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <span>
 #include <string>
 
-// In libtorch_cuda, hence absent in a CPU build of torch: weak, and null there.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(std::int32_t device_index, void** ret_stream);
-
 namespace sonicmoe_torch {
 namespace {
+
+/// torch's current stream of a CUDA device. The function lives in libtorch_cuda, which a CPU build
+/// of torch lacks and which is no dependency of this library: it is looked up where torch has
+/// already loaded it. Running on another stream would be a silent race, so a miss is an error.
+void* current_cuda_stream(std::int32_t device_index) {
+  using Function = AOTITorchError (*)(std::int32_t, void**);
+  static const Function get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol =
+        library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<Function>(symbol);
+  }();
+  if (get == nullptr) {
+    throw sonicmoe::Error(
+        "sonicmoe_cpp: this torch tells no current CUDA stream "
+        "(aoti_torch_get_current_cuda_stream is not in libtorch_cuda.so)");
+  }
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device_index, &stream));
+  return stream;
+}
 
 sonicmoe::DType dtype_of(const char* operation, const char* argument, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -62,10 +81,7 @@ Call::Call(const Tensor& tensor) {
   const auto index = tensor.get_device_index();
   guard_.emplace(index);
   context_.device = {sonicmoe::DeviceType::kCuda, index};
-  if (aoti_torch_get_current_cuda_stream != nullptr) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(index, &context_.stream.handle));
-  }
+  context_.stream.handle = current_cuda_stream(index);
 }
 
 Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype) {

@@ -65,4 +65,13 @@ std::string enum_names(std::int64_t kind) {
   }
 }
 
+std::string backend_list() {
+  std::string list;
+  for (const sonicmoe::BackendInfo& backend : sonicmoe::backends()) {
+    if (!list.empty()) list += '\n';
+    list += backend.name + '\t' + (backend.available ? '1' : '0') + '\t' + backend.reason;
+  }
+  return list;
+}
+
 }  // namespace sonicmoe_torch

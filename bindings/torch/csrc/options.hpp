@@ -27,4 +27,7 @@ sonicmoe::RoundingOptions rounding_options(const Views& views, std::int64_t tile
 /// and "policy" (kind 0 to 3).
 std::string enum_names(std::int64_t kind);
 
+/// sonicmoe::backends(), one line each: name, "1" or "0" for available, reason; tabs between.
+std::string backend_list();
+
 }  // namespace sonicmoe_torch

@@ -8,6 +8,7 @@ namespace {
 
 void define_all(Library& library) {
   library.def("enum_names(int kind) -> str");
+  library.def("backend_list() -> str");
   define_moe_ops(library);
   define_router_ops(library);
   define_moe_layer_ops(library);
@@ -30,4 +31,5 @@ STABLE_TORCH_LIBRARY_IMPL(sonicmoe_cpp, CUDA, library) { sonicmoe_torch::impleme
 
 STABLE_TORCH_LIBRARY_IMPL(sonicmoe_cpp, CompositeExplicitAutograd, library) {
   library.impl("enum_names", TORCH_BOX(&sonicmoe_torch::enum_names));
+  library.impl("backend_list", TORCH_BOX(&sonicmoe_torch::backend_list));
 }

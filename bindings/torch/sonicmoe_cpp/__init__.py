@@ -4,6 +4,7 @@ See docs/python.md. Importing this package needs torch alone; the Hugging Face i
 (`sonicmoe_cpp.integrations.transformers`) is imported on request.
 """
 
+from ._library import Backend, backends
 from .functional import (
     load_balancing_loss,
     moe,
@@ -19,8 +20,10 @@ from .module import MoE
 from .version import __version__
 
 __all__ = [
+    "Backend",
     "MoE",
     "__version__",
+    "backends",
     "load_balancing_loss",
     "moe",
     "moe_layer",

@@ -1,6 +1,7 @@
 """Loads the compiled operators and gives the integers that stand for their options."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,21 @@ ops = torch.ops.sonicmoe_cpp
 
 def _codes(kind: int) -> dict[str, int]:
     return {name: code for code, name in enumerate(ops.enum_names(kind).split(","))}
+
+
+class Backend(NamedTuple):
+    """One implementation: `name` "cuda", "cpu" or "reference", and what it runs on, or why it
+    is off."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+def backends() -> list[Backend]:
+    """The library's implementations in order of preference, as `sonicmoe info` lists them."""
+    lines = (line.split("\t") for line in ops.backend_list().split("\n"))
+    return [Backend(name, available == "1", reason) for name, available, reason in lines]
 
 
 # The library's own names, in the order of its enumerations.

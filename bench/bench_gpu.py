@@ -1,0 +1,448 @@
+"""The whole layer with its router on a GPU: sonicmoe_cpp beside torch grouped_mm and cuBLAS.
+
+Every system computes logits, top-K, softmax and SwiGLU experts in bfloat16, with all gradients.
+Figures per shape and system:
+
+    fwd_ms, bwd_ms            wall: median over back-to-back eager calls; backward = both minus forward
+    busy_fwd_ms, busy_bwd_ms  time the GPU is busy: union of the kernels' intervals (CUPTI)
+    graph_fwd_ms, graph_bwd_ms  replay of a CUDA graph of the same call (sonicmoe only)
+    kept_mib                  held by the allocator from forward to backward, beside x and weights
+    peak_fwd_mib, peak_bwd_mib  most allocated during each, likewise
+    first_call_s              first forward and backward at this shape in this process
+    rel_err                   worst relative RMS error of y, dx, dw1, dw2 against float64 on samples
+
+cublas-bmm is the dense, balanced product of the same FLOPs alone: no gather, activation or sum.
+
+    python bench/bench_gpu.py --suite paper --output bench/results/h100-$(date +%F).json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from bench_common import REPOSITORY, commit
+
+BF16 = torch.bfloat16
+MIB = 2**20
+SAMPLED_TOKENS = 64
+SAMPLED_COLUMNS = 64
+
+Call = Callable[[], object]
+
+
+class Problem:
+    """Parameters and inputs of one shape, shared by all systems."""
+
+    def __init__(self, name: str, shape: tuple[int, int, int, int, int]) -> None:
+        self.name, self.shape = name, shape
+        tokens, d, n, experts, _ = shape
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def normal(*size: int, deviation: float = 1.0) -> torch.Tensor:
+            values = torch.empty(size, device="cuda", dtype=BF16)
+            values.normal_(0, deviation, generator=generator)
+            return values
+
+        self.x = normal(tokens, d).requires_grad_()
+        self.router = normal(experts, d, deviation=d**-0.5).requires_grad_()
+        self.w1 = normal(experts, 2 * n, d, deviation=d**-0.5).requires_grad_()
+        self.w2 = normal(experts, d, n, deviation=n**-0.5).requires_grad_()
+        self.grad = normal(tokens, d)
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        return self.x, self.router, self.w1, self.w2
+
+    @property
+    def flops(self) -> float:
+        tokens, d, n, _, top_k = self.shape
+        return 6.0 * tokens * top_k * n * d
+
+
+# ----------------------------------------------------------------------------------------- systems
+
+
+class SonicMoE:
+    name = "sonicmoe"
+
+    def experts(self, p: Problem, ids, weights) -> torch.Tensor:
+        import sonicmoe_cpp
+
+        return sonicmoe_cpp.moe(p.x, p.w1, p.w2, ids, weights)
+
+    def layer(self, p: Problem) -> torch.Tensor:
+        import sonicmoe_cpp
+
+        return sonicmoe_cpp.moe_layer(
+            p.x, p.router, p.w1, p.w2, p.shape[4], scoring="topk_softmax"
+        )[0]
+
+
+class GroupedMM:
+    """Sort, gather, two grouped GEMMs, SwiGLU, weigh, undo the sort, sum; the pointwise parts
+    compiled by inductor."""
+
+    name = "torch-grouped_mm"
+
+    def __init__(self) -> None:
+        self.activate = torch.compile(self._activate, dynamic=True)
+        self.combine = torch.compile(self._combine, dynamic=True)
+
+    @staticmethod
+    def _activate(h):
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def _combine(y, weights, inverse, top_k: int):
+        rows = y[inverse].unflatten(0, (-1, top_k))
+        return (rows * weights.to(y.dtype).unsqueeze(-1)).sum(1)
+
+    def experts(self, p: Problem, ids, weights) -> torch.Tensor:
+        experts, top_k = p.shape[3], p.shape[4]
+        flat = ids.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.numel(), device="cuda")
+        ends = torch.histc(flat.float(), experts, 0, experts - 1).cumsum(0).int()
+        h = F.grouped_mm(p.x[order // top_k], p.w1.transpose(1, 2), offs=ends)
+        y = F.grouped_mm(self.activate(h), p.w2.transpose(1, 2), offs=ends)
+        return self.combine(y, weights, inverse, top_k)
+
+    def layer(self, p: Problem) -> torch.Tensor:
+        values, ids = F.linear(p.x, p.router).float().topk(p.shape[4], dim=-1)
+        return self.experts(p, ids, values.softmax(-1))
+
+
+class Cublas:
+    """Only the six products, batched and balanced: rows = T*K/E per expert."""
+
+    name = "cublas-bmm"
+
+    def __init__(self, p: Problem) -> None:
+        tokens, d, n, experts, top_k = p.shape
+        rows = max(1, tokens * top_k // experts)
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(size, device="cuda", dtype=BF16)
+
+        self.x, self.grad = normal(experts, rows, d), normal(experts, rows, d)
+        self.h, self.a = normal(experts, rows, 2 * n), normal(experts, rows, n)
+        self.w1, self.w2 = p.w1.detach(), p.w2.detach()
+        self.scale = tokens * top_k / (rows * experts)
+
+    def forward(self) -> None:
+        torch.bmm(self.x, self.w1.mT)
+        torch.bmm(self.a, self.w2.mT)
+
+    def backward(self) -> None:
+        torch.bmm(self.grad, self.w2)
+        torch.bmm(self.h, self.w1)
+        torch.bmm(self.grad.mT, self.a)
+        torch.bmm(self.h.mT, self.x)
+
+
+# ------------------------------------------------------------------------------------- measurement
+
+
+def wall_ms(call: Call, seconds: float) -> float:
+    """Median of the time from one call's start to the next's on the stream, back to back."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    count = min(200, max(5, int(seconds / max(time.perf_counter() - begin, 1e-6))))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+
+
+def device_events(call: Call, repeats: int) -> list:
+    """Kernels, copies and fills of `repeats` calls."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    events = profiler.events()
+    return [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def print_kernels(title: str, call: Call, repeats: int = 5) -> None:
+    """Microseconds per call of each kernel, the longest first."""
+    totals: dict[str, list[float]] = {}
+    for event in device_events(call, repeats):
+        totals.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    print(f"{title}: us per call, launches per call, kernel")
+    for name, spans in sorted(totals.items(), key=lambda item: -sum(item[1])):
+        print(f"{sum(spans) / repeats:10.1f} {len(spans) / repeats:6.1f}  {name[:110]}")
+
+
+def busy_ms(call: Call, repeats: int = 5) -> float:
+    """Union of the intervals of kernels, copies and fills, per call."""
+    spans = sorted((e.time_range.start, e.time_range.end) for e in device_events(call, repeats))
+    busy, reached = 0.0, float("-inf")
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy / repeats / 1e3
+
+
+def graph_ms(call: Call, repeats: int = 20) -> float:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return wall_ms(graph.replay, repeats * 1e-2)
+
+
+def memory(p: Problem, layer: Callable[[Problem], torch.Tensor]) -> dict[str, float]:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = layer(p)
+    kept = torch.cuda.memory_allocated() - before
+    peak_forward = torch.cuda.max_memory_allocated() - before
+    torch.cuda.reset_peak_memory_stats()
+    grads = torch.autograd.grad(y, p.leaves, p.grad)
+    peak_backward = torch.cuda.max_memory_allocated() - before
+    outputs = sum(g.nbytes for g in grads)
+    return {
+        "kept_mib": kept / MIB,
+        "peak_fwd_mib": peak_forward / MIB,
+        # The gradients themselves are results, not memory of a system.
+        "peak_bwd_mib": (peak_backward - outputs) / MIB,
+    }
+
+
+def measure(p: Problem, system: SonicMoE | GroupedMM, seconds: float) -> dict:
+    def forward() -> torch.Tensor:
+        return system.layer(p)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(system.layer(p), p.leaves, p.grad)
+
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    both()
+    torch.cuda.synchronize()
+    row = {"first_call_s": time.perf_counter() - begin}
+    row |= memory(p, system.layer)
+    row["fwd_ms"] = wall_ms(forward, seconds)
+    row["bwd_ms"] = wall_ms(both, seconds) - row["fwd_ms"]
+    row["busy_fwd_ms"] = busy_ms(forward)
+    row["busy_bwd_ms"] = busy_ms(both) - row["busy_fwd_ms"]
+    if system.name == "sonicmoe":
+        row["graph_fwd_ms"] = graph_ms(forward)
+        row["graph_bwd_ms"] = graph_ms(both) - row["graph_fwd_ms"]
+    return row
+
+
+# ---------------------------------------------------------------------------------------- accuracy
+
+
+def relative(error: torch.Tensor, exact: torch.Tensor) -> float:
+    return float(error.square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+class Oracle:
+    """float64 values of y and dx for some tokens, of dw1 and dw2 for some rows of one expert."""
+
+    def __init__(self, p: Problem, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        tokens, d, n, experts, top_k = p.shape
+        self.tokens = torch.linspace(0, tokens - 1, SAMPLED_TOKENS, device="cuda").long()
+        self.columns = torch.linspace(0, n - 1, SAMPLED_COLUMNS, device="cuda").long()
+        self.outputs = torch.linspace(0, d - 1, SAMPLED_COLUMNS, device="cuda").long()
+        self.expert = experts - 1
+        rows = [self._row(p, t, ids, weights) for t in self.tokens.tolist()]
+        self.y, self.dx = (torch.stack(column) for column in zip(*rows, strict=True))
+        self.dw1, self.dw2 = self._weight_gradients(p, ids, weights)
+
+    @staticmethod
+    def _row(p: Problem, token: int, ids, weights) -> tuple[torch.Tensor, torch.Tensor]:
+        x, grad = p.x[token].detach().double(), p.grad[token].double()
+        y, dx = torch.zeros_like(x), torch.zeros_like(x)
+        for slot, e in enumerate(ids[token].tolist()):
+            w1, w2 = p.w1[e].detach().double(), p.w2[e].detach().double()
+            gate, up = (w1 @ x).chunk(2)
+            s, sigmoid = weights[token, slot].double(), gate.sigmoid()
+            y += s * (w2 @ (gate * sigmoid * up))
+            da = s * (w2.T @ grad)
+            d_gate = da * up * sigmoid * (1 + gate * (1 - sigmoid))
+            dx += w1.T @ torch.cat([d_gate, da * gate * sigmoid])
+        return y, dx
+
+    def _weight_gradients(self, p: Problem, ids, weights) -> tuple[torch.Tensor, torch.Tensor]:
+        """dw1 [columns of gate and up, d] and dw2 [outputs, columns] of one expert."""
+        n, e, c = p.shape[2], self.expert, self.columns
+        token, slot = (ids == e).nonzero(as_tuple=True)
+        x, grad = p.x[token].detach().double(), p.grad[token].double()
+        s = weights[token, slot].double()[:, None]
+        gate, up = x @ p.w1[e, c].detach().double().T, x @ p.w1[e, n + c].detach().double().T
+        sigmoid = gate.sigmoid()
+        da = s * (grad @ p.w2[e][:, c].detach().double())
+        d_gate = da * up * sigmoid * (1 + gate * (1 - sigmoid))
+        dw1 = torch.cat([d_gate, da * gate * sigmoid], 1).T @ x
+        return dw1, grad[:, self.outputs].T @ (s * gate * sigmoid * up)
+
+    def errors(self, p: Problem, system, ids, weights) -> dict[str, float]:
+        y = system.experts(p, ids, weights)
+        dx, dw1, dw2 = torch.autograd.grad(y, (p.x, p.w1, p.w2), p.grad)
+        n, e, c = p.shape[2], self.expert, self.columns
+        ours = {
+            "y": (y.detach()[self.tokens], self.y),
+            "dx": (dx[self.tokens], self.dx),
+            "dw1": (dw1[e, torch.cat([c, n + c])], self.dw1),
+            "dw2": (dw2[e][self.outputs][:, c], self.dw2),
+        }
+        return {name: relative(a.double() - b, b) for name, (a, b) in ours.items()}
+
+
+def one_routing(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """One routing for every system."""
+    with torch.no_grad():
+        values, ids = F.linear(p.x, p.router).float().topk(p.shape[4], dim=-1)
+    return ids, values.softmax(-1)
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def measure_cublas(p: Problem, seconds: float) -> dict:
+    products = Cublas(p)
+    return {
+        "fwd_ms": wall_ms(products.forward, seconds) * products.scale,
+        "bwd_ms": wall_ms(products.backward, seconds) * products.scale,
+    }
+
+
+def bench_problem(p: Problem, systems: list, arguments: argparse.Namespace) -> list[dict]:
+    rows = []
+    routing = one_routing(p)
+    oracle = Oracle(p, *routing) if not arguments.no_check else None
+    for system in systems:
+        if system == "cublas-bmm":
+            figures = measure_cublas(p, arguments.seconds)
+        else:
+            figures = measure(p, system, arguments.seconds)
+            if oracle:
+                errors = oracle.errors(p, system, *routing)
+                figures |= {"rel_err": max(errors.values()), "errors": errors}
+        name = system if isinstance(system, str) else system.name
+        t, d, n, e, k = p.shape
+        head = {"shape": p.name, "T": t, "d": d, "n": n, "E": e, "K": k, "system": name}
+        rows.append(head | {key: _rounded(value) for key, value in figures.items()})
+        print(describe(p, rows[-1]), flush=True)
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    return float(f"{value:.4g}")
+
+
+def describe(p: Problem, row: dict) -> str:
+    def rates(prefix: str) -> str:
+        if f"{prefix}fwd_ms" not in row:
+            return ""
+        forward, backward = row[f"{prefix}fwd_ms"], row[f"{prefix}bwd_ms"]
+        label = prefix.rstrip("_") or "wall"
+        return f"{label} {p.flops / forward / 1e9:.0f}/{2 * p.flops / backward / 1e9:.0f}  "
+
+    text = f"{p.name:14}{row['system']:18}" + rates("") + rates("busy_") + rates("graph_")
+    if "kept_mib" in row:
+        text += f"kept {row['kept_mib']:.0f} peak {row['peak_fwd_mib']:.0f}/"
+        text += f"{row['peak_bwd_mib']:.0f} MiB  first {row['first_call_s']:.2f} s"
+    if "rel_err" in row:
+        text += f"  error {row['rel_err']:.2e}"
+    return text
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", action="append", help="suites of bench/problems.json (paper)")
+    parser.add_argument("--problem", action="append", help="only problems of this name")
+    parser.add_argument("--system", action="append", help="sonicmoe, torch-grouped_mm, cublas-bmm")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per timed figure")
+    parser.add_argument("--kernels", action="store_true", help="print sonicmoe's kernels instead")
+    parser.add_argument("--no-check", action="store_true", help="skip the float64 samples")
+    parser.add_argument("--output", type=Path, help="write the JSON record here")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_gpu.py: torch sees no GPU here")
+    suites = json.loads((REPOSITORY / "bench" / "problems.json").read_text())["suites"]
+    entries = [e for s in arguments.suite or ["paper"] for e in suites[s]["problems"]]
+    if arguments.problem:
+        entries = [entry for entry in entries if entry["name"] in arguments.problem]
+    known = {
+        "sonicmoe": SonicMoE,
+        "torch-grouped_mm": GroupedMM,
+        "cublas-bmm": lambda: "cublas-bmm",
+    }
+    systems = [known[name]() for name in arguments.system or known]
+    torch.ones(8, 8, device="cuda", dtype=BF16) @ torch.ones(8, 8, device="cuda", dtype=BF16)
+    begin = time.perf_counter()
+    import sonicmoe_cpp
+
+    record = {
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "sonicmoe_cpp": sonicmoe_cpp.__version__,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+        },
+        "command": shlex.join(["python", *sys.argv]),
+        "import_s": _rounded(time.perf_counter() - begin),
+        "rows": [],
+    }
+    print(f"{record['device']}, torch {torch.__version__}; model TFLOP/s forward/backward")
+    for entry in entries:
+        problem = Problem(entry["name"], tuple(entry["shape"]))
+        if arguments.kernels:
+            layer = SonicMoE().layer
+            print_kernels(f"{problem.name} forward", lambda p=problem: layer(p))
+            print_kernels(
+                f"{problem.name} forward and backward",
+                lambda p=problem: torch.autograd.grad(layer(p), p.leaves, p.grad),
+            )
+            continue
+        record["rows"] += bench_problem(problem, systems, arguments)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        del problem
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
