@@ -13,19 +13,20 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBatch = 8;  // rows in flight per lane
+constexpr int kBatch = 8;    // rows in flight per lane
+constexpr int kChunk = 256;  // columns of one warp
 
 struct Sources {
   const bf16* rows;
   std::int64_t rows_ld;
   const void* weights;  // by pair, or null
   bool weights_are_bf16;
-  const float* share;
+  const bf16* share;
   bf16* out;
   std::int64_t out_ld;
   std::int64_t num_tokens;
-  int columns, top_k;  // top_k 0: pair list
-  bool vector_out;     // out rows start at multiples of 16 bytes
+  int columns, chunks, top_k;  // top_k 0: pair list
+  bool vector_out;             // out rows start at multiples of 16 bytes
 
   __device__ float weight(std::int64_t pair) const {
     if (weights == nullptr) return 1.0f;
@@ -53,50 +54,54 @@ __device__ TokenRows rows_of_token(const Sources& s, const Metadata& m, std::int
   return {row, s.weight(m.row_pair[row])};
 }
 
-// One warp per token and 256 columns. All loads of a batch are issued before the first is used.
+__device__ void add_vector(float (&sum)[8], const uint4& value, float weight) {
+  float v[8];
+  unpack(value, v);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sum[i] += weight * v[i];
+}
+
+// One warp per token and kChunk columns, the chunks of a token side by side: a row is fetched from
+// DRAM in one piece (chunk after chunk in one warp measured 1.4 times slower). All loads of a batch
+// are issued before the first is used.
 __global__ void __launch_bounds__(kThreads) aggregate_kernel(Sources s, Metadata m) {
   const int lane = threadIdx.x % 32;
-  const std::int64_t t = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  const std::int64_t warp = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  const std::int64_t t = warp / s.chunks;
   if (t >= s.num_tokens) return;
+  const int column = static_cast<int>(warp % s.chunks) * kChunk + lane * 8;
+  const bool inside = column < s.columns;
   const int count = s.top_k > 0 ? s.top_k : m.token_start[t + 1] - m.token_start[t];
-  const TokenRows head = rows_of_token(s, m, t, 0, count, lane);
-  for (int base = 0; base < s.columns; base += 256) {
-    const int column = base + lane * 8;
-    const bool inside = column < s.columns;
-    float sum[8] = {};
-    for (int first = 0; first < count; first += kBatch) {
-      const TokenRows mine = first < 32 ? head : rows_of_token(s, m, t, first & ~31, count, lane);
-      uint4 values[kBatch];
+  const bool shared = s.share != nullptr && inside;
+  uint4 share{};
+  if (shared) share = ptx::load_global_nc_v4(s.share + t * s.columns + column);
+  float sum[8] = {};
+  TokenRows mine{-1, 0.0f};
+  for (int first = 0; first < count; first += kBatch) {
+    if (first % 32 == 0) mine = rows_of_token(s, m, t, first, count, lane);
+    uint4 values[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int at = __shfl_sync(~0u, mine.at, (first + j) & 31);
-        if (at >= 0 && inside) {
-          values[j] = ptx::load_global_nc_v4(s.rows + std::int64_t{at} * s.rows_ld + column);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int at = __shfl_sync(~0u, mine.at, (first + j) & 31);
-        const float weight = __shfl_sync(~0u, mine.weight, (first + j) & 31);
-        if (at < 0) continue;
-        float v[8];
-        unpack(values[j], v);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum[i] += weight * v[i];
+    for (int j = 0; j < kBatch; ++j) {
+      const int at = __shfl_sync(~0u, mine.at, (first + j) & 31);
+      if (at >= 0 && inside) {
+        values[j] = ptx::load_global_nc_v4(s.rows + std::int64_t{at} * s.rows_ld + column);
       }
     }
-    if (!inside) continue;
-    if (s.share != nullptr) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] += s.share[t * s.columns + column + i];
+    for (int j = 0; j < kBatch; ++j) {
+      const int at = __shfl_sync(~0u, mine.at, (first + j) & 31);
+      const float weight = __shfl_sync(~0u, mine.weight, (first + j) & 31);
+      if (at >= 0) add_vector(sum, values[j], weight);
     }
-    bf16* out = s.out + t * s.out_ld + column;
-    if (s.vector_out) {
-      ptx::store_global_streaming_v4(out, pack(sum));
-    } else {
+  }
+  if (shared) add_vector(sum, share, 1.0f);
+  if (!inside) return;
+  bf16* out = s.out + t * s.out_ld + column;
+  if (s.vector_out) {
+    ptx::store_global_streaming_v4(out, pack(sum));
+  } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] = __float2bfloat16(sum[i]);
-    }
+    for (int i = 0; i < 8; ++i) out[i] = __float2bfloat16(sum[i]);
   }
 }
 
@@ -204,16 +209,18 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
   s.rows_ld = args.rows_ld;
   s.weights = args.weights.data();
   s.weights_are_bf16 = args.weights.defined() && args.weights.dtype() == DType::kBFloat16;
-  s.share = args.share;
+  s.share = static_cast<const bf16*>(args.share);
   s.out = static_cast<bf16*>(args.out.data);
   s.out_ld = args.out.ld;
   s.num_tokens = shape.num_tokens;
   s.columns = static_cast<int>(args.columns);
+  s.chunks = ceil_div(s.columns, kChunk);
   s.top_k = shape.form == MoEShape::Form::kTopK
                 ? static_cast<int>(shape.num_pairs / shape.num_tokens)
                 : 0;
   s.vector_out = reinterpret_cast<std::uintptr_t>(args.out.data) % 16 == 0 && args.out.ld % 8 == 0;
-  aggregate_kernel<<<grid_of(shape.num_tokens, kWarps), kThreads, 0, stream>>>(s, metadata);
+  aggregate_kernel<<<grid_of(shape.num_tokens * s.chunks, kWarps), kThreads, 0, stream>>>(s,
+                                                                                          metadata);
   check_launch(cudaGetLastError(), "aggregate", shape);
 }
 

@@ -13,11 +13,11 @@ namespace sonicmoe::cuda {
 /// `rows` is in row order: the K rows of a token lie apart. (In token order the down projection
 /// would have to scatter them, which measured slower than gathering them here.)
 struct AggregateArgs {
-  const void* rows = nullptr;    ///< [P, rows_ld], 16-byte aligned
-  std::int64_t rows_ld = 0;      ///< a multiple of 8
-  ConstTensorView weights;       ///< by pair, float32|bfloat16, or absent for 1
-  const float* share = nullptr;  ///< [T, columns] or null
-  Matrix out;                    ///< [T, *], at the slab's first column
+  const void* rows = nullptr;   ///< [P, rows_ld], 16-byte aligned
+  std::int64_t rows_ld = 0;     ///< a multiple of 8
+  ConstTensorView weights;      ///< by pair, float32|bfloat16, or absent for 1
+  const void* share = nullptr;  ///< one more row per token, [T, columns], 16-byte aligned, or null
+  Matrix out;                   ///< [T, *], at the slab's first column
   std::int64_t columns = 0;
 };
 void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata,

@@ -12,8 +12,6 @@ namespace sonicmoe::cuda {
 namespace {
 
 constexpr std::int64_t kLeastPartialColumns = 128;
-// Columns of the router's share of dX at a time: float32 that should stay in L2.
-constexpr std::int64_t kShareColumns = 256;
 
 struct Buffers {
   RowTables tables;
@@ -21,7 +19,7 @@ struct Buffers {
   void* scaled_a;  // [P, n]
   float* partial;  // [P, ceil(n / 128)]
   void* grad_x;    // [P, slab] dX~; not for sorted rows, whose dX~ is dX
-  float* share;    // [T, kShareColumns] the router's part of dX; likewise
+  void* share;     // [T, slab] the router's part of dX, one more row per token; likewise
 };
 
 Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab) {
@@ -34,30 +32,9 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab)
   b.partial = carver.take<float>(elements(shape.num_pairs, parts));
   if (shape.form != MoEShape::Form::kSorted) {
     b.grad_x = carver.take_bytes(elements(shape.num_pairs, slab) * kElementBytes);
-    b.share = carver.take<float>(elements(shape.num_tokens, kShareColumns));
+    b.share = carver.take_bytes(elements(shape.num_tokens, slab) * kElementBytes);
   }
   return b;
-}
-
-// dX of columns [column, column + columns) from dX~, with the router's share in the same sum.
-void sum_tokens(const ExpertCall& call, const MoEBackwardArgs& args, const Metadata& m,
-                const Buffers& b, const RouterShare* router, std::int64_t column,
-                std::int64_t columns) {
-  const std::int64_t step = router == nullptr ? columns : kShareColumns;
-  for (std::int64_t c = 0; c < columns; c += step) {
-    const std::int64_t width = std::min(step, columns - c);
-    if (router != nullptr) {
-      router::logits_grad_input(call.stream, router->grad_logits, router->router_weight, column + c,
-                                width, b.share);
-    }
-    aggregate(call.stream, call.shape, m,
-              {.rows = static_cast<const bfloat16*>(b.grad_x) + c,
-               .rows_ld = columns,
-               .weights = {},
-               .share = router == nullptr ? nullptr : b.share,
-               .out = {args.grad_x.as<bfloat16>() + column + c, args.grad_x.stride(0)},
-               .columns = width});
-  }
 }
 
 void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const Metadata& m,
@@ -77,7 +54,17 @@ void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const 
       zero_tail(call.stream, shape, m, out, columns);
       continue;
     }
-    sum_tokens(call, args, m, b, router, c, columns);
+    if (router != nullptr) {
+      router::logits_grad_input(call.stream, router->grad_logits, router->router_weight, c, columns,
+                                b.share);
+    }
+    aggregate(call.stream, shape, m,
+              {.rows = b.grad_x,
+               .rows_ld = columns,
+               .weights = {},
+               .share = router == nullptr ? nullptr : b.share,
+               .out = out,
+               .columns = columns});
   }
 }
 

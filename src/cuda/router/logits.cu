@@ -3,7 +3,7 @@
 //   dWr [E, d] = dlogitsᵀ x, db = sums    split over T, the parts added in order
 //   dX share [T, d] = dlogits Wr
 // The gradients' float32 operand is dlogits; with a bf16 one beside it they run on the tensor cores
-// in three terms (split_gemm.cuh), else in float32.
+// in two or three terms (split_gemm.cuh), else in float32.
 #include <type_traits>
 
 #include "core/workspace.hpp"
@@ -41,21 +41,24 @@ void launch_simt(cudaStream_t stream, const A& a, const B& b, const SimtShape& s
   check_launch(operation);
 }
 
-// A [M, K] float32 times the rows of a matrix B [K, N], on the tensor cores where B allows.
+// A [M, K] float32 times the rows of a matrix B [K, N], on the tensor cores where B allows. A C
+// that is stored as bf16 needs no third term.
 template <Unit kUnit, class W, class Store>
 void launch_product(cudaStream_t stream, const SimtOperand<float, kUnit>& a,
                     const SimtOperand<W, Unit::kWidth>& b, const SimtShape& shape,
                     std::int64_t splits, const Store& store, const char* operation) {
   if constexpr (std::is_same_v<W, bf16>) {
     if (reinterpret_cast<std::uintptr_t>(b.data) % 16 == 0 && (shape.k <= 1 || b.stride % 8 == 0)) {
-      const auto kernel = split_gemm_kernel<kUnit, Store>;
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      kSplitSharedBytes<kUnit>),
-                 operation);
+      constexpr int kTerms = Store::kVectors ? 2 : 3;
+      constexpr int kSharedBytes = kSplitSharedBytes<kUnit, kTerms>;
+      const auto kernel = split_gemm_kernel<kUnit, kTerms, Store>;
+      check_cuda(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+          operation);
       const dim3 grid(static_cast<unsigned>(ceil_div(shape.m, kSplitTile)),
                       static_cast<unsigned>(ceil_div(shape.n, kSplitTile)),
                       static_cast<unsigned>(splits));
-      kernel<<<grid, kSplitThreads, kSplitSharedBytes<kUnit>, stream>>>(a, b, shape, store);
+      kernel<<<grid, kSplitThreads, kSharedBytes, stream>>>(a, b, shape, store);
       return check_launch(operation);
     }
   }
@@ -73,11 +76,25 @@ struct StoreLogits {
 };
 
 struct StoreMatrix {
+  static constexpr bool kVectors = false;
   float* out;  // [splits, M, N]
   std::int64_t rows, columns;
 
   __device__ void operator()(int split, std::int64_t m, std::int64_t n, float sum) const {
     out[(split * rows + m) * columns + n] = sum;
+  }
+};
+
+struct StoreRows {
+  static constexpr bool kVectors = true;
+  bf16* out;  // [M, N], 16-byte aligned, N a multiple of 8
+  std::int64_t columns;
+
+  __device__ void operator()(int, std::int64_t m, std::int64_t n, float sum) const {
+    out[m * columns + n] = __float2bfloat16(sum);
+  }
+  __device__ void vector(std::int64_t m, std::int64_t n, const uint4& value) const {
+    *reinterpret_cast<uint4*>(out + m * columns + n) = value;
   }
 };
 
@@ -227,7 +244,7 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
 
 void logits_grad_input(cudaStream_t stream, ConstTensorView grad_logits,
                        ConstTensorView router_weight, std::int64_t first_column,
-                       std::int64_t num_columns, float* out) {
+                       std::int64_t num_columns, void* out) {
   const std::int64_t num_tokens = grad_logits.size(0);
   const std::int64_t num_experts = grad_logits.size(1);
   if (num_tokens == 0 || num_columns == 0) return;
@@ -235,7 +252,7 @@ void logits_grad_input(cudaStream_t stream, ConstTensorView grad_logits,
     launch_product(stream, SimtOperand<float, Unit::kDepth>{grad_logits.as<float>(), num_experts},
                    SimtOperand<W, Unit::kWidth>{weight + first_column, router_weight.stride(0)},
                    {num_tokens, num_columns, num_experts, num_experts}, 1,
-                   StoreMatrix{out, num_tokens, num_columns}, "logits_grad_input");
+                   StoreRows{static_cast<bf16*>(out), num_columns}, "logits_grad_input");
   });
 }
 

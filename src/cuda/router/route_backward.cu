@@ -2,8 +2,9 @@
 //   softmax over E:      dl_i = scale p_i (g_i - sum_e g_e p_e)
 //   renormalised:        dl_i = scale r_i (g_i - [i in top-K] sum_e g_e r_e), r = exp(l) / Z
 //   sigmoid:             dl_i = scale s'(l_i) / Z (g_i - [i in top-K] sum_e g_e s_e / Z)
-// with g = dL/d weight(t,e), 0 where no row uses it. One warp per token; grad_logits is read as g
-// and overwritten. Three passes over the token's E values, the second and third from L1.
+// with g = dL/d weight(t,e), 0 where no row uses it. One warp per token. Renormalised top-K routing
+// has nothing outside of the top-K: a lane per slot. Otherwise grad_logits is read as g and
+// overwritten, in three passes over the token's E values, the second and third from L1.
 #include "cuda/router/launch.hpp"
 #include "cuda/router/route.hpp"
 #include "cuda/router/router.hpp"
@@ -106,6 +107,32 @@ __device__ void backward_token(const BackwardParams& b, std::int64_t t, int lane
   __syncwarp();  // the next token clears `chosen`
 }
 
+// Renormalised top-K routing with K <= 32.
+template <class Id>
+__global__ void __launch_bounds__(32 * kMaxWarps) topk_backward_kernel(BackwardParams b) {
+  const ScoringParams& p = b.scoring;
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const Id* ids = static_cast<const Id*>(b.topk_ids);
+  for (std::int64_t t = std::int64_t{blockIdx.x} * warps + threadIdx.x / 32; t < b.num_tokens;
+       t += std::int64_t{gridDim.x} * warps) {
+    const float* logits = b.logits + t * p.num_experts;
+    float* gradient = b.grad_logits + t * p.num_experts;
+    const Id e = lane < p.top_k ? ids[t * p.top_k + lane] : Id{-1};
+    const bool legal = e >= 0 && e < p.num_experts;
+    const float logit = legal ? logits[e] : -INFINITY;
+    const double g = legal ? b.grad_weights[t * p.top_k + lane] : 0.0f;
+    for (int i = lane; i < p.num_experts; i += 32) gradient[i] = 0.0f;
+    const double shift = p.is_softmax ? warp_max(logit) : 0.0f;
+    const double raw = legal ? raw_score(p, logit, shift) : 0.0;
+    const double denominator = warp_sum(raw) + (p.is_softmax ? 0.0 : kSigmoidEpsilon);
+    const double dot = warp_sum(g * raw) / denominator;
+    __syncwarp();  // the zeros are written
+    if (!legal) continue;
+    const double slope = p.is_softmax ? raw : sigmoid_slope(logit);
+    gradient[e] = static_cast<float>(p.scale * (slope / denominator) * (g - dot));
+  }
+}
+
 template <class Id>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2) weight_backward_kernel(BackwardParams b) {
   extern __shared__ unsigned chosen[];  // [warps, ceil(E/32)]
@@ -140,10 +167,15 @@ void launch_weight_backward(cudaStream_t stream, const ScoringParams& scoring, c
   if (b.num_tokens == 0) return;
   const std::size_t bytes = sizeof(unsigned) * kMaxWarps * ((scoring.num_experts + 31) / 32);
   const unsigned blocks = grid_stride_blocks(b.num_tokens, kMaxWarps);
-  if (topk_ids.dtype() == DType::kInt64) {
-    weight_backward_kernel<std::int64_t><<<blocks, 32 * kMaxWarps, bytes, stream>>>(b);
+  const bool wide_ids = topk_ids.dtype() == DType::kInt64;
+  if (scoring.renormalizes && grad_weights != nullptr && scoring.top_k <= 32) {
+    const auto kernel =
+        wide_ids ? topk_backward_kernel<std::int64_t> : topk_backward_kernel<std::int32_t>;
+    kernel<<<blocks, 32 * kMaxWarps, 0, stream>>>(b);
   } else {
-    weight_backward_kernel<std::int32_t><<<blocks, 32 * kMaxWarps, bytes, stream>>>(b);
+    const auto kernel =
+        wide_ids ? weight_backward_kernel<std::int64_t> : weight_backward_kernel<std::int32_t>;
+    kernel<<<blocks, 32 * kMaxWarps, bytes, stream>>>(b);
   }
   check_launch(operation);
 }

@@ -1,9 +1,10 @@
-// C [M, N] = A [M, K] fp32 · B [K, N] bf16 on mma.sync, as accurate as float32 products: A is split
-// into three bf16 terms (8 bits each, 24 in all), whose products with B are exact in float32.
+// C [M, N] = A [M, K] fp32 · B [K, N] bf16 on mma.sync. A is split into bf16 terms of 8 bits each,
+// whose products with B are exact in float32: three terms are as accurate as float32 products, two
+// (16 bits) serve a C that is rounded to bf16.
 //   A element (m, k) at data[m * stride + k] (Unit::kDepth) or data[k * stride + m] (Unit::kWidth)
 //   B element (k, n) at data[k * stride + n], rows starting at multiples of 16 bytes
 // CTA tile 128 x 128, 8 warps of 32 x 64, 32 of K per step, two buffers: A goes through registers
-// (where it is split), B by cp.async. Three times the work of a bf16 GEMM.
+// (where it is split), B by cp.async. Two or three times the work of a bf16 GEMM.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +20,6 @@ namespace sonicmoe::cuda::router {
 inline constexpr int kSplitTile = 128;
 inline constexpr int kSplitDepth = 32;
 inline constexpr int kSplitThreads = 256;
-inline constexpr int kSplitTerms = 3;
 
 // A [rows, columns] tile of bf16 in shared memory; 16 bytes of padding put the 8 rows of an
 // ldmatrix into different banks.
@@ -36,10 +36,10 @@ struct SplitATile : PaddedTile<kSplitTile, kSplitDepth> {};
 template <>
 struct SplitATile<Unit::kWidth> : PaddedTile<kSplitDepth, kSplitTile> {};
 
-template <Unit kUnit>
-inline constexpr int kSplitStageBytes = kSplitTerms * SplitATile<kUnit>::bytes + SplitB::bytes;
-template <Unit kUnit>
-inline constexpr int kSplitSharedBytes = 2 * kSplitStageBytes<kUnit>;
+template <Unit kUnit, int kTerms>
+inline constexpr int kSplitStageBytes = kTerms * SplitATile<kUnit>::bytes + SplitB::bytes;
+template <Unit kUnit, int kTerms>
+inline constexpr int kSplitSharedBytes = 2 * kSplitStageBytes<kUnit, kTerms>;
 
 // This thread's elements of the next tile of A: pairs along the unit stride.
 struct SplitARegisters {
@@ -68,8 +68,8 @@ __device__ void load_split_a(const SimtOperand<float, kUnit>& a, const SimtShape
   }
 }
 
-// Splits the pairs and stores the three terms, one tile after the other.
-template <Unit kUnit>
+// Splits the pairs and stores the terms, one tile after the other.
+template <Unit kUnit, int kTerms>
 __device__ void store_split_a(const SplitARegisters& r, unsigned char* tiles) {
   using Tile = SplitATile<kUnit>;
 #pragma unroll
@@ -79,7 +79,7 @@ __device__ void store_split_a(const SplitARegisters& r, unsigned char* tiles) {
         tiles + index / (Tile::columns / 2) * Tile::row_bytes + index % (Tile::columns / 2) * 4;
     float2 rest = r.pairs[j];
 #pragma unroll
-    for (int term = 0; term < kSplitTerms; ++term) {
+    for (int term = 0; term < kTerms; ++term) {
       const __nv_bfloat162 rounded = __floats2bfloat162_rn(rest.x, rest.y);
       *reinterpret_cast<__nv_bfloat162*>(at + term * Tile::bytes) = rounded;
       rest.x -= __low2float(rounded);  // exact
@@ -119,8 +119,8 @@ __device__ void load_split_fragment(uint32_t (&fragment)[4], uint32_t tile, int 
   }
 }
 
-// One step: 32 of K, all three terms. `m` and `n`: where the warp's 32 x 64 results begin.
-template <Unit kUnit>
+// One step: 32 of K, all terms. `m` and `n`: where the warp's 32 x 64 results begin.
+template <Unit kUnit, int kTerms>
 __device__ void multiply_split(uint32_t a_tiles, uint32_t b_tile, int m, int n, int lane,
                                float (&sums)[2][8][4]) {
 #pragma unroll
@@ -133,7 +133,7 @@ __device__ void multiply_split(uint32_t a_tiles, uint32_t b_tile, int m, int n, 
                         (n + 16 * j + lane / 16 * 8) * 2);
     }
 #pragma unroll
-    for (int term = kSplitTerms - 1; term >= 0; --term) {  // small terms first
+    for (int term = kTerms - 1; term >= 0; --term) {  // small terms first
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         uint32_t left[4];
@@ -149,13 +149,56 @@ __device__ void multiply_split(uint32_t a_tiles, uint32_t b_tile, int m, int n, 
   }
 }
 
+// Hands the CTA's tile to `store`: element by element, or (Store::kVectors) as 8 bf16 at a time,
+// through shared memory, N a multiple of 8.
+template <class Store>
+__device__ void store_split_tile(const SimtShape& shape, const Store& store, std::int64_t first_m,
+                                 std::int64_t first_n, int m, int n, int lane,
+                                 const float (&sums)[2][8][4], unsigned char* shared) {
+  using Tile = PaddedTile<kSplitTile, kSplitTile>;
+  if constexpr (Store::kVectors) __syncthreads();  // the last step has read its buffer
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int v = 0; v < 4; v += 2) {
+        const int row = m + 16 * i + lane / 4 + v / 2 * 8, column = n + 8 * j + lane % 4 * 2;
+        if constexpr (Store::kVectors) {
+          *reinterpret_cast<__nv_bfloat162*>(shared + row * Tile::row_bytes + column * 2) =
+              __floats2bfloat162_rn(sums[i][j][v], sums[i][j][v + 1]);
+        } else {
+          for (int c = 0; c < 2; ++c) {
+            if (first_m + row < shape.m && first_n + column + c < shape.n) {
+              store(static_cast<int>(blockIdx.z), first_m + row, first_n + column + c,
+                    sums[i][j][v + c]);
+            }
+          }
+        }
+      }
+    }
+  }
+  if constexpr (Store::kVectors) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kSplitTile * kSplitTile / 8; i += kSplitThreads) {
+      const int row = i / (kSplitTile / 8), column = i % (kSplitTile / 8) * 8;
+      if (first_m + row >= shape.m || first_n + column >= shape.n) continue;
+      store.vector(first_m + row, first_n + column,
+                   *reinterpret_cast<const uint4*>(shared + row * Tile::row_bytes + column * 2));
+    }
+  }
+}
+
 /// As simt_gemm_kernel: grid (M tiles, N tiles, splits), store(split, m, n, value).
-template <Unit kUnit, class Store>
+template <Unit kUnit, int kTerms, class Store>
 __global__ void __launch_bounds__(kSplitThreads)
     split_gemm_kernel(SimtOperand<float, kUnit> a, SimtOperand<__nv_bfloat16, Unit::kWidth> b,
                       SimtShape shape, Store store) {
   extern __shared__ __align__(128) unsigned char shared[];
-  constexpr int kABytes = kSplitTerms * SplitATile<kUnit>::bytes;
+  constexpr int kABytes = kTerms * SplitATile<kUnit>::bytes;
+  constexpr int kStageBytes = kSplitStageBytes<kUnit, kTerms>;
+  static_assert(!Store::kVectors ||
+                PaddedTile<kSplitTile, kSplitTile>::bytes <= kSplitSharedBytes<kUnit, kTerms>);
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int m = warp / 2 * 32;
@@ -170,12 +213,12 @@ __global__ void __launch_bounds__(kSplitThreads)
     load_split_b(b, shape, first_n, k_begin, k_end, ptx::shared_address(shared) + kABytes);
     ptx::cp_async_commit_group();
     load_split_a(a, shape, first_m, k_begin, k_end, registers);
-    store_split_a<kUnit>(registers, shared);
+    store_split_a<kUnit, kTerms>(registers, shared);
   }
   int buffer = 0;
   for (std::int64_t k = k_begin; k < k_end; k += kSplitDepth, buffer ^= 1) {
-    unsigned char* now = shared + buffer * kSplitStageBytes<kUnit>;
-    unsigned char* next = shared + (buffer ^ 1) * kSplitStageBytes<kUnit>;
+    unsigned char* now = shared + buffer * kStageBytes;
+    unsigned char* next = shared + (buffer ^ 1) * kStageBytes;
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // this buffer is full for all, and all have left the other one
     const std::int64_t next_k = k + kSplitDepth;
@@ -185,23 +228,10 @@ __global__ void __launch_bounds__(kSplitThreads)
       load_split_a(a, shape, first_m, next_k, k_end, registers);
     }
     const uint32_t stage = ptx::shared_address(now);
-    multiply_split<kUnit>(stage, stage + kABytes, m, n, lane, sums);
-    if (next_k < k_end) store_split_a<kUnit>(registers, next);
+    multiply_split<kUnit, kTerms>(stage, stage + kABytes, m, n, lane, sums);
+    if (next_k < k_end) store_split_a<kUnit, kTerms>(registers, next);
   }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const std::int64_t row = first_m + m + 16 * i + lane / 4 + v / 2 * 8;
-        const std::int64_t column = first_n + n + 8 * j + lane % 4 * 2 + v % 2;
-        if (row < shape.m && column < shape.n) {
-          store(static_cast<int>(blockIdx.z), row, column, sums[i][j][v]);
-        }
-      }
-    }
-  }
+  store_split_tile(shape, store, first_m, first_n, m, n, lane, sums, shared);
 }
 
 }  // namespace sonicmoe::cuda::router
