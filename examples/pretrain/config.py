@@ -41,7 +41,7 @@ class TrainConfig:
     seq_len: int = 256
     lr: float = 2e-3
     min_lr_ratio: float = 0.05
-    warmup: int = 50
+    warmup: int = 100
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     aux_coef: float = 0.01

@@ -20,6 +20,7 @@ struct Buffers {
   float* partial;  // [P, ceil(n / 128)]
   void* grad_x;    // [P, slab] dX~; not for sorted rows, whose dX~ is dX
   void* share;     // [T, slab] the router's part of dX, one more row per token; likewise
+  router::GradientTerms terms;
 };
 
 Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab) {
@@ -33,6 +34,7 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab)
   if (shape.form != MoEShape::Form::kSorted) {
     b.grad_x = carver.take_bytes(elements(shape.num_pairs, slab) * kElementBytes);
     b.share = carver.take_bytes(elements(shape.num_tokens, slab) * kElementBytes);
+    b.terms = router::carve_share_terms(carver, shape.num_tokens, shape.num_experts);
   }
   return b;
 }
@@ -55,8 +57,8 @@ void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const 
       continue;
     }
     if (router != nullptr) {
-      router::logits_grad_input(call.stream, router->grad_logits, router->router_weight, c, columns,
-                                b.share);
+      router::logits_grad_input(call.stream, call.device, router->grad_logits,
+                                router->router_weight, c, columns, b.share, b.terms);
     }
     aggregate(call.stream, shape, m,
               {.rows = b.grad_x,

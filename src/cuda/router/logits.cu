@@ -2,12 +2,14 @@
 //   logits [T, E] = x Wrᵀ + bias          tensor cores for bf16, else float32
 //   dWr [E, d] = dlogitsᵀ x, db = sums    split over T, the parts added in order
 //   dX share [T, d] = dlogits Wr
-// The gradients' float32 operand is dlogits; with a bf16 one beside it they run on the tensor cores
-// in two or three terms (split_gemm.cuh), else in float32.
+// The gradients' float32 operand is dlogits. With a bf16 one beside it they run on the grouped
+// GEMMs (gradient_gemm.hpp) where those fit, else on the tensor cores in two or three terms
+// (split_gemm.cuh); with a float32 one, in float32.
 #include <type_traits>
 
 #include "core/workspace.hpp"
 #include "cuda/router/bias.cuh"
+#include "cuda/router/gradient_gemm.hpp"
 #include "cuda/router/launch.hpp"
 #include "cuda/router/logits_kernel.hpp"
 #include "cuda/router/router.hpp"
@@ -104,6 +106,7 @@ struct StoreRows {
 struct GradientParts {
   float* weight;
   double* bias;
+  GradientTerms terms;
   std::int64_t splits;
   std::int64_t tokens_per_split;
 };
@@ -111,15 +114,18 @@ struct GradientParts {
 // As many parts as fill the GPU twice, but at least 256 tokens each: a function of shapes alone.
 std::size_t carve(void* base, std::int64_t num_tokens, std::int64_t num_experts, std::int64_t d,
                   GradientParts& parts) {
-  const std::int64_t tiles = ceil_div(num_experts, kSplitTile) * ceil_div(d, kSplitTile);
-  const std::int64_t wanted = std::min(ceil_div(2 * 132, std::max<std::int64_t>(tiles, 1)),
-                                       std::max<std::int64_t>(num_tokens / 256, 1));
-  parts.tokens_per_split = std::max<std::int64_t>(
-      ceil_div(ceil_div(num_tokens, wanted), kSplitDepth) * kSplitDepth, kSplitDepth);
+  const std::int64_t tiles = ceil_div(num_experts, std::int64_t{256}) * ceil_div(d, kSplitTile);
+  const std::int64_t wanted = std::clamp<std::int64_t>(
+      2 * 132 / std::max<std::int64_t>(tiles, 1), 1, std::max<std::int64_t>(num_tokens / 256, 1));
+  constexpr std::int64_t kStep = 64;  // of both kernels' loops
+  parts.tokens_per_split =
+      std::max<std::int64_t>(round_up(ceil_div(num_tokens, wanted), kStep), kStep);
   parts.splits = std::max<std::int64_t>(ceil_div(num_tokens, parts.tokens_per_split), 1);
   WorkspaceCarver carver(base);
   parts.weight = carver.take<float>(static_cast<std::size_t>(parts.splits * num_experts * d));
   parts.bias = carver.take<double>(static_cast<std::size_t>(kBiasSplits * num_experts));
+  parts.terms =
+      carve_weight_terms(carver, num_tokens, num_experts, parts.splits, parts.tokens_per_split);
   return carver.used();
 }
 
@@ -221,12 +227,16 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
   GradientParts parts;
   carve(workspace.data(), num_tokens, num_experts, d, parts);
   if (grad_weight.defined()) {
-    visit_float_dtype(x, [&]<class X>(const X* x_data) {
-      launch_product(stream, SimtOperand<float, Unit::kWidth>{grad_logits.as<float>(), num_experts},
-                     SimtOperand<X, Unit::kWidth>{x_data, x.stride(0)},
-                     {num_experts, d, num_tokens, parts.tokens_per_split}, parts.splits,
-                     StoreMatrix{parts.weight, num_experts, d}, operation);
-    });
+    if (!weight_parts_on_grouped_gemm(stream, context.device.index, x, grad_logits, parts.weight,
+                                      parts.terms)) {
+      visit_float_dtype(x, [&]<class X>(const X* x_data) {
+        launch_product(stream,
+                       SimtOperand<float, Unit::kWidth>{grad_logits.as<float>(), num_experts},
+                       SimtOperand<X, Unit::kWidth>{x_data, x.stride(0)},
+                       {num_experts, d, num_tokens, parts.tokens_per_split}, parts.splits,
+                       StoreMatrix{parts.weight, num_experts, d}, operation);
+      });
+    }
     launch_add_parts(stream, parts.weight, parts.splits,
                      {grad_weight.data(), grad_weight.stride(0), num_experts, d,
                       grad_weight.dtype() == DType::kBFloat16, accumulate});
@@ -242,12 +252,16 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
   }
 }
 
-void logits_grad_input(cudaStream_t stream, ConstTensorView grad_logits,
+void logits_grad_input(cudaStream_t stream, int device, ConstTensorView grad_logits,
                        ConstTensorView router_weight, std::int64_t first_column,
-                       std::int64_t num_columns, void* out) {
+                       std::int64_t num_columns, void* out, const GradientTerms& terms) {
   const std::int64_t num_tokens = grad_logits.size(0);
   const std::int64_t num_experts = grad_logits.size(1);
   if (num_tokens == 0 || num_columns == 0) return;
+  if (share_on_grouped_gemm(stream, device, grad_logits, router_weight, first_column, num_columns,
+                            out, terms)) {
+    return;
+  }
   visit_float_dtype(router_weight, [&]<class W>(const W* weight) {
     launch_product(stream, SimtOperand<float, Unit::kDepth>{grad_logits.as<float>(), num_experts},
                    SimtOperand<W, Unit::kWidth>{weight + first_column, router_weight.stride(0)},

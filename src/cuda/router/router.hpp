@@ -13,6 +13,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/router/gradient_gemm.hpp"
 #include "sonicmoe/moe.hpp"
 #include "sonicmoe/router.hpp"
 
@@ -50,9 +51,10 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
 std::size_t router_logits_workspace_bytes(const Context& context, const MoEShape& shape);
 
 /// out [T, num_columns] bfloat16 contiguous = grad_logits [T, E] router_weight [E, d], the columns
-/// from `first_column` on: rounded as the rows of dX~ it is added to. num_columns % 8 == 0.
-void logits_grad_input(cudaStream_t stream, ConstTensorView grad_logits,
+/// from `first_column` on: rounded as the rows of dX~ it is added to. num_columns % 8 == 0. `terms`
+/// from carve_share_terms().
+void logits_grad_input(cudaStream_t stream, int device, ConstTensorView grad_logits,
                        ConstTensorView router_weight, std::int64_t first_column,
-                       std::int64_t num_columns, void* out);
+                       std::int64_t num_columns, void* out, const GradientTerms& terms);
 
 }  // namespace sonicmoe::cuda::router

@@ -1,0 +1,47 @@
+// The router's gradient products on the experts' grouped GEMMs (wgmma). dlogits is float32; it goes
+// in as bf16 terms, high = bf16(dlogits) and low = bf16(dlogits - high), 16 bits in all:
+//   dX share [T, d] = high Wr       one "expert" of T rows; rounded to bf16 as every row of dX~ is,
+//                                   from a factor rounded as dH is
+//   dWr [E, d] = (high + low)ᵀ x    slices of the tokens as "experts", float32 parts
+// Callers fall back on split_gemm.cuh where reason_against() declines (E no multiple of 8, ...).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/workspace.hpp"
+#include "cuda/experts/gemms.hpp"
+
+namespace sonicmoe::cuda::router {
+
+/// Scratch of one product.
+struct GradientTerms {
+  void* high = nullptr;   ///< [T, E] bf16
+  void* low = nullptr;    ///< [T, E] bf16, or null when not wanted
+  int4* tiles = nullptr;  ///< row tiles of the T rows
+  std::int32_t* num_tiles = nullptr;
+  int4* slices = nullptr;  ///< [num_slices] {first row, rows, slice, 0}
+  std::int64_t num_slices = 0;
+  std::int64_t rows_per_slice = 0;
+};
+
+/// For the share of dX: the high term and the row tiles.
+GradientTerms carve_share_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
+                                std::int64_t num_experts);
+/// For dWr: both terms and the slices.
+GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
+                                 std::int64_t num_experts, std::int64_t num_slices,
+                                 std::int64_t rows_per_slice);
+
+/// out [T, num_columns] bf16 = grad_logits router_weight[:, first_column...]. False, and nothing
+/// enqueued, where the kernels decline.
+bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad_logits,
+                           ConstTensorView router_weight, std::int64_t first_column,
+                           std::int64_t num_columns, void* out, const GradientTerms& terms);
+
+/// parts [num_slices, E, d] float32: slice s sums the tokens [s, s + 1) * rows_per_slice. False as
+/// above.
+bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView x,
+                                  ConstTensorView grad_logits, float* parts,
+                                  const GradientTerms& terms);
+
+}  // namespace sonicmoe::cuda::router
