@@ -238,9 +238,13 @@ class Backward {
       const std::int64_t count = std::min(kColumnBlock, columns - c);
       const Operand<Compute> w = load_weight<Storage>(args_.weights.w1, block.expert, 0, depth,
                                                       column + c, count, scratch.weight);
-      gemm(padded_rows<Compute>(block.rows), count, depth, dh, w, scratch.panel, count);
+      Storage* const dx = buffers_.dx + block.first * slab_ + c;
+      float* const in_place = product_in_place(dx, slab_);
+      float* const product = in_place == nullptr ? scratch.panel : in_place;
+      const std::int64_t ld = in_place == nullptr ? count : slab_;
+      gemm(padded_rows<Compute>(block.rows), count, depth, dh, w, product, ld);
       for (std::int64_t r = 0; r < block.rows; ++r) {
-        convert(scratch.panel + r * count, buffers_.dx + (block.first + r) * slab_ + c, count);
+        convert(product + r * ld, dx + r * slab_, count);
       }
     }
   }

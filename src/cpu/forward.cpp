@@ -148,13 +148,17 @@ class Forward {
       const std::int64_t count = std::min(kColumnBlock, columns - c);
       const Operand<Compute> w = load_weight<Storage>(args_.weights.w2, block.expert, column + c,
                                                       count, 0, n, scratch.weight);
-      gemm(padded_rows<Compute>(block.rows), count, n, a, w.transposed(), scratch.panel, count);
+      Storage* const y = buffers_.y + block.first * slab_ + c;
+      float* const in_place = product_in_place(y, slab_);
+      float* const product = in_place == nullptr ? scratch.panel : in_place;
+      const std::int64_t ld = in_place == nullptr ? count : slab_;
+      gemm(padded_rows<Compute>(block.rows), count, n, a, w.transposed(), product, ld);
       for (std::int64_t r = 0; r < block.rows; ++r) {
-        float* panel = scratch.panel + r * count;
         if (b2.defined()) {
-          axpy(1.0f, b2.as<Storage>() + block.expert * b2.stride(0) + column + c, panel, count);
+          axpy(1.0f, b2.as<Storage>() + block.expert * b2.stride(0) + column + c, product + r * ld,
+               count);
         }
-        convert(panel, buffers_.y + (block.first + r) * slab_ + c, count);
+        convert(product + r * ld, y + r * slab_, count);
       }
     }
   }

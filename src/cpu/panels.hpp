@@ -76,6 +76,17 @@ Operand<Compute> load_rows(const RowSource<Storage>& source, std::int64_t first,
   return pack_rows(source, first, rows, column, columns, scratch);
 }
 
+/// Where a GEMM may write rows `ld` apart that are stored as it computes them; null where they are
+/// converted, or lie whole pages apart and so share few sets of the caches.
+template <class Storage>
+float* product_in_place(Storage* rows, std::int64_t ld) {
+  constexpr std::int64_t kPage = 4096 / sizeof(float);
+  if constexpr (std::is_same_v<Storage, float>) {
+    if (ld % kPage != 0) return rows;
+  }
+  return nullptr;
+}
+
 /// Rows [row, row + rows) x columns [column, column + columns) of matrix e of a weight [E, *, *],
 /// either of whose last two strides is 1. `scratch` holds panel_size(rows, columns).
 template <class Storage, class Compute>
