@@ -91,7 +91,8 @@ struct Problem {
     call.shape = {
         c.T, c.d, c.n, c.E, int64_t(P), MoEShape::Form::kTopK, c.activation, DType::kBFloat16};
     call.options = {c.activation, c.layout, 7.0f};
-    call.rows = {offsets.data(), token.data(), tiles.data(), num_tiles.data(), experts.data()};
+    call.rows = {offsets.data(),   token.data(),   tiles.data(),
+                 num_tiles.data(), experts.data(), claims.data()};
   }
 
   struct Rows {
@@ -146,6 +147,7 @@ struct Problem {
   DeviceBuffer<float> weight;
   DeviceBuffer<int4> tiles, experts;
   DeviceBuffer<int> num_tiles;
+  DeviceBuffer<std::uint32_t> claims{std::vector<std::uint32_t>{0, 0}};
   cuda::ExpertCall call;
 };
 

@@ -26,6 +26,8 @@ struct RowLists {
   const std::int32_t* num_tiles = nullptr;  ///< [1]
   /// All experts by falling row count, ties by index: {first row, rows, expert, 0}. [E] int4.
   const int4* experts = nullptr;
+  /// [2] zeros: the launches' tile counters. Zero again after each launch.
+  std::uint32_t* claims = nullptr;
 };
 
 inline constexpr int kTileRows = 128;

@@ -246,6 +246,7 @@ __global__ void __launch_bounds__(kScanThreads)
   __syncthreads();
   scan_in_place(tile_ends, num_experts, 0, Sum{});
   if (threadIdx.x == 0) *tables.num_tiles = tile_ends[num_experts - 1];
+  if (threadIdx.x < 2) tables.claims[threadIdx.x] = 0;
   for (int e = threadIdx.x / 32; e < num_experts; e += kScanThreads / 32) {
     const int tiles = (counts[e] + kTileRows - 1) / kTileRows, first = tile_ends[e] - tiles;
     for (int i = threadIdx.x % 32; i < tiles; i += 32) {
@@ -321,6 +322,7 @@ RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape) {
       static_cast<std::size_t>(tile_capacity(shape.num_pairs, shape.num_experts)));
   t.experts = carver.take<int4>(static_cast<std::size_t>(shape.num_experts));
   t.num_tiles = carver.take<std::int32_t>(1);
+  t.claims = carver.take<std::uint32_t>(2);
   t.row_weight = carver.take<float>(static_cast<std::size_t>(shape.num_pairs));
   return t;
 }
@@ -387,7 +389,8 @@ void build_row_tables(cudaStream_t stream, const MoEShape& shape, const Routing&
 }
 
 RowLists row_lists(const Metadata& metadata, const RowTables& tables) {
-  return {metadata.offsets, metadata.row_token, tables.tiles, tables.num_tiles, tables.experts};
+  return {metadata.offsets, metadata.row_token, tables.tiles,
+          tables.num_tiles, tables.experts,     tables.claims};
 }
 
 }  // namespace sonicmoe::cuda

@@ -21,6 +21,7 @@ struct RowTables {
   int4* tiles = nullptr;              ///< [tile_capacity()]
   int4* experts = nullptr;            ///< [E]
   std::int32_t* num_tiles = nullptr;  ///< [1]
+  std::uint32_t* claims = nullptr;    ///< [2] cleared
   float* row_weight = nullptr;        ///< [P]; the caller clears it for sorted rows without weights
 };
 RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape);

@@ -10,6 +10,8 @@
 //             warps 8-11 one to four loaders, the rest epilogue
 // Pipelines   full[s]: 1 expect_tx (+ 1 per gathering lane) · empty[s]: 1 per math warp
 //             dump_full[w]: 4 warps of math warpgroup w · dump_empty[w]: 1 per epilogue warp
+//             item_full[i]: 1, the first loader warp · item_empty[i]: 1 per other warp
+// Schedule    tiles are handed out in order as CTAs become free (schedule.cuh)
 // Timeline    load: [per k] wait empty → TMA, cp.async → arrive
 //             math: [per k] wait full → fence → 4 wgmma → release k-1; then round, dump, arrive
 //             epilogue: [per half] wait dump_full → activation, stores → release
@@ -103,6 +105,8 @@ struct OperandParams {
   const int4* entries;              // tile table or expert list: {first row, rows, expert, 0}
   const std::int32_t* num_entries;  // on the device, or null: max_entries
   int max_entries;
+  std::uint32_t*
+      claims;   // [2] on the device: tiles claimed, CTAs that are done; zero between launches
   int m_tiles;  // kDepth: ceil(d / 128); else 1
   int n_tiles;
   int depth;         // kRows: length of the reduction; kDepth: d, the columns of the gathered side
@@ -120,7 +124,7 @@ struct Params {
 };
 
 struct SharedLayout {
-  uint32_t full, empty, dump_full, dump_empty, ring, dump;
+  uint32_t full, empty, dump_full, dump_empty, item_full, item_empty, items, ring, dump;
 };
 
 template <class Spec>
@@ -131,6 +135,9 @@ __device__ SharedLayout shared_layout(uint32_t base) {
   l.empty = base + 64;
   l.dump_full = base + 128;
   l.dump_empty = base + 144;
+  l.item_full = base + 192;
+  l.item_empty = base + 256;
+  l.items = base + 320;
   l.ring = base + kBarrierBytes;
   l.dump = l.ring + stage_count(s) * stage_bytes(s);
   return l;
@@ -144,44 +151,10 @@ struct Item {
   int k_tiles;
 };
 
-// Hands this CTA every gridDim-th item, columns fastest. The entry of the next item is loaded one
-// item ahead, so that its latency is hidden.
-template <class Spec>
-class Schedule {
- public:
-  __device__ explicit Schedule(const OperandParams& p) : p_(p), index_(blockIdx.x) {
-    const int entries = p.num_entries == nullptr ? p.max_entries : __ldg(p.num_entries);
-    per_entry_ = p.m_tiles * p.n_tiles;
-    items_ = entries * per_entry_;
-    fetch();
-  }
-  __device__ bool valid() const { return index_ < items_; }
-  __device__ Item take() {
-    Item t;
-    const int within = index_ % per_entry_;
-    t.row0 = entry_.x;
-    t.rows = entry_.y;
-    t.expert = entry_.z;
-    t.m = within / p_.n_tiles;
-    t.n = within % p_.n_tiles;
-    const int depth = Spec::shape.grouping == Grouping::kRows ? p_.depth : t.rows;
-    t.k_tiles = (depth + kBlockK - 1) / kBlockK;
-    index_ += gridDim.x;
-    fetch();
-    return t;
-  }
-
- private:
-  __device__ void fetch() {
-    if (index_ < items_) entry_ = __ldg(p_.entries + index_ / per_entry_);
-  }
-  const OperandParams& p_;
-  int index_, items_, per_entry_;
-  int4 entry_;
-};
-
 }  // namespace sonicmoe::cuda::hopper
 
+#include "cuda/hopper/schedule.cuh"
+// The roles.
 #include "cuda/hopper/loader.cuh"
 #include "cuda/hopper/math.cuh"
 
@@ -190,8 +163,8 @@ namespace sonicmoe::cuda::hopper {
 template <class Spec>
 __device__ void epilogue_role(const Params<Spec>& p, const SharedLayout& l, int warp, int lane) {
   uint32_t parity = 0;
-  for (Schedule<Spec> schedule(p.operands); schedule.valid();) {
-    const Item t = schedule.take();
+  ItemSink<Spec> items(p.operands, l, lane, Role::kEpilogue);
+  for (Item t; items.next(t);) {
     for (int w = 0; w < 2; ++w) {
       typename Spec::Epilogue epilogue(p.epilogue, t, w, warp, lane);
       epilogue.prefetch();
@@ -215,6 +188,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int s = 0; s < stage_count(shape); ++s) {
       ptx::mbarrier_init(l.full + 8 * s, shape.full_arrivals());
       ptx::mbarrier_init(l.empty + 8 * s, 8);
+    }
+    for (int i = 0; i < kItemSlots; ++i) {
+      ptx::mbarrier_init(l.item_full + 8 * i, 1);
+      ptx::mbarrier_init(l.item_empty + 8 * i, item_readers(shape));
     }
     for (int w = 0; w < 2 && shape.dump != Dump::kDirect; ++w) {
       ptx::mbarrier_init(l.dump_full + 8 * w, 4);

@@ -39,6 +39,7 @@ inline OperandParams row_operands(const ExpertCall& call, std::int64_t depth, st
   o.row_token = call.rows.row_token;
   o.entries = call.rows.tiles;
   o.num_entries = call.rows.num_tiles;
+  o.claims = call.rows.claims;
   o.max_entries = static_cast<int>(tile_capacity(call.shape.num_pairs, call.shape.num_experts));
   o.m_tiles = 1;
   o.n_tiles = static_cast<int>(ceil_div(columns, columns_per_tile));

@@ -177,8 +177,9 @@ __device__ void copy_depth_tail(const OperandParams& p, const Item& t, uint32_t 
   }
 }
 
-template <class Spec>
-__device__ void load_role(const OperandParams& p, const SharedLayout& l, int warp, int lane) {
+template <class Spec, class Items>
+__device__ void load_items(const OperandParams& p, const SharedLayout& l, Items items, int warp,
+                           int lane) {
   constexpr GemmShape s = Spec::shape;
   static_assert(s.grouping == Grouping::kRows || s.gather);
   static_assert(s.loader_warps == 1 || s.gather);
@@ -190,8 +191,7 @@ __device__ void load_role(const OperandParams& p, const SharedLayout& l, int war
   tile::RingState<stage_count(s)> ring;
   [[maybe_unused]] RowGather<s.loader_warps> row_gather(warp, lane);
   [[maybe_unused]] DepthGather<s.loader_warps> depth_gather(warp, lane);
-  for (Schedule<Spec> schedule(p); schedule.valid();) {
-    const Item t = schedule.take();
+  for (Item t; items.next(t);) {
     if constexpr (s.grouping == Grouping::kDepth) {
       depth_gather.begin_tile(p, t);
     } else if constexpr (s.gather) {
@@ -222,6 +222,15 @@ __device__ void load_role(const OperandParams& p, const SharedLayout& l, int war
       __syncwarp();
       ring.advance();
     }
+  }
+}
+
+template <class Spec>
+__device__ void load_role(const OperandParams& p, const SharedLayout& l, int warp, int lane) {
+  if (warp == 0) {
+    load_items<Spec>(p, l, ItemSource<Spec>(p, l, lane), warp, lane);
+  } else if constexpr (Spec::shape.loader_warps > 1) {
+    load_items<Spec>(p, l, ItemSink<Spec>(p, l, lane, Role::kLoader), warp, lane);
   }
 }
 

@@ -92,8 +92,8 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
   const uint64_t b0 = tile::make_descriptor(l.ring + kBlockM * kBlockK * 2, s.b);
   MathPipes<Spec> pipes(l, warp, lane);
   float acc[s.block_n / 2];
-  for (Schedule<Spec> schedule(p.operands); schedule.valid();) {
-    const Item t = schedule.take();
+  ItemSink<Spec> items(p.operands, l, lane, Role::kMath);
+  for (Item t; items.next(t);) {
     const bool live = s.grouping == Grouping::kDepth ? t.k_tiles > 0 : t.rows > 64 * w;
     if (!live) {
       skip_item<Spec>(p, t, pipes, warp, lane);

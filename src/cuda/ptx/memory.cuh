@@ -23,6 +23,13 @@ SONICMOE_DEVICE uint32_t load_shared(uint32_t address) {
   return v;
 }
 
+// 16 bytes to shared memory.
+SONICMOE_DEVICE void store_shared_v4(uint32_t address, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // 4 bytes to shared memory.
 SONICMOE_DEVICE void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");

@@ -34,6 +34,7 @@ __global__ void split_terms_kernel(const float* grad_logits, std::int64_t num_to
     }
     if (first == 0) *terms.num_tiles = static_cast<int>(num_tiles);
   }
+  if (first < 2) terms.claims[first] = 0;
   for (std::int64_t i = first; i < terms.num_slices; i += step) {
     const std::int64_t row = min(i * terms.rows_per_slice, num_tokens);
     terms.slices[i] = {static_cast<int>(row),
@@ -66,6 +67,7 @@ ExpertCall gemm_call(cudaStream_t stream, int device, std::int64_t num_tokens,
   call.rows.tiles = terms.tiles;
   call.rows.num_tiles = terms.num_tiles;
   call.rows.experts = terms.slices;
+  call.rows.claims = terms.claims;
   call.stream = stream;
   call.device = device;
   return call;
@@ -79,6 +81,7 @@ GradientTerms carve_share_terms(WorkspaceCarver& carver, std::int64_t num_tokens
   terms.high = carver.take<bf16>(static_cast<std::size_t>(num_tokens * num_experts));
   terms.tiles = carver.take<int4>(static_cast<std::size_t>(tile_capacity(num_tokens, 1)));
   terms.num_tiles = carver.take<std::int32_t>(1);
+  terms.claims = carver.take<std::uint32_t>(2);
   return terms;
 }
 
@@ -89,6 +92,7 @@ GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_token
   terms.high = carver.take<bf16>(static_cast<std::size_t>(num_tokens * num_experts));
   terms.low = carver.take<bf16>(static_cast<std::size_t>(num_tokens * num_experts));
   terms.slices = carver.take<int4>(static_cast<std::size_t>(num_slices));
+  terms.claims = carver.take<std::uint32_t>(2);
   terms.num_slices = num_slices;
   terms.rows_per_slice = rows_per_slice;
   return terms;

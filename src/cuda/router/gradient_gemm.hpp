@@ -15,9 +15,10 @@ namespace sonicmoe::cuda::router {
 
 /// Scratch of one product.
 struct GradientTerms {
-  void* high = nullptr;   ///< [T, E] bf16
-  void* low = nullptr;    ///< [T, E] bf16, or null when not wanted
-  int4* tiles = nullptr;  ///< row tiles of the T rows
+  void* high = nullptr;             ///< [T, E] bf16
+  void* low = nullptr;              ///< [T, E] bf16, or null when not wanted
+  std::uint32_t* claims = nullptr;  ///< [2] of the grouped GEMM's schedule
+  int4* tiles = nullptr;            ///< row tiles of the T rows
   std::int32_t* num_tiles = nullptr;
   int4* slices = nullptr;  ///< [num_slices] {first row, rows, slice, 0}
   std::int64_t num_slices = 0;
