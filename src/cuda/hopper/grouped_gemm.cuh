@@ -105,9 +105,8 @@ struct OperandParams {
   const int4* entries;              // tile table or expert list: {first row, rows, expert, 0}
   const std::int32_t* num_entries;  // on the device, or null: max_entries
   int max_entries;
-  std::uint32_t*
-      claims;   // [2] on the device: tiles claimed, CTAs that are done; zero between launches
-  int m_tiles;  // kDepth: ceil(d / 128); else 1
+  std::uint32_t* claims;  // tile counters (schedule.cuh), or null: strided
+  int m_tiles;            // kDepth: ceil(d / 128); else 1
   int n_tiles;
   int depth;         // kRows: length of the reduction; kDepth: d, the columns of the gathered side
   int b_columns;     // kDepth: N, columns of b_rows

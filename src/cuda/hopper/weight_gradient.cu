@@ -29,7 +29,6 @@ void launch_weight_gradient(const ExpertCall& call, const WeightGradient& g) {
   o.b_rows = static_cast<const bf16*>(g.rows);
   o.b_rows_ld = g.columns;
   o.entries = call.rows.experts;
-  o.claims = call.rows.claims;
   o.max_entries = static_cast<int>(s.num_experts);
   o.m_tiles = static_cast<int>(ceil_div(s.hidden_size, kBlockM));
   o.n_tiles = static_cast<int>(ceil_div(g.columns, kBlockN));
