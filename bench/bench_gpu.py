@@ -338,23 +338,32 @@ def measure_cublas(p: Problem, seconds: float) -> dict:
     }
 
 
+def figures_of(p: Problem, system, oracle: Oracle | None, routing, seconds: float) -> dict:
+    if system == "cublas-bmm":
+        return measure_cublas(p, seconds)
+    figures = measure(p, system, seconds)
+    if oracle:
+        errors = oracle.errors(p, system, *routing)
+        figures |= {"rel_err": max(errors.values()), "errors": errors}
+    return figures
+
+
 def bench_problem(p: Problem, systems: list, arguments: argparse.Namespace) -> list[dict]:
     rows = []
     routing = one_routing(p)
     oracle = Oracle(p, *routing) if not arguments.no_check else None
     for system in systems:
-        if system == "cublas-bmm":
-            figures = measure_cublas(p, arguments.seconds)
-        else:
-            figures = measure(p, system, arguments.seconds)
-            if oracle:
-                errors = oracle.errors(p, system, *routing)
-                figures |= {"rel_err": max(errors.values()), "errors": errors}
         name = system if isinstance(system, str) else system.name
+        try:
+            figures = figures_of(p, system, oracle, routing, arguments.seconds)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{p.name:14}{name:18}out of memory", flush=True)
+            figures = {"out_of_memory": True}
         t, d, n, e, k = p.shape
         head = {"shape": p.name, "T": t, "d": d, "n": n, "E": e, "K": k, "system": name}
         rows.append(head | {key: _rounded(value) for key, value in figures.items()})
-        print(describe(p, rows[-1]), flush=True)
+        if "fwd_ms" in figures:
+            print(describe(p, rows[-1]), flush=True)
         torch.cuda.empty_cache()
     return rows
 
@@ -362,7 +371,7 @@ def bench_problem(p: Problem, systems: list, arguments: argparse.Namespace) -> l
 def _rounded(value):
     if isinstance(value, dict):
         return {key: _rounded(v) for key, v in value.items()}
-    return float(f"{value:.4g}")
+    return value if isinstance(value, bool) else float(f"{value:.4g}")
 
 
 def describe(p: Problem, row: dict) -> str:
@@ -409,6 +418,7 @@ def main() -> int:
     }
     systems = [known[name]() for name in arguments.system or known]
     torch.ones(8, 8, device="cuda", dtype=BF16) @ torch.ones(8, 8, device="cuda", dtype=BF16)
+    torch.ones(1, requires_grad=True).backward(torch.ones(1))  # torch's own first backward: sympy
     begin = time.perf_counter()
     import sonicmoe_cpp
 
