@@ -105,7 +105,7 @@ class GroupedMM:
 
     @staticmethod
     def _combine(y, weights, inverse, top_k: int):
-        rows = y[inverse].unflatten(0, (-1, top_k))
+        rows = y.index_select(0, inverse).unflatten(0, (-1, top_k))
         return (rows * weights.to(y.dtype).unsqueeze(-1)).sum(1)
 
     def experts(self, p: Problem, ids, weights) -> torch.Tensor:
@@ -115,7 +115,9 @@ class GroupedMM:
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device="cuda")
         ends = torch.histc(flat.float(), experts, 0, experts - 1).cumsum(0).int()
-        h = F.grouped_mm(p.x[order // top_k], p.w1.transpose(1, 2), offs=ends)
+        # index_select, not indexing: its backward adds rows instead of sorting indices.
+        rows = p.x.index_select(0, order // top_k)
+        h = F.grouped_mm(rows, p.w1.transpose(1, 2), offs=ends)
         y = F.grouped_mm(self.activate(h), p.w2.transpose(1, 2), offs=ends)
         return self.combine(y, weights, inverse, top_k)
 
