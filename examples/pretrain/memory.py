@@ -12,7 +12,7 @@ from transformers import Qwen3MoeForCausalLM
 
 from .config import TrainConfig
 
-METADATA_BYTES_PER_ROW = 32  # the most that routing may keep
+METADATA_BYTES_PER_ROW = 32  # the most that routing may keep, beside the router's logits
 
 
 def measure_kept_bytes(model: Qwen3MoeForCausalLM, forward: Callable[[], object]) -> list[int]:
@@ -60,7 +60,8 @@ def memory_report(config: TrainConfig, measured: list[int], rows: list[int]) -> 
     """measured: bytes per layer; rows: rows per layer in the same forward pass."""
     element = 4 if config.dtype == "float32" else 2
     width = 2 * config.intermediate_size  # gate and up
-    formula = [count * (element * width + METADATA_BYTES_PER_ROW) for count in rows]
+    logits = 4 * config.tokens_per_batch * config.num_experts
+    formula = [count * (element * width + METADATA_BYTES_PER_ROW) + logits for count in rows]
     return {
         "what": "bytes one Mixture-of-Experts layer keeps for backward, besides its input and the "
         "weights, for one batch",
@@ -71,7 +72,8 @@ def memory_report(config: TrainConfig, measured: list[int], rows: list[int]) -> 
         "rows_per_layer": rows,
         "measured_bytes_per_layer": measured,
         "formula_bytes_per_layer": formula,
-        "formula": f"rows * ({element} * 2 * intermediate_size + at most {METADATA_BYTES_PER_ROW})",
+        "formula": f"rows * ({element} * 2 * intermediate_size + at most {METADATA_BYTES_PER_ROW}) "
+        "+ 4 * tokens * experts of logits",
         "peak_process_bytes": peak_process_bytes(),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -97,8 +98,14 @@ class RoutingTap:
     def __init__(self, model: Qwen3MoeForCausalLM, config: TrainConfig) -> None:
         self._num_experts = config.num_experts
         self._outputs: list[tuple] = [()] * config.layers
+        self._balancing_loss = load_balancing_loss
         if config.experts == "sonicmoe_cpp":
+            import sonicmoe_cpp
             from sonicmoe_cpp.integrations.transformers import replace_moe_blocks
+
+            self._balancing_loss = functools.partial(
+                sonicmoe_cpp.load_balancing_loss, top_k=config.top_k
+            )
 
             replace_moe_blocks(
                 model,
@@ -133,7 +140,7 @@ class RoutingTap:
 
     def balancing_loss(self) -> torch.Tensor:
         """Mean over the layers of each layer's load balancing loss."""
-        losses = [load_balancing_loss(layer.logits, layer.rows_before) for layer in self.layers()]
+        losses = [self._balancing_loss(layer.logits, layer.rows_before) for layer in self.layers()]
         return torch.stack(losses).mean()
 
     def shares(self) -> list[list[float]]:
