@@ -88,13 +88,28 @@ run_experiments() {
   return $failed
 }
 
+# A Python whose torch sees the GPU.
+find_python() {
+  local python
+  for python in ${SONICMOE_PYTHON:-python3 .venv/bin/python}; do
+    "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null && { echo "$python"; return; }
+  done
+  echo "scripts/gpu.sh: no Python here has a torch that sees a GPU (SONICMOE_PYTHON names one)" >&2
+  return 1
+}
+
 run_tests() {
-  local failed=0 tests=${SONICMOE_BUILD:-build}/tests
+  local failed=0 tests=${SONICMOE_BUILD:-build}/tests python
+  if ! "${SONICMOE_BUILD:-build}/cli/sonicmoe" info | grep -q '^cuda  *on'; then
+    echo "scripts/gpu.sh: the CUDA backend is off here: ${SONICMOE_BUILD:-build}/cli/sonicmoe info says why" >&2
+    return 1
+  fi
+  python=$(find_python) || return 1
   mkdir -p "$out"
   run_one ops "$tests/sonicmoe_ops_tests" --gtest_brief=1 --gtest_filter='*cuda*' || failed=1
   SONICMOE_BACKEND=cuda run_one unit "$tests/sonicmoe_unit_tests" --gtest_brief=1 || failed=1
   run_one fuzz "$tests/sonicmoe_fuzz" --cases 1000 || failed=1
-  run_one python python3 -m pytest -q --timeout 300 tests/torch/test_cuda.py || failed=1
+  run_one python "$python" -m pytest -q --timeout 300 tests/torch/test_cuda.py || failed=1
   tail -n 3 "$out"/{ops,unit,fuzz,python}.log
   return $failed
 }
@@ -103,6 +118,9 @@ case "${1:-}" in
   build) shift; build "$@" ;;
   experiments) shift; run_experiments "$@" ;;
   test) run_tests ;;
-  bench) shift; PYTHONPATH=bindings/torch python3 bench/bench_gpu.py "$@" ;;
+  bench)
+    shift
+    python=$(find_python) && PYTHONPATH=bindings/torch "$python" bench/bench_gpu.py "$@"
+    ;;
   *) sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
 esac
