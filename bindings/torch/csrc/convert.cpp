@@ -1,9 +1,6 @@
 #include "convert.hpp"
 
 #include <dlfcn.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <span>
@@ -31,23 +28,6 @@ void* current_cuda_stream(std::int32_t device_index) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(get(device_index, &stream));
   return stream;
-}
-
-/// Asks for huge pages for a large new CPU tensor. The allocator returns such memory to the system
-/// when the tensor dies, so every call meets fresh pages, and at 4 KiB each their faults took a
-/// fifth of a backward. Advice only: the pages wholly inside the tensor, errors ignored.
-Tensor advised(Tensor tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kHugePage = std::uintptr_t{1} << 21;
-  if (!tensor.is_cpu()) return tensor;
-  const auto begin = reinterpret_cast<std::uintptr_t>(tensor.mutable_data_ptr());
-  const auto end = begin + static_cast<std::uintptr_t>(tensor.numel()) *
-                               static_cast<std::uintptr_t>(tensor.element_size());
-  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const std::uintptr_t last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return tensor;
 }
 
 sonicmoe::DType dtype_of(const char* operation, const char* argument, const Tensor& tensor) {
@@ -105,15 +85,15 @@ Call::Call(const Tensor& tensor) {
 }
 
 Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype) {
-  return advised(torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype));
+  return torch::stable::new_empty(
+      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
 }
 
 Tensor new_like_contiguous(const Tensor& like, ScalarType dtype) {
-  return advised(torch::stable::new_empty(like, like.sizes(), dtype));
+  return torch::stable::new_empty(like, like.sizes(), dtype);
 }
 
-Tensor new_like(const Tensor& like) { return advised(torch::stable::empty_like(like)); }
+Tensor new_like(const Tensor& like) { return torch::stable::empty_like(like); }
 
 Tensor new_bytes(const Tensor& like, std::size_t bytes) {
   return new_tensor(like, {static_cast<std::int64_t>(bytes)}, ScalarType::Byte);
