@@ -51,7 +51,14 @@ std::int64_t check_routing(const Check& check, const PairRouting& r, std::int64_
 
 void check_weights(const Check& check, const MoEShape& shape, const ExpertWeights& w) {
   const std::int64_t e = shape.num_experts;
-  check.shape("w1", w.w1, {e, shape.hidden_columns(), shape.hidden_size});
+  check.rank("w1", w.w1, 3);
+  // Which of two weights is the odd one cannot be known: the error shows both.
+  const bool fits = w.w1.size(0) == e && w.w1.size(1) == shape.hidden_columns() &&
+                    w.w1.size(2) == shape.hidden_size;
+  check.that(fits, "w1",
+             "shape [" + std::to_string(e) + ", " + std::to_string(shape.hidden_columns()) + ", " +
+                 std::to_string(shape.hidden_size) + "] to go with w2 " + w.w2.describe(),
+             w.w1.describe());
   check.dtype("w1", w.w1, {shape.dtype});
   check.unit_stride_in_a_matrix_dim("w1", w.w1);
   check.dtype("w2", w.w2, {shape.dtype});

@@ -129,6 +129,21 @@ TEST_P(MoeErrors, Buffers) {
   EXPECT_EQ(call.forward_error(), "metadata");
 }
 
+TEST_P(MoeErrors, WeightsThatDisagreeAreBothShown) {
+  Call call(GetParam());
+  call.forward.weights.w2 = reshaped(call.forward.weights.w2, {5, 24, 19});
+  try {
+    moe_forward(GetParam().context(), call.forward);
+    ADD_FAILURE() << "no error";
+  } catch (const Error& error) {
+    const std::string message = error.what();
+    EXPECT_NE(message.find("[5, 38, 24]"), std::string::npos) << message;
+    EXPECT_NE(message.find("w2 " + call.forward.weights.w2.describe()), std::string::npos)
+        << message;
+    EXPECT_NE(message.find(call.forward.weights.w1.describe()), std::string::npos) << message;
+  }
+}
+
 TEST_P(MoeErrors, Routing) {
   Call topk(GetParam());
   auto& a = std::get<TopKRouting>(topk.forward.routing);
