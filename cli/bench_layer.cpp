@@ -246,6 +246,30 @@ Tensor blocks_of(const Tensor& whole, const std::vector<std::int64_t>& ids) {
   return blocks;
 }
 
+// Adds the router's share to dX of the tokens of `part`: dLogits Wr, with softmax over the chosen
+// logits, whose values are the pairs' weights s: dLogit = s (dS - sum s dS).
+void add_router_share(const Part& part, const std::vector<Slot>& slots, const Tensor& router_weight,
+                      ExpertsRun& run) {
+  const Tensor& s = part.inputs.pair_weights;
+  const Tensor& ds = run.grad_routing_weights;
+  const auto d = static_cast<std::size_t>(run.grad_x.view().size(1));
+  for (std::size_t i = 0; i < part.tokens.size(); ++i) {
+    float mean = 0.0f;
+    for (std::size_t p = 0; p < slots.size(); ++p) {
+      if (slots[p].token == part.tokens[i]) mean += s.at(p) * ds.at(p);
+    }
+    for (std::size_t p = 0; p < slots.size(); ++p) {
+      if (slots[p].token != part.tokens[i]) continue;
+      const float grad_logit = s.at(p) * (ds.at(p) - mean);
+      const auto row = static_cast<std::size_t>(slots[p].expert) * d;
+      for (std::size_t c = 0; c < d; ++c) {
+        run.grad_x.set(i * d + c,
+                       run.grad_x.at(i * d + c) + grad_logit * router_weight.at(row + c));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void BenchLayer::check() const {
@@ -263,9 +287,9 @@ void BenchLayer::check() const {
   const Part tokens(inputs_, of_tokens);
   const auto by_token = reference_run(tokens, of_tokens, run_);
   findings.compare("out", blocks_of(run_.out, tokens.tokens), by_token->out, tolerance);
-  // With a router dX has the router's share and d(weights) is not handed out.
-  if (!options_.with_router) {
-    findings.compare("grad_x", blocks_of(run_.grad_x, tokens.tokens), by_token->grad_x, tolerance);
+  if (options_.with_router) add_router_share(tokens, of_tokens, router_weight_, *by_token);
+  findings.compare("grad_x", blocks_of(run_.grad_x, tokens.tokens), by_token->grad_x, tolerance);
+  if (!options_.with_router) {  // a layer does not hand out d(weights)
     Tensor grad_weights(DType::kFloat32, {static_cast<std::int64_t>(of_tokens.size())});
     for (std::size_t p = 0; p < of_tokens.size(); ++p) {
       const Slot& slot = of_tokens[p];

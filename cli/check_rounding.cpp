@@ -2,73 +2,72 @@
 #include <algorithm>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "cli/check.hpp"
 #include "cli/router_case.hpp"
 
 namespace sonicmoe::cli {
 
-Findings check_round_tokens(const Context& context, Random& random) {
-  const RouterCase c(random, 1);
-  RoundTokensForwardArgs args;
-  args.options = c.options;
-  args.rounding.tile = random.integer(1, std::min<std::int64_t>(c.T, 16));
-  args.rounding.policy = static_cast<RoundingPolicy>(random.integer(0, 5));
-  args.rounding.seed = random.next();
-  Findings findings;
-  findings.description = "round_tokens " + c.to_string() + " " +
-                         std::string(name_of(args.rounding.policy)) +
-                         " tile=" + std::to_string(args.rounding.tile);
-  const std::int64_t P = rounded_capacity(c.T, c.E, c.options.top_k, args.rounding);
-  const Tensor tokens(DType::kInt32, {P}), experts(DType::kInt32, {P});
-  const Tensor weights(DType::kFloat32, {P}), topk_ids(DType::kInt32, {c.T, c.options.top_k});
-  const Tensor after(DType::kInt32, {c.E}), before(DType::kInt32, {c.E});
-  const Tensor workspace(DType::kUInt8, {static_cast<std::int64_t>(round_tokens_workspace_bytes(
-                                            context, c.T, c.E, c.options.top_k))});
-  args.logits = c.logits.view();
-  args.token_ids = tokens.view();
-  args.expert_ids = experts.view();
-  args.pair_weights = weights.view();
-  args.topk_ids = topk_ids.view();
-  args.rows_per_expert = after.view();
-  args.rows_per_expert_before = before.view();
-  args.workspace = workspace.view();
-  round_tokens_forward(context, args);
+namespace {
 
-  compare_top_k(findings, c, topk_ids);
-  if (!findings.passed()) return findings;
-  compare_counts(findings, "rows_per_expert_before", before, count_ids(topk_ids, c.E));
-  compare_counts(findings, "rows_per_expert", after, count_ids(experts, c.E));
-  for (std::int64_t e = 0; e < c.E; ++e) {
+// What round_tokens_forward and round_select write, with room for every pair.
+struct Rounded {
+  Tensor tokens, experts, rows, workspace;
+
+  Rounded(const Context& context, std::int64_t T, std::int64_t E, std::int64_t K,
+          const RoundingOptions& options)
+      : tokens(DType::kInt32, {rounded_capacity(T, E, K, options)}),
+        experts(DType::kInt32, {rounded_capacity(T, E, K, options)}),
+        rows(DType::kInt32, {E}),
+        workspace(DType::kUInt8,
+                  {static_cast<std::int64_t>(round_tokens_workspace_bytes(context, T, E, K))}) {}
+};
+
+RoundingOptions random_rounding(Random& random, std::int64_t T) {
+  RoundingOptions options;
+  options.tile = random.integer(1, std::min<std::int64_t>(T, 16));
+  options.policy = static_cast<RoundingPolicy>(random.integer(0, 5));
+  options.seed = random.next();
+  return options;
+}
+
+std::string to_string(const RoundingOptions& options) {
+  return std::string(name_of(options.policy)) + " tile=" + std::to_string(options.tile);
+}
+
+void compare_rounded_rows(Findings& findings, std::int64_t tile, const Tensor& before,
+                          const Tensor& after) {
+  for (std::size_t e = 0; e < before.count(); ++e) {
     const std::int32_t f = before.as<std::int32_t>()[e], rounded = after.as<std::int32_t>()[e];
     findings.require(
-        rounded % args.rounding.tile == 0 && std::abs(rounded - f) < args.rounding.tile,
+        rounded % tile == 0 && std::abs(rounded - f) < tile,
         "rows_per_expert: " + std::to_string(f) + " became " + std::to_string(rounded));
   }
+}
 
-  Tensor grad(DType::kFloat32, {P});
-  grad.fill_random(random);
-  const Tensor grad_logits(DType::kFloat32, {c.T, c.E});
-  round_tokens_backward(context, {c.options, c.logits.view(), topk_ids.view(), tokens.view(),
-                                  experts.view(), grad.view(), grad_logits.view()});
-  Tensor expected(DType::kFloat32, {P});
+// Weights and the gradient of sum grad * weight over the listed pairs, token by token.
+void compare_pairs(Findings& findings, const RouterCase& c, const Rounded& rounded,
+                   const Tensor& topk_ids, const Tensor& weights, const Tensor& grad,
+                   const Tensor& grad_logits) {
+  const auto* experts = rounded.experts.as<std::int32_t>();
+  Tensor expected(DType::kFloat32, {static_cast<std::int64_t>(weights.count())});
   Tensor expected_grad(DType::kFloat32, {c.T, c.E});
   expected.fill(0.0f);
   for (std::int64_t t = 0; t < c.T; ++t) {
     const auto ids = ids_of(topk_ids, t);
     const auto logits = oracle::logits_row(c.logits, t);
     std::vector<std::size_t> pairs;
-    for (std::size_t p = 0; p < tokens.count(); ++p) {
-      if (tokens.as<std::int32_t>()[p] == t) pairs.push_back(p);
+    for (std::size_t p = 0; p < rounded.tokens.count(); ++p) {
+      if (rounded.tokens.as<std::int32_t>()[p] == t) pairs.push_back(p);
     }
     for (const std::size_t p : pairs) {
-      expected.set(p, static_cast<float>(
-                          oracle::weight(c.options, logits, ids, experts.as<std::int32_t>()[p])));
+      expected.set(p, static_cast<float>(oracle::weight(c.options, logits, ids, experts[p])));
     }
     const auto loss = [&](const oracle::Row& row) {
       double sum = 0.0;
       for (const std::size_t p : pairs) {
-        sum += grad.at(p) * oracle::weight(c.options, row, ids, experts.as<std::int32_t>()[p]);
+        sum += grad.at(p) * oracle::weight(c.options, row, ids, experts[p]);
       }
       return sum;
     };
@@ -76,6 +75,149 @@ Findings check_round_tokens(const Context& context, Random& random) {
   }
   findings.compare("pair_weights", weights, expected, kRouterTolerance, /*may_vanish=*/true);
   compare_gradient(findings, grad_logits, expected_grad);
+}
+
+// Scores, and the tokens that each expert has by plain top-K.
+struct Choice {
+  std::int64_t T, E, K;
+  Tensor scores, topk_ids;
+  std::vector<std::set<std::int64_t>> chosen;
+
+  Choice(Random& random, std::int64_t tokens, std::int64_t experts, std::int64_t top_k,
+         bool many_ties)
+      : T(tokens),
+        E(experts),
+        K(top_k),
+        scores(DType::kFloat32, {T, E}),
+        topk_ids(DType::kInt32, {T, K}),
+        chosen(static_cast<std::size_t>(E)) {
+    for (std::size_t i = 0; i < scores.count(); ++i) {
+      scores.set(i, many_ties ? static_cast<float>(random.integer(0, 8)) / 8.0f
+                              : static_cast<float>(random.uniform()));
+    }
+    for (std::int64_t t = 0; t < T; ++t) {
+      const auto ids = oracle::top_k(oracle::logits_row(scores, t), K);
+      for (std::int64_t k = 0; k < K; ++k) {
+        const std::int64_t e = ids[static_cast<std::size_t>(k)];
+        topk_ids.as<std::int32_t>()[t * K + k] = static_cast<std::int32_t>(e);
+        chosen[static_cast<std::size_t>(e)].insert(t);
+      }
+    }
+  }
+
+  double score(std::int64_t t, std::size_t e) const {
+    return static_cast<double>(scores.at(static_cast<std::size_t>(t * E) + e));
+  }
+
+  // All tokens: those chosen first, then by score, then by token.
+  std::vector<std::int64_t> ranking(std::size_t e) const {
+    std::vector<std::int64_t> tokens;
+    for (std::int64_t t = 0; t < T; ++t) tokens.push_back(t);
+    std::stable_sort(tokens.begin(), tokens.end(), [&](std::int64_t a, std::int64_t b) {
+      const bool a_chosen = chosen[e].contains(a), b_chosen = chosen[e].contains(b);
+      return a_chosen != b_chosen ? a_chosen : score(a, e) > score(b, e);
+    });
+    return tokens;
+  }
+};
+
+// Rows of every expert by the policy's definition; where it draws lots, `actual` says which of the
+// two neighbours it took.
+std::vector<std::int64_t> expected_rows(const Choice& choice, const RoundingOptions& options,
+                                        const Tensor& actual) {
+  const std::int64_t tile = options.tile;
+  std::vector<std::int64_t> rows;
+  std::vector<bool> up_changes_less;
+  for (std::size_t e = 0; e < choice.chosen.size(); ++e) {
+    const auto ranking = choice.ranking(e);
+    const auto f = static_cast<std::int64_t>(choice.chosen[e].size());
+    const std::int64_t down = f / tile * tile;
+    const std::int64_t up = std::min(choice.T, down + tile);
+    const auto sum = [&](std::int64_t first, std::int64_t last) {
+      double total = 0.0;
+      for (; first < last; ++first) {
+        total += choice.score(ranking[static_cast<std::size_t>(first)], e);
+      }
+      return total;
+    };
+    rows.push_back(f);
+    up_changes_less.push_back(sum(f, up) < sum(down, f));
+  }
+  auto expected = oracle::rounded_rows(options.policy, tile, choice.T, rows, up_changes_less);
+  if (options.policy == RoundingPolicy::kStochastic) {
+    for (std::size_t e = 0; e < expected.size(); ++e) {
+      const std::int64_t down = rows[e] / tile * tile;
+      const std::int64_t got = actual.as<std::int32_t>()[e];
+      const bool up = got == down + tile && down != rows[e] && got <= choice.T;
+      expected[e] = up ? got : down;
+    }
+  }
+  return expected;
+}
+
+// The first `rows[e]` tokens of every ranking, in input order, then -1.
+void compare_lists(Findings& findings, const Choice& choice, const Rounded& rounded,
+                   const std::vector<std::int64_t>& rows) {
+  const auto* tokens = rounded.tokens.as<std::int32_t>();
+  const auto* experts = rounded.experts.as<std::int32_t>();
+  std::size_t p = 0;
+  for (std::size_t e = 0; e < rows.size(); ++e) {
+    auto kept = choice.ranking(e);
+    kept.resize(static_cast<std::size_t>(rows[e]));
+    std::sort(kept.begin(), kept.end());
+    for (const std::int64_t t : kept) {
+      if (tokens[p] != t || experts[p] != static_cast<std::int64_t>(e)) {
+        findings.add("pair " + std::to_string(p) + " differs");
+        return;
+      }
+      ++p;
+    }
+  }
+  for (; p < rounded.tokens.count(); ++p) {
+    if (tokens[p] != -1 || experts[p] != -1) {
+      findings.add("unused pair " + std::to_string(p) + " is not -1");
+      return;
+    }
+  }
+}
+
+}  // namespace
+
+Findings check_round_tokens(const Context& context, Random& random) {
+  const RouterCase c(random, 1);
+  const std::int64_t K = c.options.top_k;
+  RoundTokensForwardArgs args;
+  args.options = c.options;
+  args.rounding = random_rounding(random, c.T);
+  Findings findings;
+  findings.description = "round_tokens " + c.to_string() + " " + to_string(args.rounding);
+  const Rounded rounded(context, c.T, c.E, K, args.rounding);
+  const auto P = static_cast<std::int64_t>(rounded.tokens.count());
+  const Tensor weights(DType::kFloat32, {P}), topk_ids(DType::kInt32, {c.T, K});
+  const Tensor before(DType::kInt32, {c.E});
+  args.logits = c.logits.view();
+  args.token_ids = rounded.tokens.view();
+  args.expert_ids = rounded.experts.view();
+  args.pair_weights = weights.view();
+  args.topk_ids = topk_ids.view();
+  args.rows_per_expert = rounded.rows.view();
+  args.rows_per_expert_before = before.view();
+  args.workspace = rounded.workspace.view();
+  round_tokens_forward(context, args);
+
+  compare_top_k(findings, c, topk_ids);
+  if (!findings.passed()) return findings;
+  compare_counts(findings, "rows_per_expert_before", before, count_ids(topk_ids, c.E));
+  compare_counts(findings, "rows_per_expert", rounded.rows, count_ids(rounded.experts, c.E));
+  compare_rounded_rows(findings, args.rounding.tile, before, rounded.rows);
+
+  Tensor grad(DType::kFloat32, {P});
+  grad.fill_random(random);
+  const Tensor grad_logits(DType::kFloat32, {c.T, c.E});
+  round_tokens_backward(context,
+                        {c.options, c.logits.view(), topk_ids.view(), rounded.tokens.view(),
+                         rounded.experts.view(), grad.view(), grad_logits.view()});
+  compare_pairs(findings, c, rounded, topk_ids, weights, grad, grad_logits);
   return findings;
 }
 
@@ -84,96 +226,24 @@ Findings check_round_select(const Context& context, Random& random) {
   const std::int64_t K = random.integer(1, std::min<std::int64_t>(E, 6));
   const bool many_ties = random.chance(0.5);
   RoundSelectArgs args;
-  args.rounding.tile = random.integer(1, std::min<std::int64_t>(T, 16));
-  args.rounding.policy = static_cast<RoundingPolicy>(random.integer(0, 5));
-  args.rounding.seed = random.next();
+  args.rounding = random_rounding(random, T);
   Findings findings;
   findings.description = "round_select T=" + std::to_string(T) + " E=" + std::to_string(E) +
-                         " K=" + std::to_string(K) + " " +
-                         std::string(name_of(args.rounding.policy)) +
-                         " tile=" + std::to_string(args.rounding.tile) + (many_ties ? " ties" : "");
-  Tensor scores(DType::kFloat32, {T, E});
-  for (std::size_t i = 0; i < scores.count(); ++i) {
-    scores.set(i, many_ties ? static_cast<float>(random.integer(0, 8)) / 8.0f
-                            : static_cast<float>(random.uniform()));
-  }
-  const Tensor topk_ids(DType::kInt32, {T, K});
-  std::vector<std::set<std::int64_t>> chosen(static_cast<std::size_t>(E));  // tokens per expert
-  for (std::int64_t t = 0; t < T; ++t) {
-    const auto ids = oracle::top_k(oracle::logits_row(scores, t), K);
-    for (std::int64_t k = 0; k < K; ++k) {
-      const std::int64_t e = ids[static_cast<std::size_t>(k)];
-      topk_ids.as<std::int32_t>()[t * K + k] = static_cast<std::int32_t>(e);
-      chosen[static_cast<std::size_t>(e)].insert(t);
-    }
-  }
-  const std::int64_t P = rounded_capacity(T, E, K, args.rounding);
-  const Tensor tokens(DType::kInt32, {P}), experts(DType::kInt32, {P}), after(DType::kInt32, {E});
-  const Tensor workspace(
-      DType::kUInt8, {static_cast<std::int64_t>(round_tokens_workspace_bytes(context, T, E, K))});
-  args.scores = scores.view();
-  args.topk_ids = topk_ids.view();
-  args.token_ids = tokens.view();
-  args.expert_ids = experts.view();
-  args.rows_per_expert = after.view();
-  args.workspace = workspace.view();
+                         " K=" + std::to_string(K) + " " + to_string(args.rounding) +
+                         (many_ties ? " ties" : "");
+  const Choice choice(random, T, E, K, many_ties);
+  const Rounded rounded(context, T, E, K, args.rounding);
+  args.scores = choice.scores.view();
+  args.topk_ids = choice.topk_ids.view();
+  args.token_ids = rounded.tokens.view();
+  args.expert_ids = rounded.experts.view();
+  args.rows_per_expert = rounded.rows.view();
+  args.workspace = rounded.workspace.view();
   round_select(context, args);
 
-  // Rank all tokens of every expert: chosen ones first, then by score, then by token.
-  std::vector<std::vector<std::int64_t>> ranking(static_cast<std::size_t>(E));
-  std::vector<std::int64_t> rows;
-  std::vector<bool> up_changes_less;
-  for (std::size_t e = 0; e < ranking.size(); ++e) {
-    const auto score = [&](std::int64_t t) {
-      return static_cast<double>(scores.at(static_cast<std::size_t>(t * E) + e));
-    };
-    for (std::int64_t t = 0; t < T; ++t) ranking[e].push_back(t);
-    std::stable_sort(ranking[e].begin(), ranking[e].end(), [&](std::int64_t a, std::int64_t b) {
-      const bool a_chosen = chosen[e].contains(a), b_chosen = chosen[e].contains(b);
-      return a_chosen != b_chosen ? a_chosen : score(a) > score(b);
-    });
-    const auto f = static_cast<std::int64_t>(chosen[e].size());
-    const std::int64_t down = f / args.rounding.tile * args.rounding.tile;
-    const std::int64_t up = std::min(T, down + args.rounding.tile);
-    double lost = 0.0, won = 0.0;
-    for (std::int64_t i = down; i < f; ++i) lost += score(ranking[e][static_cast<std::size_t>(i)]);
-    for (std::int64_t i = f; i < up; ++i) won += score(ranking[e][static_cast<std::size_t>(i)]);
-    rows.push_back(f);
-    up_changes_less.push_back(won < lost);
-  }
-  auto expected =
-      oracle::rounded_rows(args.rounding.policy, args.rounding.tile, T, rows, up_changes_less);
-  if (args.rounding.policy == RoundingPolicy::kStochastic) {  // either neighbour is right
-    for (std::size_t e = 0; e < expected.size(); ++e) {
-      const std::int64_t down = rows[e] / args.rounding.tile * args.rounding.tile;
-      const std::int64_t got = after.as<std::int32_t>()[e];
-      const bool up = got == down + args.rounding.tile && down != rows[e] && got <= T;
-      expected[e] = up ? got : down;
-    }
-  }
-  compare_counts(findings, "rows_per_expert", after, expected);
-  if (!findings.passed()) return findings;
-
-  std::size_t p = 0;
-  for (std::size_t e = 0; e < ranking.size(); ++e) {
-    auto kept = ranking[e];
-    kept.resize(static_cast<std::size_t>(expected[e]));
-    std::sort(kept.begin(), kept.end());
-    for (const std::int64_t t : kept) {
-      if (tokens.as<std::int32_t>()[p] != t ||
-          experts.as<std::int32_t>()[p] != static_cast<std::int64_t>(e)) {
-        findings.add("pair " + std::to_string(p) + " differs");
-        return findings;
-      }
-      ++p;
-    }
-  }
-  for (; p < tokens.count(); ++p) {
-    if (tokens.as<std::int32_t>()[p] != -1 || experts.as<std::int32_t>()[p] != -1) {
-      findings.add("unused pair " + std::to_string(p) + " is not -1");
-      return findings;
-    }
-  }
+  const auto expected = expected_rows(choice, args.rounding, rounded.rows);
+  compare_counts(findings, "rows_per_expert", rounded.rows, expected);
+  if (findings.passed()) compare_lists(findings, choice, rounded, expected);
   return findings;
 }
 
