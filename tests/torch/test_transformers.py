@@ -142,6 +142,44 @@ def test_router_logits_and_auxiliary_loss(family):
     compare(ours, theirs)
 
 
+def test_router_logits_of_deepseek():
+    """No auxiliary loss in this family, and one dense layer without a router."""
+    stock, ids = build("deepseek_v3"), tokens()
+    model = copy.deepcopy(stock)
+    hf.replace_moe_blocks(model)
+    ours = outputs(model, ids, output_router_logits=True)
+    theirs = outputs(stock, ids, output_router_logits=True)
+    assert len(ours[0].router_logits) == len(theirs[0].router_logits) == 1
+    assert ours[0].router_logits[0].dtype == torch.float32
+    same(ours[0].router_logits[0], theirs[0].router_logits[0])
+    compare(ours, theirs)
+
+
+def test_bfloat16():
+    """Against the same weights in float32: a token's logits are no further away than the stock
+    model's in bfloat16. The median, since rounding makes any of the three models choose another
+    expert of near-equal score for a few tokens."""
+    hf.register()
+    stock, ids = build("qwen3_moe", num_hidden_layers=1).bfloat16(), tokens()
+    exact = copy.deepcopy(stock).float()
+    backend, replaced = copy.deepcopy(stock), copy.deepcopy(stock)
+    backend.set_experts_implementation("sonicmoe_cpp")
+    hf.replace_moe_blocks(replaced)
+    expected, expected_grads = outputs(exact, ids)
+    results = [outputs(model, ids) for model in (stock, backend, replaced)]
+
+    def errors(ours):
+        return (ours.float() - expected.logits).norm(dim=-1) / expected.logits.norm(dim=-1)
+
+    reference, *medians = (errors(out.logits).median().item() for out, _ in results)
+    assert max(medians) < 1.25 * reference < 0.05
+    for _, grads in results[1:]:
+        assert grads.keys() == expected_grads.keys()
+        for name, grad in grads.items():
+            assert grad.dtype == torch.bfloat16
+            assert (grad.float() - expected_grads[name]).norm() < 0.2 * expected_grads[name].norm()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoints_load_in_stock_transformers(family, tmp_path):
     model, ids = build(family).eval(), tokens()
