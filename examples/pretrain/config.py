@@ -275,6 +275,8 @@ def merge_for_resume(saved: TrainConfig, request: Request) -> TrainConfig:
         value, before = getattr(request.config, field), getattr(saved, field)
         if field in CHANGEABLE_ON_RESUME:
             setattr(merged, field, value)
+        elif field == "dtype" and value == "auto":
+            continue  # settled when the run began
         elif value != before:
             raise UserError(
                 f"--resume: {_flag(field)} is {value} but the checkpoint of run "
