@@ -16,7 +16,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,8 +25,8 @@ from pathlib import Path
 import sonicmoe_cpp
 import torch
 import torch.nn.functional as F
+from bench_common import REPOSITORY, commit
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GRADIENTS = ("x", "w1", "w2", "weights")
 MINIMUM_RATIO = 1.3
@@ -227,12 +226,6 @@ def cpu_name() -> str:
 def other_load() -> float:
     """Load average of the last minute: other processes on the cores make every figure wrong."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
-def commit() -> str:
-    command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def print_row(row: dict) -> None:
