@@ -1,6 +1,7 @@
 // sonicmoe bench: time forward and backward of the layer. Checks first, then times.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <memory>
@@ -14,7 +15,6 @@
 #include "cli/options.hpp"
 #include "cli/problems.hpp"
 #include "cli/table.hpp"
-#include "sonicmoe/backend.hpp"
 #include "sonicmoe/memory.hpp"
 #include "sonicmoe/version.hpp"
 
@@ -41,9 +41,10 @@ struct BenchCommand {
 struct Statistics {
   double median = 0.0, p10 = 0.0, p90 = 0.0;  // seconds
   std::size_t samples = 0;
+  std::size_t calls_per_sample = 1;
 };
 
-Statistics statistics_of(std::vector<double> seconds) {
+Statistics statistics_of(std::vector<double> seconds, std::size_t calls_per_sample) {
   std::sort(seconds.begin(), seconds.end());
   const auto at = [&](double quantile) {  // linear between neighbours
     const double place = quantile * static_cast<double>(seconds.size() - 1);
@@ -52,13 +53,21 @@ Statistics statistics_of(std::vector<double> seconds) {
     const double share = place - static_cast<double>(low);
     return seconds[low] * (1.0 - share) + seconds[high] * share;
   };
-  return {at(0.5), at(0.1), at(0.9), seconds.size()};
+  return {at(0.5), at(0.1), at(0.9), seconds.size(), calls_per_sample};
 }
 
-double time_once(const std::function<void()>& work) {
+// Until the device has finished the work.
+double time_once(Device device, const std::function<void()>& work) {
   const auto begin = std::chrono::steady_clock::now();
   work();
+  synchronize(device);
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// Calls to time back to back on a GPU, so many that starting the first and waiting for the last
+// (about 20 us) do not show.
+std::size_t calls_per_sample(double seconds_of_one) {
+  return static_cast<std::size_t>(std::clamp(std::ceil(0.01 / seconds_of_one), 1.0, 50.0));
 }
 
 // One shape and dtype to time.
@@ -77,7 +86,8 @@ struct Result {
   std::size_t buffers = 0;  // sets of buffers rotated
 };
 
-std::vector<Row> rows_of(const BenchCommand& command) {
+// The CUDA backend takes bfloat16 only, and the problems of `cpu` are too small for a GPU.
+std::vector<Row> rows_of(const BenchCommand& command, Device device) {
   if (!command.shape.empty() && !command.suite.empty()) {
     throw usage_error("--suite", "either --shape or --suite", command.suite);
   }
@@ -85,8 +95,10 @@ std::vector<Row> rows_of(const BenchCommand& command) {
   if (!command.shape.empty()) {
     suite = {"shape", {DType::kFloat32}, {{"shape", parse_layer_shape(command.shape)}}};
   } else {
-    suite = find_suite(command.suite.empty() ? "cpu" : command.suite);
+    const std::string usual = on_host(device) ? "cpu" : "paper";
+    suite = find_suite(command.suite.empty() ? usual : command.suite);
   }
+  if (!on_host(device)) suite.dtypes = {DType::kBFloat16};
   if (command.dtype == "both") {
     suite.dtypes = {DType::kFloat32, DType::kBFloat16};
   } else if (!command.dtype.empty()) {
@@ -113,25 +125,30 @@ LayerOptions layer_options(const BenchCommand& command) {
   return options;
 }
 
-// Median and quantiles of at least three and at most `repeats` calls within the time budget.
+// Median and quantiles of at least three and at most `repeats` samples within the time budget.
 // Each call takes the next set of buffers.
-Statistics measure(const BenchCommand& command, std::vector<std::unique_ptr<BenchLayer>>& layers,
+Statistics measure(const BenchCommand& command, Device device,
+                   std::vector<std::unique_ptr<BenchLayer>>& layers,
                    const std::function<void(BenchLayer&)>& call, Progress& progress,
                    const std::string& label) {
-  for (int i = 0; i < command.warmup; ++i) {
-    call(*layers[static_cast<std::size_t>(i) % layers.size()]);
-  }
+  std::size_t next = 0;
+  const auto call_next = [&] { call(*layers[next++ % layers.size()]); };
+  for (int i = 0; i < command.warmup; ++i) call_next();
+  synchronize(device);
+  const std::size_t calls = on_host(device) ? 1 : calls_per_sample(time_once(device, call_next));
   std::vector<double> seconds;
   double total = 0.0;
   while (seconds.size() < static_cast<std::size_t>(command.repeats) &&
          (seconds.size() < 3 || total < command.seconds)) {
     progress.show(label + " " + std::to_string(seconds.size() + 1) + "/" +
                   std::to_string(command.repeats));
-    BenchLayer& layer = *layers[seconds.size() % layers.size()];
-    seconds.push_back(time_once([&] { call(layer); }));
-    total += seconds.back();
+    const double elapsed = time_once(device, [&] {
+      for (std::size_t i = 0; i < calls; ++i) call_next();
+    });
+    seconds.push_back(elapsed / static_cast<double>(calls));
+    total += elapsed;
   }
-  return statistics_of(std::move(seconds));
+  return statistics_of(std::move(seconds), calls);
 }
 
 Result run_row(const BenchCommand& command, const Context& context, const Row& row,
@@ -140,16 +157,17 @@ Result run_row(const BenchCommand& command, const Context& context, const Row& r
   result.row = row;
   const LayerOptions options = layer_options(command);
   const std::size_t needed = BenchLayer::total_bytes(context, row.shape, row.dtype, options);
-  const std::size_t memory = devices().front().memory_bytes;
+  const std::size_t memory = memory_bytes_of(context.device);
   if (memory > 0 && needed > memory / 10 * 9) {
-    result.skipped = "needs " + format_bytes(static_cast<double>(needed)) + ", this machine has " +
+    result.skipped = "needs " + format_bytes(static_cast<double>(needed)) + ", this " +
+                     (on_host(context.device) ? "machine" : "GPU") + " has " +
                      format_bytes(static_cast<double>(memory)) + " (--tokens makes it smaller)";
     return result;
   }
   const std::string label = place + " " + row.name + " " + std::string(name_of(row.dtype)) + ": ";
   progress.show(label + "making data");
   std::vector<std::unique_ptr<BenchLayer>> layers;
-  const std::size_t sets = BenchLayer::sets_to_rotate(needed);
+  const std::size_t sets = BenchLayer::sets_to_rotate(context.device, needed);
   for (std::size_t i = 0; i < sets; ++i) {
     Random random{command.seed, i};
     layers.push_back(std::make_unique<BenchLayer>(context, row.shape, row.dtype, options, random));
@@ -158,16 +176,16 @@ Result run_row(const BenchCommand& command, const Context& context, const Row& r
     progress.show(label + "checking");
     layers.front()->forward(context);
     layers.front()->backward(context);
-    layers.front()->check();
+    layers.front()->check(context);
   }
   result.buffers = sets;
   result.forward = measure(
-      command, layers, [&](BenchLayer& layer) { layer.forward(context); }, progress,
+      command, context.device, layers, [&](BenchLayer& layer) { layer.forward(context); }, progress,
       label + "forward");
   for (auto& layer : layers) layer->forward(context);
   result.backward = measure(
-      command, layers, [&](BenchLayer& layer) { layer.backward(context); }, progress,
-      label + "backward");
+      command, context.device, layers, [&](BenchLayer& layer) { layer.backward(context); },
+      progress, label + "backward");
   const BenchLayer& layer = *layers.front();
   result.forward_rate = forward_flops(layer.shape()) / result.forward.median / 1e9;
   result.backward_rate = backward_flops(layer.shape()) / result.backward.median / 1e9;
@@ -182,6 +200,7 @@ nlohmann::ordered_json to_json(const Statistics& s, double rate) {
           {"p10_ms", s.p10 * 1e3},
           {"p90_ms", s.p90 * 1e3},
           {"samples", s.samples},
+          {"calls_per_sample", s.calls_per_sample},
           {"model_gflops_per_s", rate}};
 }
 
@@ -266,7 +285,7 @@ int run(const BenchCommand& command) {
   require(command.warmup >= 0, "--warmup", "a number >= 0", command.warmup);
   require(command.tokens >= 0, "--tokens", "a positive number",
           static_cast<double>(command.tokens));
-  const std::vector<Row> rows = rows_of(command);
+  const std::vector<Row> rows = rows_of(command, context.device);
   layer_options(command);  // errors before the first minute is spent
 
   Progress progress(true);
@@ -298,11 +317,12 @@ void add_bench(CLI::App& app, Action& action) {
       ->add_option("--shape", options->shape,
                    "One layer: tokens, model width, expert width, experts, top-K")
       ->type_name("T,d,n,E,K");
-  command->add_option("--suite", options->suite, "cpu (default), paper or models")
+  command->add_option("--suite", options->suite, "cpu (default), paper (default on CUDA) or models")
       ->type_name("NAME");
   command
       ->add_option("--dtype", options->dtype,
-                   "float32, bfloat16 or both; default: the suite's, float32 for --shape")
+                   "float32, bfloat16 or both; default: the suite's, float32 for --shape; on CUDA "
+                   "bfloat16")
       ->type_name("DTYPE");
   command->add_option("--tokens", options->tokens,
                       "Use this many tokens in place of the suite's T");
@@ -311,7 +331,10 @@ void add_bench(CLI::App& app, Action& action) {
   command->add_flag("--layer", options->with_router, "Time the whole layer with its router");
   command->add_option("--workspace-limit", options->workspace_limit, "Bound of one call's scratch")
       ->type_name("BYTES");
-  command->add_option("--repeats", options->repeats, "Most calls to time")->capture_default_str();
+  command
+      ->add_option("--repeats", options->repeats,
+                   "Most samples to time: a call each, on CUDA about 10 ms of calls")
+      ->capture_default_str();
   command
       ->add_option("--seconds", options->seconds, "Stop after this time (but not before 3 calls)")
       ->capture_default_str();

@@ -32,10 +32,12 @@ class BenchLayer {
   void forward(const Context& context);
   void backward(const Context& context);
 
-  /// After forward and backward: some tokens and one expert against the float64 reference. Forward
-  /// and dX of a token depend on that token alone, dW of an expert on the expert's rows alone, so
-  /// the parts are exact checks at a small share of the cost. Throws CheckFailed.
-  void check() const;
+  /// After forward and backward: three tokens and some hidden units of one expert against the
+  /// float64 reference. Forward and dX of a token depend on that token alone, a unit's rows of dW
+  /// on the unit and its expert's rows alone, so the parts are exact checks at a small share of the
+  /// cost. dWr of two experts is the float64 sum over their tokens, from the dS that the experts'
+  /// backward (itself checked) hands out. Throws CheckFailed. Overwrites the gradients.
+  void check(const Context& context);
 
   const MoEShape& shape() const noexcept { return shape_; }
   /// H and routing (this library's metadata and the caller's ids and weights).
@@ -47,7 +49,7 @@ class BenchLayer {
   static std::size_t total_bytes(const Context& context, const LayerShape& shape, DType dtype,
                                  const LayerOptions& options);
   /// How many BenchLayers to take turns with, so that none finds its data in the last-level cache.
-  static std::size_t sets_to_rotate(std::size_t bytes_of_one);
+  static std::size_t sets_to_rotate(Device device, std::size_t bytes_of_one);
 
  private:
   void layer_forward(const Context& context);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <exception>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -88,12 +89,69 @@ std::vector<std::size_t> selected_operations(const CheckCommand& command) {
 Findings run_case(const CheckOperation& operation, const Context& context, Random random) {
   try {
     return operation.run(context, random);
-  } catch (const Error& error) {
+  } catch (const std::exception& error) {
     Findings findings;
     findings.description = "error";
     findings.add(error.what());
     return findings;
   }
+}
+
+void print_failure(const Failure& failure) {
+  std::printf("FAIL %s\n", failure.description.c_str());
+  for (const std::string& problem : failure.problems) std::printf("     %s\n", problem.c_str());
+  std::printf("     repeat: %s\n", failure.repro.c_str());
+}
+
+void print_json(const CheckCommand& command, const std::vector<Tally>& tallies,
+                const std::vector<Failure>& failures) {
+  nlohmann::ordered_json root;
+  root["backend"] = command.run.backend;
+  root["device"] = command.run.device;
+  root["seed"] = command.seed;
+  root["passed"] = failures.empty();
+  root["operations"] = nlohmann::ordered_json::array();
+  for (const Tally& tally : tallies) {
+    root["operations"].push_back(
+        {{"operation", tally.operation}, {"passed", tally.passed}, {"failed", tally.failed}});
+  }
+  root["failures"] = nlohmann::ordered_json::array();
+  for (const Failure& failure : failures) {
+    root["failures"].push_back({{"operation", failure.operation},
+                                {"case", failure.index},
+                                {"description", failure.description},
+                                {"problems", failure.problems},
+                                {"repro", failure.repro}});
+  }
+  std::printf("%s\n", root.dump(2).c_str());
+}
+
+void print_table(const std::vector<Tally>& tallies) {
+  Table table({"operation", "passed", "failed"});
+  for (const Tally& tally : tallies) {
+    table.add_row({tally.operation, std::to_string(tally.passed), std::to_string(tally.failed)});
+  }
+  table.print();
+}
+
+// All cases of one operation; failures are appended, and printed as they happen.
+Tally run_operation(const CheckCommand& command, const Context& context, std::size_t i,
+                    Progress& progress, std::vector<Failure>& failures) {
+  const CheckOperation& operation = kOperations[i];
+  Tally tally{operation.name};
+  for (std::int64_t index = command.first; index < command.first + command.cases; ++index) {
+    progress.show(tally.operation + " " + std::to_string(index - command.first + 1) + "/" +
+                  std::to_string(command.cases));
+    const Findings findings = run_case(operation, context, case_random(command, i, index));
+    ++(findings.passed() ? tally.passed : tally.failed);
+    if (findings.passed()) continue;
+    failures.push_back({tally.operation, index, findings.description, findings.problems(),
+                        repro_line(command, operation.name, index)});
+    if (command.json) continue;
+    progress.clear();
+    print_failure(failures.back());
+  }
+  return tally;
 }
 
 int run(const CheckCommand& command) {
@@ -107,55 +165,10 @@ int run(const CheckCommand& command) {
   std::vector<Failure> failures;
   Progress progress(!command.json);
   for (const std::size_t i : selected_operations(command)) {
-    const CheckOperation& operation = kOperations[i];
-    Tally tally{operation.name};
-    for (std::int64_t index = command.first; index < command.first + command.cases; ++index) {
-      progress.show(tally.operation + " " + std::to_string(index - command.first + 1) + "/" +
-                    std::to_string(command.cases));
-      const Findings findings = run_case(operation, context, case_random(command, i, index));
-      ++(findings.passed() ? tally.passed : tally.failed);
-      if (findings.passed()) continue;
-      failures.push_back({tally.operation, index, findings.description, findings.problems(),
-                          repro_line(command, operation.name, index)});
-      if (command.json) continue;
-      progress.clear();
-      std::printf("FAIL %s\n", failures.back().description.c_str());
-      for (const std::string& problem : failures.back().problems) {
-        std::printf("     %s\n", problem.c_str());
-      }
-      std::printf("     repeat: %s\n", failures.back().repro.c_str());
-    }
-    tallies.push_back(tally);
+    tallies.push_back(run_operation(command, context, i, progress, failures));
   }
   progress.clear();
-
-  if (command.json) {
-    nlohmann::ordered_json root;
-    root["backend"] = command.run.backend;
-    root["device"] = command.run.device;
-    root["seed"] = command.seed;
-    root["passed"] = failures.empty();
-    root["operations"] = nlohmann::ordered_json::array();
-    for (const Tally& tally : tallies) {
-      root["operations"].push_back(
-          {{"operation", tally.operation}, {"passed", tally.passed}, {"failed", tally.failed}});
-    }
-    root["failures"] = nlohmann::ordered_json::array();
-    for (const Failure& failure : failures) {
-      root["failures"].push_back({{"operation", failure.operation},
-                                  {"case", failure.index},
-                                  {"description", failure.description},
-                                  {"problems", failure.problems},
-                                  {"repro", failure.repro}});
-    }
-    std::printf("%s\n", root.dump(2).c_str());
-  } else {
-    Table table({"operation", "passed", "failed"});
-    for (const Tally& tally : tallies) {
-      table.add_row({tally.operation, std::to_string(tally.passed), std::to_string(tally.failed)});
-    }
-    table.print();
-  }
+  command.json ? print_json(command, tallies, failures) : print_table(tallies);
   return failures.empty() ? kSuccess : kFailure;
 }
 

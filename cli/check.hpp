@@ -23,7 +23,7 @@ struct Tolerance {
   }
 };
 
-/// What one case found.
+/// What one case found. Results that are compared may lie on any device, references on the host.
 class Findings {
  public:
   std::string description;  ///< the case in words
@@ -35,17 +35,17 @@ class Findings {
     if (!condition) add(problem);
   }
 
-  /// The first `count` elements of `actual` in storage order against `expected`. Also a problem:
+  /// The first `count` elements of `result` in storage order against `expected`. Also a problem:
   /// NaN, overwritten guard bytes, and a larger reference of nothing but zeros where `may_vanish`
   /// is false (then the case proves nothing).
-  void compare(const std::string& name, const Tensor& actual, const Tensor& expected,
+  void compare(const std::string& name, const Tensor& result, const Tensor& expected,
                const Tolerance& tolerance, bool may_vanish, std::size_t count);
-  void compare(const std::string& name, const Tensor& actual, const Tensor& expected,
+  void compare(const std::string& name, const Tensor& result, const Tensor& expected,
                const Tolerance& tolerance, bool may_vanish = false) {
-    compare(name, actual, expected, tolerance, may_vanish, actual.count());
+    compare(name, result, expected, tolerance, may_vanish, result.count());
   }
   /// Bit for bit.
-  void same_bits(const std::string& name, const Tensor& first, const Tensor& second);
+  void same_bits(const std::string& name, const Tensor& one, const Tensor& other);
 
  private:
   std::vector<std::string> problems_;

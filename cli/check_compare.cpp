@@ -19,8 +19,9 @@ constexpr std::size_t kSuspicious = 64;
 
 }  // namespace
 
-void Findings::compare(const std::string& name, const Tensor& actual, const Tensor& expected,
+void Findings::compare(const std::string& name, const Tensor& result, const Tensor& expected,
                        const Tolerance& tolerance, bool may_vanish, std::size_t count) {
+  const Tensor actual = result.to_host();
   if (!actual.guards_intact()) add(name + ": wrote outside of the tensor");
   double scale = 0.0;
   double worst = -1.0;
@@ -62,8 +63,9 @@ void Findings::compare(const std::string& name, const Tensor& actual, const Tens
   }
 }
 
-void Findings::same_bits(const std::string& name, const Tensor& first, const Tensor& second) {
-  if (!first.defined()) return;
+void Findings::same_bits(const std::string& name, const Tensor& one, const Tensor& other) {
+  if (!one.defined()) return;
+  const Tensor first = one.to_host(), second = other.to_host();
   const auto* a = first.as<std::uint8_t>();
   const auto* b = second.as<std::uint8_t>();
   const std::size_t bytes = first.view().nbytes();

@@ -9,7 +9,7 @@ namespace {
 
 using Form = MoEShape::Form;
 
-ExpertsConfig random_config(Form form, Random& random) {
+ExpertsConfig random_config(Form form, Device device, Random& random) {
   ExpertsConfig config;
   config.form = form;
   config.num_tokens = random.chance(0.05) ? random.integer(0, 1) : random.integer(2, 96);
@@ -38,6 +38,7 @@ ExpertsConfig random_config(Form form, Random& random) {
   config.without_weights = random.chance(0.3);
   config.float32_gradients = random.chance(0.3);
   config.accumulate = random.chance(0.3);
+  config.fit(device);
   return config;
 }
 
@@ -63,14 +64,15 @@ void compare_bits(Findings& findings, const Context& context, const ExpertsInput
 }
 
 Findings check_form(Form form, const Context& context, Random& random) {
-  const ExpertsInputs inputs(random_config(form, random), random);
+  const ExpertsInputs inputs(random_config(form, context.device, random), random);
+  const ExpertsInputs placed = inputs.to(context.device);
   Findings findings;
   findings.description = inputs.config.to_string();
   const std::int64_t rows = inputs.num_rows();
   const auto columns = static_cast<std::size_t>(inputs.config.intermediate_size *
                                                 gate_factor(inputs.config.options.activation));
 
-  ExpertsRun run(context, inputs);
+  ExpertsRun run(context, placed);
   run.forward(context);
   const ExpertsInputs reference_inputs = inputs.to_float32();
   const Context reference = reference_context();
@@ -85,7 +87,7 @@ Findings check_form(Form form, const Context& context, Random& random) {
 
   // Backward from the same H, so that an activation's kink cannot fall on either side.
   run.backward(context);
-  for (std::size_t i = 0; i < run.h.count(); ++i) expected.h.set(i, run.h.at(i));
+  expected.h.copy_from(run.h);
   expected.backward(reference);
   findings.compare("grad_x", run.grad_x, expected.grad_x, tolerance, may_vanish);
   findings.compare("grad_w1", run.grad_w1, expected.grad_w1, tolerance, may_vanish);
@@ -102,7 +104,7 @@ Findings check_form(Form form, const Context& context, Random& random) {
     findings.require(scratch->guards_intact(),
                      "workspace or metadata: wrote outside of the buffer");
   }
-  compare_bits(findings, context, inputs, run);
+  compare_bits(findings, context, placed, run);
   return findings;
 }
 

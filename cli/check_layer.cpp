@@ -17,12 +17,13 @@ struct LayerCase {
   MoELayerOptions options;
   ExpertsConfig config;
 
-  explicit LayerCase(Random& random) {
+  LayerCase(Device device, Random& random) {
     config.num_tokens = random.integer(1, 64);
     config.hidden_size = random.integer(1, 64);
     config.intermediate_size = random.integer(1, 48);
     config.num_experts = random.integer(1, 12);
     config.dtype = random.chance(0.5) ? DType::kFloat32 : DType::kBFloat16;
+    config.fit(device);
     if (config.dtype == DType::kBFloat16) {
       // As in check_experts.cpp; the router's bias has one gradient per expert.
       config.hidden_size = std::max<std::int64_t>(config.hidden_size, 8);
@@ -54,51 +55,92 @@ struct LayerCase {
   }
 };
 
-// All tensors of one run of the layer.
+// All tensors of one run of the layer, on one device.
 struct LayerRun {
   const LayerCase& c;
-  const ExpertsInputs& inputs;
+  ExpertsInputs inputs;
   Tensor router_weight, router_bias, grad_logits_in;
   Tensor out, logits, counts, topk_ids, token_ids, expert_ids, pair_weights, h, metadata, workspace;
   Tensor grad_x, grad_router_weight, grad_router_bias, grad_w1, grad_b1, grad_w2, grad_b2;
 
-  LayerRun(const LayerCase& layer_case, const ExpertsInputs& experts, Random& random)
-      : c(layer_case), inputs(experts) {
+  LayerRun(Device device, const LayerCase& layer_case, const ExpertsInputs& experts, Random& random)
+      : c(layer_case), inputs(experts.to(device)) {
+    make_router(device, random);
+    make_results(device);
+  }
+
+  LayerRun to_host() const {
+    LayerRun copy = *this;
+    copy.inputs = inputs.to(Device{});
+    for (Tensor* tensor : {&copy.router_weight,
+                           &copy.router_bias,
+                           &copy.grad_logits_in,
+                           &copy.out,
+                           &copy.logits,
+                           &copy.counts,
+                           &copy.topk_ids,
+                           &copy.token_ids,
+                           &copy.expert_ids,
+                           &copy.pair_weights,
+                           &copy.h,
+                           &copy.metadata,
+                           &copy.workspace,
+                           &copy.grad_x,
+                           &copy.grad_router_weight,
+                           &copy.grad_router_bias,
+                           &copy.grad_w1,
+                           &copy.grad_b1,
+                           &copy.grad_w2,
+                           &copy.grad_b2}) {
+      *tensor = tensor->to_host();
+    }
+    return copy;
+  }
+
+  void make_router(Device device, Random& random) {
+    const ExpertsConfig& f = c.config;
+    const std::int64_t T = f.num_tokens, d = f.hidden_size, E = f.num_experts;
+    const DType router_dtype = random.chance(0.5) ? f.dtype : DType::kFloat32;
+    router_weight = Tensor(router_dtype, {E, d}, device);
+    router_weight.fill_random(random, 1.0 / std::sqrt(static_cast<double>(d)));
+    if (random.chance(0.3)) {
+      router_bias = Tensor(router_dtype, {E}, device);
+      router_bias.fill_random(random, 0.3);
+      grad_router_bias = Tensor(DType::kFloat32, {E}, device);
+    }
+    if (random.chance(0.5)) {
+      grad_logits_in = Tensor(DType::kFloat32, {T, E}, device);
+      grad_logits_in.fill_random(random, 0.1);
+    }
+  }
+
+  void make_results(Device device) {
     const ExpertsConfig& f = c.config;
     const std::int64_t T = f.num_tokens, d = f.hidden_size, E = f.num_experts;
     const MoEShape shape = moe_layer_shape(c.options, inputs.x.view(), inputs.weights());
-    const DType router_dtype = random.chance(0.5) ? f.dtype : DType::kFloat32;
-    router_weight = Tensor(router_dtype, {E, d});
-    router_weight.fill_random(random, 1.0 / std::sqrt(static_cast<double>(d)));
-    if (random.chance(0.3)) {
-      router_bias = Tensor(router_dtype, {E});
-      router_bias.fill_random(random, 0.3);
-      grad_router_bias = Tensor(DType::kFloat32, {E});
-    }
-    if (random.chance(0.5)) {
-      grad_logits_in = Tensor(DType::kFloat32, {T, E});
-      grad_logits_in.fill_random(random, 0.1);
-    }
-    out = Tensor(f.dtype, {T, d});
-    logits = Tensor(DType::kFloat32, {T, E});
-    counts = Tensor(DType::kInt32, {E});
-    topk_ids = Tensor(DType::kInt32, {T, f.top_k});
+    const auto make = [&](DType dtype, std::vector<std::int64_t> extents) {
+      return Tensor(dtype, std::move(extents), device);
+    };
+    out = make(f.dtype, {T, d});
+    logits = make(DType::kFloat32, {T, E});
+    counts = make(DType::kInt32, {E});
+    topk_ids = make(DType::kInt32, {T, f.top_k});
     if (c.options.rounding) {
-      token_ids = Tensor(DType::kInt32, {shape.num_pairs});
-      expert_ids = Tensor(DType::kInt32, {shape.num_pairs});
-      pair_weights = Tensor(DType::kFloat32, {shape.num_pairs});
+      token_ids = make(DType::kInt32, {shape.num_pairs});
+      expert_ids = make(DType::kInt32, {shape.num_pairs});
+      pair_weights = make(DType::kFloat32, {shape.num_pairs});
     } else {
-      pair_weights = Tensor(DType::kFloat32, {T, f.top_k});
+      pair_weights = make(DType::kFloat32, {T, f.top_k});
     }
-    h = Tensor(f.dtype, {shape.num_pairs, shape.hidden_columns()});
-    metadata = Tensor(DType::kUInt8, {static_cast<std::int64_t>(moe_metadata_bytes(shape))});
-    grad_x = Tensor(f.dtype, {T, d});
-    grad_router_weight = Tensor(DType::kFloat32, {E, d});
-    grad_w1 = Tensor(f.dtype, {E, shape.hidden_columns(), d});
-    grad_w2 = Tensor(f.dtype, {E, d, f.intermediate_size});
+    h = make(f.dtype, {shape.num_pairs, shape.hidden_columns()});
+    metadata = make(DType::kUInt8, {static_cast<std::int64_t>(moe_metadata_bytes(shape))});
+    grad_x = make(f.dtype, {T, d});
+    grad_router_weight = make(DType::kFloat32, {E, d});
+    grad_w1 = make(f.dtype, {E, shape.hidden_columns(), d});
+    grad_w2 = make(f.dtype, {E, d, f.intermediate_size});
     if (f.biases) {
-      grad_b1 = Tensor(f.dtype, {E, shape.hidden_columns()});
-      grad_b2 = Tensor(f.dtype, {E, d});
+      grad_b1 = make(f.dtype, {E, shape.hidden_columns()});
+      grad_b2 = make(f.dtype, {E, d});
     }
   }
 
@@ -110,7 +152,7 @@ struct LayerRun {
   void forward(const Context& context) {
     const MoEShape shape = moe_layer_shape(c.options, inputs.x.view(), inputs.weights());
     const auto plan = moe_layer_forward_workspace(context, c.options, shape);
-    workspace = Tensor(DType::kUInt8, {static_cast<std::int64_t>(plan.bytes)});
+    workspace = Tensor(DType::kUInt8, {static_cast<std::int64_t>(plan.bytes)}, context.device);
     MoELayerForwardArgs args;
     args.options = c.options;
     args.x = inputs.x.view();
@@ -128,7 +170,7 @@ struct LayerRun {
   void backward(const Context& context) {
     const MoEShape shape = moe_layer_shape(c.options, inputs.x.view(), inputs.weights());
     const auto plan = moe_layer_backward_workspace(context, c.options, shape);
-    workspace = Tensor(DType::kUInt8, {static_cast<std::int64_t>(plan.bytes)});
+    workspace = Tensor(DType::kUInt8, {static_cast<std::int64_t>(plan.bytes)}, context.device);
     MoELayerBackwardArgs args;
     args.options = c.options;
     args.grad_out = inputs.grad_out.view();
@@ -150,7 +192,7 @@ struct LayerRun {
   }
 };
 
-// X Wr^T + bias in float64.
+// X Wr^T + bias in float64. `run` on the host, as in all that follows unless it says otherwise.
 Tensor expected_logits(const LayerRun& run) {
   const auto T = static_cast<std::size_t>(run.c.config.num_tokens);
   const auto E = static_cast<std::size_t>(run.c.config.num_experts);
@@ -169,22 +211,28 @@ Tensor expected_logits(const LayerRun& run) {
   return logits;
 }
 
-// The layer's routing is what the routing operation makes of the layer's logits.
+// The layer's routing is what the routing operation makes of the layer's logits. `run` on the
+// context's device.
 void compare_routing(Findings& findings, const Context& context, const LayerRun& run) {
   const ExpertsConfig& f = run.c.config;
-  const Tensor ids(DType::kInt32, {f.num_tokens, f.top_k});
-  const Tensor counts(DType::kInt32, {f.num_experts});
+  const auto make = [&](DType dtype, std::vector<std::int64_t> extents) {
+    return Tensor(dtype, std::move(extents), context.device);
+  };
+  const Tensor ids = make(DType::kInt32, {f.num_tokens, f.top_k});
+  const Tensor counts = make(DType::kInt32, {f.num_experts});
   if (!run.c.options.rounding) {
-    const Tensor weights(DType::kFloat32, {f.num_tokens, f.top_k});
+    const Tensor weights = make(DType::kFloat32, {f.num_tokens, f.top_k});
     route_forward(context, {run.c.options.router, run.logits.view(), ids.view(), weights.view(),
                             counts.view()});
     findings.same_bits("topk_ids", run.topk_ids, ids);
     findings.same_bits("topk_weights", run.pair_weights, weights);
   } else {
-    const Tensor tokens(DType::kInt32, {f.num_pairs}), experts(DType::kInt32, {f.num_pairs});
-    const Tensor weights(DType::kFloat32, {f.num_pairs});
-    const Tensor scratch(DType::kUInt8, {static_cast<std::int64_t>(round_tokens_workspace_bytes(
-                                            context, f.num_tokens, f.num_experts, f.top_k))});
+    const Tensor tokens = make(DType::kInt32, {f.num_pairs});
+    const Tensor experts = make(DType::kInt32, {f.num_pairs});
+    const Tensor weights = make(DType::kFloat32, {f.num_pairs});
+    const Tensor scratch =
+        make(DType::kUInt8, {static_cast<std::int64_t>(round_tokens_workspace_bytes(
+                                context, f.num_tokens, f.num_experts, f.top_k))});
     RoundTokensForwardArgs args;
     args.options = run.c.options.router;
     args.rounding = *run.c.options.rounding;
@@ -256,19 +304,15 @@ void compare_router_gradients(Findings& findings, const LayerRun& run, const Ten
 }
 
 // The layer's inputs in float32 with the routing it has chosen.
-ExpertsInputs reference_inputs(const ExpertsInputs& inputs, const LayerRun& run) {
-  ExpertsInputs reference = inputs.to_float32();
-  const auto copy = [](const Tensor& from, Tensor& to) {
-    std::copy(from.as<std::int32_t>(), from.as<std::int32_t>() + from.count(),
-              to.as<std::int32_t>());
-  };
+ExpertsInputs reference_inputs(const LayerRun& run) {
+  ExpertsInputs reference = run.inputs.to_float32();
   if (run.c.options.rounding) {
-    copy(run.token_ids, reference.token_ids);
-    copy(run.expert_ids, reference.expert_ids);
-    reference.pair_weights = run.pair_weights.to_float32();
+    reference.token_ids = run.token_ids;
+    reference.expert_ids = run.expert_ids;
+    reference.pair_weights = run.pair_weights;
   } else {
-    copy(run.topk_ids, reference.topk_ids);
-    reference.topk_weights = run.pair_weights.to_float32();
+    reference.topk_ids = run.topk_ids;
+    reference.topk_weights = run.pair_weights;
   }
   return reference;
 }
@@ -276,18 +320,18 @@ ExpertsInputs reference_inputs(const ExpertsInputs& inputs, const LayerRun& run)
 }  // namespace
 
 Findings check_moe_layer(const Context& context, Random& random) {
-  const LayerCase c(random);
+  const LayerCase c(context.device, random);
   const ExpertsInputs inputs(c.config, random);
   Findings findings;
   findings.description = c.to_string();
-  LayerRun run(c, inputs, random);
+  LayerRun run(context.device, c, inputs, random);
   run.forward(context);
-  findings.compare("logits", run.logits, expected_logits(run), Tolerance::of(DType::kFloat32),
-                   true);
+  findings.compare("logits", run.logits, expected_logits(run.to_host()),
+                   Tolerance::of(DType::kFloat32), true);
   compare_routing(findings, context, run);
   if (!findings.passed()) return findings;
 
-  const ExpertsInputs experts = reference_inputs(inputs, run);
+  const ExpertsInputs experts = reference_inputs(run.to_host());
   const bool may_vanish = experts.num_rows() == 0;
   const Context reference = reference_context();
   ExpertsRun expected(reference, experts);
@@ -295,10 +339,11 @@ Findings check_moe_layer(const Context& context, Random& random) {
   const Tolerance tolerance = Tolerance::of(c.config.dtype);
   findings.compare("out", run.out, expected.out, tolerance, may_vanish);
   run.backward(context);
-  for (std::size_t i = 0; i < run.h.count(); ++i) expected.h.set(i, run.h.at(i));
+  expected.h.copy_from(run.h);
   expected.backward(reference);
-  const Tensor grad_logits = expected_grad_logits(run, expected.grad_routing_weights);
-  compare_router_gradients(findings, run, grad_logits, expected.grad_x, tolerance);
+  const LayerRun results = run.to_host();
+  const Tensor grad_logits = expected_grad_logits(results, expected.grad_routing_weights);
+  compare_router_gradients(findings, results, grad_logits, expected.grad_x, tolerance);
   findings.compare("grad_x", run.grad_x, expected.grad_x, tolerance, may_vanish);
   findings.compare("grad_w1", run.grad_w1, expected.grad_w1, tolerance, may_vanish);
   findings.compare("grad_w2", run.grad_w2, expected.grad_w2, tolerance, may_vanish);

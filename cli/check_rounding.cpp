@@ -11,17 +11,27 @@ namespace sonicmoe::cli {
 
 namespace {
 
-// What round_tokens_forward and round_select write, with room for every pair.
+// What round_tokens_forward and round_select write, with room for every pair. Comparisons take it
+// on the host.
 struct Rounded {
   Tensor tokens, experts, rows, workspace;
 
   Rounded(const Context& context, std::int64_t T, std::int64_t E, std::int64_t K,
           const RoundingOptions& options)
-      : tokens(DType::kInt32, {rounded_capacity(T, E, K, options)}),
-        experts(DType::kInt32, {rounded_capacity(T, E, K, options)}),
-        rows(DType::kInt32, {E}),
+      : tokens(DType::kInt32, {rounded_capacity(T, E, K, options)}, context.device),
+        experts(DType::kInt32, {rounded_capacity(T, E, K, options)}, context.device),
+        rows(DType::kInt32, {E}, context.device),
         workspace(DType::kUInt8,
-                  {static_cast<std::int64_t>(round_tokens_workspace_bytes(context, T, E, K))}) {}
+                  {static_cast<std::int64_t>(round_tokens_workspace_bytes(context, T, E, K))},
+                  context.device) {}
+
+  Rounded to_host() const {
+    Rounded copy = *this;
+    for (Tensor* tensor : {&copy.tokens, &copy.experts, &copy.rows, &copy.workspace}) {
+      *tensor = tensor->to_host();
+    }
+    return copy;
+  }
 };
 
 RoundingOptions random_rounding(Random& random, std::int64_t T) {
@@ -36,8 +46,9 @@ std::string to_string(const RoundingOptions& options) {
   return std::string(name_of(options.policy)) + " tile=" + std::to_string(options.tile);
 }
 
-void compare_rounded_rows(Findings& findings, std::int64_t tile, const Tensor& before,
+void compare_rounded_rows(Findings& findings, std::int64_t tile, const Tensor& rows_before,
                           const Tensor& after) {
+  const Tensor before = rows_before.to_host();
   for (std::size_t e = 0; e < before.count(); ++e) {
     const std::int32_t f = before.as<std::int32_t>()[e], rounded = after.as<std::int32_t>()[e];
     findings.require(
@@ -184,18 +195,19 @@ void compare_lists(Findings& findings, const Choice& choice, const Rounded& roun
 }  // namespace
 
 Findings check_round_tokens(const Context& context, Random& random) {
-  const RouterCase c(random, 1);
+  const RouterCase c(random, 1), placed = c.to(context.device);
   const std::int64_t K = c.options.top_k;
   RoundTokensForwardArgs args;
-  args.options = c.options;
+  args.options = placed.options;
   args.rounding = random_rounding(random, c.T);
   Findings findings;
   findings.description = "round_tokens " + c.to_string() + " " + to_string(args.rounding);
   const Rounded rounded(context, c.T, c.E, K, args.rounding);
   const auto P = static_cast<std::int64_t>(rounded.tokens.count());
-  const Tensor weights(DType::kFloat32, {P}), topk_ids(DType::kInt32, {c.T, K});
-  const Tensor before(DType::kInt32, {c.E});
-  args.logits = c.logits.view();
+  const Tensor weights(DType::kFloat32, {P}, context.device);
+  const Tensor topk_ids(DType::kInt32, {c.T, K}, context.device);
+  const Tensor before(DType::kInt32, {c.E}, context.device);
+  args.logits = placed.logits.view();
   args.token_ids = rounded.tokens.view();
   args.expert_ids = rounded.experts.view();
   args.pair_weights = weights.view();
@@ -208,16 +220,18 @@ Findings check_round_tokens(const Context& context, Random& random) {
   compare_top_k(findings, c, topk_ids);
   if (!findings.passed()) return findings;
   compare_counts(findings, "rows_per_expert_before", before, count_ids(topk_ids, c.E));
-  compare_counts(findings, "rows_per_expert", rounded.rows, count_ids(rounded.experts, c.E));
-  compare_rounded_rows(findings, args.rounding.tile, before, rounded.rows);
+  const Rounded results = rounded.to_host();
+  compare_counts(findings, "rows_per_expert", results.rows, count_ids(results.experts, c.E));
+  compare_rounded_rows(findings, args.rounding.tile, before, results.rows);
 
   Tensor grad(DType::kFloat32, {P});
   grad.fill_random(random);
-  const Tensor grad_logits(DType::kFloat32, {c.T, c.E});
-  round_tokens_backward(context,
-                        {c.options, c.logits.view(), topk_ids.view(), rounded.tokens.view(),
-                         rounded.experts.view(), grad.view(), grad_logits.view()});
-  compare_pairs(findings, c, rounded, topk_ids, weights, grad, grad_logits);
+  const Tensor placed_grad = grad.to(context.device);
+  const Tensor grad_logits(DType::kFloat32, {c.T, c.E}, context.device);
+  round_tokens_backward(
+      context, {placed.options, placed.logits.view(), topk_ids.view(), rounded.tokens.view(),
+                rounded.experts.view(), placed_grad.view(), grad_logits.view()});
+  compare_pairs(findings, c, results, topk_ids.to_host(), weights, grad, grad_logits);
   return findings;
 }
 
@@ -233,17 +247,20 @@ Findings check_round_select(const Context& context, Random& random) {
                          (many_ties ? " ties" : "");
   const Choice choice(random, T, E, K, many_ties);
   const Rounded rounded(context, T, E, K, args.rounding);
-  args.scores = choice.scores.view();
-  args.topk_ids = choice.topk_ids.view();
+  const Tensor scores = choice.scores.to(context.device);
+  const Tensor topk_ids = choice.topk_ids.to(context.device);
+  args.scores = scores.view();
+  args.topk_ids = topk_ids.view();
   args.token_ids = rounded.tokens.view();
   args.expert_ids = rounded.experts.view();
   args.rows_per_expert = rounded.rows.view();
   args.workspace = rounded.workspace.view();
   round_select(context, args);
 
-  const auto expected = expected_rows(choice, args.rounding, rounded.rows);
-  compare_counts(findings, "rows_per_expert", rounded.rows, expected);
-  if (findings.passed()) compare_lists(findings, choice, rounded, expected);
+  const Rounded results = rounded.to_host();
+  const auto expected = expected_rows(choice, args.rounding, results.rows);
+  compare_counts(findings, "rows_per_expert", results.rows, expected);
+  if (findings.passed()) compare_lists(findings, choice, results, expected);
   return findings;
 }
 

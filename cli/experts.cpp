@@ -9,12 +9,9 @@ namespace {
 
 using Form = MoEShape::Form;
 
-Tensor random_tensor(Random& random, DType dtype, std::vector<std::int64_t> shape, double deviation,
-                     bool transposed = false) {
-  Tensor tensor = transposed ? Tensor::stored_transposed(dtype, std::move(shape))
-                             : Tensor(dtype, std::move(shape));
-  tensor.fill_random(random, deviation);
-  return tensor;
+Tensor make_tensor(DType dtype, std::vector<std::int64_t> shape, Device device, bool transposed) {
+  return transposed ? Tensor::stored_transposed(dtype, std::move(shape), device)
+                    : Tensor(dtype, std::move(shape), device);
 }
 
 // Routing weights as a router gives them: positive, a token's K of order 1 together.
@@ -51,12 +48,8 @@ std::int64_t dropped_id(Random& random, std::int64_t end) {
   }
 }
 
-Tensor bytes_tensor(std::size_t bytes) {
-  return Tensor(DType::kUInt8, {static_cast<std::int64_t>(bytes)});
-}
-
-void copy_values(const Tensor& from, Tensor& to) {
-  for (std::size_t i = 0; i < from.count(); ++i) to.set(i, from.at(i));
+Tensor bytes_tensor(std::size_t bytes, Device device) {
+  return Tensor(DType::kUInt8, {static_cast<std::int64_t>(bytes)}, device);
 }
 
 const char* name_of_form(Form form) {
@@ -80,6 +73,13 @@ std::string ExpertsConfig::to_string() const {
   return text;
 }
 
+void ExpertsConfig::fit(Device device) {
+  if (device.type != DeviceType::kCuda) return;
+  dtype = DType::kBFloat16;
+  hidden_size = (hidden_size + 7) / 8 * 8;
+  intermediate_size = (intermediate_size + 7) / 8 * 8;
+}
+
 Tensor random_topk_ids(Random& random, std::int64_t num_tokens, std::int64_t num_experts,
                        std::int64_t top_k, DType dtype, double dropped_share) {
   Tensor ids(dtype, {num_tokens, top_k});
@@ -97,7 +97,7 @@ Tensor random_topk_ids(Random& random, std::int64_t num_tokens, std::int64_t num
   return ids;
 }
 
-ExpertsInputs::ExpertsInputs(const ExpertsConfig& configuration, Random& random)
+ExpertsInputs::ExpertsInputs(const ExpertsConfig& configuration, Random& random, Device device)
     : config(configuration) {
   const std::int64_t T = config.num_tokens, d = config.hidden_size;
   const std::int64_t n = config.intermediate_size, E = config.num_experts;
@@ -105,21 +105,39 @@ ExpertsInputs::ExpertsInputs(const ExpertsConfig& configuration, Random& random)
   const auto scale = [](std::int64_t width) {
     return 1.0 / std::sqrt(static_cast<double>(std::max<std::int64_t>(width, 1)));
   };
-  x = random_tensor(random, config.dtype, {T, d}, 1.0);
-  w1 = random_tensor(random, config.dtype, {E, columns, d}, scale(d), config.transposed);
-  w2 = random_tensor(random, config.dtype, {E, d, n}, scale(n), config.transposed);
+  const auto make = [&](DType dtype, std::vector<std::int64_t> extents, double deviation,
+                        bool transposed = false) {
+    Tensor tensor = make_tensor(dtype, std::move(extents), device, transposed);
+    tensor.fill_random(random, deviation);
+    return tensor;
+  };
+  x = make(config.dtype, {T, d}, 1.0);
+  w1 = make(config.dtype, {E, columns, d}, scale(d), config.transposed);
+  w2 = make(config.dtype, {E, d, n}, scale(n), config.transposed);
   if (config.biases) {
-    b1 = random_tensor(random, config.dtype, {E, columns}, 0.5);
-    b2 = random_tensor(random, config.dtype, {E, d}, 0.5);
+    b1 = make(config.dtype, {E, columns}, 0.5);
+    b2 = make(config.dtype, {E, d}, 0.5);
   }
-  grad_out = random_tensor(random, config.dtype, {T, d}, 1.0);
+  grad_out = make(config.dtype, {T, d}, 1.0);
   make_routing(random);
   if (config.accumulate) {
-    initial_w1 = random_tensor(random, DType::kFloat32, {E, columns, d}, 1.0, config.transposed);
-    initial_w2 = random_tensor(random, DType::kFloat32, {E, d, n}, 1.0, config.transposed);
-    initial_b1 = random_tensor(random, DType::kFloat32, {E, columns}, 1.0);
-    initial_b2 = random_tensor(random, DType::kFloat32, {E, d}, 1.0);
+    initial_w1 = make(DType::kFloat32, {E, columns, d}, 1.0, config.transposed);
+    initial_w2 = make(DType::kFloat32, {E, d, n}, 1.0, config.transposed);
+    initial_b1 = make(DType::kFloat32, {E, columns}, 1.0);
+    initial_b2 = make(DType::kFloat32, {E, d}, 1.0);
   }
+  *this = to(device);  // the routing was made on the host
+}
+
+ExpertsInputs ExpertsInputs::to(Device device) const {
+  ExpertsInputs copy = *this;
+  for (Tensor* tensor :
+       {&copy.x, &copy.w1, &copy.b1, &copy.w2, &copy.b2, &copy.topk_ids, &copy.topk_weights,
+        &copy.offsets, &copy.token_ids, &copy.expert_ids, &copy.pair_weights, &copy.grad_out,
+        &copy.initial_w1, &copy.initial_b1, &copy.initial_w2, &copy.initial_b2}) {
+    *tensor = tensor->to(device);
+  }
+  return copy;
 }
 
 void ExpertsInputs::make_routing(Random& random) {
@@ -158,32 +176,14 @@ void ExpertsInputs::make_routing(Random& random) {
 }
 
 ExpertsInputs ExpertsInputs::to_float32() const {
-  ExpertsInputs copy;
-  copy.config = config;
+  ExpertsInputs copy = to(Device{});
   copy.config.dtype = DType::kFloat32;
   copy.config.weight_dtype = DType::kFloat32;
-  const auto same = [](const Tensor& from) {  // integers: the same values in a copy
-    if (!from.defined()) return Tensor();
-    Tensor to(from.dtype(), {from.view().shape().begin(), from.view().shape().end()});
-    for (std::size_t i = 0; i < from.count(); ++i) set_index(to, i, index_at(from, i));
-    return to;
-  };
-  copy.x = x.to_float32();
-  copy.w1 = w1.to_float32();
-  copy.b1 = b1.to_float32();
-  copy.w2 = w2.to_float32();
-  copy.b2 = b2.to_float32();
-  copy.topk_ids = same(topk_ids);
-  copy.topk_weights = topk_weights.to_float32();
-  copy.offsets = same(offsets);
-  copy.token_ids = same(token_ids);
-  copy.expert_ids = same(expert_ids);
-  copy.pair_weights = pair_weights.to_float32();
-  copy.grad_out = grad_out.to_float32();
-  copy.initial_w1 = initial_w1.to_float32();
-  copy.initial_b1 = initial_b1.to_float32();
-  copy.initial_w2 = initial_w2.to_float32();
-  copy.initial_b2 = initial_b2.to_float32();
+  for (Tensor* tensor :
+       {&copy.x, &copy.w1, &copy.b1, &copy.w2, &copy.b2, &copy.topk_weights, &copy.pair_weights,
+        &copy.grad_out, &copy.initial_w1, &copy.initial_b1, &copy.initial_w2, &copy.initial_b2}) {
+    *tensor = tensor->to_float32();
+  }
   return copy;
 }
 
@@ -208,12 +208,15 @@ MoEShape ExpertsInputs::shape() const {
 }
 
 std::int64_t ExpertsInputs::num_rows() const {
-  if (config.form == Form::kSorted) return offsets.as<std::int32_t>()[config.num_experts - 1];
-  const Tensor& experts = config.form == Form::kTopK ? topk_ids : expert_ids;
+  if (config.form == Form::kSorted) {
+    return offsets.to_host().as<std::int32_t>()[config.num_experts - 1];
+  }
+  const Tensor experts = (config.form == Form::kTopK ? topk_ids : expert_ids).to_host();
+  const Tensor tokens = token_ids.to_host();
   std::int64_t rows = 0;
   for (std::size_t p = 0; p < experts.count(); ++p) {
     const std::int64_t e = index_at(experts, p);
-    const std::int64_t t = config.form == Form::kTopK ? 0 : index_at(token_ids, p);
+    const std::int64_t t = config.form == Form::kTopK ? 0 : index_at(tokens, p);
     if (e >= 0 && e < config.num_experts && t >= 0 && t < config.num_tokens) ++rows;
   }
   return rows;
@@ -228,40 +231,40 @@ ExpertsRun::ExpertsRun(const Context& context, const ExpertsInputs& inputs,
   backward_plan_ = moe_backward_workspace(context, shape, limit_);
   const std::int64_t T = config.num_tokens, d = config.hidden_size;
   const std::int64_t E = config.num_experts, columns = shape.hidden_columns();
-  out = Tensor(config.dtype, {T, d});
-  h = Tensor(config.dtype, {shape.num_pairs, columns});
-  metadata = bytes_tensor(moe_metadata_bytes(shape));
-  forward_workspace = bytes_tensor(forward_plan_.bytes);
-  backward_workspace = bytes_tensor(backward_plan_.bytes);
+  const Device device = context.device;
+  out = Tensor(config.dtype, {T, d}, device);
+  h = Tensor(config.dtype, {shape.num_pairs, columns}, device);
+  metadata = bytes_tensor(moe_metadata_bytes(shape), device);
+  forward_workspace = bytes_tensor(forward_plan_.bytes, device);
+  backward_workspace = bytes_tensor(backward_plan_.bytes, device);
 
   const DType gradient =
       config.float32_gradients || config.accumulate ? DType::kFloat32 : config.dtype;
   const auto weight_gradient = [&](std::vector<std::int64_t> extents) {
-    return config.transposed ? Tensor::stored_transposed(gradient, std::move(extents))
-                             : Tensor(gradient, std::move(extents));
+    return make_tensor(gradient, std::move(extents), device, config.transposed);
   };
-  grad_x = Tensor(config.dtype, {T, d});
+  grad_x = Tensor(config.dtype, {T, d}, device);
   grad_w1 = weight_gradient({E, columns, d});
   grad_w2 = weight_gradient({E, d, config.intermediate_size});
   if (config.biases) {
-    grad_b1 = Tensor(gradient, {E, columns});
-    grad_b2 = Tensor(gradient, {E, d});
+    grad_b1 = Tensor(gradient, {E, columns}, device);
+    grad_b2 = Tensor(gradient, {E, d}, device);
   }
   if (config.form == Form::kTopK) {
-    grad_routing_weights = Tensor(DType::kFloat32, {T, config.top_k});
+    grad_routing_weights = Tensor(DType::kFloat32, {T, config.top_k}, device);
   } else if (inputs.pair_weights.defined()) {
-    grad_routing_weights = Tensor(DType::kFloat32, {shape.num_pairs});
+    grad_routing_weights = Tensor(DType::kFloat32, {shape.num_pairs}, device);
   }
   reset_gradients();
 }
 
 void ExpertsRun::reset_gradients() {
   if (!inputs_->config.accumulate) return;
-  copy_values(inputs_->initial_w1, grad_w1);
-  copy_values(inputs_->initial_w2, grad_w2);
+  grad_w1.copy_from(inputs_->initial_w1);
+  grad_w2.copy_from(inputs_->initial_w2);
   if (!inputs_->config.biases) return;
-  copy_values(inputs_->initial_b1, grad_b1);
-  copy_values(inputs_->initial_b2, grad_b2);
+  grad_b1.copy_from(inputs_->initial_b1);
+  grad_b2.copy_from(inputs_->initial_b2);
 }
 
 void ExpertsRun::forward(const Context& context) {

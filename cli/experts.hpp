@@ -31,6 +31,8 @@ struct ExpertsConfig {
   bool accumulate = false;  ///< onto random float32 gradients
 
   std::string to_string() const;
+  /// Changed as little as the device's backend needs: CUDA takes bfloat16 and multiples of 8.
+  void fit(Device device);
 };
 
 /// Inputs of a layer. Values have the magnitudes of a trained layer: H, A, Y and O of order 1.
@@ -44,8 +46,10 @@ struct ExpertsInputs {
   Tensor grad_out;                                        // dO
   Tensor initial_w1, initial_b1, initial_w2, initial_b2;  // what gradients are added to
 
-  ExpertsInputs(const ExpertsConfig& configuration, Random& random);
-  /// The same values in float32, for the reference.
+  ExpertsInputs(const ExpertsConfig& configuration, Random& random, Device device = {});
+  /// The same inputs on a device; tensors that are there already are shared.
+  ExpertsInputs to(Device device) const;
+  /// The same values in float32 on the host, for the reference.
   ExpertsInputs to_float32() const;
 
   ExpertWeights weights() const;
@@ -55,12 +59,11 @@ struct ExpertsInputs {
   std::int64_t num_rows() const;
 
  private:
-  ExpertsInputs() = default;
   void make_routing(Random& random);
 };
 
 /// Outputs, what is kept, gradients and workspaces of one run over `inputs` (which must outlive
-/// it).
+/// it), on the device of the context and of the inputs.
 class ExpertsRun {
  public:
   /// Errors: those of the workspace queries (a backend that does not exist, for one).

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "sonicmoe/backend.hpp"
+#include "sonicmoe/router.hpp"
 
 namespace sonicmoe::cli {
 namespace {
@@ -30,14 +31,19 @@ Device parse_device(const std::string& text) {
   throw usage_error("--device", "cpu, cuda or cuda:INDEX", text);
 }
 
+std::string name_of(const Device& device) {
+  return device.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
 // A device that the machine does not have would fail later, in the middle of the output.
 void require_device(const Device& device, const std::string& text) {
   std::string known;
   for (const DeviceInfo& info : devices()) {
     if (info.device.type == device.type && info.device.index == device.index) return;
-    known += (known.empty() ? "" : ", ");
-    known +=
-        info.device.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(info.device.index);
+    known += (known.empty() ? "" : ", ") + name_of(info.device);
+  }
+  for (const BackendInfo& info : backends()) {
+    if (info.name == "cuda" && !info.available) known += "; cuda is off: " + info.reason;
   }
   throw usage_error("--device", "one of this machine's devices (" + known + ")", text);
 }
@@ -53,6 +59,16 @@ void require_backend(const std::string& name) {
     known += (known.empty() ? "" : ", ") + info.name;
   }
   throw usage_error("--backend", "one of " + known, name);
+}
+
+// A backend that does not serve the device would fail in every operation.
+void require_backend_of_device(const Context& context) {
+  try {
+    round_tokens_workspace_bytes(context, 1, 1, 1);  // any operation: it chooses a backend
+  } catch (const Error&) {
+    throw usage_error("--backend", "a backend for " + name_of(context.device),
+                      std::string(context.backend));
+  }
 }
 
 }  // namespace
@@ -79,6 +95,7 @@ Context RunOptions::context() const {
   if (!backend.empty()) require_backend(backend);
   context.num_threads = threads;
   context.backend = backend;
+  if (!backend.empty()) require_backend_of_device(context);
   return context;
 }
 

@@ -23,7 +23,7 @@ struct RunOptions {
   void add_to(CLI::App& command);
   /// The context of these options. The view in it points into *this.
   /// Errors: a malformed device; a device or backend that this machine does not have, with the
-  /// reason; a negative thread count.
+  /// reason; a backend that does not serve the device; a negative thread count.
   Context context() const;
 };
 

@@ -86,6 +86,33 @@ Tensor load_logits(RouteCommand& command) {
   return logits;
 }
 
+// Which pairs rounding dropped and added, which tokens it left without any. Tensors on the host.
+void compare_pairs(Outcome& outcome, const RouteCommand& command, const Tensor& topk_ids,
+                   const Tensor& token_ids, const Tensor& expert_ids) {
+  const auto K = static_cast<std::size_t>(command.top_k);
+  std::set<std::pair<std::int32_t, std::int32_t>> chosen;  // (token, expert) of token choice
+  for (std::size_t i = 0; i < topk_ids.count(); ++i) {
+    chosen.emplace(static_cast<std::int32_t>(i / K), topk_ids.as<std::int32_t>()[i]);
+  }
+  std::vector<bool> has_row(static_cast<std::size_t>(command.tokens), false);
+  std::int64_t kept = 0;
+  for (std::size_t p = 0; p < token_ids.count(); ++p) {
+    const std::int32_t token = token_ids.as<std::int32_t>()[p];
+    if (token < 0) continue;
+    has_row[static_cast<std::size_t>(token)] = true;
+    const bool was_chosen = chosen.contains({token, expert_ids.as<std::int32_t>()[p]});
+    ++(was_chosen ? kept : outcome.added);
+  }
+  outcome.dropped = command.tokens * command.top_k - kept;
+  outcome.empty_tokens = std::count(has_row.begin(), has_row.end(), false);
+}
+
+std::vector<std::int32_t> to_vector(const Tensor& tensor) {
+  const Tensor host = tensor.to_host();
+  return {host.as<std::int32_t>(), host.as<std::int32_t>() + host.count()};
+}
+
+// `logits` on the context's device.
 Outcome round(const Context& context, const RouteCommand& command, const Tensor& logits,
               RoundingPolicy policy, std::int64_t tile) {
   const std::int64_t T = command.tokens, E = command.experts, K = command.top_k;
@@ -96,11 +123,14 @@ Outcome round(const Context& context, const RouteCommand& command, const Tensor&
   args.rounding.policy = policy;
   args.rounding.seed = command.seed;
   const std::int64_t capacity = rounded_capacity(T, E, K, args.rounding);
-  const Tensor token_ids(DType::kInt32, {capacity}), expert_ids(DType::kInt32, {capacity});
-  const Tensor weights(DType::kFloat32, {capacity}), topk_ids(DType::kInt32, {T, K});
-  const Tensor before(DType::kInt32, {E}), after(DType::kInt32, {E});
+  const Device device = context.device;
+  const Tensor token_ids(DType::kInt32, {capacity}, device);
+  const Tensor expert_ids(DType::kInt32, {capacity}, device);
+  const Tensor weights(DType::kFloat32, {capacity}, device);
+  const Tensor topk_ids(DType::kInt32, {T, K}, device);
+  const Tensor before(DType::kInt32, {E}, device), after(DType::kInt32, {E}, device);
   const auto bytes = round_tokens_workspace_bytes(context, T, E, K);
-  const Tensor workspace(DType::kUInt8, {static_cast<std::int64_t>(bytes)});
+  const Tensor workspace(DType::kUInt8, {static_cast<std::int64_t>(bytes)}, device);
   args.logits = logits.view();
   args.token_ids = token_ids.view();
   args.expert_ids = expert_ids.view();
@@ -111,25 +141,8 @@ Outcome round(const Context& context, const RouteCommand& command, const Tensor&
   args.workspace = workspace.view();
   round_tokens_forward(context, args);
 
-  Outcome outcome{policy, tile, {}, {}, 0, 0, 0};
-  outcome.before.assign(before.as<std::int32_t>(), before.as<std::int32_t>() + E);
-  outcome.after.assign(after.as<std::int32_t>(), after.as<std::int32_t>() + E);
-  std::set<std::pair<std::int32_t, std::int32_t>> chosen;  // (token, expert) of token choice
-  for (std::size_t i = 0; i < topk_ids.count(); ++i) {
-    chosen.emplace(static_cast<std::int32_t>(i / static_cast<std::size_t>(K)),
-                   topk_ids.as<std::int32_t>()[i]);
-  }
-  std::vector<bool> has_row(static_cast<std::size_t>(T), false);
-  std::int64_t kept = 0;
-  for (std::size_t p = 0; p < token_ids.count(); ++p) {
-    const std::int32_t token = token_ids.as<std::int32_t>()[p];
-    if (token < 0) continue;
-    has_row[static_cast<std::size_t>(token)] = true;
-    const bool was_chosen = chosen.contains({token, expert_ids.as<std::int32_t>()[p]});
-    ++(was_chosen ? kept : outcome.added);
-  }
-  outcome.dropped = T * K - kept;
-  outcome.empty_tokens = std::count(has_row.begin(), has_row.end(), false);
+  Outcome outcome{policy, tile, to_vector(before), to_vector(after), 0, 0, 0};
+  compare_pairs(outcome, command, topk_ids.to_host(), token_ids.to_host(), expert_ids.to_host());
   return outcome;
 }
 
@@ -253,6 +266,7 @@ int run(RouteCommand command) {
   if (!command.logits_file.empty()) logits = load_logits(command);  // decides tokens and experts
   check_options(command);
   if (!logits.defined()) logits = make_logits(command);
+  logits = logits.to(context.device);
   std::vector<RoundingPolicy> policies;
   for (const std::string& name : command.policies) {
     policies.push_back(rounding_policy_from_name(name));

@@ -50,6 +50,15 @@ std::string RouterCase::to_string() const {
                                  : "") +
          (bias.defined() ? " bias" : "");
 }
+
+RouterCase RouterCase::to(Device device) const {
+  RouterCase copy = *this;
+  copy.logits = logits.to(device);
+  copy.bias = bias.to(device);
+  copy.options.selection_bias = copy.bias.view();
+  return copy;
+}
+
 std::vector<std::int64_t> ids_of(const Tensor& ids, std::int64_t token) {
   const std::int64_t K = ids.view().size(1);
   std::vector<std::int64_t> row;
@@ -61,12 +70,12 @@ std::vector<std::int64_t> ids_of(const Tensor& ids, std::int64_t token) {
   return row;
 }
 
-// Each slot holds an expert as good as the definition's, and no expert twice.
 void compare_top_k(Findings& findings, const RouterCase& c, const Tensor& topk_ids) {
+  const Tensor ids = topk_ids.to_host();
   for (std::int64_t t = 0; t < c.T; ++t) {
     const auto selection = oracle::selection_scores(c.options, oracle::logits_row(c.logits, t));
     const auto expected = oracle::top_k(selection, c.options.top_k);
-    const auto actual = ids_of(topk_ids, t);
+    const auto actual = ids_of(ids, t);
     bool good = std::set<std::int64_t>(actual.begin(), actual.end()).size() == actual.size();
     for (std::size_t k = 0; good && k < actual.size(); ++k) {
       good = actual[k] >= 0 && actual[k] < c.E &&
@@ -77,8 +86,9 @@ void compare_top_k(Findings& findings, const RouterCase& c, const Tensor& topk_i
   }
 }
 
-void compare_counts(Findings& findings, const std::string& name, const Tensor& counts,
+void compare_counts(Findings& findings, const std::string& name, const Tensor& result,
                     const std::vector<std::int64_t>& expected) {
+  const Tensor counts = result.to_host();
   for (std::size_t e = 0; e < expected.size(); ++e) {
     if (counts.as<std::int32_t>()[e] != expected[e]) {
       return findings.add(name + ": expert " + std::to_string(e) + " has " +
@@ -88,7 +98,8 @@ void compare_counts(Findings& findings, const std::string& name, const Tensor& c
   }
 }
 
-std::vector<std::int64_t> count_ids(const Tensor& ids, std::int64_t E) {
+std::vector<std::int64_t> count_ids(const Tensor& result, std::int64_t E) {
+  const Tensor ids = result.to_host();
   std::vector<std::int64_t> counts(static_cast<std::size_t>(E), 0);
   for (std::size_t i = 0; i < ids.count(); ++i) {
     const std::int64_t id = ids.dtype() == DType::kInt64 ? ids.as<std::int64_t>()[i]
@@ -110,7 +121,8 @@ Tensor constant(std::int64_t count, float value) {
   return tensor;
 }
 
-void compare_gradient(Findings& findings, const Tensor& actual, const Tensor& expected) {
+void compare_gradient(Findings& findings, const Tensor& result, const Tensor& expected) {
+  const Tensor actual = result.to_host();
   constexpr float kVanishing = 1e-7f;
   float largest = 0.0f;
   for (std::size_t i = 0; i < expected.count(); ++i) {

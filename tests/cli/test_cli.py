@@ -88,6 +88,65 @@ def test_info(sonicmoe):
 # ----------------------------------------------------------------------------------------- check
 
 
+@pytest.fixture
+def cuda(sonicmoe):
+    devices = parsed(sonicmoe("info", "--json"))["devices"]
+    if not any(device["device"] == "cuda:0" for device in devices):
+        pytest.skip("no usable GPU")
+
+
+@pytest.mark.parametrize("subcommand", ("check", "bench", "route"))
+def test_a_gpu_that_is_not_there_gives_one_line_with_the_reason(sonicmoe, subcommand):
+    info = parsed(sonicmoe("info", "--json"))
+    (backend,) = (b for b in info["backends"] if b["name"] == "cuda")
+    if backend["available"]:
+        pytest.skip("there is a GPU")
+    result = sonicmoe(subcommand, "--device", "cuda")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1 and backend["reason"] in result.stderr
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_backend_of_another_device_gives_one_line(sonicmoe):
+    for backend in ("cpu", "reference"):
+        result = sonicmoe("check", "--device", "cuda", "--backend", backend)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+        assert "--backend: expected a backend for cuda:0" in result.stderr
+
+
+@pytest.mark.usefixtures("cuda")
+def test_check_passes_on_cuda(sonicmoe):
+    report = parsed(sonicmoe("check", "--device", "cuda", "--cases", 10, "--json"))
+    assert report["passed"], report["failures"]
+    assert all(row["passed"] == 10 for row in report["operations"])
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("extra", [(), ("--layer",)])
+def test_bench_on_cuda(sonicmoe, extra):
+    shape = ("--shape", "4096,512,256,16,4", "--repeats", 3, "--seconds", 1)
+    (row,) = parsed(sonicmoe("bench", "--device", "cuda", *shape, "--json", *extra))["rows"]
+    assert row["dtype"] == "bfloat16" and "--device cuda" in row["command"]
+    for direction in ("forward", "backward"):
+        assert 0 < row[direction]["p10_ms"] <= row[direction]["median_ms"]
+        assert row[direction]["calls_per_sample"] > 1
+
+
+@pytest.mark.usefixtures("cuda")
+def test_route_rounds_alike_on_both_devices(sonicmoe):
+    arguments = (
+        "route",
+        "--tokens",
+        2048,
+        "--experts",
+        16,
+        "--json",
+        "--policy",
+        "nearest,up,down",
+    )
+    assert parsed(sonicmoe(*arguments, "--device", "cuda")) == parsed(sonicmoe(*arguments))
+
+
 @pytest.mark.parametrize("arguments", [(), ("--seed", 7, "--threads", 1)])
 def test_check_passes(sonicmoe, arguments):
     report = parsed(sonicmoe("check", "--cases", 10, "--json", *arguments))

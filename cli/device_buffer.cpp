@@ -1,0 +1,104 @@
+#include "cli/device_buffer.hpp"
+
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "sonicmoe/backend.hpp"
+
+#if defined(SONICMOE_HAS_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
+namespace sonicmoe::cli {
+namespace {
+
+constexpr std::align_val_t kAlignment{64};
+
+#if defined(SONICMOE_HAS_CUDA)
+void check(cudaError_t status) {
+  if (status == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();  // must not show up in the next launch
+    throw std::bad_alloc();
+  }
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
+  }
+}
+void use(Device device) { check(cudaSetDevice(device.index)); }
+void* cuda_allocate(Device device, std::size_t bytes) {
+  use(device);
+  void* data = nullptr;
+  check(cudaMalloc(&data, bytes));
+  return data;
+}
+void cuda_free(void* data) { (void)cudaFree(data); }
+void cuda_copy(Device device, void* to, const void* from, std::size_t bytes) {
+  use(device);
+  check(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
+}
+void cuda_fill(Device device, void* data, int value, std::size_t bytes) {
+  use(device);
+  check(cudaMemset(data, value, bytes));
+}
+void cuda_synchronize(Device device) {
+  use(device);
+  check(cudaDeviceSynchronize());
+}
+#else
+// Never reached: without CUDA in the build, devices() has the CPU alone.
+[[noreturn]] void no_cuda() { throw std::logic_error("this build has no CUDA"); }
+void* cuda_allocate(Device, std::size_t) { no_cuda(); }
+void cuda_free(void*) {}
+void cuda_copy(Device, void*, const void*, std::size_t) { no_cuda(); }
+void cuda_fill(Device, void*, int, std::size_t) { no_cuda(); }
+void cuda_synchronize(Device) { no_cuda(); }
+#endif
+
+}  // namespace
+
+DeviceBuffer::DeviceBuffer(Device device, std::size_t bytes) : device_(device) {
+  void* data = on_host(device) ? ::operator new(bytes, kAlignment) : cuda_allocate(device, bytes);
+  data_ = static_cast<std::byte*>(data);
+}
+
+DeviceBuffer::~DeviceBuffer() {
+  if (on_host(device_)) {
+    ::operator delete(data_, kAlignment);
+  } else {
+    cuda_free(data_);
+  }
+}
+
+void copy_bytes(Device to_device, void* to, Device from_device, const void* from,
+                std::size_t bytes) {
+  if (bytes == 0) return;
+  if (on_host(to_device) && on_host(from_device)) {
+    std::memcpy(to, from, bytes);
+  } else {
+    cuda_copy(on_host(to_device) ? from_device : to_device, to, from, bytes);
+  }
+}
+
+void fill_bytes(Device device, void* data, int value, std::size_t bytes) {
+  if (bytes == 0) return;
+  if (on_host(device)) {
+    std::memset(data, value, bytes);
+  } else {
+    cuda_fill(device, data, value, bytes);
+  }
+}
+
+void synchronize(Device device) {
+  if (!on_host(device)) cuda_synchronize(device);
+}
+
+std::size_t memory_bytes_of(Device device) {
+  for (const DeviceInfo& info : devices()) {
+    if (same_device(info.device, device)) return info.memory_bytes;
+  }
+  return 0;
+}
+
+}  // namespace sonicmoe::cli
