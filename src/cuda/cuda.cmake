@@ -18,6 +18,9 @@ target_compile_definitions(sonicmoe PRIVATE SONICMOE_HAS_CUDA)
 set_target_properties(sonicmoe PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_ARCHITECTURES OFF)
 target_compile_options(sonicmoe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
   -std=c++20 -gencode=arch=compute_90a,code=sm_90a -Xptxas=--warn-on-spills,--warning-as-error>)
+if(SONICMOE_CUDA_STRESS)  # tile/pipeline.cuh
+  target_compile_definitions(sonicmoe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:SONICMOE_STRESS>)
+endif()
 target_include_directories(sonicmoe PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 target_link_libraries(sonicmoe PRIVATE CUDA::cudart_static)
 set_property(GLOBAL PROPERTY SONICMOE_HAS_CUDA ON)

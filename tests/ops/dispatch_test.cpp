@@ -3,36 +3,15 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <cstdlib>
-
 #include "core/backend.hpp"
 #include "sonicmoe/sonicmoe.hpp"
+#include "support/environment.hpp"
 #include "support/target.hpp"
 
 namespace sonicmoe::testing {
 namespace {
 
 using ::testing::HasSubstr;
-
-// Sets an environment variable for one scope.
-class Environment {
- public:
-  Environment(const char* name, const char* value) : name_(name) {
-    if (const char* old = std::getenv(name)) old_ = old;
-    setenv(name, value, 1);
-  }
-  ~Environment() {
-    if (old_.empty()) {
-      unsetenv(name_);
-    } else {
-      setenv(name_, old_.c_str(), 1);
-    }
-  }
-
- private:
-  const char* name_;
-  std::string old_;
-};
 
 std::string error_of(const Context& context) {
   try {

@@ -1,14 +1,21 @@
 // The hazards of grouped GEMMs, each under a name of its own: tails, short reductions, experts
-// without rows, skew, poisoned neighbours, repeatability. Every backend runs them; they were chosen
-// for the Hopper kernels (tiles of 128 rows in halves of 64, k-tiles of 64, three to six stages).
+// without rows, skew, poisoned neighbours, repeatability, every tile and grid. Every backend runs
+// them; they were chosen for the Hopper kernels (tiles of 128 rows in halves of 64, k-tiles of 64,
+// three to six stages). Sizes beyond 2^31 elements are in large_test.cpp.
 //
 // All inputs and buffers are poisoned as support/moe_run.hpp says: NaN in outputs, workspaces and
-// in rows of x that no pair uses, guards around each.
+// in rows of x that no pair uses, guards around each. In a build with SONICMOE_CUDA_STRESS the
+// kernels dawdle at random, role by role, and start from shared memory full of NaN: run all tests
+// of this binary with it.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 
 #include "support/compare.hpp"
+#include "support/environment.hpp"
 #include "support/moe_run.hpp"
 
 namespace sonicmoe::testing {
@@ -18,10 +25,9 @@ using Form = MoEShape::Form;
 
 class Hazards : public ::testing::TestWithParam<Target> {
  protected:
-  void expect_correct(const MoECase& wanted) const {
+  void expect_correct(const MoECase& wanted, const RunOptions& options = {}) const {
     const MoECase c = fitted(GetParam(), wanted);
     SCOPED_TRACE(c.describe());
-    const RunOptions options;
     for (const std::string& problem :
          check_run(c, options, run_moe(GetParam(), c, options), Strictness::kRealistic)) {
       ADD_FAILURE() << problem;
@@ -38,6 +44,46 @@ MoECase small_case() {
   c.intermediate_size = 40;
   return c;
 }
+
+// Results of a call on inputs that a test filled by itself.
+struct ForwardAndBackward {
+  std::vector<double> out, grad_x;
+
+  ForwardAndBackward(const Target& target, const MoEInputs& inputs) {
+    const Context context = target.context();
+    const MoECase& c = inputs.description;
+    const MoEShape shape = inputs.shape();
+    const GuardedBuffer workspace(target, std::max(moe_forward_workspace(context, shape).bytes,
+                                                   moe_backward_workspace(context, shape).bytes));
+    const GuardedBuffer metadata(target, moe_metadata_bytes(shape));
+    const Tensor h(target, c.dtype, {c.pairs(), c.hidden_columns()});
+    const Tensor o(target, c.dtype, {c.tokens(), c.hidden_size}),
+        dx(target, c.dtype, {c.tokens(), c.hidden_size});
+    MoEForwardArgs forward;
+    forward.options = c.options();
+    forward.x = inputs.x.view();
+    forward.weights = inputs.weights();
+    forward.routing = inputs.routing();
+    forward.out = o.view();
+    forward.h = h.view();
+    forward.metadata = metadata.view();
+    forward.workspace = workspace.view();
+    moe_forward(context, forward);
+    MoEBackwardArgs backward;
+    backward.options = c.options();
+    backward.grad_out = inputs.grad_out.view();
+    backward.x = inputs.x.view();
+    backward.weights = inputs.weights();
+    backward.routing = inputs.routing();
+    backward.h = h.view();
+    backward.metadata = metadata.view();
+    backward.grad_x = dx.view();
+    backward.workspace = workspace.view();
+    moe_backward(context, backward);
+    out = o.values();
+    grad_x = dx.values();
+  }
+};
 
 // `rows` rows of one expert.
 MoECase one_expert(std::int64_t rows) {
@@ -127,16 +173,235 @@ TEST_P(Hazards, PoisonedNeighboursOfTheReduction) {  // rows past the last hold 
   }
 }
 
+// Weight gradients of experts without rows have no k-tile at all, and are exactly zero.
+TEST_P(Hazards, NoRowsNoGradient) {
+  MoECase c = small_case();
+  c.num_tokens = 9;
+  c.num_experts = 40;
+  c = fitted(GetParam(), c);
+  const MoEInputs host(host_target(), c);
+  std::vector<bool> used(static_cast<std::size_t>(c.num_experts), false);
+  for (const oracle::Row& row : oracle::sorted_rows(host.routing(), c.tokens(), c.num_experts)) {
+    used[static_cast<std::size_t>(row.expert)] = true;
+  }
+  ASSERT_TRUE(std::find(used.begin(), used.end(), false) != used.end());
+  const RunResult result = run_moe(GetParam(), c);
+  for (const auto* gradient : {&result.grad_w1, &result.grad_w2, &result.grad_b1}) {
+    const std::size_t block = gradient->size() / used.size();
+    for (std::size_t i = 0; i < gradient->size(); ++i) {
+      if (used[i / block]) continue;
+      ASSERT_EQ((*gradient)[i], 0.0) << "expert " << i / block;
+    }
+  }
+}
+
+TEST_P(Hazards, KTilesThatDifferByExpert) {  // the ring's phases go on from expert to expert
+  for (const std::uint64_t seed : {1, 2, 3}) {
+    MoECase c = small_case();
+    c.form = Form::kSorted;
+    c.num_experts = 7;
+    c.num_pairs = 640;
+    c.load = Load::kSomeEmpty;
+    c.seed = 1000 + seed;
+    expect_correct(c);
+  }
+}
+
+// Several tiles in every direction, none of them whole.
+MoECase many_tiles() {
+  MoECase c = small_case();
+  c.num_tokens = 330;
+  c.num_experts = 3;
+  c.hidden_size = 264;
+  c.intermediate_size = 136;
+  c.seed = 21;
+  return c;
+}
+
+// Tile width, K-major and MN-major weights, gated or not, and the three ways a weight gradient
+// leaves: every configuration that specs.cuh allows, not only the one select.cpp would choose.
+TEST_P(Hazards, EveryLegalSpec) {
+  for (const char* block_n : {"128", "256"}) {
+    const Environment environment("SONICMOE_CUDA_BLOCK_N", block_n);
+    for (const Activation activation : {Activation::kSwiGLU, Activation::kGELU}) {
+      for (const Strides strides : {Strides::kContiguous, Strides::kTransposed}) {
+        for (const DType gradient : {DType::kBFloat16, DType::kFloat32}) {
+          SCOPED_TRACE(std::string("SONICMOE_CUDA_BLOCK_N=") + block_n + " gradients " +
+                       std::string(sonicmoe::name_of(gradient)));
+          MoECase c = many_tiles();
+          c.num_tokens = 150;
+          c.activation = activation;
+          c.w1_strides = c.w2_strides = strides;
+          RunOptions options;
+          options.gradient_dtype = gradient;
+          expect_correct(c, options);
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Hazards, EveryGridGivesTheSameBits) {
+  const MoECase c = fitted(GetParam(), many_tiles());
+  expect_correct(c);
+  const RunResult whole = run_moe(GetParam(), c);
+  for (const char* block_n : {"", "128", "256"}) {
+    const Environment width("SONICMOE_CUDA_BLOCK_N", block_n);
+    const RunResult expected = run_moe(GetParam(), c);
+    if (*block_n == 0) {
+      EXPECT_EQ(bitwise_difference(whole, expected), "");
+    }
+    for (const char* grid : {"1", "2", "7", "131"}) {
+      const Environment environment("SONICMOE_CUDA_GRID", grid);
+      EXPECT_EQ(bitwise_difference(expected, run_moe(GetParam(), c)), "")
+          << "SONICMOE_CUDA_GRID=" << grid << " SONICMOE_CUDA_BLOCK_N=" << block_n;
+    }
+  }
+}
+
+// What a kernel leaves unwritten in shared memory (tails of rows, columns and the reduction) holds
+// NaN then. The first kernels of a call overwrite some of it; SONICMOE_CUDA_STRESS poisons in every
+// launch.
+TEST_P(Hazards, PoisonedSharedMemory) {
+  for (const std::int64_t rows : {1, 63, 65, 129}) {
+    MoECase c = one_expert(rows);
+    c.hidden_size = 72;
+    const MoECase fit = fitted(GetParam(), c);
+    GetParam().memory->poison_shared();
+    expect_correct(fit);
+  }
+  GetParam().memory->poison_shared();
+  expect_correct(many_tiles());
+}
+
+// Calls queued back to back share workspace, metadata and tile counters; each must find them as if
+// it had waited for the one before.
+TEST_P(Hazards, BackToBackCallsShareTheirScratch) {
+  std::vector<MoECase> cases{many_tiles(), one_expert(129), many_tiles(), small_case()};
+  cases[2].load = Load::kOneExpert;
+  std::vector<RunResult> expected;
+  std::vector<MoEInputs> inputs;
+  std::size_t bytes = 0;
+  for (MoECase& c : cases) {
+    c = fitted(GetParam(), c);
+    expected.push_back(run_moe(GetParam(), c));
+    inputs.emplace_back(GetParam(), c);
+    bytes = std::max(
+        bytes, moe_forward_workspace(GetParam().context(), inputs.back().shape(), true).bytes);
+  }
+  const GuardedBuffer workspace(GetParam(), bytes);
+  std::vector<Tensor> outputs;
+  for (int round = 0; round < 5; ++round) {
+    for (const MoECase& c : cases)
+      outputs.emplace_back(GetParam(), c.dtype, std::vector{c.tokens(), c.hidden_size});
+  }
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    MoEForwardArgs args;
+    const MoEInputs& in = inputs[i % cases.size()];
+    args.options = cases[i % cases.size()].options();
+    args.x = in.x.view();
+    args.weights = in.weights();
+    args.routing = in.routing();
+    args.out = outputs[i].view();
+    args.workspace = workspace.view();
+    moe_forward(GetParam().context(), args);
+  }
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    EXPECT_EQ(bitwise_difference(expected[i % cases.size()].out, outputs[i].values()), "")
+        << "call " << i << ": " << cases[i % cases.size()].describe();
+  }
+}
+
+// One gate per row and its up 1: out = act(gate), dX = (act'(gate), act(gate)). Up to 2^32: kernels
+// bound exp near 2^126, and the slope of tanh-GELU multiplies the rest with the gate's cube.
+TEST_P(Hazards, EveryBfloat16Gate) {
+  std::vector<double> gates;
+  for (std::uint32_t bits = 0; bits < 65536; ++bits) {
+    bfloat16 value;
+    value.bits = static_cast<std::uint16_t>(bits);
+    if (std::abs(static_cast<float>(value)) <= 0x1p32f) gates.push_back(static_cast<float>(value));
+  }
+  MoECase c;
+  c.dtype = DType::kBFloat16;
+  c.num_tokens = static_cast<std::int64_t>(gates.size());
+  c.hidden_size = c.intermediate_size = 8;
+  c.num_experts = c.top_k = 1;
+  c.biases = false;
+  c.limit = 7.0f;
+  for (const Activation activation : all_activations()) {
+    c.activation = activation;
+    const bool gated = is_gated(activation);
+    std::vector<double> x(gates.size() * 8, 0.0), grad_out(x.size(), 0.0);
+    for (std::size_t t = 0; t < gates.size(); ++t) {
+      x[t * 8] = gates[t];
+      x[t * 8 + 1] = grad_out[t * 8] = 1.0;
+    }
+    std::vector<double> w1(static_cast<std::size_t>(c.hidden_columns()) * 8, 0.0), w2(64, 0.0);
+    w1[0] = w2[0] = 1.0;
+    if (gated) w1[8 * 8 + 1] = 1.0;
+    MoEInputs inputs(GetParam(), c);
+    inputs.x.fill(x);
+    inputs.grad_out.fill(grad_out);
+    inputs.w1.fill(w1);
+    inputs.w2.fill(w2);
+    inputs.routing_weights.fill_constant(1.0);
+    const ForwardAndBackward actual(GetParam(), inputs);
+    for (std::size_t t = 0; t < gates.size(); ++t) {
+      const auto expected = oracle::activate(c.options(), gates[t], 1.0);
+      const double floor = 1e-5 * std::max(1.0, std::abs(expected.value));
+      const auto close = [&](double got, double want) {
+        return std::abs(got - want) <= 0x1p-7 * std::abs(want) + floor;
+      };
+      ASSERT_TRUE(close(actual.out[t * 8], expected.value))
+          << name_of(activation) << "(" << gates[t] << ") = " << actual.out[t * 8] << ", expected "
+          << expected.value;
+      ASSERT_TRUE(close(actual.grad_x[t * 8], expected.d_gate))
+          << name_of(activation) << "'(" << gates[t] << ") = " << actual.grad_x[t * 8]
+          << ", expected " << expected.d_gate;
+      if (!gated) continue;
+      ASSERT_TRUE(close(actual.grad_x[t * 8 + 1], expected.d_up))
+          << name_of(activation) << " d/d up at gate " << gates[t] << " = "
+          << actual.grad_x[t * 8 + 1] << ", expected " << expected.d_up;
+    }
+  }
+}
+
+int repeats() {
+  const char* text = std::getenv("SONICMOE_REPEATS");
+  return text == nullptr ? 20 : std::atoi(text);
+}
+
+// The kernels of a SONICMOE_CUDA_STRESS build slow one role of every CTA down, another one each
+// 131 us: whatever waits for too little then reads too early in some call.
+TEST_P(Hazards, DelaysInEveryRoleChangeNoBit) {
+#if !defined(SONICMOE_STRESS)
+  GTEST_SKIP() << "configure with -DSONICMOE_CUDA_STRESS=ON";
+#endif
+  MoECase ungated = many_tiles();
+  ungated.activation = Activation::kGELU;
+  for (const MoECase& wanted :
+       {one_expert(65), one_expert(129), one_expert(321), many_tiles(), ungated}) {
+    for (const char* block_n : {"128", "256"}) {
+      const Environment environment("SONICMOE_CUDA_BLOCK_N", block_n);
+      const MoECase c = fitted(GetParam(), wanted);
+      SCOPED_TRACE(c.describe() + " SONICMOE_CUDA_BLOCK_N=" + block_n);
+      expect_correct(c);
+      const RunResult first = run_moe(GetParam(), c);
+      for (int i = 0; i < repeats(); ++i) {
+        ASSERT_EQ(bitwise_difference(first, run_moe(GetParam(), c)), "") << "call " << i;
+      }
+    }
+  }
+}
+
 // SONICMOE_REPEATS=10000 for the long run.
 TEST_P(Hazards, RepeatedCallsGiveTheSameBits) {
-  const char* text = std::getenv("SONICMOE_REPEATS");
-  const int repeats = text == nullptr ? 20 : std::atoi(text);
   MoECase c = small_case();
   c.num_tokens = 150;
   c = fitted(GetParam(), c);
   const RunResult first = run_moe(GetParam(), c);
   ASSERT_FALSE(first.grad_w1.empty());
-  for (int i = 0; i < repeats; ++i) {
+  for (int i = 0; i < repeats(); ++i) {
     ASSERT_EQ(bitwise_difference(first, run_moe(GetParam(), c)), "") << "call " << i;
   }
 }

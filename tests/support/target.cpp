@@ -8,6 +8,8 @@
 
 #if defined(SONICMOE_HAS_CUDA)
 #include <cuda_runtime_api.h>
+
+#include "support/poison_shared.hpp"
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -53,6 +55,7 @@ class CudaMemory final : public DeviceMemory {
   void download(void* host, const void* device, std::size_t bytes) override {
     check(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost));
   }
+  void poison_shared() override { check(launch_poison_shared()); }
 
  private:
   static void check(cudaError_t status) {
@@ -87,6 +90,7 @@ std::vector<Target> find_targets() {
 
 void DeviceMemory::forbid(void*, std::size_t) {}
 void DeviceMemory::permit(void*, std::size_t) {}
+void DeviceMemory::poison_shared() {}
 
 const Target& host_target() {
   static const Target target{"", Device{}, &host_memory()};

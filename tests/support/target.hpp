@@ -24,6 +24,8 @@ class DeviceMemory {
   /// Makes [data, data + bytes) an error to touch, or legal again, where a sanitizer can do that.
   virtual void forbid(void* data, std::size_t bytes);
   virtual void permit(void* data, std::size_t bytes);
+  /// Leaves NaN patterns in the shared memory of every multiprocessor, where there are any.
+  virtual void poison_shared();
 };
 
 struct Target {

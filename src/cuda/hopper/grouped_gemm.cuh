@@ -183,6 +183,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const SharedLayout l = shared_layout<Spec>(ptx::shared_address(shared));
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  tile::poison_shared(shared, shared_bytes(shape));
   if (threadIdx.x == 0) {
     for (int s = 0; s < stage_count(shape); ++s) {
       ptx::mbarrier_init(l.full + 8 * s, shape.full_arrivals());

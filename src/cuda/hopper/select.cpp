@@ -8,6 +8,12 @@ namespace {
 
 constexpr std::int64_t kVector = 8;  // bf16 values in 16 bytes
 
+// The number in an environment variable, 0 where there is none.
+int number_from_environment(const char* name) {
+  const char* text = std::getenv(name);
+  return text == nullptr ? 0 : std::atoi(text);
+}
+
 bool aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
 
 std::string not_a_multiple(const char* what, std::int64_t value) {
@@ -85,6 +91,8 @@ std::string check_slab(std::int64_t first_column, std::int64_t num_columns) {
 }  // namespace
 
 int choose_block_n(std::int64_t columns) {
+  const int forced = number_from_environment("SONICMOE_CUDA_BLOCK_N");
+  if (forced == 128 || forced == 256) return forced;
   const std::int64_t wide = round_up(columns, 256), narrow = round_up(columns, 128);
   return narrow * 108 < wide * 100 ? 128 : 256;
 }
@@ -92,11 +100,8 @@ int choose_block_n(std::int64_t columns) {
 int choose_gated_block_n(std::int64_t n) { return choose_block_n(2 * n); }
 
 int grid_limit(int processors) {
-  if (const char* text = std::getenv("SONICMOE_CUDA_GRID")) {
-    const int wanted = std::atoi(text);
-    if (wanted > 0) return wanted;
-  }
-  return processors;
+  const int wanted = number_from_environment("SONICMOE_CUDA_GRID");
+  return wanted > 0 ? wanted : processors;
 }
 
 bool depth_has_unit_stride(const ConstTensorView& w, int depth_dim) {

@@ -11,6 +11,7 @@ namespace sonicmoe::cuda::hopper {
 
 /// Width of the tile for `columns` output columns: 256, or 128 where it pads enough less. Measured
 /// on dense products: 128 x 128 tiles cost 1% more per column at long reductions, 8% at short ones.
+/// SONICMOE_CUDA_BLOCK_N=128 or 256 forces one (tests run every Spec).
 int choose_block_n(std::int64_t columns);
 
 /// For a gated up projection of `n` hidden units, whose tile holds block_n / 2 of them.
