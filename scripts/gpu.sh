@@ -12,7 +12,8 @@ cd "$(dirname "$0")/.."
 readonly experiments_dir=bench/experiments/hopper
 readonly build=build-cuda
 readonly out=${OUT:-$build/out}
-readonly time_limit=${SONICMOE_TIME_LIMIT:-60}
+[ "${1:-}" = test ] && default_limit=300 || default_limit=60  # seconds per program
+readonly time_limit=${SONICMOE_TIME_LIMIT:-$default_limit}
 
 all_experiments() { (cd "$experiments_dir" && ls m*.cu | sed 's/\.cu$//'); }
 
