@@ -9,6 +9,7 @@ import eager
 import pytest
 import sonicmoe_cpp as sm
 import torch
+from parts import layer_in_parts
 from torch.library import opcheck
 
 CUDA = next((b for b in sm.backends() if b.name == "cuda"), None)
@@ -109,17 +110,9 @@ def test_one_node_equals_its_parts(scoring, router):
     router_bias = module.router_b.float()
     parts = (x.float() @ module.router_weight.float().T) + router_bias
     parts = logits.detach() + (parts - parts.detach())  # equal values: equal routing
-    weights = {"b1": module.b1, "b2": module.b2}
-    if router == "topk":
-        ids, s = sm.route(parts, K, scoring=scoring)
-        expected = sm.moe(x, module.w1, module.w2, ids, s, **weights)
-        counts = torch.bincount(ids.flatten(), minlength=E)
-    else:
-        token_ids, experts, s = sm.round_tokens(parts, K, tile=64, scoring=scoring)
-        expected = sm.moe_pairs(x, module.w1, module.w2, token_ids, experts, s, **weights)
-        counts = torch.bincount(experts[experts >= 0].long(), minlength=E)
+    expected, counts = layer_in_parts(module, x, parts)
     theirs = torch.autograd.grad([expected, parts], [x, *module.parameters()], [grad, grad_logits])
-    assert torch.equal(rows, counts.int())
+    assert torch.equal(rows, counts)
     assert torch.equal(y, expected)
     for a, b in zip(ours, theirs, strict=True):
         assert rms(a.double() - b.double()) < 2**-7 * rms(b)

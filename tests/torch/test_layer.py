@@ -6,6 +6,7 @@ import io
 import pytest
 import sonicmoe_cpp as sm
 import torch
+from parts import layer_in_parts
 from torch.utils.checkpoint import checkpoint
 
 T, D, N, E, K = 48, 24, 8, 6, 2
@@ -27,17 +28,9 @@ def test_one_node_equals_its_parts(scoring, router):
     ours = torch.autograd.grad((y * grad).sum() + (logits * grad_logits).sum(), tensors)
 
     parts = torch.nn.functional.linear(x, module.router_weight, module.router_b)
-    weights = {"b1": module.b1, "b2": module.b2}
-    if router == "topk":
-        ids, s = sm.route(parts, K, scoring=scoring)
-        expected = sm.moe(x, module.w1, module.w2, ids, s, **weights)
-        counts = torch.bincount(ids.flatten(), minlength=E)
-    else:
-        tokens, experts, s = sm.round_tokens(parts, K, tile=8, scoring=scoring)
-        expected = sm.moe_pairs(x, module.w1, module.w2, tokens, experts, s, **weights)
-        counts = torch.bincount(experts[experts >= 0].long(), minlength=E)
+    expected, counts = layer_in_parts(module, x, parts)
     theirs = torch.autograd.grad((expected * grad).sum() + (parts * grad_logits).sum(), tensors)
-    assert torch.equal(rows, counts.int()) and torch.equal(module.last_rows_per_expert, rows)
+    assert torch.equal(rows, counts) and torch.equal(module.last_rows_per_expert, rows)
     for a, b in zip([y, logits, *ours], [expected, parts, *theirs], strict=True):
         assert b.abs().max() > 0 and (a - b).abs().max() < 3e-5 * b.abs().max()
 

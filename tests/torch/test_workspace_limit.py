@@ -1,0 +1,69 @@
+"""workspace_limit bounds what an operator allocates beside its results, and changes no bit.
+
+The profiler sees every allocation that an operator takes from torch. Only the slabs of columns of d
+depend on the limit, so a call that needs less scratch than without one ran in more than one slab.
+"""
+
+import re
+
+import pytest
+import sonicmoe_cpp as sm
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+T, D, N, E, K = 1024, 1024, 16, 5, 3
+
+
+def experts(x, w1, w2, router_w, limit):
+    ids = torch.arange(T * K).view(T, K) % E
+    weights = torch.linspace(0.1, 1, T * K).view(T, K)
+    return (sm.moe(x, w1, w2, ids, weights, workspace_limit=limit),)
+
+
+def layer(x, w1, w2, router_w, limit):
+    return sm.moe_layer(x, router_w, w1, w2, K, workspace_limit=limit)
+
+
+def scratch(call):
+    """The result of `call`, and the bytes allocated at its peak beyond what it leaves behind."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = torch.tensor([event.nbytes() for event in events]).cumsum(0)
+    return result, int(held.max() - held[-1])
+
+
+def minimum(call):
+    """The least legal limit of `call(limit)`, as its error names it."""
+    with pytest.raises(RuntimeError, match="workspace_limit") as error:
+        call(1)
+    return int(re.search(r"expected at least (\d+) bytes", str(error.value))[1])
+
+
+@pytest.mark.parametrize("operation", [experts, layer])
+def test_the_limit_bounds_the_scratch_and_changes_no_bit(operation):
+    x, w1, w2 = torch.randn(T, D), torch.randn(E, 2 * N, D) / D**0.5, torch.randn(E, D, N) / N**0.5
+    leaves = [t.requires_grad_() for t in (x, w1, w2, torch.randn(E, D) / D**0.5)]
+    wanted = leaves if operation is layer else leaves[:3]
+    grad = torch.randn(T, D)
+
+    def forward_and_backward(limit):
+        outputs, forward = scratch(lambda: operation(*leaves, limit))
+        gradients, backward = scratch(
+            lambda: torch.autograd.grad(
+                outputs[0], wanted, grad, retain_graph=True
+            )  # frees nothing
+        )
+        return (outputs[0].detach(), *gradients), forward, backward
+
+    values, *unlimited = forward_and_backward(None)
+    least = minimum(lambda limit: operation(*leaves, limit))
+    for limit in (least, (least + unlimited[0]) // 2):
+        bounded, *bytes_used = forward_and_backward(limit)
+        for used, whole in zip(bytes_used, unlimited, strict=True):
+            assert used <= limit < whole
+        for ours, theirs in zip(bounded, values, strict=True):
+            assert theirs.abs().max() > 0 and torch.equal(ours, theirs)
+    with pytest.raises(RuntimeError, match=f"expected at least {least} bytes, got {least - 1}"):
+        operation(*leaves, least - 1)
