@@ -93,8 +93,6 @@ Tensor new_like_contiguous(const Tensor& like, ScalarType dtype) {
   return torch::stable::new_empty(like, like.sizes(), dtype);
 }
 
-Tensor new_like(const Tensor& like) { return torch::stable::empty_like(like); }
-
 Tensor new_bytes(const Tensor& like, std::size_t bytes) {
   return new_tensor(like, {static_cast<std::int64_t>(bytes)}, ScalarType::Byte);
 }

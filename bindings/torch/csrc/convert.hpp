@@ -50,8 +50,6 @@ class Call {
 Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype);
 /// Contiguous, of the shape of `like`.
 Tensor new_like_contiguous(const Tensor& like, ScalarType dtype);
-/// Of the shape, dtype and, where it is dense, the layout of `like`.
-Tensor new_like(const Tensor& like);
 /// A buffer for sizes the library states in bytes (workspace, metadata).
 Tensor new_bytes(const Tensor& like, std::size_t bytes);
 /// What an operator returns for a result that was not asked for.

@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_bac
   if (rounding) args.options.rounding = rounding_options(views, tile, policy, 0, std::nullopt);
 
   const auto gradient = [&](bool need, const Tensor& of) {
-    return need ? new_like(of) : nothing(of);
+    return need ? torch::stable::empty_like(of) : nothing(of);
   };
   const auto optional_gradient = [&](bool need, const OptionalTensor& of) {
     return need ? new_like_contiguous(*of, of->scalar_type()) : nothing(x);
