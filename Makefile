@@ -53,9 +53,9 @@ fuzz: build
 # ASan and UBSan, then TSan (on std::thread: ThreadSanitizer does not see OpenMP's barriers).
 sanitize: setup
 	cmake --preset asan && cmake --build --preset asan -j $(JOBS)
-	OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 ctest --preset asan
+	OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 ctest --preset asan -j $(JOBS)
 	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS)
-	OMP_NUM_THREADS=1 ctest --preset tsan
+	OMP_NUM_THREADS=1 ctest --preset tsan -j $(JOBS)
 
 bench: build
 	$(PY) bench/bench_cpu.py $(ARGS)
