@@ -56,6 +56,7 @@ struct GemmShape {
   bool gather = true;  // A by cp.async, row by row
   Dump dump = Dump::kRows;
   int loader_warps = 1;  // of the helper warpgroup; the others are epilogue warps
+  int extra_bytes = 0;   // shared memory of the epilogue warps' own, behind the dump tile
 
   __host__ __device__ constexpr int epilogue_warps() const { return 4 - loader_warps; }
   // Arrivals that fill a stage: expect_tx, and every gathering lane's copies.
@@ -84,11 +85,12 @@ __host__ __device__ constexpr int half_dump_bytes(GemmShape s) {
   return s.dump == Dump::kDirect ? 0 : 64 * s.block_n * 2;
 }
 __host__ __device__ constexpr int stage_count(GemmShape s) {
-  const int fit = (kSharedLimit - kBarrierBytes - 2 * half_dump_bytes(s)) / stage_bytes(s);
+  const int rest = kSharedLimit - kBarrierBytes - 2 * half_dump_bytes(s) - s.extra_bytes;
+  const int fit = rest / stage_bytes(s);
   return fit < 6 ? fit : 6;
 }
 __host__ __device__ constexpr int shared_bytes(GemmShape s) {
-  return kBarrierBytes + stage_count(s) * stage_bytes(s) + 2 * half_dump_bytes(s);
+  return kBarrierBytes + stage_count(s) * stage_bytes(s) + 2 * half_dump_bytes(s) + s.extra_bytes;
 }
 
 // What loader and math need, whatever the epilogue.
@@ -124,6 +126,7 @@ struct Params {
 
 struct SharedLayout {
   uint32_t full, empty, dump_full, dump_empty, item_full, item_empty, items, ring, dump;
+  uint32_t extra, extra_barriers;  // GemmShape::extra_bytes; 640 bytes for barriers
 };
 
 template <class Spec>
@@ -137,8 +140,10 @@ __device__ SharedLayout shared_layout(uint32_t base) {
   l.item_full = base + 192;
   l.item_empty = base + 256;
   l.items = base + 320;
+  l.extra_barriers = base + 384;
   l.ring = base + kBarrierBytes;
   l.dump = l.ring + stage_count(s) * stage_bytes(s);
+  l.extra = l.dump + 2 * half_dump_bytes(s);
   return l;
 }
 
