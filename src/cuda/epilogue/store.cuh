@@ -109,8 +109,9 @@ class StoreRows {
 };
 
 // Weight gradients: out[e, r, c] with strides (expert, row, column), r of d, one of the last two
-// strides 1. bf16 through the dump (kRows: unit column stride, kTransposed: unit row stride),
-// float32 straight from the accumulators, added to what is there with `accumulate`.
+// strides 1. bf16 through the dump by TMA (kRows: unit column stride, kTransposed: unit row
+// stride): stores of a single warp would compete with the gather for the load-store unit. float32
+// straight from the accumulators, added to what is there with `accumulate`.
 template <int kBlockN, Dump kDump, int kWarps>
 class StoreWeightGradient {
  public:
@@ -119,6 +120,7 @@ class StoreWeightGradient {
     int64_t expert_stride, row_stride, column_stride;
     int rows, columns;
     bool accumulate;  // kDirect only
+    CUtensorMap map;  // else: boxes of 64 columns x 64 rows, transposed 64 rows x kBlockN columns
   };
 
   template <int kCount>
@@ -148,41 +150,33 @@ class StoreWeightGradient {
     }
   }
 
-  __device__ StoreWeightGradient(const Params& p, const Item& t, int w, int warp, int lane)
-      : p_(p), t_(t), w_(w), warp_(warp), lane_(lane) {}
+  __device__ StoreWeightGradient(const Params& p, const Item& t, int w, int, int lane)
+      : p_(p), t_(t), w_(w), lane_(lane) {}
   __device__ void prefetch() {}
 
+  // One thread: boxes of the half by TMA, clipped to the expert's gradient. The half is free once
+  // they have been read.
   __device__ void store(uint32_t half) {
-    bf16* out = static_cast<bf16*>(p_.out) + t_.expert * p_.expert_stride;
+    if (lane_ != 0) return;
+    const int row = t_.m * kBlockM + 64 * w_, column = t_.n * kBlockN;
     if constexpr (kDump == Dump::kRows) {
-      for (int g = warp_; g < 16; g += kWarps) {
-        const int in_half = 4 * g + lane_ / 8, row = t_.m * kBlockM + 64 * w_ + in_half;
-        if (row >= p_.rows) break;
 #pragma unroll
-        for (int block = 0; block < kBlockN / 64; ++block) {
-          const int column = t_.n * kBlockN + block * 64 + (lane_ & 7) * 8;
-          const uint4 v =
-              ptx::load_shared_v4(half + tile::dump_offset(in_half, block * 8 + (lane_ & 7)));
-          if (column < p_.columns) ptx::store_global_v4(out + row * p_.row_stride + column, v);
-        }
+      for (int block = 0; block < kBlockN / 64; ++block) {
+        if (column + 64 * block >= p_.columns) break;
+        ptx::tma_store(&p_.map, half + block * tile::kBlockBytes, column + 64 * block, row,
+                       t_.expert);
       }
     } else if constexpr (kDump == Dump::kTransposed) {
-      const int row = t_.m * kBlockM + 64 * w_ + (lane_ & 7) * 8;
-#pragma unroll 4
-      for (int g = warp_; g < kBlockN / 4; g += kWarps) {
-        const int in_tile = 4 * g + lane_ / 8, column = t_.n * kBlockN + in_tile;
-        const uint4 v = ptx::load_shared_v4(half + tile::chunk_offset(in_tile, lane_ & 7));
-        if (row < p_.rows && column < p_.columns) {
-          ptx::store_global_v4(out + column * p_.column_stride + row, v);
-        }
-      }
+      ptx::tma_store(&p_.map, half, row, column, t_.expert);
     }
+    ptx::bulk_commit_group();
+    ptx::bulk_wait_group_read<0>();
   }
 
  private:
   const Params& p_;
   Item t_;
-  int w_, warp_, lane_;
+  int w_, lane_;
 };
 
 }  // namespace sonicmoe::cuda::hopper

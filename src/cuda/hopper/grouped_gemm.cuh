@@ -59,6 +59,10 @@ struct GemmShape {
   int extra_bytes = 0;   // shared memory of the epilogue warps' own, behind the dump tile
 
   __host__ __device__ constexpr int epilogue_warps() const { return 4 - loader_warps; }
+  // The dump tile leaves by TMA: the async proxy reads what the math warps wrote.
+  __host__ __device__ constexpr bool bulk_stores() const {
+    return grouping == Grouping::kDepth && dump != Dump::kDirect;
+  }
   // Arrivals that fill a stage: expect_tx, and every gathering lane's copies.
   __host__ __device__ constexpr int full_arrivals() const {
     return 1 + (gather ? 32 * loader_warps : 0);
@@ -104,7 +108,10 @@ struct OperandParams {
   const bf16* b_rows;             // kDepth: B [P, N] itself, for the last k-tile of an expert
   int64_t b_rows_ld;
 
-  const int4* entries;              // tile table or expert list: {first row, rows, expert, 0}
+  // Tile table or expert list: {first row, rows, expert, 0}. Null: the tiles of one group of
+  // num_rows rows, max_entries of them.
+  const int4* entries;
+  int num_rows;
   const std::int32_t* num_entries;  // on the device, or null: max_entries
   int max_entries;
   std::uint32_t* claims;  // tile counters (schedule.cuh), or null: strided

@@ -3,6 +3,11 @@
 
 namespace sonicmoe::cuda::hopper {
 
+// Copies of one k-tile have a latency of some 3000 clocks until math can use them, and the ring
+// covers less: whatever a loader warp does between the wait for an empty stage and its last copy
+// costs products. So everything that does not depend on the stage is computed before that wait
+// (prepare), and a k-tile without rows or columns to leave out takes a path without predicates.
+
 // kRows: lane l of loader warp v copies chunk l % 8 of tile rows 4i + l / 8, for its share of
 // i = 0..31. The rows' offsets stay in registers for the whole tile: a shared load in front of each
 // copy would cost its latency.
@@ -10,13 +15,19 @@ template <int kWarps>
 class RowGather {
  public:
   static constexpr int kCopies = (32 + kWarps - 1) / kWarps;
-  __device__ RowGather(int warp, int lane) : first_(warp * kCopies), lane_(lane) {}
+  static_assert(32 % kWarps == 0);
+  __device__ RowGather(int warp, int lane) : first_(warp * kCopies), chunk_(lane & 7) {
+    const int row = 4 * first_ + lane / 8;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) to_[j] = tile::chunk_offset(row + 4 * j, chunk_);
+    row_ = lane / 8;
+  }
 
   __device__ void begin_tile(const OperandParams& p, const Item& t) {
     const int last = t.rows - 1;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int row = t.row0 + min(4 * (first_ + i) + lane_ / 8, last);
+      const int row = t.row0 + min(4 * (first_ + i) + row_, last);
       offset_[i] = p.row_token == nullptr ? row : __ldg(p.row_token + row);
     }
 #pragma unroll
@@ -24,76 +35,118 @@ class RowGather {
     copies_ = (t.rows + 3) / 4 - first_;
   }
 
-  __device__ void copy(const OperandParams& p, uint32_t a, int k) const {
-    const int chunk = lane_ & 7, column = k * kBlockK + chunk * 8;
-    const bool inside = column < p.depth;  // else zeros: 0 * NaN would poison the row
-    const uint4* source = reinterpret_cast<const uint4*>(p.gathered) + (inside ? column / 8 : 0);
-    const uint32_t to = a + first_ * 512 + (lane_ / 8) * 128;
-    const uint32_t swizzled = chunk ^ (lane_ / 8) ^ (first_ % 2 * 4);
+  __device__ void prepare(const OperandParams& p, int k) {
+    const int column = k * kBlockK + chunk_ * 8;
+    inside_ = column < p.depth;  // else zeros: 0 * NaN would poison the row
+    source_ = reinterpret_cast<const uint4*>(p.gathered) + (inside_ ? column / 8 : 0);
+    whole_ = copies_ >= kCopies && (k + 1) * kBlockK <= p.depth;
+  }
+
+  __device__ void copy(uint32_t a) const {
+    const uint32_t to[2] = {a + to_[0], a + to_[1]};
+    if (whole_) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        ptx::cp_async_16(to[i % 2] + i / 2 * 1024, source_ + offset_[i]);
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       if (i < copies_) {
-        // Row 4 (first + i) + lane / 8: its low three bits are lane / 8, plus 4 where first + i is
-        // odd.
-        const uint32_t at = to + i * 512 + ((swizzled ^ (i % 2 * 4)) << 4);
-        ptx::cp_async_16(at, source + offset_[i], inside ? 16 : 0);
+        ptx::cp_async_16(to[i % 2] + i / 2 * 1024, source_ + offset_[i], inside_ ? 16 : 0);
       }
     }
   }
 
  private:
-  int first_, lane_, copies_ = 0;
+  int first_, chunk_, row_, copies_ = 0;
+  bool inside_ = false, whole_ = false;
+  uint32_t to_[2];  // offsets in the stage of rows 4 first and 4 (first + 1)
+  const uint4* source_ = nullptr;
   uint32_t offset_[kCopies];
+};
+
+// kDepth: the rows of k-tile k. The last k-tile ends where the expert ends and overlaps the one
+// before it: A is zero in the rows that were summed there, so B may come whole and by TMA. (Cut at
+// the expert's end, B would need zeros too: a box brings rows of the next expert, and their product
+// with zeros is NaN where they are not finite.)
+struct DepthTile {
+  int first;     // row of the expert at which it starts
+  int repeated;  // rows at its start that are not summed again
+  __device__ DepthTile(const Item& t, int k)
+      : first(min(k * kBlockK, max(t.rows - kBlockK, 0))), repeated(k * kBlockK - first) {}
 };
 
 // kDepth: 64 rows of the expert x 128 columns of d. Lane l of loader warp v copies chunk l % 16 of
 // rows 2i + l / 16, for its share of i = 0..31. The tokens of the next 64 rows are loaded one
-// k-tile ahead, and all offsets are shuffled out before the first copy: a shuffle in front of each
-// copy would cost its latency.
+// k-tile ahead, also across items, and passed between lanes by shuffles.
 template <int kWarps>
 class DepthGather {
  public:
   static constexpr int kCopies = (32 + kWarps - 1) / kWarps;
   static constexpr int kTokens = (2 * kCopies + 31) / 32;  // per lane
-  __device__ DepthGather(int warp, int lane) : row0_(warp * 2 * kCopies), lane_(lane) {}
-
-  __device__ void begin_tile(const OperandParams& p, const Item& t) { fetch(p, t, 0); }
-
-  __device__ void copy(const OperandParams& p, const Item& t, uint32_t a, int k) {
-    uint32_t offset[kCopies];
+  __device__ DepthGather(int warp, int lane) : row0_(warp * 2 * kCopies), lane_(lane) {
+    const int chunk = lane & 15;
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      offset[i] = __shfl_sync(~0u, token_[i / 16], (2 * i + lane_ / 16) & 31);
+    for (int j = 0; j < 4; ++j) {
+      to_[j] =
+          chunk / 8 * tile::kBlockBytes + tile::chunk_offset(row0_ + 2 * j + lane / 16, chunk % 8);
     }
-    fetch(p, t, k + 1);
-    const int chunk = lane_ & 15, column = t.m * kBlockM + chunk * 8;
+  }
+
+  __device__ void begin_tile(const OperandParams& p, const Item& t) {
+    if (!fetched_) fetch(p, t, 0);
+  }
+
+  __device__ void prepare(const OperandParams& p, const Item& t, const Item& next, int k) {
+    const int column = t.m * kBlockM + (lane_ & 15) * 8;
     const bool inside = column < p.depth;
     const uint4* source = reinterpret_cast<const uint4*>(p.gathered) + (inside ? column / 8 : 0);
-    const int rows = inside ? t.rows - k * kBlockK - row0_ - lane_ / 16 : 0;
-    const uint32_t to = a + (chunk / 8) * tile::kBlockBytes + (row0_ + lane_ / 16) * 128;
-    const uint32_t swizzled = (chunk % 8) ^ (lane_ / 16) ^ (row0_ & 7);  // row0_ is even
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const uint32_t low = kWarps == 3 ? (row0_ + 2 * i ^ row0_) & 7 : 2 * i & 7;
-      const uint32_t at = to + i * 256 + ((swizzled ^ low) << 4);
-      if (32 % kWarps == 0 || row0_ + 2 * i < kBlockK) {
-        ptx::cp_async_16(at, source + offset[i], 2 * i < rows ? 16 : 0);
+      source_[i] = source + __shfl_sync(~0u, token_[i / 16], (2 * i + lane_ / 16) & 31);
+    }
+    const DepthTile tile(t, k);
+    begin_ = tile.repeated - row0_ - lane_ / 16;
+    end_ = inside ? t.rows - tile.first - row0_ - lane_ / 16 : 0;
+    whole_ = tile.repeated == 0 && t.rows - tile.first >= kBlockK && (t.m + 1) * kBlockM <= p.depth;
+    const bool last = k + 1 == t.k_tiles;
+    fetched_ = last && next.k_tiles > 0;
+    if (!last) fetch(p, t, k + 1);
+    if (fetched_) fetch(p, next, 0);
+  }
+
+  __device__ void copy(uint32_t a) const {
+    const uint32_t to[4] = {a + to_[0], a + to_[1], a + to_[2], a + to_[3]};
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      if (32 % kWarps != 0 && row0_ + 2 * i >= kBlockK) break;
+      const uint32_t at = to[i % 4] + i / 4 * 1024;
+      if (whole_) {
+        ptx::cp_async_16(at, source_[i]);
+      } else {
+        ptx::cp_async_16(at, source_[i], 2 * i >= begin_ && 2 * i < end_ ? 16 : 0);
       }
     }
   }
 
  private:
   __device__ void fetch(const OperandParams& p, const Item& t, int k) {
-    const int last = t.row0 + t.rows - 1;
+    if (t.rows == 0) return;
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
-      const int row = min(t.row0 + k * kBlockK + row0_ + 32 * j + lane_, last);
-      const int token = p.row_token == nullptr || t.rows == 0 ? row : __ldg(p.row_token + row);
-      token_[j] = token * (p.gathered_ld / 8);
+      const int in_expert = DepthTile(t, k).first + row0_ + 32 * j + lane_;
+      const int row = t.row0 + min(in_expert, t.rows - 1);
+      token_[j] = (p.row_token == nullptr ? row : __ldg(p.row_token + row)) * (p.gathered_ld / 8);
     }
   }
-  int row0_, lane_;
+  int row0_, lane_, begin_ = 0, end_ = 0;
+  bool fetched_ = false;  // token_ is of the next item's first k-tile already
+  bool whole_ = false;
+  uint32_t to_[4];           // offsets in the stage of the first four rows
   uint32_t token_[kTokens];  // offsets of the rows' tokens, in 16-byte chunks
+  const uint4* source_[kCopies];
 };
 
 // Box i of the B tile: which part (gate, up) and first column it holds.
@@ -141,7 +194,7 @@ __device__ void load_boxes(const OperandParams& p, const Item& t, uint32_t a, ui
   }
 }
 
-// kDepth: B of a full k-tile by TMA. One thread.
+// kDepth: B of a k-tile by TMA. One thread.
 template <class Spec>
 __device__ void load_depth_boxes(const OperandParams& p, const Item& t, uint32_t b, uint32_t full,
                                  int k) {
@@ -150,13 +203,12 @@ __device__ void load_depth_boxes(const OperandParams& p, const Item& t, uint32_t
 #pragma unroll
   for (int i = 0; i < s.block_n / 64; ++i) {
     ptx::tma_load(b + i * tile::kBlockBytes, &p.b, full, t.n * s.block_n + i * 64,
-                  t.row0 + k * kBlockK);
+                  t.row0 + DepthTile(t, k).first);
   }
 }
 
-// kDepth: B of an expert's last, partial k-tile, by all loader warps. A TMA box would bring rows of
-// the next expert (or rows nobody wrote): their product with A's zeros is NaN when they are not
-// finite. Rows past the end arrive as zeros instead.
+// kDepth: B of an expert with fewer rows than a k-tile, by all loader warps: rows past its end
+// arrive as zeros.
 template <class Spec>
 __device__ void copy_depth_tail(const OperandParams& p, const Item& t, uint32_t b, int k, int warp,
                                 int lane) {
@@ -177,11 +229,11 @@ __device__ void copy_depth_tail(const OperandParams& p, const Item& t, uint32_t 
   }
 }
 
+// kRows.
 template <class Spec, class Items>
-__device__ void load_items(const OperandParams& p, const SharedLayout& l, Items items, int warp,
-                           int lane) {
+__device__ void load_rows(const OperandParams& p, const SharedLayout& l, Items items, int warp,
+                          int lane) {
   constexpr GemmShape s = Spec::shape;
-  static_assert(s.grouping == Grouping::kRows || s.gather);
   static_assert(s.loader_warps == 1 || s.gather);
   const bool leader = warp == 0 && lane == 0;  // issues TMA
   if (leader) {
@@ -189,39 +241,73 @@ __device__ void load_items(const OperandParams& p, const SharedLayout& l, Items 
     if constexpr (!s.gather) ptx::prefetch_tensormap(&p.a);
   }
   tile::RingState<stage_count(s)> ring;
-  [[maybe_unused]] RowGather<s.loader_warps> row_gather(warp, lane);
-  [[maybe_unused]] DepthGather<s.loader_warps> depth_gather(warp, lane);
+  RowGather<s.loader_warps> gather(warp, lane);
   for (Item t; items.next(t);) {
-    if constexpr (s.grouping == Grouping::kDepth) {
-      depth_gather.begin_tile(p, t);
-    } else if constexpr (s.gather) {
-      row_gather.begin_tile(p, t);
-    }
+    if constexpr (s.gather) gather.begin_tile(p, t);
     for (int k = 0; k < t.k_tiles; ++k) {
+      if constexpr (s.gather) gather.prepare(p, k);
       const uint32_t full = l.full + 8 * ring.stage;
       tile::wait(l.empty + 8 * ring.stage, ring.parity ^ 1, Role::kLoader, Slot::kEmpty,
                  ring.stage);
       const uint32_t a = l.ring + ring.stage * stage_bytes(s), b = a + kBlockM * kBlockK * 2;
-      if constexpr (s.grouping == Grouping::kRows) {
-        if (leader) load_boxes<Spec>(p, t, a, b, full, k);
+      if (leader) load_boxes<Spec>(p, t, a, b, full, k);
+      __syncwarp();
+      if constexpr (s.gather) {
+        gather.copy(a);
+        // Each lane's copies arrive by themselves once they have landed.
+        ptx::cp_async_mbarrier_arrive_noinc(full);
         __syncwarp();
-        if constexpr (s.gather) row_gather.copy(p, a, k);
-      } else {
-        if ((k + 1) * kBlockK <= t.rows) {
-          if (leader) load_depth_boxes<Spec>(p, t, b, full, k);
-          __syncwarp();
-        } else {
-          if (leader) ptx::mbarrier_arrive(full);
-          __syncwarp();
-          copy_depth_tail<Spec>(p, t, b, k, warp, lane);
-        }
-        depth_gather.copy(p, t, a, k);
       }
-      // Each lane's copies arrive by themselves once they have landed.
-      if constexpr (s.gather) ptx::cp_async_mbarrier_arrive_noinc(full);
+      ring.advance();
+    }
+  }
+}
+
+// kDepth. Knows its next item while it loads one, so that no item starts with a wait for its rows'
+// tokens.
+template <class Spec, class Items>
+__device__ void load_depth(const OperandParams& p, const SharedLayout& l, Items items, int warp,
+                           int lane) {
+  constexpr GemmShape s = Spec::shape;
+  static_assert(s.gather);
+  const bool leader = warp == 0 && lane == 0;  // issues TMA
+  if (leader) ptx::prefetch_tensormap(&p.b);
+  tile::RingState<stage_count(s)> ring;
+  DepthGather<s.loader_warps> gather(warp, lane);
+  Item t{}, next{};
+  for (bool more = items.next(t); more; t = next) {
+    more = items.next(next);
+    if (!more) next.rows = next.k_tiles = 0;
+    gather.begin_tile(p, t);
+    for (int k = 0; k < t.k_tiles; ++k) {
+      gather.prepare(p, t, next, k);
+      const uint32_t full = l.full + 8 * ring.stage;
+      tile::wait(l.empty + 8 * ring.stage, ring.parity ^ 1, Role::kLoader, Slot::kEmpty,
+                 ring.stage);
+      const uint32_t a = l.ring + ring.stage * stage_bytes(s), b = a + kBlockM * kBlockK * 2;
+      if (t.rows >= kBlockK) {
+        if (leader) load_depth_boxes<Spec>(p, t, b, full, k);
+        __syncwarp();
+      } else {
+        if (leader) ptx::mbarrier_arrive(full);
+        __syncwarp();
+        copy_depth_tail<Spec>(p, t, b, k, warp, lane);
+      }
+      gather.copy(a);
+      ptx::cp_async_mbarrier_arrive_noinc(full);
       __syncwarp();
       ring.advance();
     }
+  }
+}
+
+template <class Spec, class Items>
+__device__ void load_items(const OperandParams& p, const SharedLayout& l, Items items, int warp,
+                           int lane) {
+  if constexpr (Spec::shape.grouping == Grouping::kRows) {
+    load_rows<Spec>(p, l, items, warp, lane);
+  } else {
+    load_depth<Spec>(p, l, items, warp, lane);
   }
 }
 

@@ -40,6 +40,10 @@ class MathPipes {
     if constexpr (s.gather) ptx::fence_proxy_async_shared();
   }
   __device__ void advance() { ring_.advance(); }
+  // Whether the next stage is there already.
+  __device__ bool next_is_full() const {
+    return ptx::mbarrier_test_wait(l_.full + 8 * ring_.stage, ring_.parity);
+  }
   // One arrival per warp: wgmma.wait_group proves only this warp's share done.
   __device__ void release(uint32_t stage) {
     if (lane_ == 0) ptx::mbarrier_arrive(l_.empty + 8 * stage);
@@ -49,6 +53,7 @@ class MathPipes {
     dump_parity_ ^= 1;
   }
   __device__ void arrive_dump_full() {
+    if constexpr (s.bulk_stores()) ptx::fence_proxy_async_shared();
     __syncwarp();
     if (lane_ == 0) ptx::mbarrier_arrive(l_.dump_full + 8 * w_);
   }
@@ -99,6 +104,8 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
       skip_item<Spec>(p, t, pipes, warp, lane);
       continue;
     }
+    // Stages whose products are issued but not yet known to be complete: `previous`, or none.
+    bool pending = false;
     uint32_t previous = 0;
     for (int k = 0; k < t.k_tiles; ++k) {
       pipes.wait_full();
@@ -115,13 +122,21 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
       ptx::wgmma_commit_group();
       ptx::fence_accumulators(acc);
       ptx::wgmma_wait_group<1>();
-      if (k > 0) pipes.release(previous);
+      if (pending) pipes.release(previous);
       previous = pipes.stage();
+      pending = true;
       pipes.advance();
+      // Short of data there is nothing to overlap: hand this stage back as soon as it is read, not
+      // when the next has come.
+      if (k + 1 < t.k_tiles && !pipes.next_is_full()) {
+        ptx::wgmma_wait_group<0>();
+        pipes.release(previous);
+        pending = false;
+      }
     }
     ptx::wgmma_wait_group<0>();
     ptx::fence_accumulators(acc);
-    pipes.release(previous);
+    if (pending) pipes.release(previous);
     Spec::Epilogue::finish(p.epilogue, t, acc, warp, lane);
     if constexpr (s.dump != Dump::kDirect) {
       pipes.wait_dump_empty();

@@ -77,7 +77,13 @@ class ItemSource {
 
  private:
   __device__ void fetch() {
-    if (index_ < items_) entry_ = __ldg(p_.entries + index_ / per_entry_);
+    if (index_ >= items_) return;
+    const int i = index_ / per_entry_;
+    if (p_.entries != nullptr) {
+      entry_ = __ldg(p_.entries + i);
+    } else {
+      entry_ = {i * kBlockM, min(kBlockM, p_.num_rows - i * kBlockM), 0, 0};
+    }
   }
   __device__ void claim() {
     if (p_.claims == nullptr) {

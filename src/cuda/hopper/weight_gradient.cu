@@ -15,6 +15,15 @@ struct WeightGradient {
   bool accumulate = false;
 };
 
+// Map of the gradient [E, ...] with unit stride along dimension `inner`, in boxes of 64 x box_rows.
+CUtensorMap map_of_gradient(const TensorView& out, int inner, int box_rows) {
+  constexpr std::int64_t kUnused = 64;  // stride of a dimension of one element; must still be legal
+  const int outer = 3 - inner;
+  const auto stride = [&](int i) { return out.size(i) == 1 ? kUnused : out.stride(i); };
+  return make_tensor_map(out.data(), {out.size(inner), out.size(outer), out.size(0)},
+                         {stride(outer), stride(0)}, {64, box_rows, 1});
+}
+
 template <int kBlockN, Dump kDump>
 void launch_weight_gradient(const ExpertCall& call, const WeightGradient& g) {
   using Spec = WeightGradientSpec<kBlockN, kDump>;
@@ -41,7 +50,11 @@ void launch_weight_gradient(const ExpertCall& call, const WeightGradient& g) {
                 .column_stride = g.out.stride(3 - g.d_dim),
                 .rows = static_cast<int>(s.hidden_size),
                 .columns = static_cast<int>(g.columns),
-                .accumulate = g.accumulate};
+                .accumulate = g.accumulate,
+                .map = {}};
+  if constexpr (kDump == Dump::kRows) p.epilogue.map = map_of_gradient(g.out, 3 - g.d_dim, 64);
+  if constexpr (kDump == Dump::kTransposed)
+    p.epilogue.map = map_of_gradient(g.out, g.d_dim, kBlockN);
   launch<Spec>(call, p, max_items(o));
 }
 

@@ -8,8 +8,10 @@
 namespace sonicmoe::cuda::router {
 
 struct RouterBias {
-  const void* data;  // or null
-  bool is_bf16;
+  const void* data = nullptr;
+  bool is_bf16 = false;
+
+  RouterBias() = default;
 
   explicit RouterBias(const ConstTensorView& bias)
       : data(bias.data()), is_bf16(bias.defined() && bias.dtype() == DType::kBFloat16) {}

@@ -11,7 +11,7 @@
 #include "cuda/router/bias.cuh"
 #include "cuda/router/gradient_gemm.hpp"
 #include "cuda/router/launch.hpp"
-#include "cuda/router/logits_kernel.hpp"
+#include "cuda/router/logits_gemm.hpp"
 #include "cuda/router/router.hpp"
 #include "cuda/router/simt_gemm.cuh"
 #include "cuda/router/split_gemm.cuh"
@@ -198,7 +198,7 @@ void router_logits(const Context& context, ConstTensorView x, ConstTensorView we
   const cudaStream_t stream = stream_of(context);
   if (num_tokens == 0) return;
   if (tensor_core_logits_fit(x, weight)) {
-    return launch_tensor_core_logits(stream, x, weight, bias, logits);
+    return launch_tensor_core_logits(stream, context.device.index, x, weight, bias, logits);
   }
   const SimtShape shape{num_tokens, num_experts, x.size(1), x.size(1)};
   const StoreLogits store{logits.as<float>(), num_experts, RouterBias(bias)};

@@ -11,7 +11,7 @@ namespace sonicmoe::cuda::router {
 bool tensor_core_logits_fit(const ConstTensorView& x, const ConstTensorView& weight);
 
 /// logits [T, E] = x [T, d] weight [E, d]^T + bias; see router_logits. T >= 1.
-void launch_tensor_core_logits(cudaStream_t stream, const ConstTensorView& x,
+void launch_tensor_core_logits(cudaStream_t stream, int device, const ConstTensorView& x,
                                const ConstTensorView& weight, const ConstTensorView& bias,
                                const TensorView& logits);
 
