@@ -2,8 +2,9 @@
 // in as bf16 terms, high = bf16(dlogits) and low = bf16(dlogits - high), 16 bits in all:
 //   dX share [T, d] = high Wr       one "expert" of T rows; rounded to bf16 as every row of dX~ is,
 //                                   from a factor rounded as dH is
-//   dWr [E, d] = (high + low)ᵀ x    slices of the tokens as "experts", float32 parts
-// Callers fall back on split_gemm.cuh where reason_against() declines (E no multiple of 8, ...).
+//   dWr [E, d] = (high + low)ᵀ x    slices of the tokens as "experts" of 2E columns, one per term:
+//                                   x is gathered once, and the terms fill the tile's width
+// Callers fall back on split_gemm.cuh where reason_against() declines (d no multiple of 8, ...).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,10 +14,13 @@
 
 namespace sonicmoe::cuda::router {
 
+/// Terms of dlogits in dWr.
+inline constexpr int kWeightTerms = 2;
+
 /// Scratch of one product.
 struct GradientTerms {
-  void* high = nullptr;             ///< [T, E] bf16
-  void* low = nullptr;              ///< [T, E] bf16, or null when not wanted
+  void* values = nullptr;  ///< [T, count, E] bf16: a token's high terms, then its low ones
+  int count = 0;
   std::uint32_t* claims = nullptr;  ///< [2] of the grouped GEMM's schedule
   int4* tiles = nullptr;            ///< row tiles of the T rows
   std::int32_t* num_tiles = nullptr;
@@ -28,10 +32,9 @@ struct GradientTerms {
 /// For the share of dX: the high term and the row tiles.
 GradientTerms carve_share_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
                                 std::int64_t num_experts);
-/// For dWr: both terms and the slices.
+/// For dWr: both terms and the slices, whose number (at least 1) is a function of the shape alone.
 GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
-                                 std::int64_t num_experts, std::int64_t num_slices,
-                                 std::int64_t rows_per_slice);
+                                 std::int64_t num_experts, std::int64_t d);
 
 /// out [T, num_columns] bf16 = grad_logits router_weight[:, first_column...]. False, and nothing
 /// enqueued, where the kernels decline.
@@ -39,8 +42,8 @@ bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad
                            ConstTensorView router_weight, std::int64_t first_column,
                            std::int64_t num_columns, void* out, const GradientTerms& terms);
 
-/// parts [num_slices, E, d] float32: slice s sums the tokens [s, s + 1) * rows_per_slice. False as
-/// above.
+/// parts [num_slices, kWeightTerms, E, d] float32: slice s sums the tokens [s, s + 1) *
+/// rows_per_slice, and dWr is the sum of all parts. False as above.
 bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView x,
                                   ConstTensorView grad_logits, float* parts,
                                   const GradientTerms& terms);

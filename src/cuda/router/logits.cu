@@ -102,32 +102,29 @@ struct StoreRows {
 
 // --------------------------------------------------------------------------------- weight gradient
 
-// Scratch of the weight gradient: parts [splits, E, d] and bias parts [kBiasSplits, E].
+// Scratch of the weight gradient.
 struct GradientParts {
-  float* weight;
-  double* bias;
+  float* weight;  // [num_weight_parts, E, d]
+  double* bias;   // [kBiasSplits, E]
   GradientTerms terms;
-  std::int64_t splits;
-  std::int64_t tokens_per_split;
+  std::int64_t num_weight_parts;
 };
 
-// As many parts as fill the GPU twice, but at least 256 tokens each: a function of shapes alone.
 std::size_t carve(void* base, std::int64_t num_tokens, std::int64_t num_experts, std::int64_t d,
                   GradientParts& parts) {
-  const std::int64_t tiles = ceil_div(num_experts, std::int64_t{256}) * ceil_div(d, kSplitTile);
-  const std::int64_t wanted = std::clamp<std::int64_t>(
-      2 * 132 / std::max<std::int64_t>(tiles, 1), 1, std::max<std::int64_t>(num_tokens / 256, 1));
-  constexpr std::int64_t kStep = 64;  // of both kernels' loops
-  parts.tokens_per_split =
-      std::max<std::int64_t>(round_up(ceil_div(num_tokens, wanted), kStep), kStep);
-  parts.splits = std::max<std::int64_t>(ceil_div(num_tokens, parts.tokens_per_split), 1);
   WorkspaceCarver carver(base);
-  parts.weight = carver.take<float>(static_cast<std::size_t>(parts.splits * num_experts * d));
+  parts.terms = carve_weight_terms(carver, num_tokens, num_experts, d);
+  parts.num_weight_parts = parts.terms.num_slices * kWeightTerms;
+  parts.weight =
+      carver.take<float>(static_cast<std::size_t>(parts.num_weight_parts * num_experts * d));
   parts.bias = carver.take<double>(static_cast<std::size_t>(kBiasSplits * num_experts));
-  parts.terms =
-      carve_weight_terms(carver, num_tokens, num_experts, parts.splits, parts.tokens_per_split);
   return carver.used();
 }
+
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Vector {
+  T at[kWidth];
+};
 
 // A gradient of rows x columns in its own dtype and row stride; the columns have unit stride.
 struct GradientOut {
@@ -135,34 +132,79 @@ struct GradientOut {
   std::int64_t stride, rows, columns;
   bool is_bf16, accumulate;
 
-  __device__ void put(std::int64_t row, std::int64_t column, float sum) const {
+  // Whether vectors of `width` elements stay inside a row and are aligned.
+  bool takes_vectors(int width) const {
+    const std::size_t bytes = static_cast<std::size_t>(width) * (is_bf16 ? 2 : 4);
+    return columns % width == 0 && (stride % width == 0 || rows == 1) &&
+           reinterpret_cast<std::uintptr_t>(data) % bytes == 0;
+  }
+
+  template <int kWidth>
+  __device__ void put(std::int64_t row, std::int64_t column, Vector<float, kWidth> sum) const {
     const std::int64_t at = row * stride + column;
     if (is_bf16) {
-      auto* out = static_cast<bf16*>(data);
-      out[at] = __float2bfloat16(accumulate ? __bfloat162float(out[at]) + sum : sum);
+      put_as<kWidth>(static_cast<bf16*>(data) + at, sum);
     } else {
-      auto* out = static_cast<float*>(data);
-      out[at] = accumulate ? out[at] + sum : sum;
+      put_as<kWidth>(static_cast<float*>(data) + at, sum);
     }
+  }
+
+ private:
+  template <int kWidth, class T>
+  __device__ void put_as(T* at, Vector<float, kWidth> sum) const {
+    auto* out = reinterpret_cast<Vector<T, kWidth>*>(at);
+    Vector<T, kWidth> value{};
+    if (accumulate) value = *out;
+    for (int j = 0; j < kWidth; ++j) {
+      value.at[j] = T(accumulate ? static_cast<float>(value.at[j]) + sum.at[j] : sum.at[j]);
+    }
+    *out = value;
   }
 };
 
-template <class Part>
-__global__ void add_parts_kernel(const Part* parts, std::int64_t splits, GradientOut out) {
-  const std::int64_t count = out.rows * out.columns;
-  for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
-       i += std::int64_t{gridDim.x} * blockDim.x) {
-    Part sum = 0;
-    for (std::int64_t s = 0; s < splits; ++s) sum += parts[s * count + i];
-    out.put(i / out.columns, i % out.columns, static_cast<float>(sum));
+constexpr int kAddThreads = 128;
+
+// parts [num_parts, rows, columns] are added in order. A thread has the loads of kBatch parts in
+// flight: the outputs alone are too few to hide the latency.
+template <int kWidth, class Part>
+__global__ void __launch_bounds__(kAddThreads)
+    add_parts_kernel(const Part* parts, std::int64_t num_parts, GradientOut out) {
+  constexpr int kBatch = 16;
+  const std::int64_t count = out.rows * out.columns / kWidth;
+  const auto* vectors = reinterpret_cast<const Vector<Part, kWidth>*>(parts);
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kAddThreads + threadIdx.x; i < count;
+       i += std::int64_t{gridDim.x} * kAddThreads) {
+    Vector<Part, kWidth> sum{};
+    for (std::int64_t first = 0; first < num_parts; first += kBatch) {
+      Vector<Part, kWidth> batch[kBatch] = {};
+#pragma unroll
+      for (int s = 0; s < kBatch; ++s) {
+        if (first + s < num_parts) batch[s] = vectors[(first + s) * count + i];
+      }
+#pragma unroll
+      for (int s = 0; s < kBatch; ++s) {
+        for (int j = 0; j < kWidth; ++j) sum.at[j] += batch[s].at[j];
+      }
+    }
+    Vector<float, kWidth> rounded;
+    for (int j = 0; j < kWidth; ++j) rounded.at[j] = static_cast<float>(sum.at[j]);
+    out.put<kWidth>(i * kWidth / out.columns, i * kWidth % out.columns, rounded);
   }
 }
 
 template <class Part>
-void launch_add_parts(cudaStream_t stream, const Part* parts, std::int64_t splits,
+void launch_add_parts(cudaStream_t stream, const Part* parts, std::int64_t num_parts,
                       const GradientOut& out) {
-  add_parts_kernel<<<grid_stride_blocks(out.rows * out.columns, 256), 256, 0, stream>>>(
-      parts, splits, out);
+  constexpr int kWidth = 16 / sizeof(Part);
+  const std::int64_t count = out.rows * out.columns;
+  if (out.takes_vectors(kWidth)) {
+    add_parts_kernel<kWidth>
+        <<<grid_stride_blocks(count / kWidth, kAddThreads), kAddThreads, 0, stream>>>(
+            parts, num_parts, out);
+  } else {
+    add_parts_kernel<1>
+        <<<grid_stride_blocks(count, kAddThreads), kAddThreads, 0, stream>>>(parts, num_parts, out);
+  }
   check_launch("router_logits_backward");
 }
 
@@ -178,6 +220,7 @@ __global__ void __launch_bounds__(256)
   const std::int64_t end = num_tokens * (blockIdx.y + 1) / kBiasSplits;
   double sum = 0.0;
   if (e < num_experts) {
+#pragma unroll 8
     for (std::int64_t t = begin + warp; t < end; t += 8) sum += grad_logits[t * num_experts + e];
   }
   sums[warp][lane] = sum;
@@ -227,17 +270,21 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
   GradientParts parts;
   carve(workspace.data(), num_tokens, num_experts, d, parts);
   if (grad_weight.defined()) {
+    std::int64_t num_parts = parts.num_weight_parts;
     if (!weight_parts_on_grouped_gemm(stream, context.device.index, x, grad_logits, parts.weight,
                                       parts.terms)) {
+      // No terms here: every part has tokens of its own, whole steps of both kernels' loops.
+      constexpr std::int64_t kStep = 64;
+      const std::int64_t tokens = std::max(round_up(ceil_div(num_tokens, num_parts), kStep), kStep);
+      num_parts = std::max<std::int64_t>(ceil_div(num_tokens, tokens), 1);
       visit_float_dtype(x, [&]<class X>(const X* x_data) {
-        launch_product(stream,
-                       SimtOperand<float, Unit::kWidth>{grad_logits.as<float>(), num_experts},
-                       SimtOperand<X, Unit::kWidth>{x_data, x.stride(0)},
-                       {num_experts, d, num_tokens, parts.tokens_per_split}, parts.splits,
-                       StoreMatrix{parts.weight, num_experts, d}, operation);
+        launch_product(
+            stream, SimtOperand<float, Unit::kWidth>{grad_logits.as<float>(), num_experts},
+            SimtOperand<X, Unit::kWidth>{x_data, x.stride(0)}, {num_experts, d, num_tokens, tokens},
+            num_parts, StoreMatrix{parts.weight, num_experts, d}, operation);
       });
     }
-    launch_add_parts(stream, parts.weight, parts.splits,
+    launch_add_parts(stream, parts.weight, num_parts,
                      {grad_weight.data(), grad_weight.stride(0), num_experts, d,
                       grad_weight.dtype() == DType::kBFloat16, accumulate});
   }
