@@ -98,10 +98,11 @@ std::int64_t slice_rows(std::int64_t num_tokens, std::int64_t slices) {
 }
 
 // The slices that cost least: waves of tiles on the 132 SMs times a tile's length, where storing a
-// tile and summing it later counts as 512 tokens. At least 256 tokens each, and at most four waves,
-// which bound the parts to 66 MiB unless a single slice has more.
+// tile and summing it later counts as 512 tokens. At least 256 tokens each, and at most three
+// waves, which bound the parts to 49.5 MiB (they are summed from L2) unless a single slice has
+// more.
 std::int64_t choose_slices(std::int64_t num_tokens, std::int64_t columns, std::int64_t d) {
-  constexpr std::int64_t kProcessors = 132, kMaxWaves = 4, kMinTokens = 256, kTileCost = 512;
+  constexpr std::int64_t kProcessors = 132, kMaxWaves = 3, kMinTokens = 256, kTileCost = 512;
   const std::int64_t tiles = std::max<std::int64_t>(
       ceil_div(columns, hopper::choose_block_n(columns)) * ceil_div(d, kTileRows), 1);
   const std::int64_t most = std::min(kMaxWaves * kProcessors / tiles, num_tokens / kMinTokens);

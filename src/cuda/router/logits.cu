@@ -164,28 +164,37 @@ struct GradientOut {
 
 constexpr int kAddThreads = 128;
 
-// parts [num_parts, rows, columns] are added in order. A thread has the loads of kBatch parts in
-// flight: the outputs alone are too few to hide the latency.
+// Adds the parts from `first` on in order while kBatch are left: as many loads are in flight.
+template <int kBatch, class Part, int kWidth>
+__device__ void add_batches(const Vector<Part, kWidth>* parts, std::int64_t stride,
+                            std::int64_t num_parts, std::int64_t& first,
+                            Vector<Part, kWidth>& sum) {
+  for (; first + kBatch <= num_parts; first += kBatch) {
+    Vector<Part, kWidth> batch[kBatch];
+#pragma unroll
+    for (int s = 0; s < kBatch; ++s) batch[s] = parts[(first + s) * stride];
+#pragma unroll
+    for (int s = 0; s < kBatch; ++s) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sum.at[j] += batch[s].at[j];
+    }
+  }
+}
+
+// parts [num_parts, rows, columns]. The outputs alone are too few to hide the loads' latency.
 template <int kWidth, class Part>
 __global__ void __launch_bounds__(kAddThreads)
     add_parts_kernel(const Part* parts, std::int64_t num_parts, GradientOut out) {
-  constexpr int kBatch = 16;
   const std::int64_t count = out.rows * out.columns / kWidth;
-  const auto* vectors = reinterpret_cast<const Vector<Part, kWidth>*>(parts);
   for (std::int64_t i = std::int64_t{blockIdx.x} * kAddThreads + threadIdx.x; i < count;
        i += std::int64_t{gridDim.x} * kAddThreads) {
+    const auto* vectors = reinterpret_cast<const Vector<Part, kWidth>*>(parts) + i;
     Vector<Part, kWidth> sum{};
-    for (std::int64_t first = 0; first < num_parts; first += kBatch) {
-      Vector<Part, kWidth> batch[kBatch] = {};
-#pragma unroll
-      for (int s = 0; s < kBatch; ++s) {
-        if (first + s < num_parts) batch[s] = vectors[(first + s) * count + i];
-      }
-#pragma unroll
-      for (int s = 0; s < kBatch; ++s) {
-        for (int j = 0; j < kWidth; ++j) sum.at[j] += batch[s].at[j];
-      }
-    }
+    std::int64_t first = 0;
+    add_batches<8>(vectors, count, num_parts, first, sum);
+    add_batches<4>(vectors, count, num_parts, first, sum);
+    add_batches<2>(vectors, count, num_parts, first, sum);
+    add_batches<1>(vectors, count, num_parts, first, sum);
     Vector<float, kWidth> rounded;
     for (int j = 0; j < kWidth; ++j) rounded.at[j] = static_cast<float>(sum.at[j]);
     out.put<kWidth>(i * kWidth / out.columns, i * kWidth % out.columns, rounded);
