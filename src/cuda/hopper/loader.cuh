@@ -96,16 +96,17 @@ class DepthGather {
   }
 
   __device__ void begin_tile(const OperandParams& p, const Item& t) {
-    if (!fetched_) fetch(p, t, 0);
+    if (!fetched_) fetch(p, t.row0, t.rows);
   }
 
   __device__ void prepare(const OperandParams& p, const Item& t, const Item& next, int k) {
     const int column = t.m * kBlockM + (lane_ & 15) * 8;
     const bool inside = column < p.depth;
-    const uint4* source = reinterpret_cast<const uint4*>(p.gathered) + (inside ? column / 8 : 0);
+    const bf16* source = p.gathered + (inside ? column : 0);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      source_[i] = source + __shfl_sync(~0u, token_[i / 16], (2 * i + lane_ / 16) & 31);
+      const uint32_t token = __shfl_sync(~0u, token_[i / 16], (2 * i + lane_ / 16) & 31);
+      source_[i] = source + uint64_t{token} * p.gathered_ld;
     }
     const DepthTile tile(t, k);
     begin_ = tile.repeated - row0_ - lane_ / 16;
@@ -113,8 +114,8 @@ class DepthGather {
     whole_ = tile.repeated == 0 && t.rows - tile.first >= kBlockK && (t.m + 1) * kBlockM <= p.depth;
     const bool last = k + 1 == t.k_tiles;
     fetched_ = last && next.k_tiles > 0;
-    if (!last) fetch(p, t, k + 1);
-    if (fetched_) fetch(p, next, 0);
+    const int first = last ? 0 : DepthTile(t, k + 1).first;
+    fetch(p, (last ? next.row0 : t.row0) + first, (last ? next.rows : t.rows) - first);
   }
 
   __device__ void copy(uint32_t a) const {
@@ -132,21 +133,22 @@ class DepthGather {
   }
 
  private:
-  __device__ void fetch(const OperandParams& p, const Item& t, int k) {
-    if (t.rows == 0) return;
+  // The tokens of this warp's rows of the k-tile that starts at row `first` with `rows` rows left.
+  // No branch and no arithmetic on what is loaded: the warp would wait for it here and not at its
+  // use, a k-tile later.
+  __device__ void fetch(const OperandParams& p, int first, int rows) {
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
-      const int in_expert = DepthTile(t, k).first + row0_ + 32 * j + lane_;
-      const int row = t.row0 + min(in_expert, t.rows - 1);
-      token_[j] = (p.row_token == nullptr ? row : __ldg(p.row_token + row)) * (p.gathered_ld / 8);
+      const int row = max(first + min(row0_ + 32 * j + lane_, rows - 1), 0);
+      token_[j] = p.row_token == nullptr ? row : __ldg(p.row_token + row);
     }
   }
   int row0_, lane_, begin_ = 0, end_ = 0;
   bool fetched_ = false;  // token_ is of the next item's first k-tile already
   bool whole_ = false;
   uint32_t to_[4];           // offsets in the stage of the first four rows
-  uint32_t token_[kTokens];  // offsets of the rows' tokens, in 16-byte chunks
-  const uint4* source_[kCopies];
+  uint32_t token_[kTokens];  // of the next k-tile's rows
+  const bf16* source_[kCopies];
 };
 
 // Box i of the B tile: which part (gate, up) and first column it holds.

@@ -40,9 +40,14 @@ class MathPipes {
     if constexpr (s.gather) ptx::fence_proxy_async_shared();
   }
   __device__ void advance() { ring_.advance(); }
-  // Whether the next stage is there already.
-  __device__ bool next_is_full() const {
-    return ptx::mbarrier_test_wait(l_.full + 8 * ring_.stage, ring_.parity);
+  // Whether the next stage is full while the products of this one still run.
+  __device__ bool next_is_full_in_time() const {
+    constexpr uint32_t kClocks = 3 * s.block_n;  // of the 4 * block_n that both warpgroups take
+    const uint32_t start = clock();
+    do {
+      if (ptx::mbarrier_test_wait(l_.full + 8 * ring_.stage, ring_.parity)) return true;
+    } while (static_cast<uint32_t>(clock()) - start < kClocks);
+    return false;
   }
   // One arrival per warp: wgmma.wait_group proves only this warp's share done.
   __device__ void release(uint32_t stage) {
@@ -128,7 +133,7 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
       pipes.advance();
       // Short of data there is nothing to overlap: hand this stage back as soon as it is read, not
       // when the next has come.
-      if (k + 1 < t.k_tiles && !pipes.next_is_full()) {
+      if (k + 1 < t.k_tiles && !pipes.next_is_full_in_time()) {
         ptx::wgmma_wait_group<0>();
         pipes.release(previous);
         pending = false;
