@@ -5,16 +5,10 @@
 #include <type_traits>
 
 #include "cuda/epilogue/activation.cuh"
+#include "cuda/epilogue/hidden_input.cuh"
 #include "cuda/epilogue/store.cuh"
 
 namespace sonicmoe::cuda::hopper {
-
-// Where gate and up of one hidden unit j lie in a row of H.
-enum class HiddenLayout : int {
-  kPlain,         // no gate: [n]
-  kConcatenated,  // [gate; up]: j and n + j; the tile's halves are gate and up
-  kInterleaved,   // 2j and 2j + 1, in the tile too
-};
 
 // Calls f with the activation as a compile-time constant: one branch for eight values.
 template <bool kGated, class F>
@@ -61,6 +55,7 @@ SONICMOE_DEVICE void unpack_gate_up(bool halves, const uint4& first, const uint4
 template <int kBlockN, bool kGated, int kWarps>
 class UpEpilogue {
  public:
+  using State = NoState;
   static constexpr int kGroups = HalfRows<kWarps>::kGroups;
   static constexpr int kUnits = kGated ? kBlockN / 2 : kBlockN;
   struct Params {
@@ -91,7 +86,7 @@ class UpEpilogue {
     });
   }
 
-  __device__ UpEpilogue(const Params& p, const Item& t, int w, int warp, int lane)
+  __device__ UpEpilogue(const Params& p, const Item& t, int w, int warp, int lane, State&)
       : p_(p), rows_(t, w, warp, lane), n_tile_(t.n) {}
   __device__ void prefetch() {}
 
@@ -149,10 +144,9 @@ class UpEpilogue {
 template <int kBlockN, bool kGated, int kWarps>
 class HiddenGradientEpilogue {
  public:
-  static constexpr int kGroups = HalfRows<kWarps>::kGroups;
-  static constexpr int kBlocks = kBlockN / 64;
+  using State = HiddenInput<kBlockN, kGated, kWarps>;
   struct Params {
-    const bf16* h;            // [P, g*n]
+    CUtensorMap h;            // of [P, g*n], by map_of_hidden()
     bf16* grad_h;             // [P, g*n]
     bf16* scaled_a;           // [P, n]
     const float* row_weight;  // [P] or null
@@ -165,23 +159,23 @@ class HiddenGradientEpilogue {
   template <int kCount>
   static __device__ void finish(const Params&, const Item&, float (&)[kCount], int, int) {}
 
-  __device__ HiddenGradientEpilogue(const Params& p, const Item& t, int w, int warp, int lane)
-      : p_(p), rows_(t, w, warp, lane), n_tile_(t.n) {}
+  __device__ HiddenGradientEpilogue(const Params& p, const Item& t, int w, int warp, int lane,
+                                    State& input)
+      : p_(p), rows_(t, w, warp, lane), w_(w), n_tile_(t.n), input_(input) {}
+  __device__ void prefetch() {}
 
-  // H does not depend on the product: the first rows are on their way while math still runs.
-  __device__ void prefetch() { load(0, 0, h_[0]); }
-
-  // Each row group goes in two batches of columns. The next batch's loads are all issued before the
-  // first use of this one's: loads share a few scoreboards, and a load issued between two uses
-  // would be waited for by the second.
   __device__ void store(uint32_t half) {
     visit_activation<kGated>(p_.activation.kind, [&](auto kind) {
       const ActivationParams activation{kind.value, p_.activation.limit};
-      for (int i = 0; i < kGroups; ++i) {
-        load(i, 1, h_[1]);
-        float sum = store_batch(half, activation, i, 0, h_[0]);
-        if (i + 1 < kGroups) load(i + 1, 0, h_[0]);
-        sum += store_batch(half, activation, i, 1, h_[1]);
+      for (int i = 0; i < rows_.groups(); ++i) {
+        const float weight = input_.weight(w_, i);
+        float sum = 0.0f;
+#pragma unroll
+        for (int batch = 0; batch < State::kBatches; ++batch) {
+          typename State::Vectors h;
+          input_.take(h);
+          sum += store_batch(half, activation, i, batch, h, weight);
+        }
 #pragma unroll
         for (int distance = 4; distance > 0; distance /= 2) {
           sum += __shfl_xor_sync(~0u, sum, distance);
@@ -194,43 +188,19 @@ class HiddenGradientEpilogue {
   }
 
  private:
-  static constexpr int kBatch = kBlocks / 2;
-  // 16-byte vectors of H for a batch of one lane's chunks: gate and up, or halves of pairs.
-  struct Hidden {
-    uint4 first[kBatch];
-    uint4 second[kGated ? kBatch : 1];
-    float weight;
-  };
-
   __device__ int unit(int block) const {
     return n_tile_ * kBlockN + block * 64 + (rows_.lane & 7) * 8;
   }
-  __device__ void load(int i, int batch, Hidden& to) {
-    if (!rows_.valid(i)) return;
-    const int64_t r = rows_.row0 + rows_.row(i);
-    const bf16* h = p_.h + r * (kGated ? 2 * p_.n : p_.n);
-    const bool halves = p_.layout == HiddenLayout::kConcatenated;
-    to.weight = p_.row_weight == nullptr ? 1.0f : __ldg(p_.row_weight + r);
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int j = unit(batch * kBatch + b);
-      if (j >= p_.n) continue;
-      to.first[b] = ptx::load_global_nc_v4(h + (kGated && !halves ? 2 * j : j));
-      if constexpr (kGated) {
-        to.second[b] = ptx::load_global_nc_v4(h + (halves ? p_.n + j : 2 * j + 8));
-      }
-    }
-  }
 
   __device__ float store_batch(uint32_t half, const ActivationParams& activation, int i, int batch,
-                               const Hidden& h) const {
+                               const typename State::Vectors& h, float weight) const {
     float sum = 0.0f;
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int block = batch * kBatch + b;
+    for (int b = 0; b < State::kBlocks; ++b) {
+      const int block = batch * State::kBlocks + b;
       if (!rows_.valid(i) || unit(block) >= p_.n) continue;
       sum += store_chunk(half, activation, rows_.row(i), block, h.first[b],
-                         h.second[kGated ? b : 0], h.weight);
+                         h.second[kGated ? b : 0], weight);
     }
     return sum;
   }
@@ -282,8 +252,8 @@ class HiddenGradientEpilogue {
 
   const Params& p_;
   HalfRows<kWarps> rows_;
-  int n_tile_;
-  Hidden h_[2];
+  int w_, n_tile_;
+  State& input_;
 };
 
 }  // namespace sonicmoe::cuda::hopper

@@ -3,9 +3,11 @@
 //
 // Interface of an epilogue, called by grouped_gemm.cuh:
 //   finish(params, item, acc, warp, lane)          math warps, before rounding (bias, fp32 stores)
-//   constructor(params, item, w, warp, lane)       epilogue warp `warp` (0..2), half w of the item
-//   prefetch()                                     before the half is ready: loads that do not need
-//   it store(half)                                    reads the dumped half and stores it
+//   State(params, layout, warp, lane)              of an epilogue warp, for all its items
+//     begin(item, w)                               each half in turn, one half ahead of its store
+//   constructor(params, item, w, warp, lane, state)  epilogue warp `warp` (0..2), half w of the
+//   item prefetch()                                     before the half is ready: loads without
+//   need of it store(half)                                    reads the dumped half and stores it
 // Eight lanes take eight 16-byte chunks (64 columns) of a row, a warp four rows; warp v takes every
 // third group of four rows.
 #pragma once
@@ -24,7 +26,16 @@ struct HalfRows {
       : row0(t.row0 + 64 * w), rows(min(t.rows - 64 * w, 64)), warp(warp), lane(lane) {}
   __device__ int row(int i) const { return 4 * (warp + i * kWarps) + lane / 8; }
   __device__ bool valid(int i) const { return row(i) < rows; }
+  // Groups of this warp with at least one row; the same for all lanes.
+  __device__ int groups() const { return max((rows + 3) / 4 - warp + kWarps - 1, 0) / kWarps; }
   int row0, rows, warp, lane;
+};
+
+// The state of an epilogue that keeps none.
+struct NoState {
+  template <class Params>
+  __device__ NoState(const Params&, const SharedLayout&, int, int) {}
+  __device__ void begin(const Item&, int) {}
 };
 
 // acc += bias of the column, for one 64 x block_n half in the wgmma layout.
@@ -45,6 +56,7 @@ __device__ void add_bias(float (&acc)[kCount], int lane, BiasAt bias_at) {
 template <int kBlockN, int kWarps>
 class StoreRows {
  public:
+  using State = NoState;
   static constexpr int kGroups = HalfRows<kWarps>::kGroups;
   struct Params {
     bf16* out;  // [*, ld]
@@ -66,7 +78,7 @@ class StoreRows {
     });
   }
 
-  __device__ StoreRows(const Params& p, const Item& t, int w, int warp, int lane)
+  __device__ StoreRows(const Params& p, const Item& t, int w, int warp, int lane, State&)
       : p_(p), rows_(t, w, warp, lane), column0_(t.n * kBlockN + (lane & 7) * 8) {}
 
   __device__ void prefetch() {
@@ -115,6 +127,7 @@ class StoreRows {
 template <int kBlockN, Dump kDump, int kWarps>
 class StoreWeightGradient {
  public:
+  using State = NoState;
   struct Params {
     void* out;
     int64_t expert_stride, row_stride, column_stride;
@@ -150,7 +163,7 @@ class StoreWeightGradient {
     }
   }
 
-  __device__ StoreWeightGradient(const Params& p, const Item& t, int w, int, int lane)
+  __device__ StoreWeightGradient(const Params& p, const Item& t, int w, int, int lane, State&)
       : p_(p), t_(t), w_(w), lane_(lane) {}
   __device__ void prefetch() {}
 

@@ -175,9 +175,12 @@ template <class Spec>
 __device__ void epilogue_role(const Params<Spec>& p, const SharedLayout& l, int warp, int lane) {
   uint32_t parity = 0;
   ItemSink<Spec> items(p.operands, l, lane, Role::kEpilogue);
+  typename Spec::Epilogue::State state(p.epilogue, l, warp, lane);
   for (Item t; items.next(t);) {
+    state.begin(t, 0);
     for (int w = 0; w < 2; ++w) {
-      typename Spec::Epilogue epilogue(p.epilogue, t, w, warp, lane);
+      if (w == 0) state.begin(t, 1);
+      typename Spec::Epilogue epilogue(p.epilogue, t, w, warp, lane, state);
       epilogue.prefetch();
       tile::wait(l.dump_full + 8 * w, parity, Role::kEpilogue, Slot::kDumpFull, w);
       epilogue.store(l.dump + w * half_dump_bytes(Spec::shape));

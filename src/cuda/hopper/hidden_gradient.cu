@@ -13,14 +13,15 @@ void launch_hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& ar
   p.operands = row_operands(call, s.hidden_size, s.intermediate_size, kBlockN);
   p.operands.b = map_of_weight(args.w2, 2, 1, kBlockN, kMajor);
   set_gather(p.operands, args.grad_out);
-  p.epilogue = {.h = static_cast<const bf16*>(args.h),
+  const HiddenLayout layout = hidden_layout(call);
+  p.epilogue = {.h = map_of_hidden(args.h, s.num_pairs, s.intermediate_size, layout, kBlockN),
                 .grad_h = static_cast<bf16*>(args.grad_h),
                 .scaled_a = static_cast<bf16*>(args.scaled_a),
                 .row_weight = args.row_weight,
                 .partial = args.partial,
                 .n = static_cast<int>(s.intermediate_size),
                 .parts = p.operands.n_tiles,
-                .layout = hidden_layout(call),
+                .layout = layout,
                 .activation = {call.options.activation, call.options.limit}};
   launch<Spec>(call, p, max_items(p.operands));
 }

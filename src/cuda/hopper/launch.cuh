@@ -79,6 +79,18 @@ inline HiddenLayout hidden_layout(const ExpertCall& call) {
                                                                     : HiddenLayout::kInterleaved;
 }
 
+/// H [P, g*n] for HiddenInput, in boxes of four rows x block_n / 2 hidden units, dense in shared
+/// memory: (unit, part, row), or (value, 1, row) where gate and up alternate. Concatenated, gate
+/// and up are parts, so that gates past the end arrive as zeros and not as up.
+inline CUtensorMap map_of_hidden(const void* h, std::int64_t num_rows, std::int64_t n,
+                                 HiddenLayout layout, int block_n) {
+  const std::int64_t parts = layout == HiddenLayout::kConcatenated ? 2 : 1;
+  const std::int64_t values = layout == HiddenLayout::kInterleaved ? 2 : 1;  // of a unit, in a part
+  return make_tensor_map(h, {values * n, parts, num_rows}, {values * n, parts * values * n},
+                         {static_cast<int>(values) * block_n / 2, static_cast<int>(parts), 4},
+                         CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
 /// Map of a weight [E, outer, inner] for the B operand of a block_n wide tile. `outer` is the
 /// product's column index, `inner` its reduction. K-major when the reduction has unit stride, else
 /// MN-major. parts = 2 splits `outer` into two halves, gate and up, so that columns past the end of

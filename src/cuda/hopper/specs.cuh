@@ -31,8 +31,13 @@ struct RowsSpec {
 template <int kBlockN, Major kMajor, bool kGated>
 struct HiddenGradientSpec {
   static constexpr const char* name = "hidden_gradient";
-  static constexpr GemmShape shape = {.block_n = kBlockN, .b = kMajor};
-  using Epilogue = HiddenGradientEpilogue<kBlockN, kGated, shape.epilogue_warps()>;
+  static constexpr int kWarps = 3;
+  using Epilogue = HiddenGradientEpilogue<kBlockN, kGated, kWarps>;
+  static constexpr GemmShape shape = {.block_n = kBlockN,
+                                      .b = kMajor,
+                                      .loader_warps = 4 - kWarps,
+                                      .extra_bytes = kWarps * Epilogue::State::kBytes};
+  static_assert(kBlockN != 256 || stage_count(shape) == 3, "the ring of H costs a stage");
 };
 
 // dW2 = dO[token]^T A' and dW1 = X[token]^T dH: gathers along the reduction. The gather is the

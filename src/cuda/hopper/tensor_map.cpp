@@ -34,7 +34,7 @@ std::string list(std::initializer_list<std::int64_t> values) {
 
 CUtensorMap make_tensor_map(const void* data, std::initializer_list<std::int64_t> sizes,
                             std::initializer_list<std::int64_t> strides,
-                            std::initializer_list<int> box) {
+                            std::initializer_list<int> box, CUtensorMapSwizzle swizzle) {
   static const Encode encode = find_encode();
   constexpr int kMaxDims = 5;
   constexpr std::int64_t kElementBytes = 2;
@@ -50,10 +50,10 @@ CUtensorMap make_tensor_map(const void* data, std::initializer_list<std::int64_t
     }
   }
   CUtensorMap map;
-  const CUresult result = encode(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data), dims, byte_strides,
-      boxes, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data), dims,
+             byte_strides, boxes, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)) +
                 " for sizes " + list(sizes) + ", strides " + list(strides));

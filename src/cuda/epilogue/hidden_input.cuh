@@ -1,0 +1,142 @@
+// What the epilogue of the backward reads besides the product: H, by TMA through shared memory of
+// its own, and the row weights. Loads of H through L1 would queue behind the loader's gathers.
+#pragma once
+
+#include "cuda/epilogue/store.cuh"
+
+namespace sonicmoe::cuda::hopper {
+
+// Where gate and up of one hidden unit j lie in a row of H.
+enum class HiddenLayout : int {
+  kPlain,         // no gate: [n]
+  kConcatenated,  // [gate; up]: j and n + j; the tile's halves are gate and up
+  kInterleaved,   // 2j and 2j + 1, in the tile too
+};
+
+// One epilogue warp's ring. A slot is one box of H: a group of four rows x kUnits hidden units with
+// gate and up. The warp fills its slots itself, in the order in which it takes them, so that one
+// barrier a slot is enough: full, 1 expect_tx. Of every row group with at least one row both slots
+// are filled and taken, also where they lie past column n: HalfRows::groups() alone says how many.
+// Rows past the end of the tile arrive too (of other experts, or zeros) and are not used.
+template <int kBlockN, bool kGated, int kWarps>
+class HiddenInput {
+ public:
+  static constexpr int kBatches = 2;                 // slots of a row group
+  static constexpr int kUnits = kBlockN / kBatches;  // of a slot
+  static constexpr int kBlocks = kUnits / 64;
+  static constexpr int kRowBytes = (kGated ? 2 : 1) * kUnits * 2;
+  static constexpr int kSlotBytes = 4 * kRowBytes;
+  // What three stages of 256 columns leave to each of three warps.
+  static constexpr int kSlots = 6144 / kSlotBytes;
+  static constexpr int kBytes = kSlots * kSlotBytes;  // of shared memory, a warp
+  static_assert(kSlotBytes % 128 == 0 && kWarps * kSlots * 8 <= 640);
+  static_assert(HalfRows<kWarps>::kGroups <= 8, "a lane holds one row's weight of a half");
+
+  // One lane's share of a slot: vectors of gate and up, or halves of eight pairs.
+  struct Vectors {
+    uint4 first[kBlocks];
+    uint4 second[kGated ? kBlocks : 1];
+  };
+
+  // Params: h (a map by map_of_hidden()), row_weight, layout.
+  template <class Params>
+  __device__ HiddenInput(const Params& p, const SharedLayout& l, int warp, int lane)
+      : map_(&p.h),
+        row_weight_(p.row_weight),
+        slots_(l.extra + warp * kBytes),
+        barriers_(l.extra_barriers + warp * kSlots * 8),
+        warp_(warp),
+        lane_(lane),
+        interleaved_(p.layout == HiddenLayout::kInterleaved) {
+    if (lane == 0) {
+      ptx::prefetch_tensormap(map_);
+      for (int s = 0; s < kSlots; ++s) ptx::mbarrier_init(barriers_ + 8 * s, 1);
+      ptx::fence_mbarrier_init();
+    }
+    __syncwarp();  // nobody but this warp and its copies knows these barriers
+  }
+
+  // Announces half w of item t, after the one before has been announced and the one before that
+  // taken to its end. Its first loads start as soon as slots are free.
+  __device__ void begin(const Item& t, int w) {
+    const HalfRows<kWarps> rows(t, w, warp_, lane_);
+    next_ = {.row = rows.row0 + 4 * warp_,
+             .column = t.n * kBlockN * (interleaved_ ? 2 : 1),
+             .slots = kBatches * rows.groups()};
+    // Lane l: row l % 4 of row group l / 4.
+    const int row = 4 * (warp_ + lane_ / 4 * kWarps) + lane_ % 4;
+    float& weight = w == 0 ? weight_[0] : weight_[1];
+    weight =
+        row_weight_ == nullptr || row >= rows.rows ? 1.0f : __ldg(row_weight_ + rows.row0 + row);
+    fill();
+  }
+
+  // The weight of this lane's row in row group i of half w. All lanes.
+  __device__ float weight(int w, int i) const {
+    return __shfl_sync(~0u, w == 0 ? weight_[0] : weight_[1], 4 * i + lane_ / 8);
+  }
+
+  // Waits for the next slot, copies this lane's vectors of it to registers and hands it back. All
+  // lanes.
+  __device__ void take(Vectors& to) {
+    tile::wait(barriers_ + 8 * ring_.stage, ring_.parity, Role::kEpilogue, Slot::kHiddenFull,
+               ring_.stage);
+    const int scale = interleaved_ ? 2 : 1, second = interleaved_ ? 16 : kUnits * 2;
+    const uint32_t from =
+        slots_ + ring_.stage * kSlotBytes + lane_ / 8 * kRowBytes + (lane_ & 7) * 16 * scale;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      to.first[b] = ptx::load_shared_v4(from + b * 128 * scale);
+      if constexpr (kGated) to.second[b] = ptx::load_shared_v4(from + b * 128 * scale + second);
+    }
+    // The copy that lane 0 issues next overwrites what all lanes have just read.
+    ptx::fence_proxy_async_shared();
+    __syncwarp();
+    ring_.advance();
+    --filled_;
+    fill();
+  }
+
+ private:
+  // The slots of a half that are still to be filled.
+  struct Cursor {
+    int row, column;  // of the next row group's boxes in the map
+    int slots;
+  };
+
+  // Starts loads until the ring is full or the announced halves are exhausted.
+  __device__ void fill() {
+    while (filled_ < kSlots) {
+      if (now_.slots == 0) {
+        now_ = next_;
+        next_.slots = 0;
+        if (now_.slots == 0) return;
+      }
+      const int batch = now_.slots % kBatches;  // 0 first: the number of slots is even
+      if (lane_ == 0) {
+        const uint32_t barrier = barriers_ + 8 * fill_stage_;
+        ptx::mbarrier_arrive_expect_tx(barrier, kSlotBytes);
+        ptx::tma_load(slots_ + fill_stage_ * kSlotBytes, map_, barrier,
+                      now_.column + batch * kUnits * (interleaved_ ? 2 : 1), 0, now_.row);
+      }
+      __syncwarp();
+      if (batch == kBatches - 1) now_.row += 4 * kWarps;
+      --now_.slots;
+      if (++fill_stage_ == kSlots) fill_stage_ = 0;
+      ++filled_;
+    }
+  }
+
+  const CUtensorMap* map_;
+  const float* row_weight_;
+  uint32_t slots_, barriers_;
+  int warp_, lane_;
+  bool interleaved_;
+  float weight_[2];
+  Cursor now_{}, next_{};
+  tile::RingState<kSlots> ring_;  // the slot to take next
+  uint32_t fill_stage_ = 0;       // the slot to fill next
+  int filled_ = 0;                // slots filled and not yet taken
+};
+
+}  // namespace sonicmoe::cuda::hopper
