@@ -79,7 +79,7 @@ class HiddenInput {
   // Waits for the next slot, copies this lane's vectors of it to registers and hands it back. All
   // lanes.
   __device__ void take(Vectors& to) {
-    tile::wait(barriers_ + 8 * ring_.stage, ring_.parity, Role::kEpilogue, Slot::kHiddenFull,
+    tile::wait(barriers_ + 8 * ring_.stage, ring_.parity, Role::kEpilogue, Slot::kHidden,
                ring_.stage);
     const int scale = interleaved_ ? 2 : 1, second = interleaved_ ? 16 : kUnits * 2;
     const uint32_t from =

@@ -2,12 +2,12 @@
 // hopper/grouped_gemm.cuh.
 //
 // Interface of an epilogue, called by grouped_gemm.cuh:
-//   finish(params, item, acc, warp, lane)          math warps, before rounding (bias, fp32 stores)
-//   State(params, layout, warp, lane)              of an epilogue warp, for all its items
-//     begin(item, w)                               each half in turn, one half ahead of its store
-//   constructor(params, item, w, warp, lane, state)  epilogue warp `warp` (0..2), half w of the
-//   item prefetch()                                     before the half is ready: loads without
-//   need of it store(half)                                    reads the dumped half and stores it
+//   finish(params, item, acc, warp, lane)   math warps, before rounding (bias, fp32 stores)
+//   State(params, layout, warp, lane)       what epilogue warp `warp` (0..2) keeps over its items
+//     .begin(item, w)                       announces each half in turn, ahead of its constructor
+//   constructor(params, item, w, warp, lane, state)   half w of the item
+//   prefetch()                              before the half is ready: loads that do not need it
+//   store(half)                             reads the dumped half and stores it
 // Eight lanes take eight 16-byte chunks (64 columns) of a row, a warp four rows; warp v takes every
 // third group of four rows.
 #pragma once

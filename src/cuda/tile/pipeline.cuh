@@ -13,15 +13,7 @@ namespace sonicmoe::tile {
 
 // Who waits, for the report of a wait that does not end.
 enum class Role : uint32_t { kLoader, kMath, kEpilogue, kConsumer };
-enum class Slot : uint32_t {
-  kFull,
-  kEmpty,
-  kDumpFull,
-  kDumpEmpty,
-  kItemFull,
-  kItemEmpty,
-  kHiddenFull
-};
+enum class Slot : uint32_t { kFull, kEmpty, kDumpFull, kDumpEmpty, kItemFull, kItemEmpty, kHidden };
 
 // Position in a ring of kStages: index and parity of the current pass. A consumer waits for
 // `parity`, a producer for `parity ^ 1` (a fresh barrier lets the first pass through).
