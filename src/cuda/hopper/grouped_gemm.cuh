@@ -176,10 +176,20 @@ __device__ void epilogue_role(const Params<Spec>& p, const SharedLayout& l, int 
   uint32_t parity = 0;
   ItemSink<Spec> items(p.operands, l, lane, Role::kEpilogue);
   typename Spec::Epilogue::State state(p.epilogue, l, warp, lane);
-  for (Item t; items.next(t);) {
-    state.begin(t, 0);
+  Item t, following;
+  bool more = items.next(t);
+  if (more) state.begin(t, 0);
+  while (more) {
     for (int w = 0; w < 2; ++w) {
-      if (w == 0) state.begin(t, 1);
+      // Announces the half after this one, so that its loads run while this one is stored. The
+      // following item is there by now: the loader passes it on once it has issued the last k-tile
+      // of t, and half 0 of t has left the math warps.
+      if (w == 0) {
+        state.begin(t, 1);
+      } else {
+        more = items.next(following);
+        if (more) state.begin(following, 0);
+      }
       typename Spec::Epilogue epilogue(p.epilogue, t, w, warp, lane, state);
       epilogue.prefetch();
       tile::wait(l.dump_full + 8 * w, parity, Role::kEpilogue, Slot::kDumpFull, w);
@@ -188,6 +198,7 @@ __device__ void epilogue_role(const Params<Spec>& p, const SharedLayout& l, int 
       if (lane == 0) ptx::mbarrier_arrive(l.dump_empty + 8 * w);
     }
     parity ^= 1;
+    t = following;
   }
 }
 
