@@ -89,8 +89,9 @@ class HiddenInput {
       to.first[b] = ptx::load_shared_v4(from + b * 128 * scale);
       if constexpr (kGated) to.second[b] = ptx::load_shared_v4(from + b * 128 * scale + second);
     }
-    // The copy that lane 0 issues next overwrites what all lanes have just read.
-    ptx::fence_proxy_async_shared();
+    // Every lane has issued its reads before lane 0 issues the copy over them, and shared memory
+    // takes a warp's instructions in order: what any release of a slot that was read relies on. A
+    // proxy fence here would, as compiled, also wait for the stores of the batch before (MEMBAR).
     __syncwarp();
     ring_.advance();
     --filled_;
