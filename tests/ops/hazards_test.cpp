@@ -218,16 +218,36 @@ MoECase many_tiles() {
   return c;
 }
 
-// Tile width, K-major and MN-major weights, gated or not, and the three ways a weight gradient
-// leaves: every configuration that specs.cuh allows, not only the one select.cpp would choose.
+// Forces tile width and loader warps of dH; "" leaves the choice to select.cpp.
+struct Forced {
+  const char* block_n;
+  const char* loaders;
+};
+constexpr Forced kForced[] = {{"128", "1"}, {"128", "2"}, {"256", "1"}, {"256", "2"}};
+
+class ForcedSpec {
+ public:
+  explicit ForcedSpec(const Forced& f)
+      : block_n_("SONICMOE_CUDA_BLOCK_N", f.block_n),
+        loaders_("SONICMOE_CUDA_HIDDEN_LOADERS", f.loaders),
+        trace_(__FILE__, __LINE__,
+               std::string("SONICMOE_CUDA_BLOCK_N=") + f.block_n +
+                   " SONICMOE_CUDA_HIDDEN_LOADERS=" + f.loaders) {}
+
+ private:
+  Environment block_n_, loaders_;
+  ::testing::ScopedTrace trace_;
+};
+
+// Tile width, loader warps, K-major and MN-major weights, gated or not, and the three ways a weight
+// gradient leaves: every configuration that specs.cuh allows, not only select.cpp's choice.
 TEST_P(Hazards, EveryLegalSpec) {
-  for (const char* block_n : {"128", "256"}) {
-    const Environment environment("SONICMOE_CUDA_BLOCK_N", block_n);
+  for (const Forced& forced : kForced) {
+    const ForcedSpec spec(forced);
     for (const Activation activation : {Activation::kSwiGLU, Activation::kGELU}) {
       for (const Strides strides : {Strides::kContiguous, Strides::kTransposed}) {
         for (const DType gradient : {DType::kBFloat16, DType::kFloat32}) {
-          SCOPED_TRACE(std::string("SONICMOE_CUDA_BLOCK_N=") + block_n + " gradients " +
-                       std::string(sonicmoe::name_of(gradient)));
+          SCOPED_TRACE("gradients " + std::string(sonicmoe::name_of(gradient)));
           MoECase c = many_tiles();
           c.num_tokens = 150;
           c.activation = activation;
@@ -245,16 +265,14 @@ TEST_P(Hazards, EveryGridGivesTheSameBits) {
   const MoECase c = fitted(GetParam(), many_tiles());
   expect_correct(c);
   const RunResult whole = run_moe(GetParam(), c);
-  for (const char* block_n : {"", "128", "256"}) {
-    const Environment width("SONICMOE_CUDA_BLOCK_N", block_n);
+  EXPECT_EQ(bitwise_difference(whole, run_moe(GetParam(), c)), "");
+  for (const Forced& forced : kForced) {
+    const ForcedSpec spec(forced);
     const RunResult expected = run_moe(GetParam(), c);
-    if (*block_n == 0) {
-      EXPECT_EQ(bitwise_difference(whole, expected), "");
-    }
     for (const char* grid : {"1", "2", "7", "131"}) {
       const Environment environment("SONICMOE_CUDA_GRID", grid);
       EXPECT_EQ(bitwise_difference(expected, run_moe(GetParam(), c)), "")
-          << "SONICMOE_CUDA_GRID=" << grid << " SONICMOE_CUDA_BLOCK_N=" << block_n;
+          << "SONICMOE_CUDA_GRID=" << grid;
     }
   }
 }
@@ -381,10 +399,10 @@ TEST_P(Hazards, DelaysInEveryRoleChangeNoBit) {
   ungated.activation = Activation::kGELU;
   for (const MoECase& wanted :
        {one_expert(65), one_expert(129), one_expert(321), many_tiles(), ungated}) {
-    for (const char* block_n : {"128", "256"}) {
-      const Environment environment("SONICMOE_CUDA_BLOCK_N", block_n);
+    for (const Forced& forced : kForced) {
+      const ForcedSpec spec(forced);
       const MoECase c = fitted(GetParam(), wanted);
-      SCOPED_TRACE(c.describe() + " SONICMOE_CUDA_BLOCK_N=" + block_n);
+      SCOPED_TRACE(c.describe());
       expect_correct(c);
       const RunResult first = run_moe(GetParam(), c);
       for (int i = 0; i < repeats(); ++i) {

@@ -12,8 +12,9 @@
 //             dump_full[w]: 4 warps of math warpgroup w · dump_empty[w]: 1 per epilogue warp
 //             item_full[i]: 1, the first loader warp · item_empty[i]: 1 per other warp
 // Schedule    tiles are handed out in order as CTAs become free (schedule.cuh)
-// Timeline    load: [per k] wait empty → TMA, cp.async → arrive
-//             math: [per k] wait full → fence → 4 wgmma → release k-1; then round, dump, arrive
+// Timeline    load: [per k] rows' addresses → wait empty → TMA, cp.async → arrive
+//             math: [per k] wait full → fence → 4 wgmma → release k-1, and k when k+1 is late;
+//                   then round, dump, arrive
 //             epilogue: [per half] wait dump_full → activation, stores → release
 // Rows past a tile's end only spoil their own accumulator rows, which no epilogue stores. A
 // warpgroup without rows ("dead") releases every stage and issues no wgmma: a tail of at most 64

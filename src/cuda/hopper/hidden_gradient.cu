@@ -5,13 +5,13 @@
 namespace sonicmoe::cuda::hopper {
 namespace {
 
-template <int kBlockN, Major kMajor, bool kGated>
+template <class Spec>
 void launch_hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& args) {
-  using Spec = HiddenGradientSpec<kBlockN, kMajor, kGated>;
+  constexpr int kBlockN = Spec::shape.block_n;
   const MoEShape& s = call.shape;
   Params<Spec> p{};
   p.operands = row_operands(call, s.hidden_size, s.intermediate_size, kBlockN);
-  p.operands.b = map_of_weight(args.w2, 2, 1, kBlockN, kMajor);
+  p.operands.b = map_of_weight(args.w2, 2, 1, kBlockN, Spec::shape.b);
   set_gather(p.operands, args.grad_out);
   const HiddenLayout layout = hidden_layout(call);
   p.epilogue = {.h = map_of_hidden(args.h, s.num_pairs, s.intermediate_size, layout, kBlockN),
@@ -26,17 +26,24 @@ void launch_hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& ar
   launch<Spec>(call, p, max_items(p.operands));
 }
 
+template <class F>
+void visit_flag(bool flag, F f) {
+  flag ? f(std::true_type{}) : f(std::false_type{});
+}
+
 }  // namespace
 
 void hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& args) {
   if (call.shape.num_pairs == 0) return;
   const Major major = depth_has_unit_stride(args.w2, 1) ? Major::kK : Major::kMn;
   visit_tile(partial_columns(call.shape), major, [&]<int kBlockN, Major kMajor>() {
-    if (is_gated(call.shape.activation)) {
-      launch_hidden_gradient<kBlockN, kMajor, true>(call, args);
-    } else {
-      launch_hidden_gradient<kBlockN, kMajor, false>(call, args);
-    }
+    visit_flag(is_gated(call.shape.activation), [&](auto gated) {
+      visit_flag(choose_hidden_loaders(call.shape.hidden_size) == 2, [&](auto two) {
+        constexpr int kLoaders = two.value ? 2 : 1;
+        launch_hidden_gradient<HiddenGradientSpec<kBlockN, kMajor, gated.value, kLoaders>>(call,
+                                                                                           args);
+      });
+    });
   });
 }
 

@@ -99,6 +99,12 @@ int choose_block_n(std::int64_t columns) {
 
 int choose_gated_block_n(std::int64_t n) { return choose_block_n(2 * n); }
 
+int choose_hidden_loaders(std::int64_t hidden_size) {
+  const int forced = number_from_environment("SONICMOE_CUDA_HIDDEN_LOADERS");
+  if (forced == 1 || forced == 2) return forced;
+  return hidden_size < 2048 ? 1 : 2;
+}
+
 int grid_limit(int processors) {
   const int wanted = number_from_environment("SONICMOE_CUDA_GRID");
   return wanted > 0 ? wanted : processors;

@@ -17,6 +17,10 @@ int choose_block_n(std::int64_t columns);
 /// For a gated up projection of `n` hidden units, whose tile holds block_n / 2 of them.
 int choose_gated_block_n(std::int64_t n);
 
+/// Loader warps of dH (its other helper warps store): 2 where the reduction is so long that the
+/// gather sets the pace, 1 where the epilogue does. SONICMOE_CUDA_HIDDEN_LOADERS forces one.
+int choose_hidden_loaders(std::int64_t hidden_size);
+
 /// CTAs to launch on a GPU of `processors` multiprocessors: one each, or SONICMOE_CUDA_GRID if set
 /// (tests run grids of 1, 2, 7, 131).
 int grid_limit(int processors);

@@ -26,16 +26,17 @@ struct RowsSpec {
   using Epilogue = StoreRows<kBlockN, shape.epilogue_warps()>;
 };
 
-// dA' = dO[token] W2, with dH, A' and dS in the epilogue: gathers dO. The epilogue is the
-// bottleneck and takes three warps.
-template <int kBlockN, Major kMajor, bool kGated>
+// dA' = dO[token] W2, with dH, A' and dS in the epilogue: gathers dO. Gather and epilogue both want
+// a third warp: the epilogue's time is that of a tile, the gather's grows with the reduction
+// (choose_hidden_loaders()).
+template <int kBlockN, Major kMajor, bool kGated, int kLoaders>
 struct HiddenGradientSpec {
   static constexpr const char* name = "hidden_gradient";
-  static constexpr int kWarps = 3;
+  static constexpr int kWarps = 4 - kLoaders;
   using Epilogue = HiddenGradientEpilogue<kBlockN, kGated, kWarps>;
   static constexpr GemmShape shape = {.block_n = kBlockN,
                                       .b = kMajor,
-                                      .loader_warps = 4 - kWarps,
+                                      .loader_warps = kLoaders,
                                       .extra_bytes = kWarps * Epilogue::State::kBytes};
   static_assert(kBlockN != 256 || stage_count(shape) == 3, "the ring of H costs a stage");
 };
