@@ -115,6 +115,7 @@ struct OperandParams {
   int num_rows;
   const std::int32_t* num_entries;  // on the device, or null: max_entries
   int max_entries;
+  bool early_release;     // hand a stage back before the next has come (math.cuh)
   std::uint32_t* claims;  // tile counters (schedule.cuh), or null: strided
   int m_tiles;            // kDepth: ceil(d / 128); else 1
   int n_tiles;

@@ -22,6 +22,15 @@ bool in_order(const OperandParams& o, std::int64_t items, std::int64_t grid) {
   return Spec::shape.gather || (o.depth <= 256 && items > 256 * grid);
 }
 
+/// Whether stages are handed back early when data is short, from measurements on an H100: 2-6%
+/// faster where reductions are short and the ring runs dry at every tile, 2-5% slower where the
+/// loaders nearly keep up.
+template <class Spec>
+bool early_release(const OperandParams& o) {
+  if (Spec::shape.grouping == Grouping::kDepth) return true;
+  return o.depth <= (Spec::shape.gather ? 2048 : 512);
+}
+
 /// Launches one CTA per multiprocessor (fewer when there are fewer tiles at most). `max_items`
 /// bounds the tiles that can exist.
 template <class Spec>
@@ -40,6 +49,7 @@ void launch(const ExpertCall& call, const Params<Spec>& params, std::int64_t max
   Params<Spec> scheduled = params;
   scheduled.operands.claims =
       in_order<Spec>(params.operands, max_items, grid) ? call.rows.claims : nullptr;
+  scheduled.operands.early_release = early_release<Spec>(params.operands);
   grouped_gemm_kernel<Spec>
       <<<static_cast<unsigned>(grid), kThreads, bytes, call.stream>>>(scheduled);
   check_launch(cudaGetLastError(), Spec::name, call.shape);

@@ -133,7 +133,7 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
       pipes.advance();
       // Short of data there is nothing to overlap: hand this stage back as soon as it is read, not
       // when the next has come.
-      if (k + 1 < t.k_tiles && !pipes.next_is_full_in_time()) {
+      if (p.operands.early_release && k + 1 < t.k_tiles && !pipes.next_is_full_in_time()) {
         ptx::wgmma_wait_group<0>();
         pipes.release(previous);
         pending = false;
