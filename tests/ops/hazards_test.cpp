@@ -337,7 +337,11 @@ TEST_P(Hazards, EveryBfloat16Gate) {
   for (std::uint32_t bits = 0; bits < 65536; ++bits) {
     bfloat16 value;
     value.bits = static_cast<std::uint16_t>(bits);
-    if (std::abs(static_cast<float>(value)) <= 0x1p32f) gates.push_back(static_cast<float>(value));
+    const float gate = static_cast<float>(value);
+    // The dot products of AVX512_BF16 and AMX take subnormal factors as zero, where the slope of
+    // ReLU is another.
+    if (GetParam().backend == "cpu" && std::fpclassify(gate) == FP_SUBNORMAL) continue;
+    if (std::abs(gate) <= 0x1p32f) gates.push_back(gate);
   }
   MoECase c;
   c.dtype = DType::kBFloat16;
