@@ -15,11 +15,14 @@ namespace sonicmoe::cuda::hopper {
 
 /// Whether a product's tiles are handed out in order or strided (schedule.cuh), from measurements
 /// on an H100. Gathering products gain up to 20% in order (neighbours share their rows); of the
-/// others only `down` with few k-tiles and so many tiles that the CTAs would drift far apart.
+/// others only `down` with few k-tiles and so many tiles that the CTAs would drift far apart, and
+/// products with weights larger than L2, which CTAs apart from each other fetch again and again.
 template <class Spec>
 bool in_order(const OperandParams& o, std::int64_t items, std::int64_t grid) {
   if (Spec::shape.grouping == Grouping::kDepth) return false;
-  return Spec::shape.gather || (o.depth <= 256 && items > 256 * grid);
+  constexpr std::int64_t kMostWeight = 40 << 20;  // bytes of an expert; L2 has 50 MB
+  const std::int64_t weight = std::int64_t{2} * o.depth * o.n_tiles * Spec::shape.block_n;
+  return Spec::shape.gather || weight > kMostWeight || (o.depth <= 256 && items > 256 * grid);
 }
 
 /// Whether stages are handed back early when data is short, from measurements on an H100: 2-6%
