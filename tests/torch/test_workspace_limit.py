@@ -1,7 +1,8 @@
 """workspace_limit bounds what an operator allocates beside its results, and changes no bit.
 
 The profiler sees every allocation that an operator takes from torch. Only the slabs of columns of d
-depend on the limit, so a call that needs less scratch than without one ran in more than one slab.
+depend on the limit, so a call that needs less scratch than under a limit that does not bind ran in
+more than one slab. Without a limit, a CPU thread keeps its scratch for the next call.
 """
 
 import re
@@ -24,13 +25,19 @@ def layer(x, w1, w2, router_w, limit):
     return sm.moe_layer(x, router_w, w1, w2, K, workspace_limit=limit)
 
 
-def scratch(call):
-    """The result of `call`, and the bytes allocated at its peak beyond what it leaves behind."""
+def traced(call):
+    """The result of `call`, and the bytes it holds after each allocation and release."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     held = torch.tensor([event.nbytes() for event in events]).cumsum(0)
+    return result, held
+
+
+def scratch(call):
+    """The result of `call`, and the bytes allocated at its peak beyond what it leaves behind."""
+    result, held = traced(call)
     return result, int(held.max() - held[-1])
 
 
@@ -57,7 +64,7 @@ def test_the_limit_bounds_the_scratch_and_changes_no_bit(operation):
         )
         return (outputs[0].detach(), *gradients), forward, backward
 
-    values, *unlimited = forward_and_backward(None)
+    values, *unlimited = forward_and_backward(1 << 40)
     least = minimum(lambda limit: operation(*leaves, limit))
     for limit in (least, (least + unlimited[0]) // 2):
         bounded, *bytes_used = forward_and_backward(limit)
@@ -67,3 +74,17 @@ def test_the_limit_bounds_the_scratch_and_changes_no_bit(operation):
             assert theirs.abs().max() > 0 and torch.equal(ours, theirs)
     with pytest.raises(RuntimeError, match=f"expected at least {least} bytes, got {least - 1}"):
         operation(*leaves, least - 1)
+
+
+def test_a_thread_keeps_its_scratch_until_a_call_has_a_limit():
+    x, w1, w2 = torch.randn(T, D), torch.randn(E, 2 * N, D), torch.randn(E, D, N)
+
+    def left_behind(limit):
+        (y,), held = traced(lambda: experts(x, w1, w2, None, limit))
+        return y, int(held[-1])
+
+    results, left = zip(*(left_behind(limit) for limit in (1 << 40, None, None, 1 << 40)))
+    kept = left[1] - left[2]
+    assert kept >= T * K * D * 4 and left[2] == results[0].numel() * 4
+    assert left[3] == left[2] - kept
+    assert all(torch.equal(y, results[0]) for y in results)

@@ -97,6 +97,18 @@ Tensor new_bytes(const Tensor& like, std::size_t bytes) {
   return new_tensor(like, {static_cast<std::int64_t>(bytes)}, ScalarType::Byte);
 }
 
+Tensor new_workspace(const Tensor& like, std::size_t bytes, bool limited) {
+  if (like.is_cuda()) return new_bytes(like, bytes);  // torch keeps freed device memory itself
+  thread_local std::optional<Tensor> kept;
+  if (limited) kept.reset();
+  if (limited || bytes > kMostKept) return new_bytes(like, bytes);
+  if (!kept || static_cast<std::size_t>(kept->numel()) < bytes) {
+    kept.reset();  // before its successor exists
+    kept = new_bytes(like, bytes);
+  }
+  return *kept;
+}
+
 Tensor nothing(const Tensor& like) { return new_tensor(like, {0}, like.scalar_type()); }
 
 std::optional<std::size_t> byte_limit(std::optional<std::int64_t> limit) {

@@ -52,6 +52,12 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> shape,
 Tensor new_like_contiguous(const Tensor& like, ScalarType dtype);
 /// A buffer for sizes the library states in bytes (workspace, metadata).
 Tensor new_bytes(const Tensor& like, std::size_t bytes);
+/// The workspace of one call. Memory fresh from the system costs a page fault every 4 KB, a fifth
+/// of a call on two CPU cores, so a CPU thread keeps its last workspace for the next call, of
+/// whichever layer, up to kMostKept bytes. A call under a limit gets its own and drops the kept
+/// one.
+Tensor new_workspace(const Tensor& like, std::size_t bytes, bool limited);
+inline constexpr std::size_t kMostKept = std::size_t{256} << 20;
 /// What an operator returns for a result that was not asked for.
 Tensor nothing(const Tensor& like);
 

@@ -112,7 +112,7 @@ moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTe
                        ? new_tensor(x, {shape.num_pairs, shape.hidden_columns()}, x.scalar_type())
                        : nothing(x);
   const Tensor metadata = new_bytes(x, save_for_backward ? sonicmoe::moe_metadata_bytes(shape) : 0);
-  const Tensor workspace = new_bytes(x, plan.bytes);
+  const Tensor workspace = new_workspace(x, plan.bytes, args.workspace_limit.has_value());
 
   args.out = views.out("out", y);
   args.logits = views.out("logits", logits);
@@ -130,7 +130,7 @@ void run_backward(const Call& call, const Views& views, const Tensor& x,
   const auto shape = sonicmoe::moe_layer_shape(args.options, args.x, args.weights);
   const auto plan = sonicmoe::moe_layer_backward_workspace(call.context(), args.options, shape,
                                                            args.workspace_limit);
-  const Tensor workspace = new_bytes(x, plan.bytes);
+  const Tensor workspace = new_workspace(x, plan.bytes, args.workspace_limit.has_value());
   args.workspace = views.out("workspace", workspace);
   sonicmoe::moe_layer_backward(call.context(), args);
 }

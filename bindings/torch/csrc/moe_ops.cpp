@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_forward(
     args.h = views.out("h", h);
     args.metadata = views.out("metadata", metadata);
   }
-  const Tensor workspace = new_bytes(x, plan.bytes);
+  const Tensor workspace = new_workspace(x, plan.bytes, args.workspace_limit.has_value());
   args.out = views.out("out", y);
   args.workspace = views.out("workspace", workspace);
   sonicmoe::moe_forward(call.context(), args);
@@ -71,7 +71,7 @@ void run_backward(const Call& call, const Views& views, const Tensor& x,
                   sonicmoe::MoEBackwardArgs& args) {
   const auto shape = sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing);
   const auto plan = sonicmoe::moe_backward_workspace(call.context(), shape, args.workspace_limit);
-  const Tensor workspace = new_bytes(x, plan.bytes);
+  const Tensor workspace = new_workspace(x, plan.bytes, args.workspace_limit.has_value());
   args.workspace = views.out("workspace", workspace);
   sonicmoe::moe_backward(call.context(), args);
 }
