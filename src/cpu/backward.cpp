@@ -18,33 +18,36 @@ namespace {
 // Scratch of one thread while it computes dH or dX~.
 template <class Compute>
 struct RowScratch {
-  Compute* rows;    // [kRowBlock, max(d, g*n)] padded: gathered dO, or dH
-  Compute* weight;  // [max(d, g*n), kUnitBlock or kColumnBlock] padded
-  float* panel;     // [kRowBlock, kUnitBlock or kColumnBlock]
-  float* temp;      // [7 kUnitBlock]
-  float* row_sums;  // [kRowBlock] dS
+  Compute* rows;    // [kRows, max(d, g*n)] padded: gathered dO, or dH
+  Compute* weight;  // [max(d, g*n), kUnits or kColumns] padded
+  float* panel;     // [kRows, kUnits or kColumns]
+  float* temp;      // [7 kUnits]
+  float* row_sums;  // [kRows] dS
 
   static RowScratch carve(const MoEShape& shape, WorkspaceCarver& carver) {
     const std::int64_t depth = std::max(shape.hidden_size, shape.hidden_columns());
-    constexpr std::int64_t kWidth = std::max(kUnitBlock, kColumnBlock);
+    constexpr std::int64_t kWidth = std::max(Tile<Compute>::kUnits, Tile<Compute>::kColumns);
     RowScratch s;
-    s.rows = carver.take<Compute>(panel_size(kRowBlock, depth));
+    s.rows = carver.take<Compute>(panel_size(Tile<Compute>::kRows, depth));
     s.weight = carver.take<Compute>(panel_size(kWidth, depth));
-    s.panel = carver.take<float>(static_cast<std::size_t>(kRowBlock * kWidth));
-    s.temp = carver.take<float>(7 * kUnitBlock);
-    s.row_sums = carver.take<float>(kRowBlock);
+    s.panel = carver.take<float>(static_cast<std::size_t>(Tile<Compute>::kRows * kWidth));
+    s.temp = carver.take<float>(7 * Tile<Compute>::kUnits);
+    s.row_sums = carver.take<float>(Tile<Compute>::kRows);
     return s;
   }
 };
 
+// Columns of Wr that one GEMM reads.
+constexpr std::int64_t kRouterColumns = Tile<float>::kColumns;
+
 // Scratch of one thread while it sums: a column block of Wr (moe_layer), or column sums.
 struct SumScratch {
-  float* router_weight;  // [E, kColumnBlock]
+  float* router_weight;  // [E, kRouterColumns]
   float* columns;        // [max(d, g*n)]
 
   static SumScratch carve(const MoEShape& shape, WorkspaceCarver& carver) {
     SumScratch s;
-    s.router_weight = carver.take<float>(panel_size(shape.num_experts, kColumnBlock));
+    s.router_weight = carver.take<float>(panel_size(shape.num_experts, kRouterColumns));
     s.columns = carver.take<float>(
         static_cast<std::size_t>(std::max(shape.hidden_size, shape.hidden_columns())));
     return s;
@@ -81,7 +84,7 @@ Buffers<Storage, Compute> carve(WorkspaceCarver& carver, int threads, const MoES
   Buffers<Storage, Compute> b;
   const auto pairs = static_cast<std::size_t>(shape.num_pairs);
   b.blocks = carver.take<RowBlock>(
-      static_cast<std::size_t>(max_row_blocks(shape.num_pairs, shape.num_experts)));
+      static_cast<std::size_t>(max_row_blocks<Compute>(shape.num_pairs, shape.num_experts)));
   b.dh = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.hidden_columns()));
   b.a = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.intermediate_size));
   b.dx = carver.take<Storage>(pairs * static_cast<std::size_t>(slab));
@@ -116,7 +119,7 @@ class Backward {
   void run() {
     const TensorView& ds = args_.grad_routing_weights;
     if (ds.defined()) std::fill_n(ds.as<float>(), ds.numel(), 0.0f);
-    const std::int64_t blocks = make_row_blocks(metadata_, buffers_.blocks);
+    const std::int64_t blocks = make_row_blocks<Compute>(metadata_, buffers_.blocks);
     parallel_for(threads_, blocks, [&](std::int64_t i, int t) { hidden(buffers_.blocks[i], t); });
     if (router_ != nullptr) router_->compute_grad_logits();
     biases();
@@ -143,8 +146,8 @@ class Backward {
     const Operand<Compute> grad_out =
         load_rows<Storage>(grad_out_, block.first, block.rows, 0, d, scratch.rows);
     std::fill_n(scratch.row_sums, block.rows, 0.0f);
-    for (std::int64_t unit = 0; unit < shape_.intermediate_size; unit += kUnitBlock) {
-      const std::int64_t units = std::min(kUnitBlock, shape_.intermediate_size - unit);
+    for (std::int64_t unit = 0; unit < shape_.intermediate_size; unit += Tile<Compute>::kUnits) {
+      const std::int64_t units = std::min(Tile<Compute>::kUnits, shape_.intermediate_size - unit);
       const Operand<Compute> w =
           load_weight<Storage>(args_.weights.w2, block.expert, 0, d, unit, units, scratch.weight);
       gemm(padded_rows<Compute>(block.rows), units, d, grad_out, w, scratch.panel, units);
@@ -160,10 +163,11 @@ class Backward {
   // Returns <dA', A>.
   float finish_row(std::int64_t row, std::int64_t unit, std::int64_t units, float* da,
                    float* temp) const {
-    float* h = temp;                          // [2 units] as the panel orders them
-    float* separate = temp + 2 * kUnitBlock;  // [2 units] gate, up of the interleaved layout
-    float* gradient = temp + 4 * kUnitBlock;  // [2 units] d gate, d up
-    float* a = temp + 6 * kUnitBlock;         // [units]
+    constexpr std::int64_t kUnits = Tile<Compute>::kUnits;
+    float* h = temp;                      // [2 units] as the panel orders them
+    float* separate = temp + 2 * kUnits;  // [2 units] gate, up of the interleaved layout
+    float* gradient = temp + 4 * kUnits;  // [2 units] d gate, d up
+    float* a = temp + 6 * kUnits;         // [units]
     const std::int64_t offset = row * layout_.columns();
     layout_.for_runs(unit, units, [&](std::int64_t column, std::int64_t at, std::int64_t count) {
       convert(args_.h.as<Storage>() + offset + column, h + at, count);
@@ -234,8 +238,8 @@ class Backward {
     const std::int64_t depth = layout_.columns();
     const Operand<Compute> dh = load_rows<Storage>(RowSource<Storage>{buffers_.dh, depth},
                                                    block.first, block.rows, 0, depth, scratch.rows);
-    for (std::int64_t c = 0; c < columns; c += kColumnBlock) {
-      const std::int64_t count = std::min(kColumnBlock, columns - c);
+    for (std::int64_t c = 0; c < columns; c += Tile<Compute>::kColumns) {
+      const std::int64_t count = std::min(Tile<Compute>::kColumns, columns - c);
       const Operand<Compute> w = load_weight<Storage>(args_.weights.w1, block.expert, 0, depth,
                                                       column + c, count, scratch.weight);
       Storage* const dx = buffers_.dx + block.first * slab_ + c;
@@ -271,8 +275,8 @@ class Backward {
     const std::int64_t experts = shape_.num_experts;
     const ConstTensorView& wr = router_->router_weight;
     const Operand<float> logits{router_->grad_logits.as<float>() + first * experts, experts};
-    for (std::int64_t c = 0; c < columns; c += kColumnBlock) {
-      const std::int64_t count = std::min(kColumnBlock, columns - c);
+    for (std::int64_t c = 0; c < columns; c += kRouterColumns) {
+      const std::int64_t count = std::min(kRouterColumns, columns - c);
       const auto load = [&]<class T>(T) {
         return load_rows<T, float>(row_source<T>(wr, nullptr), 0, experts, column + c, count,
                                    block);
@@ -309,12 +313,12 @@ class Backward {
 WorkspacePlan backward_plan(int threads, const MoEShape& shape, std::optional<std::size_t> limit) {
   WorkspacePlan plan;
   visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
-    plan =
-        plan_slabs("moe_backward", shape.hidden_size, kColumnBlock, limit, [&](std::int64_t slab) {
-          WorkspaceCarver carver;
-          carve<Storage, Compute>(carver, threads, shape, slab);
-          return carver.used();
-        });
+    plan = plan_slabs("moe_backward", shape.hidden_size, Tile<Compute>::kColumns, limit,
+                      [&](std::int64_t slab) {
+                        WorkspaceCarver carver;
+                        carve<Storage, Compute>(carver, threads, shape, slab);
+                        return carver.used();
+                      });
   });
   return plan;
 }

@@ -16,10 +16,10 @@ namespace {
 // Scratch of one thread.
 template <class Compute>
 struct ThreadScratch {
-  Compute* rows;    // [kRowBlock, max(d, n)] padded: gathered X or A
-  Compute* weight;  // [2 kUnitBlock or kColumnBlock, max(d, n)] padded
-  float* panel;     // [kRowBlock, 2 kUnitBlock]
-  float* temp;      // [3 kUnitBlock]
+  Compute* rows;    // [kRows, max(d, n)] padded: gathered X or A
+  Compute* weight;  // [2 kUnits or kColumns, max(d, n)] padded
+  float* panel;     // [kRows, 2 kUnits]
+  float* temp;      // [3 kUnits]
 };
 
 template <class Storage, class Compute>
@@ -38,16 +38,16 @@ struct Buffers {
   }
 
   static ThreadScratch<Compute> carve_thread(const MoEShape& shape, WorkspaceCarver& carver) {
+    static_assert(Tile<Compute>::kColumns <= 2 * Tile<Compute>::kUnits);
     const std::int64_t depth = std::max(shape.hidden_size, shape.intermediate_size);
     ThreadScratch<Compute> s;
-    s.rows = carver.take<Compute>(panel_size(kRowBlock, depth));
-    s.weight = carver.take<Compute>(panel_size(2 * kUnitBlock, depth));
-    s.panel = carver.take<float>(kRowBlock * 2 * kUnitBlock);
-    s.temp = carver.take<float>(3 * kUnitBlock);
+    s.rows = carver.take<Compute>(panel_size(Tile<Compute>::kRows, depth));
+    s.weight = carver.take<Compute>(panel_size(2 * Tile<Compute>::kUnits, depth));
+    s.panel = carver.take<float>(Tile<Compute>::kRows * 2 * Tile<Compute>::kUnits);
+    s.temp = carver.take<float>(3 * Tile<Compute>::kUnits);
     return s;
   }
 };
-static_assert(kColumnBlock <= 2 * kUnitBlock);
 
 template <class Storage, class Compute>
 Buffers<Storage, Compute> carve(WorkspaceCarver& carver, int threads, const MoEShape& shape,
@@ -55,7 +55,7 @@ Buffers<Storage, Compute> carve(WorkspaceCarver& carver, int threads, const MoES
   Buffers<Storage, Compute> b;
   const auto pairs = static_cast<std::size_t>(shape.num_pairs);
   b.blocks = carver.take<RowBlock>(
-      static_cast<std::size_t>(max_row_blocks(shape.num_pairs, shape.num_experts)));
+      static_cast<std::size_t>(max_row_blocks<Compute>(shape.num_pairs, shape.num_experts)));
   b.metadata = inference ? carver.take_bytes(moe_metadata_bytes(shape)) : nullptr;
   b.a = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.intermediate_size));
   b.y = carver.take<Storage>(pairs * static_cast<std::size_t>(slab));
@@ -86,7 +86,7 @@ class Forward {
 
   void run() {
     build_metadata(shape_, args_.routing, metadata_);
-    const std::int64_t blocks = make_row_blocks(metadata_, buffers_.blocks);
+    const std::int64_t blocks = make_row_blocks<Compute>(metadata_, buffers_.blocks);
     parallel_for(threads_, blocks, [&](std::int64_t i, int t) { up(buffers_.blocks[i], t); });
     for (std::int64_t c = 0; c < shape_.hidden_size; c += slab_) {
       const std::int64_t columns = std::min(slab_, shape_.hidden_size - c);
@@ -103,8 +103,8 @@ class Forward {
     const std::int64_t d = shape_.hidden_size;
     const Operand<Compute> x = load_rows<Storage>(row_source<Storage>(args_.x, metadata_.row_token),
                                                   block.first, block.rows, 0, d, scratch.rows);
-    for (std::int64_t unit = 0; unit < shape_.intermediate_size; unit += kUnitBlock) {
-      const std::int64_t units = std::min(kUnitBlock, shape_.intermediate_size - unit);
+    for (std::int64_t unit = 0; unit < shape_.intermediate_size; unit += Tile<Compute>::kUnits) {
+      const std::int64_t units = std::min(Tile<Compute>::kUnits, shape_.intermediate_size - unit);
       const std::int64_t width = layout_.gated() ? 2 * units : units;
       layout_.for_runs(unit, units, [&](std::int64_t column, std::int64_t at, std::int64_t count) {
         const Operand<Compute> w = load_weight<Storage>(args_.weights.w1, block.expert, column,
@@ -132,7 +132,7 @@ class Forward {
       }
     });
     const GateUp h = split(layout_, panel, units, temp);
-    float* a = temp + 2 * kUnitBlock;
+    float* a = temp + 2 * Tile<Compute>::kUnits;
     activate(shape_.activation, args_.options.limit, h.gate, h.up, a, units);
     convert(a, buffers_.a + row * shape_.intermediate_size + unit, units);
   }
@@ -144,8 +144,8 @@ class Forward {
     const Operand<Compute> a = load_rows<Storage>(RowSource<Storage>{buffers_.a, n}, block.first,
                                                   block.rows, 0, n, scratch.rows);
     const ConstTensorView& b2 = args_.weights.b2;
-    for (std::int64_t c = 0; c < columns; c += kColumnBlock) {
-      const std::int64_t count = std::min(kColumnBlock, columns - c);
+    for (std::int64_t c = 0; c < columns; c += Tile<Compute>::kColumns) {
+      const std::int64_t count = std::min(Tile<Compute>::kColumns, columns - c);
       const Operand<Compute> w = load_weight<Storage>(args_.weights.w2, block.expert, column + c,
                                                       count, 0, n, scratch.weight);
       Storage* const y = buffers_.y + block.first * slab_ + c;
@@ -189,12 +189,12 @@ WorkspacePlan forward_plan(int threads, const MoEShape& shape, bool inference,
                            std::optional<std::size_t> limit) {
   WorkspacePlan plan;
   visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
-    plan =
-        plan_slabs("moe_forward", shape.hidden_size, kColumnBlock, limit, [&](std::int64_t slab) {
-          WorkspaceCarver carver;
-          carve<Storage, Compute>(carver, threads, shape, inference, slab);
-          return carver.used();
-        });
+    plan = plan_slabs("moe_forward", shape.hidden_size, Tile<Compute>::kColumns, limit,
+                      [&](std::int64_t slab) {
+                        WorkspaceCarver carver;
+                        carve<Storage, Compute>(carver, threads, shape, inference, slab);
+                        return carver.used();
+                      });
   });
   return plan;
 }

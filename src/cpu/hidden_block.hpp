@@ -6,9 +6,6 @@
 
 namespace sonicmoe::cpu {
 
-/// Hidden units handled together; a gated panel is 2 * kUnitBlock columns wide.
-inline constexpr std::int64_t kUnitBlock = 128;
-
 /// Where the g*n columns of H (and rows of W1) keep gate and up.
 class HiddenLayout {
  public:

@@ -9,6 +9,7 @@ namespace sonicmoe::cpu {
 namespace {
 
 // Widths of d and E handled together; every product is computed in float32.
+constexpr std::int64_t kRowBlock = Tile<float>::kRows;
 constexpr std::int64_t kDepthBlock = 256;
 constexpr std::int64_t kExpertBlock = 256;
 

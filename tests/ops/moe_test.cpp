@@ -223,7 +223,7 @@ TEST_P(Moe, WorkspaceLimitIsKeptAndChangesNoBit) {
     MoECase c;
     c.dtype = dtype;
     c.num_tokens = 120;
-    c.hidden_size = 1300;
+    c.hidden_size = 2100;
     c.num_experts = 4;
     const RunResult whole = run_moe(GetParam(), c);
     EXPECT_EQ(whole.forward_plan.num_slabs, 1);
