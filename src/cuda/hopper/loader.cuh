@@ -96,7 +96,7 @@ class DepthGather {
   }
 
   __device__ void begin_tile(const OperandParams& p, const Item& t) {
-    if (!fetched_) fetch(p, t.row0, t.rows);
+    if (!fetched_ && t.rows > 0) fetch(p, t.row0, t.rows);
   }
 
   __device__ void prepare(const OperandParams& p, const Item& t, const Item& next, int k) {
