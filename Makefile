@@ -55,7 +55,7 @@ sanitize: setup
 	cmake --preset asan && cmake --build --preset asan -j $(JOBS)
 	OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 ctest --preset asan -j $(JOBS)
 	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS)
-	OMP_NUM_THREADS=1 ctest --preset tsan -j $(JOBS)
+	OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=$(CURDIR)/tests/tsan.supp ctest --preset tsan -j $(JOBS)
 
 bench: build
 	$(PY) bench/bench_cpu.py $(ARGS)
