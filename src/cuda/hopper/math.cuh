@@ -141,7 +141,7 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
     }
     ptx::wgmma_wait_group<0>();
     ptx::fence_accumulators(acc);
-    if (pending) pipes.release(previous);
+    pipes.release(previous);  // of the last k-tile, which is never handed back early
     Spec::Epilogue::finish(p.epilogue, t, acc, warp, lane);
     if constexpr (s.dump != Dump::kDirect) {
       pipes.wait_dump_empty();

@@ -91,12 +91,6 @@ ExpertCall gemm_call(cudaStream_t stream, int device, std::int64_t num_tokens,
   return call;
 }
 
-// A slice's rows for `slices` of them: whole steps of the GEMM's reduction.
-std::int64_t slice_rows(std::int64_t num_tokens, std::int64_t slices) {
-  constexpr std::int64_t kStep = 64;
-  return std::max(round_up(ceil_div(num_tokens, slices), kStep), kStep);
-}
-
 // The slices that cost least: waves of tiles on the 132 SMs times a tile's length, where storing a
 // tile and summing it later counts as 512 tokens. At least 256 tokens each, and at most three
 // waves, which bound the parts to 49.5 MiB (they are summed from L2) unless a single slice has

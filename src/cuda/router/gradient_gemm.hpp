@@ -9,6 +9,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+
 #include "core/workspace.hpp"
 #include "cuda/experts/gemms.hpp"
 
@@ -16,6 +18,12 @@ namespace sonicmoe::cuda::router {
 
 /// Terms of dlogits in dWr.
 inline constexpr int kWeightTerms = 2;
+
+/// Tokens of a slice where T are cut into `slices`: whole steps of all kernels' reductions.
+inline std::int64_t slice_rows(std::int64_t num_tokens, std::int64_t slices) {
+  constexpr std::int64_t kStep = 64;
+  return std::max(round_up(ceil_div(num_tokens, slices), kStep), kStep);
+}
 
 /// Scratch of one product.
 struct GradientTerms {

@@ -282,9 +282,8 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
     std::int64_t num_parts = parts.num_weight_parts;
     if (!weight_parts_on_grouped_gemm(stream, context.device.index, x, grad_logits, parts.weight,
                                       parts.terms)) {
-      // No terms here: every part has tokens of its own, whole steps of both kernels' loops.
-      constexpr std::int64_t kStep = 64;
-      const std::int64_t tokens = std::max(round_up(ceil_div(num_tokens, num_parts), kStep), kStep);
+      // No terms here: every part has tokens of its own.
+      const std::int64_t tokens = slice_rows(num_tokens, num_parts);
       num_parts = std::max<std::int64_t>(ceil_div(num_tokens, tokens), 1);
       visit_float_dtype(x, [&]<class X>(const X* x_data) {
         launch_product(

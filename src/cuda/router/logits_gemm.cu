@@ -22,7 +22,9 @@ struct StoreLogits {
   template <int kCount>
   static __device__ void finish(const Params& p, const Item& t, float (&acc)[kCount], int warp,
                                 int lane) {
-    const bool pairs = p.num_experts % 2 == 0;  // rows then start at multiples of 8 bytes
+    // Rows start at multiples of 8 bytes.
+    const bool pairs =
+        p.num_experts % 2 == 0 && reinterpret_cast<std::uintptr_t>(p.logits) % 8 == 0;
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
       const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8;
