@@ -2,8 +2,9 @@
 //   1 dH      per row block: dA' = dO W2, then dS, dH, A' from the stored H
 //   2 router  its gradient from dS (moe_layer only)
 //   3 biases  column sums per expert
-//   4 dX      dX~ = dH W1 slab by slab, summed over the rows of each token
-//   5 dW2, dW1
+//   4 dW2     from A', whose place dX~ then takes
+//   5 dX      dX~ = dH W1 slab by slab, summed over the rows of each token
+//   6 dW1
 #include "core/slabs.hpp"
 #include "core/workspace.hpp"
 #include "cpu/aggregate.hpp"
@@ -67,8 +68,8 @@ template <class Storage, class Compute>
 struct Buffers {
   RowBlock* blocks;
   Storage* dh;  // [P, g*n]
-  Storage* a;   // [P, n]  A' = s A
-  Storage* dx;  // [P, slab]  dX~
+  Storage* a;   // [P, n]  A' = s A, needed until dW2 is done
+  Storage* dx;  // [P, slab]  dX~, in the place of A'
   float* sums;  // [threads, kTokenBlock, slab]
   std::byte* scratch;
   std::size_t scratch_stride;
@@ -86,8 +87,8 @@ Buffers<Storage, Compute> carve(WorkspaceCarver& carver, int threads, const MoES
   b.blocks = carver.take<RowBlock>(
       static_cast<std::size_t>(max_row_blocks<Compute>(shape.num_pairs, shape.num_experts)));
   b.dh = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.hidden_columns()));
-  b.a = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.intermediate_size));
-  b.dx = carver.take<Storage>(pairs * static_cast<std::size_t>(slab));
+  b.a = b.dx = carver.take<Storage>(
+      pairs * static_cast<std::size_t>(std::max(shape.intermediate_size, slab)));
   b.sums = carver.take<float>(static_cast<std::size_t>(threads) * kTokenBlock *
                               static_cast<std::size_t>(slab));
   b.scratch_stride = thread_scratch_bytes<Compute>(shape);
@@ -123,6 +124,9 @@ class Backward {
     parallel_for(threads_, blocks, [&](std::int64_t i, int t) { hidden(buffers_.blocks[i], t); });
     if (router_ != nullptr) router_->compute_grad_logits();
     biases();
+    const RowSource<Storage> a{buffers_.a, shape_.intermediate_size};
+    const RowSource<Storage> dh{buffers_.dh, layout_.columns()};
+    if (args_.grad_w2.defined()) weights(grad_out_, a, args_.grad_w2);
     if (args_.grad_x.defined()) {
       for (std::int64_t c = 0; c < shape_.hidden_size; c += slab_) {
         const std::int64_t columns = std::min(slab_, shape_.hidden_size - c);
@@ -131,9 +135,6 @@ class Backward {
         sum(c, columns);
       }
     }
-    const RowSource<Storage> a{buffers_.a, shape_.intermediate_size};
-    const RowSource<Storage> dh{buffers_.dh, layout_.columns()};
-    if (args_.grad_w2.defined()) weights(grad_out_, a, args_.grad_w2);
     if (args_.grad_w1.defined()) weights(dh, x_, args_.grad_w1);
   }
 

@@ -33,7 +33,7 @@ struct Tile {
 };
 
 /// Blocks have a multiple of this many rows except an expert's last, so that few shapes occur.
-inline constexpr std::int64_t kRowQuantum = 32;
+inline constexpr std::int64_t kRowQuantum = 16;
 
 /// Upper bound on the number of blocks of P rows over E experts.
 template <class Compute>
@@ -41,8 +41,8 @@ std::int64_t max_row_blocks(std::int64_t num_pairs, std::int64_t num_experts) {
   return num_pairs / Tile<Compute>::kRows + std::min(num_pairs, num_experts);
 }
 
-/// Splits each expert's rows into blocks of nearly equal size; returns their number. The split
-/// depends on the row counts alone.
+/// Splits each expert's rows into blocks of nearly equal size and orders them largest first, so
+/// that threads end together; returns their number. The split depends on the row counts alone.
 template <class Compute>
 std::int64_t make_row_blocks(const Metadata& m, RowBlock* blocks) {
   std::int64_t count = 0;
@@ -56,6 +56,8 @@ std::int64_t make_row_blocks(const Metadata& m, RowBlock* blocks) {
       blocks[count++] = {e, r, std::min(size, end - r)};
     }
   }
+  std::stable_sort(blocks, blocks + count,
+                   [](const RowBlock& a, const RowBlock& b) { return a.rows > b.rows; });
   return count;
 }
 
