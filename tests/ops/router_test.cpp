@@ -47,7 +47,11 @@ std::vector<RouteCase> route_cases() {
       {65, 1024, 33, kSoftmaxTopK, true},
       {40, 1025, 10, kTopKSoftmax},
       {40, 1536, 10, kSigmoidTopK, {}, true, 6, 2},
+      {2000, 128, 8, kTopKSoftmax},
+      {1000, 512, 10, kTopKSoftmax},
       {400, 48, 6, kTopKSoftmax, {}, false, 1, 1, 1.0f, false, true},
+      {400, 512, 10, kTopKSoftmax, {}, false, 1, 1, 1.0f, false, true},
+      {200, 700, 32, kSoftmaxTopK, {}, false, 1, 1, 1.0f, true, true},
       {400, 48, 6, kSigmoidTopK, {}, false, 4, 2, 1.0f, false, true},
   };
 }

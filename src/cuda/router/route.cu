@@ -1,8 +1,10 @@
 // Token choice: scores, groups, top-K, weights.
 //   logits [T, E] fp32 -> topk_ids [T, K], topk_weights [T, K], rows_per_expert [E]
 // One warp per token. Lane l holds the ordering keys of the experts l, l + 32, ...: in registers up
-// to 1024 experts, in shared memory beyond. Every round of the selection takes the largest key of
-// the warp, the lowest expert among equals. Cost: K * E / 32 compares per lane and E exponentials
+// to 1024 experts, in shared memory beyond. The lanes' largest keys bound the K-th key of the warp
+// from below; the few experts that reach the bound are put in order, the lowest of equals first.
+// Where equal keys leave more than 32 of them, or K > 32, K rounds take the largest key of all.
+// Cost: 3 K + E / 8 instructions beside the loads and keys, K * E / 8 in rounds, and E exponentials
 // per token where a sum over E or a sigmoid is asked for.
 #include "cuda/router/launch.hpp"
 #include "cuda/router/route.hpp"
@@ -12,6 +14,7 @@ namespace sonicmoe::cuda::router {
 namespace {
 
 constexpr int kMaxWarps = 8;
+constexpr int kCandidates = 32;                      // put in order: one per lane
 constexpr std::size_t kSharedBytes = 48 * 1024;      // without asking for more
 constexpr std::size_t kMaxSharedBytes = 227 * 1024;  // a CTA's limit on Hopper
 
@@ -40,7 +43,15 @@ __device__ __forceinline__ void for_each_slot(int slots, Visit&& visit) {
   }
 }
 
-// Shared memory of one warp, then of the CTA.
+// Whether the lane's slot i holds an expert. kSlots is the least power of two that holds all
+// (launch_for_experts), so the first half always does. Loops over exponentials do not use this:
+// without a branch around each, several would be under way at once and their registers spill.
+template <int kSlots>
+__device__ __forceinline__ bool holds_expert(int i, int lane, int num_experts) {
+  return i < kSlots / 2 || lane + 32 * i < num_experts;
+}
+
+// Shared memory of one warp, after its candidates [kCandidates]; then of the CTA.
 struct SharedLayout {
   int slots;         // experts per lane
   bool uses_keys;    // keys [slots * 32]: beyond 1024 experts, and for groups
@@ -51,7 +62,7 @@ struct SharedLayout {
       : slots((p.num_experts + 31) / 32),
         uses_keys(!keys_in_registers || p.top_groups < p.num_groups),
         uses_groups(p.top_groups < p.num_groups) {
-    warp_bytes = (uses_groups ? sizeof(std::uint64_t) * p.num_groups : 0) +
+    warp_bytes = sizeof(std::uint64_t) * (kCandidates + (uses_groups ? p.num_groups : 0)) +
                  (uses_keys ? sizeof(std::uint32_t) * 32 * slots : 0);
     warp_bytes = (warp_bytes + 7) / 8 * 8;
   }
@@ -63,7 +74,7 @@ __device__ void exclude_groups(KeyRow<kSlots>& row, const ScoringParams& p, int 
                                std::uint64_t* group_keys, std::uint32_t* shared_keys) {
   const int group_size = p.num_experts / p.num_groups;
   for_each_slot<kSlots>(slots, [&](int i) {
-    if (lane + 32 * i < p.num_experts) shared_keys[lane + 32 * i] = row[i];
+    if (holds_expert<kSlots>(i, lane, p.num_experts)) shared_keys[lane + 32 * i] = row[i];
   });
   __syncwarp();
   for (int g = lane; g < p.num_groups; g += 32) {
@@ -74,7 +85,7 @@ __device__ void exclude_groups(KeyRow<kSlots>& row, const ScoringParams& p, int 
       first = max(first, key);
     }
     const float score = group_size == 1 ? key_value(first) : key_value(first) + key_value(second);
-    group_keys[g] = (std::uint64_t{ordered_key(score)} << 32) | (0xffffffffu - g);
+    group_keys[g] = ranking_key(ordered_key(score), g);
   }
   __syncwarp();
   std::uint64_t threshold = ~std::uint64_t{0};  // keys are distinct
@@ -88,17 +99,65 @@ __device__ void exclude_groups(KeyRow<kSlots>& row, const ScoringParams& p, int 
   }
   for_each_slot<kSlots>(slots, [&](int i) {
     const int e = lane + 32 * i;
-    if (e < p.num_experts && group_keys[e / group_size] < threshold) row[i] = kExcluded;
+    if (holds_expert<kSlots>(i, lane, p.num_experts) && group_keys[e / group_size] < threshold) {
+      row[i] = kExcluded;
+    }
   });
   __syncwarp();  // the next token overwrites both arrays
 }
 
-// Takes the K best experts out of the row, best first, and writes their ids; slot k is written by
-// lane k % 32. There are at least K experts that are not excluded.
+// A key that K keys of the warp reach, given each lane's largest: lanes leave from the top, equals
+// together, until at least K have left. There are at least K keys that are not excluded.
+__device__ std::uint32_t selection_bound(std::uint32_t lane_best, int top_k) {
+  std::uint32_t bound = kExcluded;
+  for (int k = 0; k < top_k; ++k) {
+    bound = __reduce_max_sync(kAllLanes, lane_best);
+    if (lane_best == bound) lane_best = kExcluded;
+  }
+  return max(bound, kExcluded + 1);
+}
+
+// Writes the ranking keys of the experts that reach `bound`, in any order, and returns their
+// number; nothing is written where they are more than kCandidates.
+template <int kSlots>
+__device__ int collect_candidates(KeyRow<kSlots>& row, int slots, int lane, std::uint32_t bound,
+                                  std::uint64_t* candidates) {
+  int mine = 0;
+  for_each_slot<kSlots>(slots, [&](int i) { mine += row[i] >= bound ? 1 : 0; });
+  int end = mine;  // inclusive sum over the lanes
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, end, distance);
+    if (lane >= distance) end += other;
+  }
+  const int count = __shfl_sync(kAllLanes, end, 31);
+  if (count > kCandidates) return count;
+  __syncwarp();  // the candidates of the token before have been read
+  std::uint64_t* next = candidates + end - mine;
+  for_each_slot<kSlots>(slots, [&](int i) {
+    if (row[i] >= bound) *next++ = ranking_key(row[i], lane + 32 * i);
+  });
+  __syncwarp();
+  return count;
+}
+
+// Best first. Every lane places one candidate: the keys are distinct.
+__device__ void order_candidates(std::uint64_t* candidates, int count, int lane) {
+  const std::uint64_t mine = lane < count ? candidates[lane] : 0;
+  int before = 0;
+#pragma unroll 4
+  for (int i = 0; i < count; ++i) before += candidates[i] > mine ? 1 : 0;
+  __syncwarp();
+  if (lane < count) candidates[before] = mine;
+  __syncwarp();
+}
+
+// Takes the K best experts out of the row, best first. Slot k belongs to lane k % 32, which writes
+// its id; returns the expert of slot `lane`.
 template <int kSlots, class Id>
-__device__ void select(KeyRow<kSlots>& row, const ScoringParams& p, int slots, int lane, Id* ids) {
-  int taken = -1;
-  for (int k = 0; k < p.top_k; ++k) {
+__device__ int select_in_rounds(KeyRow<kSlots>& row, int top_k, int slots, int lane, Id* ids) {
+  int taken = -1, mine = -1;
+  for (int k = 0; k < top_k; ++k) {
     std::uint32_t best = kExcluded;
     unsigned best_expert = 0xffffffffu;
     for_each_slot<kSlots>(slots, [&](int i) {
@@ -113,74 +172,117 @@ __device__ void select(KeyRow<kSlots>& row, const ScoringParams& p, int slots, i
     const unsigned expert = __reduce_min_sync(kAllLanes, best == top ? best_expert : 0xffffffffu);
     taken = static_cast<int>(expert);
     if (lane == k % 32) ids[k] = static_cast<Id>(taken);
+    if (lane == k) mine = taken;
   }
+  return mine;
+}
+
+// The same by the fastest way that the keys allow.
+template <int kSlots, class Id>
+__device__ int select(KeyRow<kSlots>& row, int top_k, int slots, int lane,
+                      std::uint64_t* candidates, Id* ids) {
+  if (top_k <= kCandidates) {
+    std::uint32_t lane_best = kExcluded;
+    for_each_slot<kSlots>(slots, [&](int i) { lane_best = max(lane_best, row[i]); });
+    const std::uint32_t bound = selection_bound(lane_best, top_k);
+    const int count = collect_candidates(row, slots, lane, bound, candidates);
+    if (count <= kCandidates) {
+      order_candidates(candidates, count, lane);
+      const int expert = lane < top_k ? ranking_index(candidates[lane]) : -1;
+      if (lane < top_k) ids[lane] = static_cast<Id>(expert);
+      return expert;
+    }
+  }
+  return select_in_rounds(row, top_k, slots, lane, ids);
+}
+
+// Fills the row with the token's ordering keys. All loads are in flight together.
+template <int kSlots>
+__device__ void load_keys(KeyRow<kSlots>& row, const ScoringParams& p, const float* logits,
+                          int slots, int lane) {
+  for_each_slot<kSlots>(slots, [&](int i) {
+    const int e = lane + 32 * i;
+    row[i] = holds_expert<kSlots>(i, lane, p.num_experts) ? __float_as_uint(logits[e]) : 0;
+  });
+  if (p.is_softmax) {
+    for_each_slot<kSlots>(slots, [&](int i) {
+      const std::uint32_t key = ordered_key(__uint_as_float(row[i]));
+      row[i] = holds_expert<kSlots>(i, lane, p.num_experts) ? key : kExcluded;
+    });
+    return;
+  }
+  for_each_slot<kSlots>(slots, [&](int i) {
+    const int e = lane + 32 * i;
+    if (e >= p.num_experts) return;  // 0 = kExcluded
+    const float bias = p.selection_bias == nullptr ? 0.0f : p.selection_bias[e];
+    row[i] = ordered_key(static_cast<float>(sigmoid(__uint_as_float(row[i]))) + bias);
+  });
+}
+
+// The largest logit, and the sum over E of exp(logit - shift) where it is asked for.
+template <int kSlots>
+__device__ TokenNormalizer softmax_normalizer(KeyRow<kSlots>& row, int num_experts, bool sums,
+                                              int slots, int lane) {
+  std::uint32_t largest = kExcluded;
+  for_each_slot<kSlots>(slots, [&](int i) { largest = max(largest, row[i]); });
+  const double shift = key_value(__reduce_max_sync(kAllLanes, largest));
+  if (!sums) return {shift, 0.0};
+  double sum = 0.0;
+  for_each_slot<kSlots>(slots, [&](int i) {
+    if (lane + 32 * i < num_experts) sum += exp(double{key_value(row[i])} - shift);
+  });
+  return {shift, warp_sum(sum)};
 }
 
 template <int kSlots, class Id>
 __device__ void route_token(const RouteParams& r, std::int64_t t, int slots, int lane,
-                            std::uint64_t* group_keys, std::uint32_t* shared_keys, int* histogram) {
+                            std::uint64_t* candidates, std::uint64_t* group_keys,
+                            std::uint32_t* shared_keys, int* histogram) {
   const ScoringParams& p = r.scoring;
   const float* logits = r.logits + t * p.num_experts;
   KeyRow<kSlots> row(shared_keys + lane);
-  std::uint32_t largest = 0;
-  for_each_slot<kSlots>(slots, [&](int i) {
-    const int e = lane + 32 * i;
-    std::uint32_t key = kExcluded;
-    if (e < p.num_experts) {
-      const float logit = logits[e];
-      const float bias = p.selection_bias == nullptr ? 0.0f : p.selection_bias[e];
-      key = ordered_key(p.is_softmax ? logit : static_cast<float>(sigmoid(logit)) + bias);
-    }
-    row[i] = key;
-    largest = max(largest, key);
-  });
-
-  double shift = 0.0, sum_over_experts = 0.0;
+  load_keys(row, p, logits, slots, lane);
+  TokenNormalizer normalizer{0.0, 1.0};
   if (p.is_softmax) {
-    shift = key_value(__reduce_max_sync(kAllLanes, largest));
-    if (!p.renormalizes || r.row_sums != nullptr) {
-      for_each_slot<kSlots>(slots, [&](int i) {
-        if (lane + 32 * i < p.num_experts) {
-          sum_over_experts += exp(double{key_value(row[i])} - shift);
-        }
-      });
-      sum_over_experts = warp_sum(sum_over_experts);
-    }
+    const bool sums = !p.renormalizes || r.row_sums != nullptr;
+    normalizer = softmax_normalizer(row, p.num_experts, sums, slots, lane);
+    if (r.row_sums != nullptr && lane == 0) r.row_sums[t] = normalizer.denominator;
   }
   if (p.top_groups < p.num_groups) {
     exclude_groups(row, p, slots, lane, group_keys, shared_keys);
   }
   Id* ids = static_cast<Id*>(r.topk_ids) + t * p.top_k;
-  select(row, p, slots, lane, ids);
+  const int expert = select(row, p.top_k, slots, lane, candidates, ids);
 
-  // From here on every lane reads only ids that it wrote itself.
-  double denominator = p.is_softmax ? sum_over_experts : 1.0;
+  // Slot `lane` stays in registers; of the slots beyond 32 a lane reads only ids that it wrote.
+  const double raw = expert >= 0 ? raw_score(p, logits[expert], normalizer.shift) : 0.0;
   if (p.renormalizes) {
-    double sum = 0.0;
-    for (int k = lane; k < p.top_k; k += 32) sum += raw_score(p, logits[ids[k]], shift);
-    denominator = warp_sum(sum) + (p.is_softmax ? 0.0 : kSigmoidEpsilon);
+    double sum = raw;
+    for (int k = lane + 32; k < p.top_k; k += 32) {
+      sum += raw_score(p, logits[ids[k]], normalizer.shift);
+    }
+    normalizer.denominator = warp_sum(sum) + (p.is_softmax ? 0.0 : kSigmoidEpsilon);
   }
-  const TokenNormalizer normalizer{shift, denominator};
+  if (r.normalizers != nullptr && lane == 0) r.normalizers[t] = normalizer;
   for (int k = lane; k < p.top_k; k += 32) {
-    const int e = static_cast<int>(ids[k]);
+    const int e = k == lane ? expert : static_cast<int>(ids[k]);
     if (r.topk_weights != nullptr) {
-      r.topk_weights[t * p.top_k + k] = weight_of(p, normalizer, logits[e]);
+      const double score = k == lane ? raw : raw_score(p, logits[e], normalizer.shift);
+      r.topk_weights[t * p.top_k + k] = weight_of_score(p, normalizer, score);
     }
     if (histogram != nullptr) atomicAdd(histogram + e, 1);
-  }
-  if (lane == 0) {
-    if (r.normalizers != nullptr) r.normalizers[t] = normalizer;
-    if (r.row_sums != nullptr) r.row_sums[t] = sum_over_experts;
   }
 }
 
 template <int kSlots, class Id>
-__global__ void __launch_bounds__(32 * kMaxWarps) route_kernel(RouteParams r, SharedLayout layout) {
+__global__ void __launch_bounds__(32 * kMaxWarps, kSlots <= 16 ? 4 : 2)
+    route_kernel(RouteParams r, SharedLayout layout) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int warps = blockDim.x / 32;
-  auto* group_keys = reinterpret_cast<std::uint64_t*>(shared + warp * layout.warp_bytes);
+  auto* candidates = reinterpret_cast<std::uint64_t*>(shared + warp * layout.warp_bytes);
+  std::uint64_t* group_keys = candidates + kCandidates;
   auto* keys = reinterpret_cast<std::uint32_t*>(group_keys +
                                                 (layout.uses_groups ? r.scoring.num_groups : 0));
   int* histogram =
@@ -191,7 +293,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) route_kernel(RouteParams r, Sh
   }
   for (std::int64_t t = std::int64_t{blockIdx.x} * warps + warp; t < r.num_tokens;
        t += std::int64_t{gridDim.x} * warps) {
-    route_token<kSlots, Id>(r, t, layout.slots, lane, group_keys, keys, histogram);
+    route_token<kSlots, Id>(r, t, layout.slots, lane, candidates, group_keys, keys, histogram);
   }
   if (histogram != nullptr) {
     __syncthreads();

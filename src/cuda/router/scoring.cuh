@@ -17,14 +17,24 @@ inline constexpr std::uint32_t kExcluded = 0;
 /// The host's ordered_key for numbers. The host refuses NaN; here it has the key 1, below all
 /// numbers, so that selection still returns legal indices.
 __device__ inline std::uint32_t ordered_key(float value) {
-  if (value != value) return 1;
   const std::uint32_t bits = __float_as_uint(value + 0.0f);  // -0 + 0 = +0
-  return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+  const auto sign = static_cast<std::uint32_t>(static_cast<std::int32_t>(bits) >> 31);
+  return value == value ? bits ^ (sign | 0x80000000u) : 1;
 }
 
 /// The value of a key; NaN for NaN's and for kExcluded.
 __device__ inline float key_value(std::uint32_t key) {
   return __uint_as_float((key >> 31) != 0 ? key & 0x7fffffffu : ~key);
+}
+
+/// Orders by descending `key`, then ascending index, when sorted by descending ranking key.
+__device__ inline std::uint64_t ranking_key(std::uint32_t key, int index) {
+  return (std::uint64_t{key} << 32) | (0xffffffffu - static_cast<std::uint32_t>(index));
+}
+
+/// The index inside a ranking key.
+__device__ inline int ranking_index(std::uint64_t key) {
+  return static_cast<int>(0xffffffffu - static_cast<std::uint32_t>(key));
 }
 
 __device__ inline double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
@@ -70,10 +80,14 @@ __device__ inline double raw_score(const ScoringParams& p, float logit, double s
   return p.is_softmax ? exp(double{logit} - shift) : sigmoid(logit);
 }
 
+__device__ inline float weight_of_score(const ScoringParams& p, const TokenNormalizer& normalizer,
+                                        double raw) {
+  return static_cast<float>(double{p.scale} * raw / normalizer.denominator);
+}
+
 __device__ inline float weight_of(const ScoringParams& p, const TokenNormalizer& normalizer,
                                   float logit) {
-  return static_cast<float>(double{p.scale} * raw_score(p, logit, normalizer.shift) /
-                            normalizer.denominator);
+  return weight_of_score(p, normalizer, raw_score(p, logit, normalizer.shift));
 }
 
 // A butterfly: every lane ends with the same bits.
