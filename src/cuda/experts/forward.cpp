@@ -45,10 +45,9 @@ void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs
   Buffers b = carve(carver, shape, inference, plan.slab_columns);
   const Metadata m = metadata_view(shape, inference ? b.metadata : args.metadata.data());
   const ConstTensorView& weights = routing_weights(args.routing);
-  if (!weights.defined()) b.tables.row_weight = nullptr;
+  if (!sorted || !weights.defined()) b.tables.row_weight = nullptr;  // the sum takes `weights`
   const ExpertCall call = expert_call(context, shape, args.options, m, b.tables);
-  build_metadata(call.stream, shape, args.routing, m, b.scratch);
-  build_row_tables(call.stream, shape, args.routing, m, b.tables);
+  build_metadata(call.stream, shape, args.routing, m, b.scratch, b.tables);
   SONICMOE_RUN_GEMM(call, up,
                     UpArgs{matrix(args.x), args.weights.w1, args.weights.b1,
                            inference ? nullptr : args.h.data(), b.a});

@@ -1,7 +1,8 @@
-// Row lists by counting: pairs are counted per block of kBlockPairs and expert, the counts are
-// scanned over blocks and experts, and every pair finds its row from its block's start and its rank
-// among the block's earlier pairs of the same expert. Integer work in a fixed order: the same bits
-// as the host's metadata.
+// Row lists by counting, in three launches: pairs are counted per block of kBlockPairs and expert;
+// the counts are scanned over the blocks; every pair finds its row from its expert's and its
+// block's start and its rank among the block's earlier pairs of the same expert, while other CTAs
+// of the same launch write the tables. Each CTA scans the experts' totals for itself, which is
+// cheaper than a launch. Integer work in a fixed order: the same bits as the host's metadata.
 #include <cuda_bf16.h>
 
 #include "core/integers.hpp"
@@ -16,9 +17,17 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kPairsPerWarp = 128;
 constexpr int kBlockPairs = kWarps * kPairsPerWarp;
 constexpr int kScanThreads = 1024;
+constexpr int kScanWarps = kScanThreads / 32;
+constexpr int kRankLanes = 8;                         // threads that rank one expert
+constexpr int kTableExperts = kThreads / kRankLanes;  // of one CTA
+constexpr std::size_t kReadAhead = 256;               // shared bytes: loads ahead of a loop's end
 
 unsigned block_count(std::int64_t num_pairs) {
   return static_cast<unsigned>(ceil_div(num_pairs, kBlockPairs));
+}
+
+__host__ __device__ constexpr int table_blocks(int num_experts) {
+  return (num_experts + kTableExperts - 1) / kTableExperts;
 }
 
 // Position of a pair in the caller's routing -> expert and token; expert -1 for a dropped pair.
@@ -35,11 +44,17 @@ struct PairSource {
                 : std::int64_t{static_cast<const std::int32_t*>(ids)[i]};
   }
   __device__ std::int64_t token(std::int64_t pair) const {
-    return token_ids == nullptr ? pair / top_k : id_at(token_ids, wide, pair);
+    if (token_ids != nullptr) return id_at(token_ids, wide, pair);
+    return static_cast<std::uint32_t>(pair) / static_cast<std::uint32_t>(top_k);  // P < 2^31
+  }
+  __device__ bool has_token(std::int64_t pair) const {
+    if (token_ids == nullptr) return true;
+    const std::int64_t t = token(pair);
+    return t >= 0 && t < num_tokens;
   }
   __device__ int expert(std::int64_t pair) const {
-    const std::int64_t e = id_at(expert_ids, wide, pair), t = token(pair);
-    return e >= 0 && e < num_experts && t >= 0 && t < num_tokens ? static_cast<int>(e) : -1;
+    const std::int64_t e = id_at(expert_ids, wide, pair);
+    return e >= 0 && e < num_experts && has_token(pair) ? static_cast<int>(e) : -1;
   }
 };
 
@@ -59,32 +74,39 @@ __global__ void count_experts(PairSource source, std::int64_t num_pairs, std::in
   }
 }
 
-__device__ std::int32_t warp_inclusive_sum(std::int32_t value, int lane) {
-  for (int d = 1; d < 32; d *= 2) {
-    const std::int32_t other = __shfl_up_sync(~0u, value, d);
-    if (lane >= d) value += other;
+// counts[:, e] -> exclusive sums over the blocks, totals[e] = their sum. 32 experts per CTA, one
+// per lane; every warp takes an equal stretch of the blocks.
+__global__ void __launch_bounds__(kScanThreads)
+    scan_blocks(std::int32_t* counts, int num_blocks, int num_experts, std::int32_t* totals) {
+  __shared__ std::int32_t sums[kScanWarps][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, e = blockIdx.x * 32 + lane;
+  const int stretch = (num_blocks + kScanWarps - 1) / kScanWarps;
+  const int first = warp * stretch, last = e < num_experts ? min(first + stretch, num_blocks) : 0;
+  std::int32_t sum = 0;
+#pragma unroll 8
+  for (int b = first; b < last; ++b) sum += counts[std::int64_t{b} * num_experts + e];
+  sums[warp][lane] = sum;
+  __syncthreads();
+  std::int32_t start = 0;
+  for (int w = 0; w < warp; ++w) start += sums[w][lane];
+  constexpr int kBatch = 8;  // loads in flight, ahead of the stores to the same places
+  for (int b = first; b < last; b += kBatch) {
+    std::int32_t* at = counts + std::int64_t{b} * num_experts + e;
+    std::int32_t batch[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      batch[i] = b + i < last ? at[std::int64_t{i} * num_experts] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (b + i < last) at[std::int64_t{i} * num_experts] = start;
+      start += batch[i];
+    }
   }
-  return value;
+  if (warp == kScanWarps - 1 && e < num_experts) totals[e] = start;
 }
 
-// One warp per expert: counts[:, e] -> exclusive sums over the blocks, totals[e] = their sum.
-__global__ void scan_blocks(std::int32_t* counts, int num_blocks, int num_experts,
-                            std::int32_t* totals) {
-  const int e = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (e >= num_experts) return;
-  std::int32_t carry = 0;
-  for (int first = 0; first < num_blocks; first += 32) {
-    const int block = first + lane;
-    std::int32_t* at = counts + std::int64_t{block} * num_experts + e;
-    const std::int32_t count = block < num_blocks ? *at : 0;
-    const std::int32_t sum = warp_inclusive_sum(count, lane);
-    if (block < num_blocks) *at = carry + sum - count;
-    carry += __shfl_sync(~0u, sum, 31);
-  }
-  if (lane == 0) totals[e] = carry;
-}
-
-// Inclusive scan over the CTA of kScanThreads threads with an associative `combine`.
+// Inclusive scan over the CTA's threads, whole warps, with an associative `combine`.
 template <class Combine>
 __device__ std::int32_t block_scan(std::int32_t value, Combine combine) {
   __shared__ std::int32_t warp_values[32];
@@ -126,7 +148,7 @@ struct Max {
   __device__ std::int32_t operator()(std::int32_t a, std::int32_t b) const { return max(a, b); }
 };
 
-// Counts of the experts -> cumulative ends.
+// Counts -> cumulative ends.
 __global__ void __launch_bounds__(kScanThreads)
     scan_sums(std::int32_t* values, std::int64_t count) {
   scan_in_place(values, count, 0, Sum{});
@@ -140,22 +162,82 @@ __global__ void __launch_bounds__(kScanThreads)
   scan_in_place(to, count, 0, Max{});
 }
 
-// Gives every pair its row. Warp w of a block owns kPairsPerWarp consecutive pairs: the warps'
-// counts are summed in order, then each warp ranks its pairs 32 at a time.
-__global__ void place_pairs(PairSource source, std::int64_t num_pairs, const std::int32_t* starts,
-                            Metadata m) {
-  extern __shared__ std::int32_t next[];  // [kWarps, E]: the next rank of the warp's expert e
+// starts [E + 1] in shared memory: exclusive sums of count(e), and their total. All threads of a
+// CTA of kThreads.
+template <class Count>
+__device__ void scan_experts(int num_experts, Count count, std::int32_t* starts) {
+  const int per_thread = (num_experts + kThreads - 1) / kThreads;
+  const int first = min(static_cast<int>(threadIdx.x) * per_thread, num_experts);
+  const int last = min(first + per_thread, num_experts);
+  std::int32_t sum = 0;
+  for (int e = first; e < last; ++e) sum += count(e);
+  std::int32_t start = block_scan(sum, Sum{}) - sum;
+  for (int e = first; e < last; ++e) {
+    starts[e] = start;
+    start += count(e);
+  }
+  if (threadIdx.x == kThreads - 1) starts[num_experts] = start;
+  __syncthreads();
+}
+
+// The tables of kTableExperts experts from `first_expert` on, by one CTA. Shared: starts [E + 1] of
+// the rows and of the tiles.
+template <class Count>
+__device__ void write_tables(int first_expert, int num_experts, Count count, std::int32_t* shared,
+                             const RowTables& tables) {
+  std::int32_t *starts = shared, *tile_starts = shared + num_experts + 1;
+  scan_experts(num_experts, count, starts);
+  scan_experts(
+      num_experts, [&](int e) { return (count(e) + kTileRows - 1) / kTileRows; }, tile_starts);
+  if (first_expert == 0) {
+    if (threadIdx.x == 0) *tables.num_tiles = tile_starts[num_experts];
+    if (threadIdx.x < 2) tables.claims[threadIdx.x] = 0;
+  }
+  const auto rows_of = [&](int e) { return starts[e + 1] - starts[e]; };
+  const int lane = threadIdx.x % kRankLanes, e = first_expert + threadIdx.x / kRankLanes;
+  const bool exists = e < num_experts;
+  const int rows = exists ? rows_of(e) : 0;
+  int rank = 0;  // experts with more rows, or as many and a lower index
+  for (int other = lane; other < num_experts; other += kRankLanes) {
+    const int others = rows_of(other);
+    rank += others > rows || (others == rows && other < e) ? 1 : 0;
+  }
+#pragma unroll
+  for (int d = kRankLanes / 2; d > 0; d /= 2) rank += __shfl_xor_sync(~0u, rank, d);
+  if (!exists) return;
+  if (lane == 0) tables.experts[rank] = {starts[e], rows, e, 0};
+  for (int first = lane * kTileRows; first < rows; first += kRankLanes * kTileRows) {
+    tables.tiles[tile_starts[e] + first / kTileRows] = {starts[e] + first,
+                                                        min(kTileRows, rows - first), e, 0};
+  }
+}
+
+// Gives every pair of a block its row. Warp w owns kPairsPerWarp consecutive pairs: the warps'
+// counts are summed in order, then each warp ranks its pairs 32 at a time. `block_starts` [E]: the
+// block's first row inside an expert. Shared: starts [E + 1], then the next row of each warp's
+// experts [kWarps, E].
+__device__ void place_block(const PairSource& source, std::int64_t num_pairs, std::int64_t block,
+                            const std::int32_t* block_starts, const std::int32_t* starts,
+                            std::int32_t* next, const Metadata& m) {
+  constexpr int kSteps = kPairsPerWarp / 32;
   const int E = source.num_experts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = threadIdx.x; i < kWarps * E; i += kThreads) next[i] = 0;
+  const std::int64_t first = block * kBlockPairs + warp * kPairsPerWarp + lane;
+  int experts[kSteps];
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    experts[i] = first + 32 * i < num_pairs ? source.expert(first + 32 * i) : -1;
+  }
   __syncthreads();
-  const std::int64_t first = std::int64_t{blockIdx.x} * kBlockPairs + warp * kPairsPerWarp;
-  for (int i = lane; i < kPairsPerWarp; i += 32) {
-    const int e = first + i < num_pairs ? source.expert(first + i) : -1;
-    if (e >= 0) atomicAdd(next + warp * E + e, 1);
+  std::int32_t* mine = next + warp * E;
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    if (experts[i] >= 0) atomicAdd(mine + experts[i], 1);
   }
   __syncthreads();
   for (int e = threadIdx.x; e < E; e += kThreads) {
-    std::int32_t row = starts[std::int64_t{blockIdx.x} * E + e] + (e == 0 ? 0 : m.offsets[e - 1]);
+    std::int32_t row = starts[e] + block_starts[e];
+#pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const std::int32_t count = next[w * E + e];
       next[w * E + e] = row;
@@ -163,16 +245,15 @@ __global__ void place_pairs(PairSource source, std::int64_t num_pairs, const std
     }
   }
   __syncthreads();
-  const std::int32_t num_rows = m.offsets[E - 1];
-  for (int i = 0; i < kPairsPerWarp; i += 32) {
-    const std::int64_t pair = first + i + lane;
-    const int e = pair < num_pairs ? source.expert(pair) : -1;
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const std::int64_t pair = first + 32 * i;
+    const int e = experts[i];
     const unsigned same = __match_any_sync(~0u, e);
     const int rank = __popc(same & ((1u << lane) - 1));
-    std::int32_t row = -1;
-    if (e >= 0) row = next[warp * E + e] + rank;
+    const std::int32_t row = e >= 0 ? mine[e] + rank : -1;
     __syncwarp();
-    if (e >= 0 && rank == 0) next[warp * E + e] += __popc(same);
+    if (e >= 0 && rank == 0) mine[e] += __popc(same);
     __syncwarp();
     if (pair >= num_pairs) continue;
     m.pair_row[pair] = row;
@@ -180,8 +261,28 @@ __global__ void place_pairs(PairSource source, std::int64_t num_pairs, const std
       m.row_token[row] = static_cast<std::int32_t>(source.token(pair));
       m.row_pair[row] = static_cast<std::int32_t>(pair);
     }
-    if (pair >= num_rows) m.row_token[pair] = m.row_pair[pair] = -1;  // defined past the last row
+    if (pair >= starts[E]) m.row_token[pair] = m.row_pair[pair] = -1;  // defined past the last row
   }
+}
+
+// The first CTAs write offsets and tables, kTableExperts experts each; then one CTA per block of
+// pairs places it. `block_starts` [blocks, E] from scan_blocks().
+__global__ void __launch_bounds__(kThreads)
+    place_pairs(PairSource source, std::int64_t num_pairs, const std::int32_t* block_starts,
+                const std::int32_t* totals, Metadata m, RowTables tables) {
+  extern __shared__ std::int32_t shared[];
+  const int E = source.num_experts, block = static_cast<int>(blockIdx.x) - table_blocks(E);
+  const auto count = [totals](int e) { return totals[e]; };
+  if (block < 0) {
+    const int first = blockIdx.x * kTableExperts;
+    write_tables(first, E, count, shared, tables);
+    const int e = first + threadIdx.x;
+    if (threadIdx.x < kTableExperts && e < E) m.offsets[e] = shared[e + 1];
+    return;
+  }
+  scan_experts(E, count, shared);
+  place_block(source, num_pairs, block, block_starts + std::int64_t{block} * E, shared,
+              shared + E + 1, m);
 }
 
 // ------------------------------------------------------------------- rows of a token (pair lists)
@@ -234,42 +335,25 @@ __global__ void sort_tokens(std::int64_t num_tokens, Metadata m) {
 
 // ----------------------------------------------------------------------------------------- tables
 
-// One CTA. Shared: counts [E], first tile [E].
-__global__ void __launch_bounds__(kScanThreads)
-    make_tables(const std::int32_t* offsets, int num_experts, RowTables tables) {
+// The first CTAs write the tables; the others, kThreads rows each, gather the rows' weights where
+// tables.row_weight is wanted.
+__global__ void __launch_bounds__(kThreads)
+    make_tables(Metadata m, std::int64_t num_pairs, const void* weights, bool weights_are_bf16,
+                RowTables tables) {
   extern __shared__ std::int32_t shared[];
-  std::int32_t *counts = shared, *tile_ends = shared + num_experts;
-  for (int e = threadIdx.x; e < num_experts; e += kScanThreads) {
-    counts[e] = offsets[e] - (e == 0 ? 0 : offsets[e - 1]);
-    tile_ends[e] = (counts[e] + kTileRows - 1) / kTileRows;
+  const int E = static_cast<int>(m.num_experts);
+  const int block = static_cast<int>(blockIdx.x) - table_blocks(E);
+  if (block < 0) {
+    const std::int32_t* offsets = m.offsets;
+    const auto count = [offsets](int e) { return offsets[e] - (e == 0 ? 0 : offsets[e - 1]); };
+    return write_tables(blockIdx.x * kTableExperts, E, count, shared, tables);
   }
-  __syncthreads();
-  scan_in_place(tile_ends, num_experts, 0, Sum{});
-  if (threadIdx.x == 0) *tables.num_tiles = tile_ends[num_experts - 1];
-  if (threadIdx.x < 2) tables.claims[threadIdx.x] = 0;
-  for (int e = threadIdx.x / 32; e < num_experts; e += kScanThreads / 32) {
-    const int tiles = (counts[e] + kTileRows - 1) / kTileRows, first = tile_ends[e] - tiles;
-    for (int i = threadIdx.x % 32; i < tiles; i += 32) {
-      tables.tiles[first + i] = {offsets[e] - counts[e] + i * kTileRows,
-                                 min(kTileRows, counts[e] - i * kTileRows), e, 0};
-    }
-  }
-  for (int e = threadIdx.x; e < num_experts; e += kScanThreads) {
-    int rank = 0;  // experts with more rows, or as many and a lower index
-    for (int other = 0; other < num_experts; ++other) {
-      rank += counts[other] > counts[e] || (counts[other] == counts[e] && other < e) ? 1 : 0;
-    }
-    tables.experts[rank] = {offsets[e] - counts[e], counts[e], e, 0};
-  }
-}
-
-__global__ void gather_row_weights(const void* weights, bool is_bfloat16, Metadata m,
-                                   std::int64_t num_pairs, float* out) {
-  const std::int64_t row = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (row >= num_pairs || row >= m.offsets[m.num_experts - 1]) return;
+  const std::int64_t row = std::int64_t{block} * kThreads + threadIdx.x;
+  if (row >= num_pairs || row >= m.offsets[E - 1]) return;
   const std::int64_t pair = m.row_pair == nullptr ? row : m.row_pair[row];
-  out[row] = is_bfloat16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(weights)[pair])
-                         : static_cast<const float*>(weights)[pair];
+  tables.row_weight[row] = weights_are_bf16
+                               ? __bfloat162float(static_cast<const __nv_bfloat16*>(weights)[pair])
+                               : static_cast<const float*>(weights)[pair];
 }
 
 unsigned grid_of(std::int64_t threads) {
@@ -302,6 +386,26 @@ void allow_shared(Kernel kernel, std::size_t bytes, const MoEShape& shape) {
                "metadata: shared memory for this many experts", shape);
 }
 
+// token_start and token_rows of a pair list.
+void group_by_token(cudaStream_t stream, const MoEShape& shape, const PairSource& source,
+                    const Metadata& m, const MetadataScratch& scratch) {
+  const std::size_t tokens = static_cast<std::size_t>(shape.num_tokens);
+  check_launch(cudaMemsetAsync(m.token_start, 0, (tokens + 1) * sizeof(std::int32_t), stream),
+               "metadata", shape);
+  check_launch(cudaMemsetAsync(scratch.token_counts, 0, tokens * sizeof(std::int32_t), stream),
+               "metadata", shape);
+  const unsigned grid = grid_of(shape.num_pairs);
+  if (grid > 0) count_tokens<<<grid, kThreads, 0, stream>>>(source, shape.num_pairs, m);
+  scan_sums<<<1, kScanThreads, 0, stream>>>(m.token_start, shape.num_tokens + 1);
+  if (grid > 0) {
+    collect_pairs<<<grid, kThreads, 0, stream>>>(source, shape.num_pairs, m, scratch.token_counts);
+  }
+  if (tokens > 0) {
+    sort_tokens<<<grid_of(shape.num_tokens), kThreads, 0, stream>>>(shape.num_tokens, m);
+  }
+  check_launch(cudaGetLastError(), "metadata", shape);
+}
+
 }  // namespace
 
 MetadataScratch carve_metadata_scratch(WorkspaceCarver& carver, const MoEShape& shape) {
@@ -310,6 +414,7 @@ MetadataScratch carve_metadata_scratch(WorkspaceCarver& carver, const MoEShape& 
   s.expert_counts =
       carver.take<std::int32_t>(static_cast<std::size_t>(block_count(shape.num_pairs)) *
                                 static_cast<std::size_t>(shape.num_experts));
+  s.expert_totals = carver.take<std::int32_t>(static_cast<std::size_t>(shape.num_experts));
   if (shape.form == MoEShape::Form::kPairs) {
     s.token_counts = carver.take<std::int32_t>(static_cast<std::size_t>(shape.num_tokens));
   }
@@ -328,63 +433,44 @@ RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape) {
 }
 
 void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
-                    const Metadata& m, const MetadataScratch& scratch) {
+                    const Metadata& m, const MetadataScratch& scratch, const RowTables& tables) {
   const int E = static_cast<int>(shape.num_experts);
   if (shape.form == MoEShape::Form::kSorted) {
     clamp_offsets<<<1, kScanThreads, 0, stream>>>(
         std::get<SortedRouting>(routing).offsets.as<std::int32_t>(), m.offsets, E,
         static_cast<std::int32_t>(shape.num_pairs));
-    return check_launch(cudaGetLastError(), "metadata", shape);
+    check_launch(cudaGetLastError(), "metadata", shape);
+    return build_row_tables(stream, shape, routing, m, tables);
   }
   const PairSource source = pair_source(shape, routing);
   const unsigned blocks = block_count(shape.num_pairs);
-  const std::size_t shared = sizeof(std::int32_t) * static_cast<std::size_t>(E);
-  allow_shared(count_experts, shared, shape);
-  allow_shared(place_pairs, kWarps * shared, shape);
+  const std::size_t counts = sizeof(std::int32_t) * static_cast<std::size_t>(E);
+  const std::size_t shared = sizeof(std::int32_t) + (kWarps + 1) * counts + kReadAhead;
+  allow_shared(count_experts, counts, shape);
+  allow_shared(place_pairs, shared, shape);
   if (blocks > 0) {
-    count_experts<<<blocks, kThreads, shared, stream>>>(source, shape.num_pairs,
+    count_experts<<<blocks, kThreads, counts, stream>>>(source, shape.num_pairs,
                                                         scratch.expert_counts);
   }
-  scan_blocks<<<static_cast<unsigned>(ceil_div(E, kWarps)), kThreads, 0, stream>>>(
-      scratch.expert_counts, static_cast<int>(blocks), E, m.offsets);
-  scan_sums<<<1, kScanThreads, 0, stream>>>(m.offsets, E);
-  if (blocks > 0) {
-    place_pairs<<<blocks, kThreads, kWarps * shared, stream>>>(source, shape.num_pairs,
-                                                               scratch.expert_counts, m);
-  }
-  if (shape.form == MoEShape::Form::kPairs) {
-    const std::size_t tokens = static_cast<std::size_t>(shape.num_tokens);
-    check_launch(cudaMemsetAsync(m.token_start, 0, (tokens + 1) * sizeof(std::int32_t), stream),
-                 "metadata", shape);
-    check_launch(cudaMemsetAsync(scratch.token_counts, 0, tokens * sizeof(std::int32_t), stream),
-                 "metadata", shape);
-    const unsigned grid = grid_of(shape.num_pairs);
-    if (grid > 0) count_tokens<<<grid, kThreads, 0, stream>>>(source, shape.num_pairs, m);
-    scan_sums<<<1, kScanThreads, 0, stream>>>(m.token_start, shape.num_tokens + 1);
-    if (grid > 0) {
-      collect_pairs<<<grid, kThreads, 0, stream>>>(source, shape.num_pairs, m,
-                                                   scratch.token_counts);
-    }
-    if (tokens > 0) {
-      sort_tokens<<<grid_of(shape.num_tokens), kThreads, 0, stream>>>(shape.num_tokens, m);
-    }
-  }
+  scan_blocks<<<static_cast<unsigned>(ceil_div(E, 32)), kScanThreads, 0, stream>>>(
+      scratch.expert_counts, static_cast<int>(blocks), E, scratch.expert_totals);
+  place_pairs<<<static_cast<unsigned>(table_blocks(E)) + blocks, kThreads, shared, stream>>>(
+      source, shape.num_pairs, scratch.expert_counts, scratch.expert_totals, m, tables);
   check_launch(cudaGetLastError(), "metadata", shape);
+  if (shape.form == MoEShape::Form::kPairs) group_by_token(stream, shape, source, m, scratch);
 }
 
 void build_row_tables(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
                       const Metadata& m, const RowTables& tables) {
   const int E = static_cast<int>(shape.num_experts);
-  // Padded: the compiler reads counts ahead of its loop, past the end of the array.
-  constexpr std::size_t kReadAhead = 256;
-  const std::size_t shared = 2 * sizeof(std::int32_t) * static_cast<std::size_t>(E) + kReadAhead;
-  allow_shared(make_tables, shared, shape);
-  make_tables<<<1, kScanThreads, shared, stream>>>(m.offsets, E, tables);
+  const std::size_t shared =
+      2 * sizeof(std::int32_t) * (static_cast<std::size_t>(E) + 1) + kReadAhead;
   const ConstTensorView& weights = routing_weights(routing);
-  if (tables.row_weight != nullptr && shape.num_pairs > 0) {
-    gather_row_weights<<<grid_of(shape.num_pairs), kThreads, 0, stream>>>(
-        weights.data(), weights.dtype() == DType::kBFloat16, m, shape.num_pairs, tables.row_weight);
-  }
+  const unsigned gathers = tables.row_weight == nullptr ? 0 : grid_of(shape.num_pairs);
+  allow_shared(make_tables, shared, shape);
+  make_tables<<<static_cast<unsigned>(table_blocks(E)) + gathers, kThreads, shared, stream>>>(
+      m, shape.num_pairs, weights.data(), weights.defined() && weights.dtype() == DType::kBFloat16,
+      tables);
   check_launch(cudaGetLastError(), "row tables", shape);
 }
 

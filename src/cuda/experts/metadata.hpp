@@ -12,6 +12,7 @@ namespace sonicmoe::cuda {
 /// Device scratch of build_metadata(): per-block counts. Carved from the workspace.
 struct MetadataScratch {
   std::int32_t* expert_counts = nullptr;  ///< [blocks, E], then exclusive sums over the blocks
+  std::int32_t* expert_totals = nullptr;  ///< [E]
   std::int32_t* token_counts = nullptr;   ///< [T], pair lists only
 };
 MetadataScratch carve_metadata_scratch(WorkspaceCarver& carver, const MoEShape& shape);
@@ -22,18 +23,20 @@ struct RowTables {
   int4* experts = nullptr;            ///< [E]
   std::int32_t* num_tiles = nullptr;  ///< [1]
   std::uint32_t* claims = nullptr;    ///< [2] cleared
-  float* row_weight = nullptr;        ///< [P]; the caller clears it for sorted rows without weights
+  float* row_weight = nullptr;        ///< [P]; the caller clears it where there is no use for it
 };
 RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape);
 
 /// Fills `metadata` (device memory) from the caller's routing: the same entries as the host's
 /// build_metadata(), places past the last row -1. Offsets of sorted rows are clamped to
 /// non-decreasing ends within 0..P. Deterministic: counts and ranks; only the pairs that a
-/// list gives to one token are sorted.
+/// list gives to one token are sorted. Fills `tables` too, but row_weight for sorted rows alone.
 void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
-                    const Metadata& metadata, const MetadataScratch& scratch);
+                    const Metadata& metadata, const MetadataScratch& scratch,
+                    const RowTables& tables);
 
-/// Fills `tables` from metadata.offsets and the routing weights.
+/// Fills `tables` from metadata.offsets and the routing weights: for a backward pass, which has the
+/// metadata.
 void build_row_tables(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
                       const Metadata& metadata, const RowTables& tables);
 
