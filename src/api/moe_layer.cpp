@@ -270,7 +270,14 @@ void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args
   check_moe_backward(check, experts);
 
   const TensorView grad_logits(workspace.grad_logits, DType::kFloat32, args.logits.shape());
+  const RouteBackwardArgs topk{args.options.router, args.logits, args.saved.topk_ids,
+                               experts.grad_routing_weights, grad_logits};
   RouterShare router;
+  if (!args.options.rounding) {
+    check_route_backward(topk);
+    router.topk = &topk;
+    router.addend = args.grad_logits;
+  }
   router.grad_logits = grad_logits;
   router.router_weight = args.router_weight;
   router.compute_grad_logits = [&] {
@@ -279,15 +286,14 @@ void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args
           forced, {args.options.router, args.logits, args.saved.topk_ids, args.saved.token_ids,
                    args.saved.expert_ids, experts.grad_routing_weights, grad_logits});
     } else {
-      route_backward(forced, {args.options.router, args.logits, args.saved.topk_ids,
-                              experts.grad_routing_weights, grad_logits});
+      backend.route_backward(context, topk);
     }
     if (args.grad_logits.defined()) {
       backend.add_logits_gradient(context, grad_logits, args.grad_logits);
     }
   };
   backend.moe_backward(context, shape, experts, &router);
-  backend.router_logits_backward(context, args.x, grad_logits, args.grad_router_weight,
+  backend.router_logits_backward(context, args.x, router.grad_logits, args.grad_router_weight,
                                  args.grad_router_bias, args.accumulate,
                                  bytes_view(workspace.router, workspace.router_bytes));
 }

@@ -1,6 +1,7 @@
 // Validation and dispatch of the router's operations.
 #include "sonicmoe/router.hpp"
 
+#include "api/moe_checks.hpp"
 #include "core/backend.hpp"
 #include "core/check.hpp"
 
@@ -109,7 +110,7 @@ void route_forward(const Context& context, const RouteForwardArgs& args) {
   choose_backend(context, "route_forward").route_forward(context, args);
 }
 
-void route_backward(const Context& context, const RouteBackwardArgs& args) {
+void check_route_backward(const RouteBackwardArgs& args) {
   const Check check("route_backward");
   check_logits(check, args.logits);
   check_options(check, args.options, args.logits.size(1));
@@ -118,6 +119,10 @@ void route_backward(const Context& context, const RouteBackwardArgs& args) {
   check_matrix(check, "grad_topk_weights", args.grad_topk_weights, {DType::kFloat32});
   check.shape_like("grad_topk_weights", args.grad_topk_weights, args.topk_ids);
   check_like_logits(check, "grad_logits", args.grad_logits, args.logits);
+}
+
+void route_backward(const Context& context, const RouteBackwardArgs& args) {
+  check_route_backward(args);
   choose_backend(context, "route_backward").route_backward(context, args);
 }
 

@@ -22,7 +22,13 @@ struct RouterShare {
   /// Computes grad_logits from grad_routing_weights. The backend calls it exactly once, after it
   /// has produced (or, on a stream, enqueued) all of grad_routing_weights and before it sums dX.
   std::function<void()> compute_grad_logits;
-  ConstTensorView grad_logits;    ///< [T, E] float32 contiguous
+  /// What it does for top-K routing, so that a backend may do it in another way instead:
+  /// route_backward(*topk), then grad_logits += addend where there is one. Null for token rounding.
+  const RouteBackwardArgs* topk = nullptr;
+  ConstTensorView addend;  ///< [T, E] float32 contiguous or absent
+  /// [T, E] float32 contiguous. A backend may put a view of another form there, in the same memory:
+  /// its own router_logits_backward() gets it next.
+  ConstTensorView grad_logits;
   ConstTensorView router_weight;  ///< [E, d], dtype of x or float32, unit stride in d
 };
 
@@ -47,7 +53,7 @@ class Backend {
                            const MoEForwardArgs& args) const = 0;
   /// `router` is null outside moe_layer_backward.
   virtual void moe_backward(const Context& context, const MoEShape& shape,
-                            const MoEBackwardArgs& args, const RouterShare* router) const = 0;
+                            const MoEBackwardArgs& args, RouterShare* router) const = 0;
 
   // Router.
   virtual void route_forward(const Context& context, const RouteForwardArgs& args) const = 0;
@@ -87,7 +93,8 @@ class Backend {
                              ConstTensorView bias, TensorView logits,
                              TensorView workspace) const = 0;
   /// grad_weight [E, d] = grad_logits^T x, grad_bias [E] = column sums; either may be absent;
-  /// overwritten, or added to with `accumulate`.
+  /// overwritten, or added to with `accumulate`. grad_logits [T, E] is float32, or what
+  /// moe_backward() left in RouterShare.
   virtual void router_logits_backward(const Context& context, ConstTensorView x,
                                       ConstTensorView grad_logits, TensorView grad_weight,
                                       TensorView grad_bias, bool accumulate,

@@ -31,7 +31,7 @@ class CpuBackend final : public HostRouterBackend {
     cpu::forward(thread_count(context.num_threads), shape, args);
   }
   void moe_backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
-                    const RouterShare* router) const override {
+                    RouterShare* router) const override {
     cpu::backward(thread_count(context.num_threads), shape, args, router);
   }
 

@@ -32,7 +32,7 @@ class CudaBackend final : public Backend {
     cuda::forward(context, shape, args);
   }
   void moe_backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
-                    const RouterShare* share) const override {
+                    RouterShare* share) const override {
     const DeviceGuard guard(context.device.index);
     cuda::backward(context, shape, args, share);
   }

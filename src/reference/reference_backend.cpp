@@ -124,7 +124,7 @@ class ReferenceBackend final : public HostRouterBackend {
   }
 
   void moe_backward(const Context&, const MoEShape& shape, const MoEBackwardArgs& args,
-                    const RouterShare* router) const override {
+                    RouterShare* router) const override {
     const std::vector<oracle::Row> rows = read_metadata(args.metadata, shape);
     oracle::BackwardResult result =
         oracle::backward({args.options, args.x, args.weights, args.routing}, rows,

@@ -26,7 +26,7 @@ struct LayerCase {
   float scale = 1.0f;
 };
 
-constexpr std::int64_t T = 41, d = 48, n = 24, E = 6, K = 2, kTile = 8;
+constexpr std::int64_t T = 41, d = 48, n = 24, E = 8, K = 2, kTile = 8;
 
 std::vector<double> normal(Random& random, std::int64_t count, double scale) {
   std::vector<double> values(static_cast<std::size_t>(count));
@@ -269,6 +269,21 @@ constexpr LayerCase kCases[] = {
     {.name = "topk_softmax_bias", .scoring = Scoring::kTopKSoftmax, .router_bias = true},
     {.name = "sigmoid_scaled", .scoring = Scoring::kSigmoidTopK, .scale = 2.5f},
     {.name = "bf16", .dtype = DType::kBFloat16, .router_dtype = DType::kBFloat16},
+    {.name = "bf16_auxiliary",
+     .dtype = DType::kBFloat16,
+     .router_dtype = DType::kBFloat16,
+     .scoring = Scoring::kTopKSoftmax,
+     .router_bias = true,
+     .auxiliary = true},
+    {.name = "bf16_sigmoid",
+     .dtype = DType::kBFloat16,
+     .router_dtype = DType::kBFloat16,
+     .scoring = Scoring::kSigmoidTopK,
+     .scale = 2.5f},
+    {.name = "bf16_plain",
+     .dtype = DType::kBFloat16,
+     .router_dtype = DType::kBFloat16,
+     .renormalize = false},
     {.name = "bf16_float_router", .dtype = DType::kBFloat16, .auxiliary = true},
     {.name = "rounding", .rounding = true, .auxiliary = true},
     {.name = "rounding_plain", .renormalize = false, .rounding = true},

@@ -81,7 +81,7 @@ WorkspacePlan backward_plan(const MoEShape& shape, std::optional<std::size_t> li
 }
 
 void backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
-              const RouterShare* router) {
+              RouterShare* router) {
   const WorkspacePlan plan = backward_plan(shape, args.workspace_limit);
   WorkspaceCarver carver(args.workspace.data());
   Buffers b = carve(carver, shape, plan.slab_columns);
@@ -101,7 +101,9 @@ void backward(const Context& context, const MoEShape& shape, const MoEBackwardAr
                            static_cast<int>(ceil_div(shape.intermediate_size, width)), grad_out,
                            args.weights.b2, args.grad_routing_weights.as<float>());
   }
-  if (router != nullptr) router->compute_grad_logits();
+  if (router != nullptr) {
+    router::layer_grad_logits(call.stream, args.x, plan.slab_columns, b.share, b.terms, *router);
+  }
   if (args.grad_b1.defined()) {
     bias_gradient(call.stream, shape, m, {b.grad_h, shape.hidden_columns()}, false, nullptr,
                   args.grad_b1, args.accumulate);

@@ -13,6 +13,6 @@ WorkspacePlan backward_plan(const MoEShape& shape, std::optional<std::size_t> li
 /// Errors: what the Hopper kernels decline (dtype, widths, strides, alignment), by argument.
 void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs& args);
 void backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
-              const RouterShare* router);
+              RouterShare* router);
 
 }  // namespace sonicmoe::cuda

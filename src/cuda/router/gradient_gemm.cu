@@ -4,6 +4,7 @@
 
 #include "cuda/hopper/select.hpp"
 #include "cuda/router/gradient_gemm.hpp"
+#include "cuda/router/gradient_terms.cuh"
 #include "cuda/router/launch.hpp"
 
 namespace sonicmoe::cuda::router {
@@ -11,58 +12,40 @@ namespace {
 
 using bf16 = __nv_bfloat16;
 
-constexpr std::int64_t kVector = 4;  // values of dlogits per load
-
 // dlogits is read as vectors that stay inside a row.
 bool can_split(ConstTensorView grad_logits) {
   return reinterpret_cast<std::uintptr_t>(grad_logits.data()) % sizeof(float4) == 0 &&
-         grad_logits.size(1) % kVector == 0;
+         grad_logits.size(1) % FourTerms::kCount == 0;
 }
 
-struct alignas(8) FourTerms {
-  __nv_bfloat162 xy, zw;
-};
-
-// The terms of dlogits, and the tables of rows. Null pointers are left out.
+// The terms of float32 dlogits, and the lists.
 __global__ void split_terms_kernel(const float4* grad_logits, std::int64_t num_tokens,
                                    std::int64_t num_experts, GradientTerms terms) {
   const std::int64_t first = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const std::int64_t step = std::int64_t{gridDim.x} * blockDim.x;
-  const std::int64_t per_row = num_experts / kVector;
+  const std::int64_t per_row = num_experts / FourTerms::kCount;
   auto* out = static_cast<FourTerms*>(terms.values);
   for (std::int64_t i = first; i < num_tokens * per_row; i += step) {
     const float4 v = grad_logits[i];
-    const FourTerms high{__floats2bfloat162_rn(v.x, v.y), __floats2bfloat162_rn(v.z, v.w)};
+    const FourTerms high = high_terms(v);
     if (terms.count == 1) {
       out[i] = high;
       continue;
     }
     FourTerms* at = out + i + i / per_row * per_row;
     at[0] = high;
-    at[per_row] = {__floats2bfloat162_rn(v.x - __low2float(high.xy), v.y - __high2float(high.xy)),
-                   __floats2bfloat162_rn(v.z - __low2float(high.zw), v.w - __high2float(high.zw))};
+    at[per_row] = low_terms(v, high);
   }
-  const std::int64_t num_tiles = (num_tokens + kTileRows - 1) / kTileRows;
-  if (terms.tiles != nullptr) {
-    for (std::int64_t i = first; i < num_tiles; i += step) {
-      const std::int64_t row = i * kTileRows;
-      terms.tiles[i] = {static_cast<int>(row),
-                        static_cast<int>(min(std::int64_t{kTileRows}, num_tokens - row)), 0, 0};
-    }
-    if (first == 0) *terms.num_tiles = static_cast<int>(num_tiles);
-  }
-  if (first < 2) terms.claims[first] = 0;
-  for (std::int64_t i = first; i < terms.num_slices; i += step) {
-    const std::int64_t row = min(i * terms.rows_per_slice, num_tokens);
-    terms.slices[i] = {static_cast<int>(row),
-                       static_cast<int>(min(terms.rows_per_slice, num_tokens - row)),
-                       static_cast<int>(i), 0};
-  }
+  write_lists(terms, num_tokens, first, step);
+}
+
+__global__ void write_lists_kernel(GradientTerms terms, std::int64_t num_tokens) {
+  write_lists(terms, num_tokens, threadIdx.x, blockDim.x);
 }
 
 void split_terms(cudaStream_t stream, ConstTensorView grad_logits, const GradientTerms& terms,
                  const char* operation) {
-  const std::int64_t vectors = grad_logits.numel() / kVector;
+  const std::int64_t vectors = grad_logits.numel() / FourTerms::kCount;
   split_terms_kernel<<<grid_stride_blocks(vectors, 256), 256, 0, stream>>>(
       static_cast<const float4*>(grad_logits.data()), grad_logits.size(0), grad_logits.size(1),
       terms);
@@ -89,6 +72,26 @@ ExpertCall gemm_call(cudaStream_t stream, int device, std::int64_t num_tokens,
   call.stream = stream;
   call.device = device;
   return call;
+}
+
+InputGradientArgs share_args(ConstTensorView router_weight, std::int64_t first_column,
+                             std::int64_t num_columns, void* out, const void* terms) {
+  const std::int64_t num_experts = router_weight.size(0), row_stride = router_weight.stride(0);
+  const std::array<std::int64_t, 3> shape{1, num_experts, router_weight.size(1)};
+  const std::array<std::int64_t, 3> strides{num_experts * row_stride, row_stride, 1};
+  return {.grad_h = terms,
+          .w1 = {router_weight.data(), router_weight.dtype(), shape, strides},
+          .first_column = first_column,
+          .num_columns = num_columns,
+          .out = {out, num_columns}};
+}
+
+// Without the terms, grad_h.
+UpWeightGradientArgs weight_args(ConstTensorView x, std::int64_t num_experts,
+                                 std::int64_t num_slices, float* parts) {
+  return {.x = {const_cast<void*>(x.data()), x.stride(0)},
+          .grad_w1 = TensorView(parts, DType::kFloat32,
+                                {num_slices, kWeightTerms * num_experts, x.size(1)})};
 }
 
 // The slices that cost least: waves of tiles on the 132 SMs times a tile's length, where storing a
@@ -140,19 +143,16 @@ GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_token
 bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad_logits,
                            ConstTensorView router_weight, std::int64_t first_column,
                            std::int64_t num_columns, void* out, const GradientTerms& terms) {
-  if (router_weight.dtype() != DType::kBFloat16 || !can_split(grad_logits)) return false;
-  const std::int64_t num_tokens = grad_logits.size(0), num_experts = grad_logits.size(1);
-  const std::int64_t d = router_weight.size(1), row_stride = router_weight.stride(0);
-  const ExpertCall call = gemm_call(stream, device, num_tokens, num_experts, d, 1, terms);
-  const std::array<std::int64_t, 3> shape{1, num_experts, d};
-  const std::array<std::int64_t, 3> strides{num_experts * row_stride, row_stride, 1};
-  const InputGradientArgs args{.grad_h = terms.values,
-                               .w1 = {router_weight.data(), DType::kBFloat16, shape, strides},
-                               .first_column = first_column,
-                               .num_columns = num_columns,
-                               .out = {out, num_columns}};
-  if (!hopper::reason_against(call, args).empty()) return false;
-  split_terms(stream, grad_logits, terms, "router's share of dX");
+  const std::int64_t num_experts = num_experts_of(grad_logits);
+  const ExpertCall call =
+      gemm_call(stream, device, grad_logits.size(0), num_experts, router_weight.size(1), 1, terms);
+  const InputGradientArgs args =
+      share_args(router_weight, first_column, num_columns, out, terms.values);
+  if (!holds_terms(grad_logits)) {
+    if (router_weight.dtype() != DType::kBFloat16 || !can_split(grad_logits)) return false;
+    if (!hopper::reason_against(call, args).empty()) return false;
+    split_terms(stream, grad_logits, terms, "router's share of dX");
+  }
   hopper::input_gradient(call, args);
   return true;
 }
@@ -160,19 +160,38 @@ bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad
 bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView x,
                                   ConstTensorView grad_logits, float* parts,
                                   const GradientTerms& terms) {
-  if (x.dtype() != DType::kBFloat16 || !can_split(grad_logits)) return false;
-  const std::int64_t num_tokens = x.size(0), num_experts = grad_logits.size(1), d = x.size(1);
+  const char* operation = "router_logits_backward";
+  const std::int64_t num_tokens = x.size(0), num_experts = num_experts_of(grad_logits);
   const ExpertCall call =
-      gemm_call(stream, device, num_tokens, num_experts, d, terms.num_slices, terms);
-  const UpWeightGradientArgs args{
-      .grad_h = terms.values,
-      .x = {const_cast<void*>(x.data()), x.stride(0)},
-      .grad_w1 =
-          TensorView(parts, DType::kFloat32, {terms.num_slices, kWeightTerms * num_experts, d})};
-  if (!hopper::reason_against(call, args).empty()) return false;
-  split_terms(stream, grad_logits, terms, "router_logits_backward");
+      gemm_call(stream, device, num_tokens, num_experts, x.size(1), terms.num_slices, terms);
+  UpWeightGradientArgs args = weight_args(x, num_experts, terms.num_slices, parts);
+  if (holds_terms(grad_logits)) {
+    args.grad_h = grad_logits.data();
+    write_lists_kernel<<<1, 256, 0, stream>>>(terms, num_tokens);
+    check_launch(operation);
+  } else {
+    if (x.dtype() != DType::kBFloat16 || !can_split(grad_logits)) return false;
+    if (!hopper::reason_against(call, args).empty()) return false;
+    args.grad_h = terms.values;
+    split_terms(stream, grad_logits, terms, operation);
+  }
   hopper::up_weight_gradient(call, args);
   return true;
+}
+
+bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::int64_t num_columns,
+                         void* share) {
+  if (x.dtype() != DType::kBFloat16 || router_weight.dtype() != DType::kBFloat16) return false;
+  const std::int64_t num_tokens = x.size(0), num_experts = router_weight.size(0), d = x.size(1);
+  GradientTerms terms;
+  terms.count = 1;
+  const ExpertCall share_call = gemm_call(nullptr, 0, num_tokens, num_experts, d, 1, terms);
+  terms.count = kWeightTerms;
+  const ExpertCall weight_call = gemm_call(nullptr, 0, num_tokens, num_experts, d, 1, terms);
+  return hopper::reason_against(share_call,
+                                share_args(router_weight, 0, num_columns, share, nullptr))
+             .empty() &&
+         hopper::reason_against(weight_call, weight_args(x, num_experts, 1, nullptr)).empty();
 }
 
 }  // namespace sonicmoe::cuda::router

@@ -19,6 +19,15 @@ namespace sonicmoe::cuda::router {
 /// Terms of dlogits in dWr.
 inline constexpr int kWeightTerms = 2;
 
+/// dlogits comes to the products as float32 [T, E] or as its terms, bf16 [T, kWeightTerms, E]: as
+/// many bytes, and what dWr reads.
+inline bool holds_terms(const ConstTensorView& grad_logits) {
+  return grad_logits.dtype() == DType::kBFloat16;
+}
+inline std::int64_t num_experts_of(const ConstTensorView& grad_logits) {
+  return grad_logits.size(grad_logits.rank() - 1);
+}
+
 /// Tokens of a slice where T are cut into `slices`: whole steps of all kernels' reductions.
 inline std::int64_t slice_rows(std::int64_t num_tokens, std::int64_t slices) {
   constexpr std::int64_t kStep = 64;
@@ -45,7 +54,8 @@ GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_token
                                  std::int64_t num_experts, std::int64_t d);
 
 /// out [T, num_columns] bf16 = grad_logits router_weight[:, first_column...]. False, and nothing
-/// enqueued, where the kernels decline.
+/// enqueued, where the kernels decline. Where grad_logits holds terms, the high ones and the lists
+/// are in `terms` already.
 bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad_logits,
                            ConstTensorView router_weight, std::int64_t first_column,
                            std::int64_t num_columns, void* out, const GradientTerms& terms);
@@ -55,5 +65,10 @@ bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad
 bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView x,
                                   ConstTensorView grad_logits, float* parts,
                                   const GradientTerms& terms);
+
+/// Whether both products take their grad_logits as terms: `share` [T, num_columns] as `out` of the
+/// first, for any of its slabs.
+bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::int64_t num_columns,
+                         void* share);
 
 }  // namespace sonicmoe::cuda::router

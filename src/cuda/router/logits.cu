@@ -217,10 +217,30 @@ void launch_add_parts(cudaStream_t stream, const Part* parts, std::int64_t num_p
   check_launch("router_logits_backward");
 }
 
+// dlogits(t, e) from either form (gradient_gemm.hpp).
+struct FloatGradient {
+  const float* values;  // [T, E]
+  std::int64_t num_experts;
+
+  __device__ float operator()(std::int64_t t, std::int64_t e) const {
+    return values[t * num_experts + e];
+  }
+};
+struct SplitGradient {
+  const bf16* terms;  // [T, 2, E]
+  std::int64_t num_experts;
+
+  __device__ float operator()(std::int64_t t, std::int64_t e) const {
+    const bf16* high = terms + kWeightTerms * t * num_experts + e;
+    return __bfloat162float(high[0]) + __bfloat162float(high[num_experts]);
+  }
+};
+
 // Column sums over the tokens of split blockIdx.y; 32 experts times 8 tokens per CTA.
+template <class Gradient>
 __global__ void __launch_bounds__(256)
-    column_sums_kernel(const float* grad_logits, std::int64_t num_tokens, std::int64_t num_experts,
-                       double* parts) {
+    column_sums_kernel(Gradient gradient, std::int64_t num_tokens, double* parts) {
+  const std::int64_t num_experts = gradient.num_experts;
   __shared__ double sums[8][32];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -230,7 +250,7 @@ __global__ void __launch_bounds__(256)
   double sum = 0.0;
   if (e < num_experts) {
 #pragma unroll 8
-    for (std::int64_t t = begin + warp; t < end; t += 8) sum += grad_logits[t * num_experts + e];
+    for (std::int64_t t = begin + warp; t < end; t += 8) sum += gradient(t, e);
   }
   sums[warp][lane] = sum;
   __syncthreads();
@@ -239,6 +259,15 @@ __global__ void __launch_bounds__(256)
     for (int w = 0; w < 8; ++w) total += sums[w][lane];
     parts[blockIdx.y * num_experts + e] = total;
   }
+}
+
+// parts [kBiasSplits, E] of the bias's gradient.
+template <class Gradient>
+void launch_column_sums(cudaStream_t stream, const Gradient& gradient, std::int64_t num_tokens,
+                        double* parts) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(gradient.num_experts, 32)), kBiasSplits);
+  column_sums_kernel<<<grid, 256, 0, stream>>>(gradient, num_tokens, parts);
+  check_launch("router_logits_backward");
 }
 
 }  // namespace
@@ -275,7 +304,7 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
   const cudaStream_t stream = stream_of(context);
   const std::int64_t num_tokens = x.size(0);
   const std::int64_t d = x.size(1);
-  const std::int64_t num_experts = grad_logits.size(1);
+  const std::int64_t num_experts = num_experts_of(grad_logits);
   GradientParts parts;
   carve(workspace.data(), num_tokens, num_experts, d, parts);
   if (grad_weight.defined()) {
@@ -297,10 +326,13 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
                       grad_weight.dtype() == DType::kBFloat16, accumulate});
   }
   if (grad_bias.defined()) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(num_experts, 32)), kBiasSplits);
-    column_sums_kernel<<<grid, 256, 0, stream>>>(grad_logits.as<float>(), num_tokens, num_experts,
-                                                 parts.bias);
-    check_launch(operation);
+    if (holds_terms(grad_logits)) {
+      launch_column_sums(stream, SplitGradient{grad_logits.as<bf16>(), num_experts}, num_tokens,
+                         parts.bias);
+    } else {
+      launch_column_sums(stream, FloatGradient{grad_logits.as<float>(), num_experts}, num_tokens,
+                         parts.bias);
+    }
     launch_add_parts(stream, parts.bias, kBiasSplits,
                      {grad_bias.data(), num_experts, 1, num_experts,
                       grad_bias.dtype() == DType::kBFloat16, accumulate});
@@ -311,7 +343,7 @@ void logits_grad_input(cudaStream_t stream, int device, ConstTensorView grad_log
                        ConstTensorView router_weight, std::int64_t first_column,
                        std::int64_t num_columns, void* out, const GradientTerms& terms) {
   const std::int64_t num_tokens = grad_logits.size(0);
-  const std::int64_t num_experts = grad_logits.size(1);
+  const std::int64_t num_experts = num_experts_of(grad_logits);
   if (num_tokens == 0 || num_columns == 0) return;
   if (share_on_grouped_gemm(stream, device, grad_logits, router_weight, first_column, num_columns,
                             out, terms)) {

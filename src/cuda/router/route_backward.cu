@@ -5,6 +5,7 @@
 // with g = dL/d weight(t,e), 0 where no row uses it. One warp per token. Renormalised top-K routing
 // has nothing outside of the top-K: a lane per slot. Otherwise grad_logits is read as g and
 // overwritten, in three passes over the token's E values, the second and third from L1.
+#include "cuda/router/gradient_terms.cuh"
 #include "cuda/router/launch.hpp"
 #include "cuda/router/route.hpp"
 #include "cuda/router/router.hpp"
@@ -107,30 +108,83 @@ __device__ void backward_token(const BackwardParams& b, std::int64_t t, int lane
   __syncwarp();  // the next token clears `chosen`
 }
 
-// Renormalised top-K routing with K <= 32.
+// Renormalised top-K routing with K <= 32: dL/d logit of a token's slot. Nothing else of the token
+// has a gradient.
+struct SlotGradient {
+  int expert;  // -1: none
+  float value;
+};
+
+// Of slot `lane`.
+template <class Id>
+__device__ SlotGradient slot_gradient(const BackwardParams& b, std::int64_t t, int lane) {
+  const ScoringParams& p = b.scoring;
+  const Id* ids = static_cast<const Id*>(b.topk_ids) + t * p.top_k;
+  const Id e = lane < p.top_k ? ids[lane] : Id{-1};
+  const bool legal = e >= 0 && e < p.num_experts;
+  const float logit = legal ? b.logits[t * p.num_experts + e] : -INFINITY;
+  const double g = legal ? b.grad_weights[t * p.top_k + lane] : 0.0f;
+  const double shift = p.is_softmax ? warp_max(logit) : 0.0f;
+  const double raw = legal ? raw_score(p, logit, shift) : 0.0;
+  const double denominator = warp_sum(raw) + (p.is_softmax ? 0.0 : kSigmoidEpsilon);
+  const double dot = warp_sum(g * raw) / denominator;
+  if (!legal) return {-1, 0.0f};
+  const double slope = p.is_softmax ? raw : sigmoid_slope(logit);
+  return {static_cast<int>(e), static_cast<float>(p.scale * (slope / denominator) * (g - dot))};
+}
+
 template <class Id>
 __global__ void __launch_bounds__(32 * kMaxWarps) topk_backward_kernel(BackwardParams b) {
-  const ScoringParams& p = b.scoring;
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const Id* ids = static_cast<const Id*>(b.topk_ids);
   for (std::int64_t t = std::int64_t{blockIdx.x} * warps + threadIdx.x / 32; t < b.num_tokens;
        t += std::int64_t{gridDim.x} * warps) {
-    const float* logits = b.logits + t * p.num_experts;
-    float* gradient = b.grad_logits + t * p.num_experts;
-    const Id e = lane < p.top_k ? ids[t * p.top_k + lane] : Id{-1};
-    const bool legal = e >= 0 && e < p.num_experts;
-    const float logit = legal ? logits[e] : -INFINITY;
-    const double g = legal ? b.grad_weights[t * p.top_k + lane] : 0.0f;
-    for (int i = lane; i < p.num_experts; i += 32) gradient[i] = 0.0f;
-    const double shift = p.is_softmax ? warp_max(logit) : 0.0f;
-    const double raw = legal ? raw_score(p, logit, shift) : 0.0;
-    const double denominator = warp_sum(raw) + (p.is_softmax ? 0.0 : kSigmoidEpsilon);
-    const double dot = warp_sum(g * raw) / denominator;
+    float* gradient = b.grad_logits + t * b.scoring.num_experts;
+    for (int i = lane; i < b.scoring.num_experts; i += 32) gradient[i] = 0.0f;
+    const SlotGradient slot = slot_gradient<Id>(b, t, lane);
     __syncwarp();  // the zeros are written
-    if (!legal) continue;
-    const double slope = p.is_softmax ? raw : sigmoid_slope(logit);
-    gradient[e] = static_cast<float>(p.scale * (slope / denominator) * (g - dot));
+    if (slot.expert >= 0) gradient[slot.expert] = slot.value;
   }
+}
+
+// dlogits as the terms of both products.
+struct TermsParams {
+  const float4* addend;    // [T, E] or null: added to dlogits
+  FourTerms* grad_logits;  // [T, 2, E]: a token's high terms, then its low ones
+  GradientTerms share;     // [T, E] high terms, and the lists
+};
+
+// A token's row goes through shared memory: whole vectors of zeros and terms reach memory.
+template <class Id>
+__global__ void __launch_bounds__(32 * kMaxWarps)
+    topk_terms_kernel(BackwardParams b, TermsParams out) {
+  extern __shared__ __align__(16) float rows[];  // [warps, E], zeros between tokens
+  const int E = b.scoring.num_experts, per_row = E / FourTerms::kCount;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  float* row = rows + warp * E;
+  for (int e = lane; e < E; e += 32) row[e] = 0.0f;
+  __syncwarp();
+  for (std::int64_t t = std::int64_t{blockIdx.x} * warps + warp; t < b.num_tokens;
+       t += std::int64_t{gridDim.x} * warps) {
+    const SlotGradient slot = slot_gradient<Id>(b, t, lane);
+    if (slot.expert >= 0) row[slot.expert] = slot.value;
+    __syncwarp();
+    for (int i = lane; i < per_row; i += 32) {
+      float4 v = reinterpret_cast<const float4*>(row)[i];
+      if (out.addend != nullptr) {
+        const float4 addend = out.addend[t * per_row + i];
+        v = {v.x + addend.x, v.y + addend.y, v.z + addend.z, v.w + addend.w};
+      }
+      const FourTerms high = high_terms(v);
+      out.grad_logits[t * 2 * per_row + i] = high;
+      out.grad_logits[(t * 2 + 1) * per_row + i] = low_terms(v, high);
+      static_cast<FourTerms*>(out.share.values)[t * per_row + i] = high;
+    }
+    __syncwarp();
+    if (slot.expert >= 0) row[slot.expert] = 0.0f;
+    __syncwarp();
+  }
+  write_lists(out.share, b.num_tokens, std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x,
+              std::int64_t{gridDim.x} * blockDim.x);
 }
 
 template <class Id>
@@ -142,6 +196,39 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) weight_backward_kernel(Back
        t += std::int64_t{gridDim.x} * warps) {
     backward_token<Id>(b, t, threadIdx.x % 32, chosen + warp * ((b.scoring.num_experts + 31) / 32));
   }
+}
+
+bool has_slot_gradients(const ScoringParams& p) { return p.renormalizes && p.top_k <= 32; }
+
+bool aligned(const void* data) {
+  return reinterpret_cast<std::uintptr_t>(data) % alignof(float4) == 0;
+}
+
+// Enqueues dlogits + addend as terms, or returns false where the kernel does not fit.
+bool launch_terms(cudaStream_t stream, const RouteBackwardArgs& args, ConstTensorView addend,
+                  const GradientTerms& share) {
+  const std::int64_t num_tokens = args.logits.size(0), num_experts = args.logits.size(1);
+  const ScoringParams scoring = scoring_params(args.options, num_experts);
+  const std::size_t bytes = sizeof(float) * kMaxWarps * static_cast<std::size_t>(num_experts);
+  constexpr std::size_t kSharedBytes = 48 * 1024;  // without asking for more
+  if (num_tokens == 0 || num_experts % FourTerms::kCount != 0 || bytes > kSharedBytes ||
+      !has_slot_gradients(scoring) || !aligned(addend.data()) ||
+      !aligned(args.grad_logits.data())) {
+    return false;
+  }
+  const BackwardParams b{scoring,
+                         args.logits.as<float>(),
+                         args.topk_ids.data(),
+                         args.grad_topk_weights.as<float>(),
+                         nullptr,
+                         num_tokens};
+  const TermsParams out{static_cast<const float4*>(addend.data()),
+                        static_cast<FourTerms*>(args.grad_logits.data()), share};
+  const auto kernel = args.topk_ids.dtype() == DType::kInt64 ? topk_terms_kernel<std::int64_t>
+                                                             : topk_terms_kernel<std::int32_t>;
+  kernel<<<grid_stride_blocks(num_tokens, kMaxWarps), 32 * kMaxWarps, bytes, stream>>>(b, out);
+  check_launch("router's gradient");
+  return true;
 }
 
 // dL/d weight(t,e) as a matrix: the list is sorted by expert, the normalisation runs over tokens.
@@ -168,7 +255,7 @@ void launch_weight_backward(cudaStream_t stream, const ScoringParams& scoring, c
   const std::size_t bytes = sizeof(unsigned) * kMaxWarps * ((scoring.num_experts + 31) / 32);
   const unsigned blocks = grid_stride_blocks(b.num_tokens, kMaxWarps);
   const bool wide_ids = topk_ids.dtype() == DType::kInt64;
-  if (scoring.renormalizes && grad_weights != nullptr && scoring.top_k <= 32) {
+  if (grad_weights != nullptr && has_slot_gradients(scoring)) {
     const auto kernel =
         wide_ids ? topk_backward_kernel<std::int64_t> : topk_backward_kernel<std::int32_t>;
     kernel<<<blocks, 32 * kMaxWarps, 0, stream>>>(b);
@@ -184,6 +271,17 @@ void route_backward(const Context& context, const RouteBackwardArgs& args) {
   launch_weight_backward(stream_of(context), scoring_params(args.options, args.logits.size(1)),
                          args.logits.as<float>(), args.topk_ids, args.grad_topk_weights.as<float>(),
                          args.grad_logits.as<float>(), "route_backward");
+}
+
+void layer_grad_logits(cudaStream_t stream, ConstTensorView x, std::int64_t num_columns,
+                       void* share, const GradientTerms& terms, RouterShare& router) {
+  if (router.topk == nullptr || !products_take_terms(x, router.router_weight, num_columns, share) ||
+      !launch_terms(stream, *router.topk, router.addend, terms)) {
+    return router.compute_grad_logits();
+  }
+  const TensorView& values = router.topk->grad_logits;
+  router.grad_logits =
+      TensorView(values.data(), DType::kBFloat16, {values.size(0), kWeightTerms, values.size(1)});
 }
 
 void round_tokens_backward(const Context& context, const RoundTokensBackwardArgs& args) {
