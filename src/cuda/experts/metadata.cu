@@ -6,8 +6,10 @@
 #include <cuda_bf16.h>
 
 #include "core/integers.hpp"
+#include "cuda/dependent_launch.hpp"
 #include "cuda/experts/metadata.hpp"
 #include "cuda/launch_check.hpp"
+#include "cuda/ptx/pdl.cuh"
 
 namespace sonicmoe::cuda {
 namespace {
@@ -61,6 +63,7 @@ struct PairSource {
 // counts[block, e] = kept pairs of the block with expert e.
 __global__ void count_experts(PairSource source, std::int64_t num_pairs, std::int32_t* counts) {
   extern __shared__ std::int32_t histogram[];  // [E]
+  ptx::grid_launch_dependents();
   for (int e = threadIdx.x; e < source.num_experts; e += kThreads) histogram[e] = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < kBlockPairs; i += kThreads) {
@@ -79,6 +82,8 @@ __global__ void count_experts(PairSource source, std::int64_t num_pairs, std::in
 __global__ void __launch_bounds__(kScanThreads)
     scan_blocks(std::int32_t* counts, int num_blocks, int num_experts, std::int32_t* totals) {
   __shared__ std::int32_t sums[kScanWarps][32];
+  ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, e = blockIdx.x * 32 + lane;
   const int stretch = (num_blocks + kScanWarps - 1) / kScanWarps;
   const int first = warp * stretch, last = e < num_experts ? min(first + stretch, num_blocks) : 0;
@@ -271,6 +276,7 @@ __global__ void __launch_bounds__(kThreads)
     place_pairs(PairSource source, std::int64_t num_pairs, const std::int32_t* block_starts,
                 const std::int32_t* totals, Metadata m, RowTables tables) {
   extern __shared__ std::int32_t shared[];
+  ptx::grid_dependency_wait();
   const int E = source.num_experts, block = static_cast<int>(blockIdx.x) - table_blocks(E);
   const auto count = [totals](int e) { return totals[e]; };
   if (block < 0) {
@@ -452,11 +458,15 @@ void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& r
     count_experts<<<blocks, kThreads, counts, stream>>>(source, shape.num_pairs,
                                                         scratch.expert_counts);
   }
-  scan_blocks<<<static_cast<unsigned>(ceil_div(E, 32)), kScanThreads, 0, stream>>>(
-      scratch.expert_counts, static_cast<int>(blocks), E, scratch.expert_totals);
-  place_pairs<<<static_cast<unsigned>(table_blocks(E)) + blocks, kThreads, shared, stream>>>(
-      source, shape.num_pairs, scratch.expert_counts, scratch.expert_totals, m, tables);
   check_launch(cudaGetLastError(), "metadata", shape);
+  check_launch(
+      launch_dependent(scan_blocks, static_cast<unsigned>(ceil_div(E, 32)), kScanThreads, 0, stream,
+                       scratch.expert_counts, static_cast<int>(blocks), E, scratch.expert_totals),
+      "metadata", shape);
+  check_launch(launch_dependent(place_pairs, static_cast<unsigned>(table_blocks(E)) + blocks,
+                                kThreads, shared, stream, source, shape.num_pairs,
+                                scratch.expert_counts, scratch.expert_totals, m, tables),
+               "metadata", shape);
   if (shape.form == MoEShape::Form::kPairs) group_by_token(stream, shape, source, m, scratch);
 }
 
