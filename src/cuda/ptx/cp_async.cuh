@@ -6,19 +6,36 @@
 
 namespace sonicmoe::ptx {
 
+// Bytes around a missing 16 that L2 fetches from memory at once.
+enum class Fetch { k128, k256 };
+
 // Copies `source_bytes` (0..16) bytes and zero-fills the rest of the 16. Both addresses 16-byte
-// aligned; `source` must be a valid address even when source_bytes is 0. Bypasses L1 and asks L2 to
-// fetch the 128-byte line.
+// aligned; `source` must be a valid address even when source_bytes is 0. Bypasses L1.
+template <Fetch kFetch = Fetch::k128>
 SONICMOE_DEVICE void cp_async_16(uint32_t destination, const void* source, uint32_t source_bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination),
-               "l"(source), "r"(source_bytes)
-               : "memory");
+  if constexpr (kFetch == Fetch::k128) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination),
+                 "l"(source), "r"(source_bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(destination),
+                 "l"(source), "r"(source_bytes)
+                 : "memory");
+  }
 }
 
 // The same without the zero-fill operand: always 16 bytes.
+template <Fetch kFetch = Fetch::k128>
 SONICMOE_DEVICE void cp_async_16(uint32_t destination, const void* source) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(destination), "l"(source)
-               : "memory");
+  if constexpr (kFetch == Fetch::k128) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(destination),
+                 "l"(source)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(destination),
+                 "l"(source)
+                 : "memory");
+  }
 }
 
 // Closes this thread's group of copies since the last commit (possibly empty).

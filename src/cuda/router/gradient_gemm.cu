@@ -188,10 +188,12 @@ bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::
   const ExpertCall share_call = gemm_call(nullptr, 0, num_tokens, num_experts, d, 1, terms);
   terms.count = kWeightTerms;
   const ExpertCall weight_call = gemm_call(nullptr, 0, num_tokens, num_experts, d, 1, terms);
+  // The parts come out of the same workspace, aligned alike; no address of theirs is known yet.
+  auto* const parts = static_cast<float*>(share);
   return hopper::reason_against(share_call,
                                 share_args(router_weight, 0, num_columns, share, nullptr))
              .empty() &&
-         hopper::reason_against(weight_call, weight_args(x, num_experts, 1, nullptr)).empty();
+         hopper::reason_against(weight_call, weight_args(x, num_experts, 1, parts)).empty();
 }
 
 }  // namespace sonicmoe::cuda::router
