@@ -12,6 +12,7 @@ Figures per shape and system:
     rel_err                   worst relative RMS error of y, dx, dw1, dw2 against float64 on samples
 
 cublas-bmm is the dense, balanced product of the same FLOPs alone: no gather, activation or sum.
+torch-grouped_mm-compiled, on request, is the torch layer under torch.compile as a whole.
 
     python bench/bench_gpu.py --suite paper --output bench/results/h100-$(date +%F).json
 """
@@ -19,55 +20,28 @@ cublas-bmm is the dense, balanced product of the same FLOPs alone: no gather, ac
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
-import statistics
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_common import REPOSITORY, commit
+from gpu_common import (
+    BF16,
+    Call,
+    Problem,
+    busy_ms,
+    device_events,
+    memory,
+    new_record,
+    require_gpu,
+    rounded,
+    suite_entries,
+    wall_ms,
+    write_record,
+)
 
-BF16 = torch.bfloat16
-MIB = 2**20
 SAMPLED_TOKENS = 64
 SAMPLED_COLUMNS = 64
-
-Call = Callable[[], object]
-
-
-class Problem:
-    """Parameters and inputs of one shape, shared by all systems."""
-
-    def __init__(self, name: str, shape: tuple[int, int, int, int, int]) -> None:
-        self.name, self.shape = name, shape
-        tokens, d, n, experts, _ = shape
-        generator = torch.Generator("cuda").manual_seed(0)
-
-        def normal(*size: int, deviation: float = 1.0) -> torch.Tensor:
-            values = torch.empty(size, device="cuda", dtype=BF16)
-            values.normal_(0, deviation, generator=generator)
-            return values
-
-        self.x = normal(tokens, d).requires_grad_()
-        self.router = normal(experts, d, deviation=d**-0.5).requires_grad_()
-        self.w1 = normal(experts, 2 * n, d, deviation=d**-0.5).requires_grad_()
-        self.w2 = normal(experts, d, n, deviation=n**-0.5).requires_grad_()
-        self.grad = normal(tokens, d)
-
-    @property
-    def leaves(self) -> tuple[torch.Tensor, ...]:
-        return self.x, self.router, self.w1, self.w2
-
-    @property
-    def flops(self) -> float:
-        tokens, d, n, _, top_k = self.shape
-        return 6.0 * tokens * top_k * n * d
-
 
 # ----------------------------------------------------------------------------------------- systems
 
@@ -88,42 +62,69 @@ class SonicMoE:
         )[0]
 
 
+def swiglu(h: torch.Tensor) -> torch.Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def weighted_sum(y, weights, inverse, top_k: int) -> torch.Tensor:
+    """Undoes the sort, weighs the rows and sums a token's."""
+    rows = y.index_select(0, inverse).unflatten(0, (-1, top_k))
+    return (rows * weights.to(y.dtype).unsqueeze(-1)).sum(1)
+
+
+def grouped_experts(x, w1, w2, ids, weights, activate=swiglu, combine=weighted_sum) -> torch.Tensor:
+    """Sort, gather, two grouped GEMMs, SwiGLU, weigh, undo the sort, sum."""
+    experts, top_k = w1.shape[0], ids.shape[1]
+    flat = ids.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=x.device)
+    ends = torch.histc(flat.float(), experts, 0, experts - 1).cumsum(0).int()
+    # index_select, not indexing: its backward adds rows instead of sorting indices.
+    rows = x.index_select(0, order // top_k)
+    h = F.grouped_mm(rows, w1.transpose(1, 2), offs=ends)
+    y = F.grouped_mm(activate(h), w2.transpose(1, 2), offs=ends)
+    return combine(y, weights, inverse, top_k)
+
+
+def grouped_layer(
+    x, router, w1, w2, top_k: int, activate=swiglu, combine=weighted_sum
+) -> torch.Tensor:
+    values, ids = F.linear(x, router).float().topk(top_k, dim=-1)
+    return grouped_experts(x, w1, w2, ids, values.softmax(-1), activate, combine)
+
+
 class GroupedMM:
-    """Sort, gather, two grouped GEMMs, SwiGLU, weigh, undo the sort, sum; the pointwise parts
-    compiled by inductor."""
+    """torch's grouped_mm, eager but for the pointwise parts, which inductor compiles."""
 
     name = "torch-grouped_mm"
 
     def __init__(self) -> None:
-        self.activate = torch.compile(self._activate, dynamic=True)
-        self.combine = torch.compile(self._combine, dynamic=True)
-
-    @staticmethod
-    def _activate(h):
-        gate, up = h.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def _combine(y, weights, inverse, top_k: int):
-        rows = y.index_select(0, inverse).unflatten(0, (-1, top_k))
-        return (rows * weights.to(y.dtype).unsqueeze(-1)).sum(1)
+        self.pointwise = tuple(torch.compile(f, dynamic=True) for f in (swiglu, weighted_sum))
 
     def experts(self, p: Problem, ids, weights) -> torch.Tensor:
-        experts, top_k = p.shape[3], p.shape[4]
-        flat = ids.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel(), device="cuda")
-        ends = torch.histc(flat.float(), experts, 0, experts - 1).cumsum(0).int()
-        # index_select, not indexing: its backward adds rows instead of sorting indices.
-        rows = p.x.index_select(0, order // top_k)
-        h = F.grouped_mm(rows, p.w1.transpose(1, 2), offs=ends)
-        y = F.grouped_mm(self.activate(h), p.w2.transpose(1, 2), offs=ends)
-        return self.combine(y, weights, inverse, top_k)
+        return grouped_experts(p.x, p.w1, p.w2, ids, weights, *self.pointwise)
 
     def layer(self, p: Problem) -> torch.Tensor:
-        values, ids = F.linear(p.x, p.router).float().topk(p.shape[4], dim=-1)
-        return self.experts(p, ids, values.softmax(-1))
+        return grouped_layer(p.x, p.router, p.w1, p.w2, p.shape[4], *self.pointwise)
+
+
+class CompiledGroupedMM:
+    """The same layer under torch.compile as a whole, anew for every shape."""
+
+    name = "torch-grouped_mm-compiled"
+
+    def __init__(self) -> None:
+        torch._dynamo.config.recompile_limit = 64  # past it torch would silently run eagerly
+        self._experts = torch.compile(grouped_experts, dynamic=False)
+        self._layer = torch.compile(grouped_layer, dynamic=False)
+
+    def experts(self, p: Problem, ids, weights) -> torch.Tensor:
+        return self._experts(p.x, p.w1, p.w2, ids, weights)
+
+    def layer(self, p: Problem) -> torch.Tensor:
+        return self._layer(p.x, p.router, p.w1, p.w2, p.shape[4])
 
 
 class Cublas:
@@ -154,38 +155,16 @@ class Cublas:
         torch.bmm(self.h.mT, self.x)
 
 
+SYSTEMS = {
+    "sonicmoe": SonicMoE,
+    "torch-grouped_mm": GroupedMM,
+    "torch-grouped_mm-compiled": CompiledGroupedMM,
+    "cublas-bmm": lambda: "cublas-bmm",
+}
+DEFAULT_SYSTEMS = ("sonicmoe", "torch-grouped_mm", "cublas-bmm")
+
+
 # ------------------------------------------------------------------------------------- measurement
-
-
-def wall_ms(call: Call, seconds: float) -> float:
-    """Median of the time from one call's start to the next's on the stream, back to back."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    count = min(200, max(5, int(seconds / max(time.perf_counter() - begin, 1e-6))))
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
-
-
-def device_events(call: Call, repeats: int) -> list:
-    """Kernels, copies and fills of `repeats` calls."""
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    events = profiler.events()
-    return [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
 
 
 def print_kernels(title: str, call: Call, repeats: int = 5) -> None:
@@ -196,16 +175,6 @@ def print_kernels(title: str, call: Call, repeats: int = 5) -> None:
     print(f"{title}: us per call, launches per call, kernel")
     for name, spans in sorted(totals.items(), key=lambda item: -sum(item[1])):
         print(f"{sum(spans) / repeats:10.1f} {len(spans) / repeats:6.1f}  {name[:110]}")
-
-
-def busy_ms(call: Call, repeats: int = 5) -> float:
-    """Union of the intervals of kernels, copies and fills, per call."""
-    spans = sorted((e.time_range.start, e.time_range.end) for e in device_events(call, repeats))
-    busy, reached = 0.0, float("-inf")
-    for start, end in spans:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return busy / repeats / 1e3
 
 
 def graph_ms(call: Call, repeats: int = 20) -> float:
@@ -220,26 +189,7 @@ def graph_ms(call: Call, repeats: int = 20) -> float:
     return wall_ms(graph.replay, repeats * 1e-2)
 
 
-def memory(p: Problem, layer: Callable[[Problem], torch.Tensor]) -> dict[str, float]:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    y = layer(p)
-    kept = torch.cuda.memory_allocated() - before
-    peak_forward = torch.cuda.max_memory_allocated() - before
-    torch.cuda.reset_peak_memory_stats()
-    grads = torch.autograd.grad(y, p.leaves, p.grad)
-    peak_backward = torch.cuda.max_memory_allocated() - before
-    outputs = sum(g.nbytes for g in grads)
-    return {
-        "kept_mib": kept / MIB,
-        "peak_fwd_mib": peak_forward / MIB,
-        # The gradients themselves are results, not memory of a system.
-        "peak_bwd_mib": (peak_backward - outputs) / MIB,
-    }
-
-
-def measure(p: Problem, system: SonicMoE | GroupedMM, seconds: float) -> dict:
+def measure(p: Problem, system, seconds: float) -> dict:
     def forward() -> torch.Tensor:
         return system.layer(p)
 
@@ -359,21 +309,19 @@ def bench_problem(p: Problem, systems: list, arguments: argparse.Namespace) -> l
         try:
             figures = figures_of(p, system, oracle, routing, arguments.seconds)
         except torch.cuda.OutOfMemoryError:
-            print(f"{p.name:14}{name:18}out of memory", flush=True)
+            print(f"{p.name:14}{name:26}out of memory", flush=True)
             figures = {"out_of_memory": True}
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{p.name:14}{name}: torch.compile failed, no figures: {reason}", flush=True)
+            figures = {"compile_error": reason}
         t, d, n, e, k = p.shape
         head = {"shape": p.name, "T": t, "d": d, "n": n, "E": e, "K": k, "system": name}
-        rows.append(head | {key: _rounded(value) for key, value in figures.items()})
+        rows.append(head | {key: rounded(value) for key, value in figures.items()})
         if "fwd_ms" in figures:
             print(describe(p, rows[-1]), flush=True)
         torch.cuda.empty_cache()
     return rows
-
-
-def _rounded(value):
-    if isinstance(value, dict):
-        return {key: _rounded(v) for key, v in value.items()}
-    return value if isinstance(value, bool) else float(f"{value:.4g}")
 
 
 def describe(p: Problem, row: dict) -> str:
@@ -384,7 +332,7 @@ def describe(p: Problem, row: dict) -> str:
         label = prefix.rstrip("_") or "wall"
         return f"{label} {p.flops / forward / 1e9:.0f}/{2 * p.flops / backward / 1e9:.0f}  "
 
-    text = f"{p.name:14}{row['system']:18}" + rates("") + rates("busy_") + rates("graph_")
+    text = f"{p.name:14}{row['system']:26}" + rates("") + rates("busy_") + rates("graph_")
     if "kept_mib" in row:
         text += f"kept {row['kept_mib']:.0f} peak {row['peak_fwd_mib']:.0f}/"
         text += f"{row['peak_bwd_mib']:.0f} MiB  first {row['first_call_s']:.2f} s"
@@ -397,7 +345,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", action="append", help="suites of bench/problems.json (paper)")
     parser.add_argument("--problem", action="append", help="only problems of this name")
-    parser.add_argument("--system", action="append", help="sonicmoe, torch-grouped_mm, cublas-bmm")
+    parser.add_argument(
+        "--system",
+        action="append",
+        choices=SYSTEMS,
+        help=f"default: {', '.join(DEFAULT_SYSTEMS)}",
+    )
     parser.add_argument("--seconds", type=float, default=0.3, help="per timed figure")
     parser.add_argument("--kernels", action="store_true", help="print sonicmoe's kernels instead")
     parser.add_argument("--no-check", action="store_true", help="skip the float64 samples")
@@ -407,37 +360,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_gpu.py: torch sees no GPU here")
-    suites = json.loads((REPOSITORY / "bench" / "problems.json").read_text())["suites"]
-    entries = [e for s in arguments.suite or ["paper"] for e in suites[s]["problems"]]
-    if arguments.problem:
-        entries = [entry for entry in entries if entry["name"] in arguments.problem]
-    known = {
-        "sonicmoe": SonicMoE,
-        "torch-grouped_mm": GroupedMM,
-        "cublas-bmm": lambda: "cublas-bmm",
-    }
-    systems = [known[name]() for name in arguments.system or known]
-    torch.ones(8, 8, device="cuda", dtype=BF16) @ torch.ones(8, 8, device="cuda", dtype=BF16)
-    torch.ones(1, requires_grad=True).backward(torch.ones(1))  # torch's own first backward: sympy
+    require_gpu()
+    entries = suite_entries(arguments.suite or ["paper"], arguments.problem)
+    systems = [SYSTEMS[name]() for name in arguments.system or DEFAULT_SYSTEMS]
     begin = time.perf_counter()
-    import sonicmoe_cpp
+    import sonicmoe_cpp  # noqa: F401  (timed)
 
-    record = {
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "sonicmoe_cpp": sonicmoe_cpp.__version__,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "python": platform.python_version(),
-        },
-        "command": shlex.join(["python", *sys.argv]),
-        "import_s": _rounded(time.perf_counter() - begin),
-        "rows": [],
-    }
+    record = new_record(import_s=rounded(time.perf_counter() - begin))
     print(f"{record['device']}, torch {torch.__version__}; model TFLOP/s forward/backward")
     for entry in entries:
         problem = Problem(entry["name"], tuple(entry["shape"]))
@@ -450,8 +379,7 @@ def main() -> int:
             )
             continue
         record["rows"] += bench_problem(problem, systems, arguments)
-        if arguments.output:
-            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(record, arguments.output)
         del problem
     return 0
 

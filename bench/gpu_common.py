@@ -1,0 +1,222 @@
+"""What the GPU benchmarks share: one layer's tensors, timers, memory, the JSON record."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench_common import REPOSITORY, commit
+
+BF16 = torch.bfloat16
+MIB = 2**20
+
+Call = Callable[[], object]
+
+
+class Problem:
+    """Parameters and inputs of one shape, shared by all systems."""
+
+    def __init__(self, name: str, shape: tuple[int, int, int, int, int]) -> None:
+        self.name, self.shape = name, shape
+        tokens, d, n, experts, _ = shape
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def normal(*size: int, deviation: float = 1.0) -> torch.Tensor:
+            values = torch.empty(size, device="cuda", dtype=BF16)
+            values.normal_(0, deviation, generator=generator)
+            return values
+
+        self.x = normal(tokens, d).requires_grad_()
+        self.router = normal(experts, d, deviation=d**-0.5).requires_grad_()
+        self.w1 = normal(experts, 2 * n, d, deviation=d**-0.5).requires_grad_()
+        self.w2 = normal(experts, d, n, deviation=n**-0.5).requires_grad_()
+        self.grad = normal(tokens, d)
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        return self.x, self.router, self.w1, self.w2
+
+    @property
+    def flops(self) -> float:
+        tokens, d, n, _, top_k = self.shape
+        return 6.0 * tokens * top_k * n * d
+
+
+# ------------------------------------------------------------------------------------- measurement
+
+
+def warm_seconds(call: Call) -> float:
+    """Seconds of one call after three that warm up."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return max(time.perf_counter() - begin, 1e-6)
+
+
+def wall_ms(call: Call, seconds: float) -> float:
+    """Median of the time from one call's start to the next's on the stream, back to back."""
+    count = min(200, max(5, int(seconds / warm_seconds(call))))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+
+
+def batch_ms(call: Call, count: int) -> float:
+    """Milliseconds per call of `count` calls back to back, after one that is not counted."""
+    call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / count
+
+
+def in_turns_ms(calls: dict[str, Call], seconds: float, rounds: int = 5) -> dict[str, float]:
+    """Milliseconds of each call: median of `rounds` batches. The calls take turns, so that drifting
+    clocks meet all of them; `seconds` is what each gets in all."""
+    counts = {
+        name: min(100, max(1, round(seconds / rounds / warm_seconds(call))))
+        for name, call in calls.items()
+    }
+    batches: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            batches[name].append(batch_ms(call, counts[name]))
+    return {name: statistics.median(values) for name, values in batches.items()}
+
+
+def forward_backward_ms(
+    layers: dict[str, Callable[[], torch.Tensor]],
+    leaves: tuple[torch.Tensor, ...],
+    grad: torch.Tensor,
+    seconds: float,
+) -> dict[str, dict[str, float]]:
+    """fwd_ms and bwd_ms (both minus forward) of layers that take turns."""
+    calls: dict[str, Call] = {}
+    for name, layer in layers.items():
+        calls[f"{name} forward"] = layer
+        calls[f"{name} both"] = lambda run=layer: torch.autograd.grad(run(), leaves, grad)
+    times = in_turns_ms(calls, seconds)
+    return {
+        name: {
+            "fwd_ms": times[f"{name} forward"],
+            "bwd_ms": times[f"{name} both"] - times[f"{name} forward"],
+        }
+        for name in layers
+    }
+
+
+def device_events(call: Call, repeats: int) -> list:
+    """Kernels, copies and fills of `repeats` calls."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    events = profiler.events()
+    return [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def busy_us(call: Call, repeats: int = 5) -> dict[str, float]:
+    """Microseconds per call by kernel, copy and fill; where two overlap, the earlier has the time.
+    The sum is the union of their intervals."""
+    totals: dict[str, float] = {}
+    reached = float("-inf")
+    for event in sorted(device_events(call, repeats), key=lambda e: e.time_range.start):
+        start, end = max(event.time_range.start, reached), event.time_range.end
+        totals[event.name] = totals.get(event.name, 0.0) + max(0.0, end - start) / repeats
+        reached = max(reached, end)
+    return totals
+
+
+def busy_ms(call: Call) -> float:
+    """Union of the intervals of kernels, copies and fills, per call."""
+    return sum(busy_us(call).values()) / 1e3
+
+
+def memory(p: Problem, layer: Callable[[Problem], torch.Tensor]) -> dict[str, float]:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = layer(p)
+    kept = torch.cuda.memory_allocated() - before
+    peak_forward = torch.cuda.max_memory_allocated() - before
+    torch.cuda.reset_peak_memory_stats()
+    grads = torch.autograd.grad(y, p.leaves, p.grad)
+    peak_backward = torch.cuda.max_memory_allocated() - before
+    outputs = sum(g.nbytes for g in grads)
+    return {
+        "kept_mib": kept / MIB,
+        "peak_fwd_mib": peak_forward / MIB,
+        # The gradients themselves are results, not memory of a system.
+        "peak_bwd_mib": (peak_backward - outputs) / MIB,
+    }
+
+
+# ------------------------------------------------------------------------------- input and output
+
+
+def suite_entries(suites: list[str], names: list[str] | None = None) -> list[dict]:
+    """Problems of these suites of bench/problems.json, of these names only if any are given."""
+    known = json.loads((REPOSITORY / "bench" / "problems.json").read_text())["suites"]
+    entries = [entry for suite in suites for entry in known[suite]["problems"]]
+    return [entry for entry in entries if not names or entry["name"] in names]
+
+
+def require_gpu() -> None:
+    """Ends the program where there is none; else brings up cuBLAS and torch's autograd."""
+    if not torch.cuda.is_available():
+        raise SystemExit(f"{Path(sys.argv[0]).name}: torch sees no GPU here")
+    torch.ones(8, 8, device="cuda", dtype=BF16) @ torch.ones(8, 8, device="cuda", dtype=BF16)
+    torch.ones(1, requires_grad=True).backward(torch.ones(1))  # torch's own first backward: sympy
+
+
+def new_record(**more) -> dict:
+    """A JSON record that says what is measured, where and how to repeat it; its rows are empty."""
+    import sonicmoe_cpp
+
+    return {
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "sonicmoe_cpp": sonicmoe_cpp.__version__,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+        },
+        "command": shlex.join(["python", *sys.argv]),
+        **more,
+        "rows": [],
+    }
+
+
+def write_record(record: dict, path: Path | None) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def rounded(value):
+    """Floats of 4 significant digits, in nested dictionaries too."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
