@@ -315,8 +315,7 @@ def bench_problem(p: Problem, systems: list, arguments: argparse.Namespace) -> l
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{p.name:14}{name}: torch.compile failed, no figures: {reason}", flush=True)
             figures = {"compile_error": reason}
-        t, d, n, e, k = p.shape
-        head = {"shape": p.name, "T": t, "d": d, "n": n, "E": e, "K": k, "system": name}
+        head = {"shape": p.name, **p.sizes, "system": name}
         rows.append(head | {key: rounded(value) for key, value in figures.items()})
         if "fwd_ms" in figures:
             print(describe(p, rows[-1]), flush=True)

@@ -8,7 +8,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import torch
@@ -42,6 +42,10 @@ class Problem:
     @property
     def leaves(self) -> tuple[torch.Tensor, ...]:
         return self.x, self.router, self.w1, self.w2
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(zip(("T", "d", "n", "E", "K"), self.shape, strict=True))
 
     @property
     def flops(self) -> float:
@@ -87,39 +91,20 @@ def batch_ms(call: Call, count: int) -> float:
     return begin.elapsed_time(end) / count
 
 
-def in_turns_ms(calls: dict[str, Call], seconds: float, rounds: int = 5) -> dict[str, float]:
+def in_turns_ms(
+    calls: dict[Hashable, Call], seconds: float, rounds: int = 5
+) -> dict[Hashable, float]:
     """Milliseconds of each call: median of `rounds` batches. The calls take turns, so that drifting
     clocks meet all of them; `seconds` is what each gets in all."""
     counts = {
-        name: min(100, max(1, round(seconds / rounds / warm_seconds(call))))
-        for name, call in calls.items()
+        key: min(100, max(1, round(seconds / rounds / warm_seconds(call))))
+        for key, call in calls.items()
     }
-    batches: dict[str, list[float]] = {name: [] for name in calls}
+    batches: dict[Hashable, list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
-        for name, call in calls.items():
-            batches[name].append(batch_ms(call, counts[name]))
-    return {name: statistics.median(values) for name, values in batches.items()}
-
-
-def forward_backward_ms(
-    layers: dict[str, Callable[[], torch.Tensor]],
-    leaves: tuple[torch.Tensor, ...],
-    grad: torch.Tensor,
-    seconds: float,
-) -> dict[str, dict[str, float]]:
-    """fwd_ms and bwd_ms (both minus forward) of layers that take turns."""
-    calls: dict[str, Call] = {}
-    for name, layer in layers.items():
-        calls[f"{name} forward"] = layer
-        calls[f"{name} both"] = lambda run=layer: torch.autograd.grad(run(), leaves, grad)
-    times = in_turns_ms(calls, seconds)
-    return {
-        name: {
-            "fwd_ms": times[f"{name} forward"],
-            "bwd_ms": times[f"{name} both"] - times[f"{name} forward"],
-        }
-        for name in layers
-    }
+        for key, call in calls.items():
+            batches[key].append(batch_ms(call, counts[key]))
+    return {key: statistics.median(values) for key, values in batches.items()}
 
 
 def device_events(call: Call, repeats: int) -> list:
