@@ -57,8 +57,10 @@ sanitize: setup
 	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS)
 	OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=$(CURDIR)/tests/tsan.supp ctest --preset tsan -j $(JOBS)
 
+# Times the CPU; the GPU's pictures are drawn from the records in bench/results.
 bench: build
 	$(PY) bench/bench_cpu.py $(ARGS)
+	$(PY) bench/plot_gpu.py
 
 format: setup
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i

@@ -4,7 +4,8 @@
 #   scripts/gpu.sh experiments [name...]  run them (building what is missing), each under a time limit
 #   scripts/gpu.sh test                   all tests that need the GPU: library, router, Python package
 #   scripts/gpu.sh bench [args...]        bench/bench_gpu.py: this library, torch grouped_mm, cuBLAS
-# test and bench use the binaries of `make build` (or of SONICMOE_BUILD, another build directory).
+#   scripts/gpu.sh cases [args...]        bench/bench_gpu_cases.py: limits, skew, rounding, routing
+# test, bench and cases use the binaries of `make build` (or of SONICMOE_BUILD, another build directory).
 # Output goes to $OUT if set, else build-cuda/out: one log per program and rows.jsonl, a JSON object
 # per measured row.
 set -u -o pipefail
@@ -119,9 +120,10 @@ case "${1:-}" in
   build) shift; build "$@" ;;
   experiments) shift; run_experiments "$@" ;;
   test) run_tests ;;
-  bench)
+  bench|cases)
+    [ "$1" = cases ] && script=bench_gpu_cases.py || script=bench_gpu.py
     shift
-    python=$(find_python) && PYTHONPATH=bindings/torch "$python" bench/bench_gpu.py "$@"
+    python=$(find_python) && PYTHONPATH=bindings/torch "$python" "bench/$script" "$@"
     ;;
-  *) sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
+  *) sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
 esac

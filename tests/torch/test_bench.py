@@ -126,3 +126,25 @@ def test_arguments():
     assert cases.parse_arguments(["--case", "skew", "--case", "limit"]).case == ["skew", "limit"]
     with pytest.raises(SystemExit):
         cases.parse_arguments(["--case", "other"])
+
+
+def test_plots_take_the_newest_record_and_the_better_of_wall_and_busy():
+    pytest.importorskip("matplotlib")
+    import plot_gpu
+
+    row = {"T": 1000, "d": 10, "n": 10, "E": 4, "K": 1, "fwd_ms": 1.0, "bwd_ms": 4.0}
+    old, new = (
+        {"date": date, "rows": [row | {"shape": "a", "system": "sonicmoe"}]} for date in "12"
+    )
+    undated = {"rows": [{}]}
+    assert plot_gpu.newest([new, undated, old], "system", "sonicmoe") is new
+    assert plot_gpu.newest([new, undated], "case", "limit") is None
+    anchors = {
+        "rows": [
+            {"shape": "a", "system": "peer", "wall": [100, 700], "busy": [400, 400]},
+            {"shape": "b", "system": "peer", "wall": [1, 1]},
+        ]
+    }
+    assert plot_gpu.speeds(new, anchors) == {
+        "a": {"sonicmoe": pytest.approx((6e-4, 3e-4)), "peer": (400, 400)}
+    }

@@ -1,0 +1,155 @@
+"""Draws docs/images/bench-h100.png and workspace-limit.png from the newest records of
+bench/results/h100-*.json that hold such rows. Needs no GPU.
+
+Speeds are model TFLOP/s (6*T*K*n*d FLOPs forward, twice that backward). Ours and torch's are wall
+time; systems of anchors-h100.json, timed on another H100, show the better of wall and busy time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+from bench_common import REPOSITORY
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+RESULTS = REPOSITORY / "bench" / "results"
+IMAGES = REPOSITORY / "docs" / "images"
+CEILING = "cublas-bmm"
+BARS = {  # system: label, colour; * marks those of anchors-h100.json
+    "sonicmoe": ("sonicmoe", "tab:blue"),
+    "sonic-moe": ("sonic-moe 0.1.2 (official)*", "tab:orange"),
+    "ScatterMoE": ("ScatterMoE*", "tab:green"),
+    "MoMoE": ("MoMoE*", "tab:purple"),
+    "torch-grouped_mm-compiled": ("torch grouped_mm, all compiled", "dimgray"),
+    "torch-grouped_mm": ("torch grouped_mm", "silver"),
+}
+
+Speed = tuple[float, float]  # model TFLOP/s forward and backward
+
+
+def newest(records: list[dict], key: str, value: str) -> dict | None:
+    """The latest record with a row whose `key` is `value`."""
+    fitting = [
+        r for r in records if "date" in r and any(row.get(key) == value for row in r["rows"])
+    ]
+    return max(fitting, key=lambda r: r["date"], default=None)
+
+
+def measured_speed(row: dict) -> Speed:
+    flops = 6.0 * row["T"] * row["K"] * row["n"] * row["d"]
+    return flops / row["fwd_ms"] / 1e9, 2 * flops / row["bwd_ms"] / 1e9
+
+
+def anchored_speed(row: dict) -> Speed:
+    """Of wall and busy the pair that takes less time for forward and backward together."""
+    pairs = [tuple(row[kind]) for kind in ("wall", "busy") if kind in row]
+    return min(pairs, key=lambda pair: 1 / pair[0] + 2 / pair[1])
+
+
+def speeds(record: dict, anchors: dict) -> dict[str, dict[str, Speed]]:
+    """Speeds by shape and system; the record's shapes, in its order."""
+    table: dict[str, dict[str, Speed]] = {}
+    for row in record["rows"]:
+        if "fwd_ms" in row:
+            table.setdefault(row["shape"], {})[row["system"]] = measured_speed(row)
+    for row in anchors["rows"]:
+        if row["shape"] in table:
+            table[row["shape"]][row["system"]] = anchored_speed(row)
+    return table
+
+
+def draw_group(axes, place: int, systems: dict[str, Speed], direction: int, width: float) -> None:
+    """The bars of one shape side by side, and a line for the ceiling."""
+    shown = [system for system in BARS if system in systems]
+    for i, system in enumerate(shown):
+        x = place + (i - (len(shown) - 1) / 2) * width
+        height = systems[system][direction]
+        axes.bar(x, height, width, color=BARS[system][1])
+        if system == "sonicmoe":
+            axes.text(x, height - 12, f"{height:.0f}", color="white", fontsize=7,
+                      rotation=90, ha="center", va="top")  # fmt: skip
+    if CEILING in systems:
+        half = max(len(shown), 3) * width / 2 + 0.03
+        axes.hlines(systems[CEILING][direction], place - half, place + half, color="black", lw=1.5)
+
+
+def plot_speeds(record: dict, anchors: dict, path: Path) -> None:
+    table = speeds(record, anchors)
+    present = {system for systems in table.values() for system in systems}
+    shown = {system: style for system, style in BARS.items() if system in present}
+    figure, panels = plt.subplots(2, 1, figsize=(14, 8), sharex=True, layout="constrained")
+    for direction, (axes, title) in enumerate(zip(panels, ("forward", "backward"), strict=True)):
+        for place, systems in enumerate(table.values()):
+            draw_group(axes, place, systems, direction, width=0.86 / len(shown))
+        axes.set_ylabel(f"{title}, model TFLOP/s")
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.set_xlim(-0.6, len(table) - 0.4)
+    panels[1].set_xticks(range(len(table)), table, rotation=30, ha="right")
+    handles = [
+        plt.Rectangle((0, 0), 1, 1, color=color, label=label) for label, color in shown.values()
+    ]
+    handles.append(plt.Line2D([], [], color="black", label="cuBLAS bmm, the GEMMs alone"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.supxlabel(
+        f"{record['device']}, torch {record['versions']['torch']}, {record['date'][:10]}; wall time."
+        f"  * {anchors['source']}: the better of wall and busy time; no bar: not measured.",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=110)
+
+
+def plot_limits(record: dict, path: Path) -> None:
+    """Milliseconds of forward and backward under every limit that they accept."""
+    rows = [row for row in record["rows"] if row["case"] == "limit"]
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for part, label, color in (
+        ("fwd", "forward", "tab:blue"),
+        ("bwd", "backward", "tab:orange"),
+    ):
+        points = [row for row in rows if f"{part}_ms" in row]
+        free = next(row for row in points if row["limit_mib"] is None)
+        limited = [row for row in points if row["limit_mib"] is not None]
+        axes.plot([row["limit_mib"] / 1024 for row in limited],
+                  [row[f"{part}_ms"] for row in limited], "o-", color=color, label=label)  # fmt: skip
+        axes.axhline(free[f"{part}_ms"], color=color, ls="--", lw=1)
+        text = f"no limit: {free[f'{part}_ms']:.1f} ms, {free[f'peak_{part}_mib'] / 1024:.2f} GiB"
+        axes.annotate(text, (1.0, free[f"{part}_ms"]), xycoords=("axes fraction", "data"),
+                      xytext=(-6, -4), textcoords="offset points", ha="right", va="top",
+                      fontsize=8, color=color)  # fmt: skip
+    axes.set_xscale("log", base=2)
+    limits = {row["limit_mib"] for row in rows if row["limit_mib"] is not None}
+    axes.set_xticks(sorted(limit / 1024 for limit in limits if limit % 256 == 0))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("workspace_limit, GiB")
+    axes.set_ylabel("ms")
+    axes.set_title(f"{rows[0]['shape']} on {record['device']}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Draws the GPU records of bench/results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the pictures")
+    arguments = parser.parse_args()
+    records = [json.loads(path.read_text()) for path in arguments.results.glob("h100-*.json")]
+    anchors = json.loads((RESULTS / "anchors-h100.json").read_text())
+    arguments.images.mkdir(parents=True, exist_ok=True)
+    if layer := newest(records, "system", "sonicmoe"):
+        plot_speeds(layer, anchors, arguments.images / "bench-h100.png")
+    if cases := newest(records, "case", "limit"):
+        plot_limits(cases, arguments.images / "workspace-limit.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
