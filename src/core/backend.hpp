@@ -19,8 +19,9 @@ namespace sonicmoe {
 /// The router's part of a fused layer backward: dX += grad_logits Wr, in the same float32 sum and
 /// with the same single rounding as the experts' rows.
 struct RouterShare {
-  /// Computes grad_logits from grad_routing_weights. The backend calls it exactly once, after it
-  /// has produced (or, on a stream, enqueued) all of grad_routing_weights and before it sums dX.
+  /// Computes grad_logits from grad_routing_weights. The backend calls it once, after it has
+  /// produced (or, on a stream, enqueued) all of grad_routing_weights and before it sums dX, unless
+  /// it does the same at that point by itself (`topk`).
   std::function<void()> compute_grad_logits;
   /// What it does for top-K routing, so that a backend may do it in another way instead:
   /// route_backward(*topk), then grad_logits += addend where there is one. Null for token rounding.
@@ -94,7 +95,7 @@ class Backend {
                              TensorView workspace) const = 0;
   /// grad_weight [E, d] = grad_logits^T x, grad_bias [E] = column sums; either may be absent;
   /// overwritten, or added to with `accumulate`. grad_logits [T, E] is float32, or what
-  /// moe_backward() left in RouterShare.
+  /// moe_backward() left in RouterShare (on CUDA 16 bits of each value).
   virtual void router_logits_backward(const Context& context, ConstTensorView x,
                                       ConstTensorView grad_logits, TensorView grad_weight,
                                       TensorView grad_bias, bool accumulate,

@@ -22,7 +22,8 @@ constexpr int kScanThreads = 1024;
 constexpr int kScanWarps = kScanThreads / 32;
 constexpr int kRankLanes = 8;                         // threads that rank one expert
 constexpr int kTableExperts = kThreads / kRankLanes;  // of one CTA
-constexpr std::size_t kReadAhead = 256;               // shared bytes: loads ahead of a loop's end
+// Shared bytes behind the counts: the compiler reads them ahead of its loop, past their end.
+constexpr std::size_t kReadAhead = 256;
 
 unsigned block_count(std::int64_t num_pairs) {
   return static_cast<unsigned>(ceil_div(num_pairs, kBlockPairs));
@@ -459,6 +460,7 @@ void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& r
                                                         scratch.expert_counts);
   }
   check_launch(cudaGetLastError(), "metadata", shape);
+  // Without blocks this waits for whatever kernel the caller ran, which is as good.
   check_launch(
       launch_dependent(scan_blocks, static_cast<unsigned>(ceil_div(E, 32)), kScanThreads, 0, stream,
                        scratch.expert_counts, static_cast<int>(blocks), E, scratch.expert_totals),

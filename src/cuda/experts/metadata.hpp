@@ -31,6 +31,7 @@ RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape);
 /// build_metadata(), places past the last row -1. Offsets of sorted rows are clamped to
 /// non-decreasing ends within 0..P. Deterministic: counts and ranks; only the pairs that a
 /// list gives to one token are sorted. Fills `tables` too, but row_weight for sorted rows alone.
+/// Limit: 36 bytes of a CTA's shared memory an expert (6446 experts); more are refused.
 void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
                     const Metadata& metadata, const MetadataScratch& scratch,
                     const RowTables& tables);

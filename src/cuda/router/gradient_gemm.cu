@@ -86,7 +86,7 @@ InputGradientArgs share_args(ConstTensorView router_weight, std::int64_t first_c
           .out = {out, num_columns}};
 }
 
-// Without the terms, grad_h.
+// grad_h, the terms, is left for the caller to set.
 UpWeightGradientArgs weight_args(ConstTensorView x, std::int64_t num_experts,
                                  std::int64_t num_slices, float* parts) {
   return {.x = {const_cast<void*>(x.data()), x.stride(0)},

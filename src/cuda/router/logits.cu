@@ -2,9 +2,9 @@
 //   logits [T, E] = x Wrᵀ + bias          tensor cores for bf16, else float32
 //   dWr [E, d] = dlogitsᵀ x, db = sums    split over T, the parts added in order
 //   dX share [T, d] = dlogits Wr
-// The gradients' float32 operand is dlogits. With a bf16 one beside it they run on the grouped
-// GEMMs (gradient_gemm.hpp) where those fit, else on the tensor cores in two or three terms
-// (split_gemm.cuh); with a float32 one, in float32.
+// dlogits is float32, or two bf16 terms already. With a bf16 operand beside it the products run on
+// the grouped GEMMs (gradient_gemm.hpp) where those fit, else on the tensor cores in two or three
+// terms (split_gemm.cuh); with a float32 one, in float32.
 #include <type_traits>
 
 #include "core/workspace.hpp"

@@ -115,7 +115,7 @@ struct SlotGradient {
   float value;
 };
 
-// Of slot `lane`.
+// The gradient of the token's slot number `lane`.
 template <class Id>
 __device__ SlotGradient slot_gradient(const BackwardParams& b, std::int64_t t, int lane) {
   const ScoringParams& p = b.scoring;
@@ -204,16 +204,16 @@ bool aligned(const void* data) {
   return reinterpret_cast<std::uintptr_t>(data) % alignof(float4) == 0;
 }
 
-// Enqueues dlogits + addend as terms, or returns false where the kernel does not fit.
+// Enqueues dlogits + addend as terms, or returns false where the kernel does not fit. The products
+// take terms: E is a multiple of eight.
 bool launch_terms(cudaStream_t stream, const RouteBackwardArgs& args, ConstTensorView addend,
                   const GradientTerms& share) {
   const std::int64_t num_tokens = args.logits.size(0), num_experts = args.logits.size(1);
   const ScoringParams scoring = scoring_params(args.options, num_experts);
   const std::size_t bytes = sizeof(float) * kMaxWarps * static_cast<std::size_t>(num_experts);
   constexpr std::size_t kSharedBytes = 48 * 1024;  // without asking for more
-  if (num_tokens == 0 || num_experts % FourTerms::kCount != 0 || bytes > kSharedBytes ||
-      !has_slot_gradients(scoring) || !aligned(addend.data()) ||
-      !aligned(args.grad_logits.data())) {
+  if (num_tokens == 0 || bytes > kSharedBytes || !has_slot_gradients(scoring) ||
+      !aligned(addend.data())) {
     return false;
   }
   const BackwardParams b{scoring,
