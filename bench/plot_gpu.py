@@ -120,7 +120,7 @@ def plot_limits(record: dict, path: Path) -> None:
         axes.axhline(free[f"{part}_ms"], color=color, ls="--", lw=1)
         text = f"no limit: {free[f'{part}_ms']:.1f} ms, {free[f'peak_{part}_mib'] / 1024:.2f} GiB"
         axes.annotate(text, (1.0, free[f"{part}_ms"]), xycoords=("axes fraction", "data"),
-                      xytext=(-6, -4), textcoords="offset points", ha="right", va="top",
+                      xytext=(-6, 8), textcoords="offset points", ha="right", va="bottom",
                       fontsize=8, color=color)  # fmt: skip
     axes.set_xscale("log", base=2)
     limits = {row["limit_mib"] for row in rows if row["limit_mib"] is not None}
