@@ -4,6 +4,7 @@
 #include <string>
 #include <tuple>
 
+#include "kept_memory.hpp"
 #include "ops.hpp"
 #include "options.hpp"
 
@@ -109,7 +110,7 @@ moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTe
   const Tensor pair_weights = rounding ? new_tensor(x, {listed}, ScalarType::Float)
                                        : new_like_contiguous(topk_ids, ScalarType::Float);
   const Tensor h = save_for_backward
-                       ? new_tensor(x, {shape.num_pairs, shape.hidden_columns()}, x.scalar_type())
+                       ? new_kept(x, {shape.num_pairs, shape.hidden_columns()}, x.scalar_type())
                        : nothing(x);
   const Tensor metadata = new_bytes(x, save_for_backward ? sonicmoe::moe_metadata_bytes(shape) : 0);
   const Tensor workspace = new_workspace(x, plan.bytes, args.workspace_limit.has_value());
@@ -175,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_bac
   if (rounding) args.options.rounding = rounding_options(views, tile, policy, 0, std::nullopt);
 
   const auto gradient = [&](bool need, const Tensor& of) {
-    return need ? torch::stable::empty_like(of) : nothing(of);
+    return need ? new_kept_like(of) : nothing(of);
   };
   const auto optional_gradient = [&](bool need, const OptionalTensor& of) {
     return need ? new_like_contiguous(*of, of->scalar_type()) : nothing(x);

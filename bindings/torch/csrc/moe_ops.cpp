@@ -2,6 +2,7 @@
 #include <string>
 #include <tuple>
 
+#include "kept_memory.hpp"
 #include "ops.hpp"
 #include "options.hpp"
 
@@ -54,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_forward(
   Tensor h = nothing(x);
   Tensor metadata = new_bytes(x, 0);
   if (save_for_backward) {
-    h = new_tensor(x, {shape.num_pairs, shape.hidden_columns()}, x.scalar_type());
+    h = new_kept(x, {shape.num_pairs, shape.hidden_columns()}, x.scalar_type());
     metadata = new_bytes(x, sonicmoe::moe_metadata_bytes(shape));
     args.h = views.out("h", h);
     args.metadata = views.out("metadata", metadata);
@@ -104,9 +105,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
                                  .workspace_limit = byte_limit(workspace_limit)};
   const Tensor grad_x =
       need_x ? new_tensor(x, {x.size(0), x.size(1)}, x.scalar_type()) : nothing(x);
-  const Tensor grad_w1 = need_w1 ? torch::stable::empty_like(w1) : nothing(w1);
+  const Tensor grad_w1 = need_w1 ? new_kept_like(w1) : nothing(w1);
   const Tensor grad_b1 = need_b1 ? new_like_contiguous(*b1, b1->scalar_type()) : nothing(w1);
-  const Tensor grad_w2 = need_w2 ? torch::stable::empty_like(w2) : nothing(w2);
+  const Tensor grad_w2 = need_w2 ? new_kept_like(w2) : nothing(w2);
   const Tensor grad_b2 = need_b2 ? new_like_contiguous(*b2, b2->scalar_type()) : nothing(w2);
   const Tensor grad_weights = need_weights ? new_like_contiguous(*weights, ScalarType::Float)
                                            : new_tensor(x, {0}, ScalarType::Float);
