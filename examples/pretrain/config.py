@@ -97,7 +97,8 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
     add(
         run,
         "--data",
-        "text to train on: a file or a folder (default: the sources of Python's standard library)",
+        "text to train on: a file, a folder, or a .bin of pretrain.prepare, whose vocabulary it then "
+        "is (default: the sources of Python's standard library)",
         metavar="PATH",
     )
     add(run, "--seed", "seed of the weights, the order of the data and token rounding")

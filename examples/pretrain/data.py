@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import sysconfig
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from . import tokenfile
 from .config import TrainConfig, UserError
 
 END_OF_TEXT = "<|endoftext|>"
 VALIDATION_SHARE = 0.05
+COUNTED = 1 << 24  # tokens counted at a time: the count copies them to int64
 # Tests, generated tables and installed packages differ from machine to machine or teach little.
 _STDLIB_SKIPPED = {
     "site-packages",
@@ -41,15 +44,27 @@ class Corpus:
     digest: str  # of names and contents, to notice text that changed before a resume
 
 
+@dataclasses.dataclass
+class Tokens:
+    """A tokenised corpus, in memory or memory-mapped."""
+
+    source: str
+    tokenizer: PreTrainedTokenizerFast
+    train: np.ndarray
+    validation: np.ndarray
+    validation_names: list[str]
+    digest: str
+
+
 def load_corpus(data: str) -> Corpus:
     """Reads a file, a folder, or (data empty) the sources of Python's standard library."""
     if not data:
         root = Path(sysconfig.get_paths()["stdlib"])
         documents = _read_folder(root, suffix=".py", skipped=_STDLIB_SKIPPED)
-        return _split_by_file(documents, "Python's standard library")
+        return split_by_file(documents, "Python's standard library")
     path = Path(data)
     if path.is_dir():
-        return _split_by_file(_read_folder(path), data)
+        return split_by_file(_read_folder(path), data)
     if not path.exists():
         raise UserError(f"--data {data}: no such file or folder")
     text = _read_text(path)
@@ -81,19 +96,19 @@ def _read_folder(root: Path, suffix: str = "", skipped: set[str] = frozenset()) 
     return documents
 
 
-def _hash_of_name(name: str) -> float:
+def hash_of_name(name: str) -> float:
     """In [0, 1); the same on every machine, so a file never changes sides."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def _split_by_file(documents: dict[str, str], source: str) -> Corpus:
+def split_by_file(documents: dict[str, str], source: str) -> Corpus:
     if not documents:
         raise UserError(f"--data {source}: the text is empty")
     if len(documents) == 1:
         ((name, text),) = documents.items()
         return _split_by_position(text, name, source)
-    names = sorted(documents, key=lambda name: (_hash_of_name(name), name))
-    held_out = [name for name in names if _hash_of_name(name) < VALIDATION_SHARE]
+    names = sorted(documents, key=lambda name: (hash_of_name(name), name))
+    held_out = [name for name in names if hash_of_name(name) < VALIDATION_SHARE]
     held_out = held_out[: len(names) - 1] or names[:1]  # at least one file on either side
     training = sorted(set(names) - set(held_out))
     return Corpus(
@@ -138,17 +153,51 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    return _with_end_of_text(tokenizer)
+
+
+def _with_end_of_text(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
     """All texts as one int64 sequence, each closed by the end-of-text token."""
     end = [tokenizer.eos_token_id]
     encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
     pieces = [np.asarray(encoding.ids + end, dtype=np.int64) for encoding in encodings]
-    return torch.from_numpy(np.concatenate(pieces))
+    return np.concatenate(pieces)
+
+
+def tokenized(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Tokens:
+    return Tokens(
+        corpus.source,
+        tokenizer,
+        encode(tokenizer, corpus.train),
+        encode(tokenizer, corpus.validation),
+        corpus.validation_names,
+        corpus.digest,
+    )
+
+
+def load_tokens(path: str) -> Tokens:
+    """What `python -m pretrain.prepare` wrote: the file is memory-mapped."""
+    file = tokenfile.read(Path(path))
+    header = file.header
+    try:
+        tokenizer = _with_end_of_text(Tokenizer.from_str(json.dumps(header.tokenizer)))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise UserError(f"--data {path}: the tokenizer in its header: {error}") from error
+    if len(tokenizer) != header.vocab_size:
+        raise UserError(
+            f"--data {path}: its tokenizer has {len(tokenizer)} tokens, "
+            f"its header says {header.vocab_size}"
+        )
+    source = f"{header.source} ({path})"
+    return Tokens(
+        source, tokenizer, file.train, file.validation, header.validation_names, header.sha256
+    )
 
 
 class Batches:
@@ -157,7 +206,7 @@ class Batches:
     So the position in the data is the step, and a resumed run needs nothing else to go on.
     """
 
-    def __init__(self, tokens: torch.Tensor, config: TrainConfig) -> None:
+    def __init__(self, tokens: np.ndarray, config: TrainConfig) -> None:
         self.tokens, self.seed = tokens, config.seed
         self.seq_len, self.batch_size = config.seq_len, config.batch_size
         self.windows = max(0, (len(tokens) - 1) // self.seq_len)
@@ -180,13 +229,14 @@ class Batches:
         return windows_at(self.tokens, starts, self.seq_len)
 
 
-def windows_at(tokens: torch.Tensor, starts: torch.Tensor, seq_len: int):
+def windows_at(tokens: np.ndarray, starts: torch.Tensor, seq_len: int):
+    """Inputs and targets, int64; `tokens` may be a memory-mapped file of any unsigned type."""
     index = starts[:, None] + torch.arange(seq_len + 1)
-    window = tokens[index]
+    window = torch.from_numpy(tokens[index.numpy()].astype(np.int64))
     return window[:, :-1], window[:, 1:]
 
 
-def validation_batches(tokens: torch.Tensor, config: TrainConfig) -> list:
+def validation_batches(tokens: np.ndarray, config: TrainConfig) -> list:
     """Windows spread evenly over the validation tokens, about eval_tokens in all, in batches."""
     seq_len = min(config.seq_len, len(tokens) - 1)
     if seq_len < 1:
@@ -197,9 +247,10 @@ def validation_batches(tokens: torch.Tensor, config: TrainConfig) -> list:
     return [windows_at(tokens, part, seq_len) for part in starts.split(config.batch_size)]
 
 
-def unigram_cross_entropy(train: torch.Tensor, batches: list, vocab_size: int) -> float:
+def unigram_cross_entropy(train: np.ndarray, batches: list, vocab_size: int) -> float:
     """Nats per validation token of a model that knows only how often a training token occurs."""
-    counts = torch.bincount(train, minlength=vocab_size).double() + 1
+    parts = (train[i : i + COUNTED] for i in range(0, len(train), COUNTED))
+    counts = torch.from_numpy(sum(np.bincount(part, minlength=vocab_size) for part in parts) + 1.0)
     log_probability = (counts / counts.sum()).log()
     targets = torch.cat([target.flatten() for _, target in batches])
     return -log_probability[targets].mean().item()

@@ -97,7 +97,6 @@ class RoutingTap:
 
     def __init__(self, model: Qwen3MoeForCausalLM, config: TrainConfig) -> None:
         self._num_experts = config.num_experts
-        self._outputs: list[tuple] = [()] * config.layers
         self._balancing_loss = load_balancing_loss
         if config.experts == "sonicmoe_cpp":
             import sonicmoe_cpp
@@ -117,24 +116,18 @@ class RoutingTap:
         else:
             model.set_experts_implementation(config.experts)
         self._blocks = [layer.mlp for layer in model.model.layers]
-        for index, block in enumerate(self._blocks):
-            block.gate.register_forward_hook(self._reader(index))
-
-    def _reader(self, index: int):
-        def read(module, inputs, output) -> None:
-            self._outputs[index] = output
-
-        return read
+        for block in self._blocks:
+            block.gate.register_forward_hook(_keep_output)
 
     def layers(self) -> list[LayerRouting]:
         """What each layer's router did in the last forward pass."""
         layers = []
-        for block, (logits, _, ids) in zip(self._blocks, self._outputs, strict=True):
+        for block in self._blocks:
+            logits, _, ids = block.gate.last_output
             if ids is None:  # a block of this library counts its own rows
                 rows, before = block.last_rows_per_expert, block.last_rows_per_expert_before
             else:
-                rows = torch.bincount(ids.flatten(), minlength=self._num_experts)
-                before = rows
+                rows = before = rows_per_expert(ids, self._num_experts)
             layers.append(LayerRouting(logits, rows, before))
         return layers
 
@@ -159,6 +152,18 @@ class RoutingTap:
             "rows_dropped": int((-change).clamp(min=0).sum()),
             "rows_added": int(change.clamp(min=0).sum()),
         }
+
+
+def _keep_output(module, inputs, output) -> None:
+    """One function for all layers: torch.compile then compiles one layer, not each."""
+    module.last_output = output
+
+
+def rows_per_expert(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Rows [E] int64 of each expert. Unlike bincount, histc never waits for the GPU; on the CPU it
+    takes floats only."""
+    values = ids.float() if ids.device.type == "cpu" else ids.int()
+    return torch.histc(values, num_experts, 0, num_experts - 1).long()
 
 
 def load_balancing_loss(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -33,25 +33,32 @@ class Text:
 
 
 def load_text(config: TrainConfig, run_dir: Path | None, digest: str = "") -> Text:
-    """Reads the text; the tokenizer comes from the run, or is trained where there is none."""
+    """Reads the text; the tokenizer comes from the run, else from the file of tokens, else is
+    trained."""
+    tokens = _read_tokens(config, run_dir)
+    if run_dir and tokens.digest != digest:
+        raise UserError(f"--resume: the text ({tokens.source}) has changed since the run began")
+    batches = data.Batches(tokens.train, config)
+    validation = data.validation_batches(tokens.validation, config)
+    unigram = data.unigram_cross_entropy(tokens.train, validation, len(tokens.tokenizer))
+    description = (
+        f"{tokens.source}: {len(tokens.train):,} training tokens, {len(tokens.tokenizer)} in the "
+        f"vocabulary, held out: {', '.join(tokens.validation_names[:3])}"
+    )
+    if len(tokens.validation_names) > 3:
+        description += f" and {len(tokens.validation_names) - 3} more files"
+    return Text(tokens.tokenizer, batches, validation, unigram, tokens.digest, description)
+
+
+def _read_tokens(config: TrainConfig, run_dir: Path | None) -> data.Tokens:
+    if config.data.endswith(".bin"):
+        return data.load_tokens(config.data)
     corpus = data.load_corpus(config.data)
-    if run_dir and corpus.digest != digest:
-        raise UserError(f"--resume: the text ({corpus.source}) has changed since the run began")
     if run_dir:
         tokenizer = checkpoint.load_tokenizer(run_dir)
     else:
         tokenizer = data.train_tokenizer(corpus.train, config.vocab_size)
-    train = data.encode(tokenizer, corpus.train)
-    batches = data.Batches(train, config)
-    validation = data.validation_batches(data.encode(tokenizer, corpus.validation), config)
-    unigram = data.unigram_cross_entropy(train, validation, len(tokenizer))
-    description = (
-        f"{corpus.source}: {len(train):,} training tokens, {len(tokenizer)} in the "
-        f"vocabulary, held out: {', '.join(corpus.validation_names[:3])}"
-    )
-    if len(corpus.validation_names) > 3:
-        description += f" and {len(corpus.validation_names) - 3} more files"
-    return Text(tokenizer, batches, validation, unigram, corpus.digest, description)
+    return data.tokenized(corpus, tokenizer)
 
 
 def new_optimizer(model: Qwen3MoeForCausalLM, config: TrainConfig) -> torch.optim.Optimizer:

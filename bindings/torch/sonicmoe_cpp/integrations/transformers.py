@@ -185,9 +185,12 @@ class SonicMoEBlock(nn.Module):
     @property
     def last_rows_per_expert_before(self) -> Tensor | None:
         if self._last_topk_ids is None:
-            return None
+            return self.last_rows_per_expert
         num_experts = self.last_rows_per_expert.numel()
-        return torch.bincount(self._last_topk_ids.flatten(), minlength=num_experts).int()
+        ids = self._last_topk_ids
+        # Unlike bincount, histc never waits for the GPU; on the CPU it takes floats only.
+        ids = ids if ids.is_cuda else ids.float()
+        return torch.histc(ids, num_experts, 0, num_experts - 1).int()
 
     def forward(self, hidden_states: Tensor):
         shape = hidden_states.shape
@@ -217,7 +220,7 @@ class SonicMoEBlock(nn.Module):
         )
         gate(x, logits=out.logits)
         self.last_rows_per_expert = out.rows_per_expert
-        self._last_topk_ids = out.topk_ids
+        self._last_topk_ids = out.topk_ids if rounds else None
         y = out.y.to(hidden_states.dtype).reshape(shape)
         if hasattr(self, "shared_experts"):
             y = y + self.shared_experts(hidden_states)
