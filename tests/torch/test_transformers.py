@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 transformers = pytest.importorskip("transformers")
 
@@ -234,3 +235,14 @@ def test_refusals():
         hf.replace_moe_blocks(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="router: expected one of"):
         hf.replace_moe_blocks(build("qwen3_moe"), router="hash")
+
+
+def test_layers_share_one_compiled_graph():
+    model = build("qwen3_moe")
+    hf.replace_moe_blocks(model)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    x = torch.randn(2, 8, model.config.hidden_size)
+    for layer in model.model.layers:
+        torch.compile(layer.mlp, backend=counter)(x)
+    assert len(model.model.layers) > 1 and counter.frame_count == 1

@@ -6,6 +6,7 @@ OLMoE, Mixtral, gpt-oss and DeepSeek-V3 for `SonicMoEBlock`, router included, wi
 if asked. Parameters and their names stay the model's own, so checkpoints load in stock transformers.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -129,7 +130,9 @@ class _PublishesLogits:
         return _new_router, (type(self).__mro__[2],), self.__dict__
 
 
+@functools.cache
 def _router_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """One class for all blocks: another in each would make torch.compile compile each layer anew."""
     return type(stock.__name__, (_PublishesLogits, stock), {"__module__": stock.__module__})
 
 
