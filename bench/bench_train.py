@@ -155,16 +155,14 @@ class Worker:
         if MODES[mode].graph and self.device.type != "cuda":
             raise UserError("a CUDA graph needs a GPU")
         if system == "eager" and not self.plain:
-            raise UserError("transformers' loop depends on the routing: neither compiled nor captured")
+            raise UserError(
+                "transformers' loop depends on the routing: neither compiled nor captured"
+            )
         tokens, self.vocab_size = read_tokens(arguments)
         config = model_config(arguments, system)
         self.config = with_layers(arguments, config, self.vocab_size)
         self.step = Step(self.config, tokens, self.vocab_size, self.device, MODES[mode])
-        self.capacity = (
-            footprint.cuda_capacity()
-            if self.device.type == "cuda"
-            else int(arguments.memory_gib * footprint.GIB)
-        )
+        self.capacity = footprint.capacity_of(self.device.type)
 
     def seconds_left(self) -> float:
         return self.arguments.limit - (time.monotonic() - self.begin)
@@ -408,9 +406,7 @@ def summarize(rows: list[dict]) -> dict:
             default=None,
         )
         if baseline:
-            ratios[name] = {
-                key: max(speeds.values()) / baseline for key, speeds in systems.items()
-            }
+            ratios[name] = {key: max(speeds.values()) / baseline for key, speeds in systems.items()}
     curves = {(r["system"], r["mode"]): r["losses"] for r in rows if r["kind"] == "losses"}
     reference = next((c for key, c in curves.items() if key[0] == "grouped_mm"), None)
     differences = {
@@ -418,9 +414,7 @@ def summarize(rows: list[dict]) -> dict:
         for (system, mode), curve in curves.items()
         if reference
     }
-    searches = {
-        f"{r['system']}:{r['mode']}": r["largest"] for r in rows if r["kind"] == "search"
-    }
+    searches = {f"{r['system']}:{r['mode']}": r["largest"] for r in rows if r["kind"] == "search"}
     return {
         "tokens_per_s_over_best_grouped_mm": ratios,
         "largest_microbatch": searches,

@@ -1,7 +1,8 @@
-"""Entry point: python -m pretrain.compare [flags]: top-K against token rounding.
+"""Entry point: python -m pretrain.compare [flags]: top-K against policies of token rounding.
 
-Trains both from the same seeds, validates both with plain top-K, and plots the validation curves.
-Flags of the trainer hold for every run. A run that is already there is resumed, or taken as it is.
+Trains every policy and top-K from the same seeds on the same tokens, validates all with plain top-K,
+and plots the validation curves. Flags of the trainer hold for every run. A run that is there already
+is resumed, or taken as it is: metrics.jsonl alone is enough where all its steps are done.
 """
 
 from __future__ import annotations
@@ -13,92 +14,178 @@ import statistics
 import sys
 from pathlib import Path
 
-from .config import Request, TrainConfig, UserError, make_parser, validate
+from .config import POLICIES, Request, TrainConfig, UserError, make_parser, validate
 from .signals import Signals, Stopped
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-ROUTERS = ("topk", "token-rounding")
+TOPK = "topk"
 DEFAULTS = {"name": "compare", "steps": 400, "eval_every": 100, "sample_tokens": 0}
+# 175 M parameters, 24 M of them active for a token; E / K = 16; 16384 tokens a step, so that an
+# expert gets 1024 rows on average, 8 tiles of 128.
+QUALITY = {
+    "name": "quality",
+    "steps": 4000,
+    "batch_size": 16,
+    "seq_len": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 128,
+    "layers": 6,
+    "heads": 8,
+    "num_experts": 128,
+    "top_k": 8,
+    "tile": 128,
+    "lr": 1e-3,
+    "warmup": 200,
+    "eval_every": 500,
+    "eval_tokens": 1 << 20,
+    "save_every": 2000,
+}
+
+Results = dict[str, list[list[dict]]]  # lines of metrics by variant and seed
 
 
-def parse_compare(argv: list[str]) -> tuple[TrainConfig, int]:
+@dataclasses.dataclass
+class Comparison:
+    config: TrainConfig  # of every run, but for name, router, policy and seed
+    policies: list[str]
+    seeds: list[int]
+
+    @property
+    def variants(self) -> list[str]:
+        return [TOPK, *self.policies]
+
+    def run(self, variant: str, seed: int) -> TrainConfig:
+        rounding = {} if variant == TOPK else {"policy": variant}
+        return dataclasses.replace(
+            self.config,
+            runs_dir=str(self.config.run_dir),
+            name=f"{variant}-{seed}",
+            router=TOPK if variant == TOPK else "token-rounding",
+            seed=seed,
+            **rounding,
+        )
+
+
+def parse_compare(argv: list[str]) -> Comparison:
     parser = make_parser("compare", "Train with top-K and with token rounding and compare.")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each router")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant")
+    parser.add_argument(
+        "--policies", metavar="A,B", help="policies compared with top-K (default: that of --policy)"
+    )
+    parser.add_argument(
+        "--quality",
+        action="store_true",
+        help="defaults of the study of docs/training.md: 175 M parameters, for a GPU",
+    )
     values = vars(parser.parse_args(argv))
-    seeds = values.pop("seeds")
+    seeds, policies = values.pop("seeds"), values.pop("policies")
+    defaults = DEFAULTS | (QUALITY if values.pop("quality") else {})
     if "router" in values:
         raise UserError("--router: compare trains both routers")
     if seeds < 1:
         raise UserError(f"--seeds must be positive, not {seeds}")
-    config = TrainConfig(**{**DEFAULTS, **values}, router="token-rounding")
+    config = TrainConfig(**{**defaults, **values}, router="token-rounding")
     validate(config)
-    return config, seeds
+    chosen = policies.split(",") if policies else [config.policy]
+    for policy in chosen:
+        if policy not in POLICIES or chosen.count(policy) > 1:
+            raise UserError(
+                f"--policies {policies}: expected different ones of {', '.join(POLICIES)}"
+            )
+    return Comparison(config, chosen, list(range(config.seed, config.seed + seeds)))
 
 
-def run_all(config: TrainConfig, seeds: int, signals: Signals) -> int:
-    """Trains every (seed, router) below runs/NAME/; returns the first exit code that is not 0."""
+def is_done(config: TrainConfig) -> bool:
+    """Whether the metrics of a run reach its last step."""
+    from .metrics import read_metrics
+
+    lines = read_metrics(config.run_dir / "metrics.jsonl")
+    return bool(lines) and lines[-1]["step"] >= config.steps and "val_loss" in lines[-1]
+
+
+def run_all(comparison: Comparison, signals: Signals) -> int:
+    """Trains every (seed, variant) below runs/NAME/; returns the first exit code that is not 0."""
     from .trainer import train
 
-    for seed in range(config.seed, config.seed + seeds):
-        for router in ROUTERS:
-            one = dataclasses.replace(
-                config,
-                runs_dir=str(config.run_dir),
-                name=f"{router}-{seed}",
-                router=router,
-                seed=seed,
-            )
+    for seed in comparison.seeds:
+        for variant in comparison.variants:
+            one = comparison.run(variant, seed)
+            print(f"== {variant}, seed {seed}", flush=True)
+            if is_done(one):
+                continue
             resume = one.run_dir.exists()
             given = {field.name for field in dataclasses.fields(one)} if resume else set()
-            print(f"== {router}, seed {seed}", flush=True)
             code = train(Request(one, given, resume), signals)
             if code:
                 return code
+            write_results(comparison)
     return 0
 
 
-def read_results(config: TrainConfig, seeds: int) -> dict[str, list[list[dict]]]:
+def read_results(comparison: Comparison) -> Results:
+    """Of the runs that are done; a variant without one is left out."""
     from .metrics import read_metrics
 
-    return {
-        router: [
-            read_metrics(config.run_dir / f"{router}-{seed}" / "metrics.jsonl")
-            for seed in range(config.seed, config.seed + seeds)
+    results = {
+        variant: [
+            read_metrics(one.run_dir / "metrics.jsonl")
+            for one in (comparison.run(variant, seed) for seed in comparison.seeds)
+            if is_done(one)
         ]
-        for router in ROUTERS
+        for variant in comparison.variants
     }
+    return {variant: runs for variant, runs in results.items() if runs}
 
 
-def summarize(results: dict[str, list[list[dict]]]) -> dict:
-    """Final validation losses, their difference in percent, and the shares of rows moved."""
-    final = {router: [run[-1]["val_loss"] for run in runs] for router, runs in results.items()}
-    mean = {router: statistics.mean(losses) for router, losses in final.items()}
-    rounded = [line for run in results["token-rounding"] for line in run]
-    asked = sum(line["rows"] + line["rows_dropped"] - line["rows_added"] for line in rounded)
+def imbalance(shares: list[list[float]]) -> float:
+    """Rows of the busiest expert over the mean, averaged over the layers; 1 is even."""
+    return statistics.mean(max(layer) * len(layer) / sum(layer) for layer in shares)
+
+
+def summarize_variant(runs: list[list[dict]]) -> dict:
+    lines = [line for run in runs for line in run]
+    asked = sum(line["rows"] + line["rows_dropped"] - line["rows_added"] for line in lines)
+    final = [run[-1]["val_loss"] for run in runs]
     return {
         "val_loss": final,
-        "mean_val_loss": mean,
-        "difference_percent": 100 * (mean["token-rounding"] / mean["topk"] - 1),
-        "share_dropped": sum(line["rows_dropped"] for line in rounded) / asked,
-        "share_added": sum(line["rows_added"] for line in rounded) / asked,
+        "mean_val_loss": statistics.mean(final),
+        "imbalance": statistics.mean(imbalance(run[-1]["expert_shares"]) for run in runs),
+        "share_dropped": sum(line["rows_dropped"] for line in lines) / asked,
+        "share_added": sum(line["rows_added"] for line in lines) / asked,
+        "tokens": runs[0][-1]["tokens"],
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
+        "curve": [[(m["step"], m["val_loss"]) for m in run if "val_loss" in m] for run in runs],
     }
 
 
-def plot(results: dict[str, list[list[dict]]], summary: dict, path: Path) -> None:
-    """Mean validation curve of each router with a band from the lowest to the highest seed."""
+def summarize(results: Results) -> dict[str, dict]:
+    """Per variant: final validation losses, their difference from top-K's in percent (means over the
+    seeds both have), load balance, shares of rows moved, validation curves."""
+    summary = {variant: summarize_variant(runs) for variant, runs in results.items()}
+    for variant, figures in summary.items():
+        if TOPK in summary:
+            pairs = list(zip(figures["val_loss"], summary[TOPK]["val_loss"], strict=False))
+            ours, topk = (statistics.mean(part) for part in zip(*pairs, strict=True))
+            figures["difference_percent"] = 100 * (ours / topk - 1)
+            figures["seeds"] = len(pairs)
+    return summary
+
+
+def plot(summary: dict[str, dict], path: Path) -> None:
+    """Mean validation curve of each variant with a band from the lowest to the highest seed."""
     from .metrics import new_figure, save_figure
 
-    figure, axes = new_figure(
-        f"token rounding drops {summary['share_dropped']:.1%} and adds "
-        f"{summary['share_added']:.1%} of the rows; validation with top-K"
-    )
-    for router, runs in results.items():
-        curves = [[(m["step"], m["val_loss"]) for m in run if "val_loss" in m] for run in runs]
+    figure, axes = new_figure("validation with top-K: training with top-K and with token rounding")
+    for variant, figures in summary.items():
+        curves = figures["curve"]
         steps = [step for step, _ in curves[0]]
         losses = [[curve[i][1] for curve in curves] for i in range(len(steps))]
+        label = f"{variant} {figures['mean_val_loss']:.4f}"
+        if variant != TOPK and "difference_percent" in figures:
+            label += f" ({figures['difference_percent']:+.2f}%)"
         (line,) = axes.plot(
-            steps, [statistics.mean(at) for at in losses], marker="o", markersize=4, label=router
+            steps, [statistics.mean(at) for at in losses], marker="o", markersize=4, label=label
         )
         axes.fill_between(
             steps,
@@ -111,6 +198,28 @@ def plot(results: dict[str, list[list[dict]]], summary: dict, path: Path) -> Non
     save_figure(figure, path)
 
 
+def write_results(comparison: Comparison) -> dict[str, dict]:
+    """compare.json and compare.png of the runs that are done."""
+    summary = summarize(read_results(comparison))
+    folder = comparison.config.run_dir
+    record = {"config": dataclasses.asdict(comparison.config), "variants": summary}
+    (folder / "compare.json").write_text(json.dumps(record, indent=1) + "\n")
+    plot(summary, folder / "compare.png")
+    return summary
+
+
+def describe(summary: dict[str, dict]) -> str:
+    lines = []
+    for variant, figures in summary.items():
+        lines.append(
+            f"{variant:14} validation loss {figures['mean_val_loss']:.4f} (mean of "
+            f"{len(figures['val_loss'])}), {figures['difference_percent']:+.2f}% of top-K's; busiest "
+            f"expert {figures['imbalance']:.2f} x mean; rows dropped {figures['share_dropped']:.2%}, "
+            f"added {figures['share_added']:.2%}"
+        )
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit codes as of train."""
     from .train import report
@@ -118,29 +227,19 @@ def main(argv: list[str] | None = None) -> int:
     signals = Signals()
     signals.install()
     try:
-        config, seeds = parse_compare(sys.argv[1:] if argv is None else argv)
-        code = run_all(config, seeds, signals)
+        comparison = parse_compare(sys.argv[1:] if argv is None else argv)
+        code = run_all(comparison, signals)
         if code:
             return code
-        results = read_results(config, seeds)
-        summary = summarize(results)
-        plot(results, summary, config.run_dir / "compare.png")
-        (config.run_dir / "compare.json").write_text(json.dumps(summary, indent=2) + "\n")
+        summary = write_results(comparison)
     except UserError as error:
         return report(error, 2, "compare")
-    except (OSError, ArithmeticError) as error:
+    except (OSError, ArithmeticError, MemoryError) as error:
         return report(error, 1, "compare")
     except Stopped as stop:
         return stop.exit_code
-    mean = summary["mean_val_loss"]
-    print(
-        f"validation loss (mean of {seeds}): top-K {mean['topk']:.4f}, token rounding "
-        f"{mean['token-rounding']:.4f}, difference {summary['difference_percent']:+.2f}%"
-    )
-    print(
-        f"rows dropped {summary['share_dropped']:.2%}, added {summary['share_added']:.2%}; "
-        f"picture: {config.run_dir / 'compare.png'}"
-    )
+    print(describe(summary))
+    print(f"picture: {comparison.config.run_dir / 'compare.png'}")
     return 0
 
 

@@ -9,6 +9,7 @@ microbatch; P = T * K rows (more with token rounding).
 from __future__ import annotations
 
 import dataclasses
+import os
 
 from .config import TrainConfig
 
@@ -206,8 +207,11 @@ def layers_that_fit(
     return layers
 
 
-def cuda_capacity() -> int:
-    """Bytes that torch can hold on the current GPU: all but what others and the context take."""
+def capacity_of(device_type: str) -> int:
+    """Bytes that torch can hold: of the current GPU all but what others and the context take, of
+    the host its physical memory."""
+    if device_type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     import torch
 
     free, _ = torch.cuda.mem_get_info()

@@ -92,6 +92,11 @@ def _text(content: bytes) -> str:
     return "" if "\0" in text or text.isspace() else text
 
 
+def _shuffled(name: str) -> float:
+    """Of the reversed name: independent of the hash that chooses what is held out."""
+    return data.hash_of_name(name[::-1])
+
+
 def read_documents(arguments: argparse.Namespace) -> dict[str, str]:
     """Texts by name, in the order of their names' hashes, up to --max-mib in all."""
     suffixes = tuple(arguments.suffixes.split()) or ("",)
@@ -101,7 +106,7 @@ def read_documents(arguments: argparse.Namespace) -> dict[str, str]:
         if wanted and not any(part in name for part in arguments.skip):
             texts[name] = _text(read())
     documents, taken = {}, 0
-    for name in sorted(texts, key=lambda name: (data.hash_of_name(name[::-1]), name)):
+    for name in sorted(texts, key=lambda name: (_shuffled(name), name)):
         if texts[name] and taken < arguments.max_mib * MIB:
             documents[name] = texts[name]
             taken += len(texts[name])

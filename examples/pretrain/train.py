@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         return train(request, signals)
     except UserError as error:
         return report(error, 2)
-    except (OSError, ArithmeticError) as error:
+    except (OSError, ArithmeticError, MemoryError) as error:
         return report(error, 1)
     except Stopped as stop:
         return stop.exit_code

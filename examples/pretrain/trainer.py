@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from . import checkpoint, data, memory, metrics
+from . import checkpoint, data, footprint, memory, metrics
 from .config import Request, TrainConfig, UserError, merge_for_resume
 from .model import RoutingTap, autocast, choose_device, new_model
 from .screen import Screen
@@ -320,7 +321,30 @@ def _prepare(config: TrainConfig) -> torch.device:
     return choose_device(config)
 
 
+@contextlib.contextmanager
+def _out_of_memory_explained(trainer: Trainer):
+    """Turns torch's error into one that names the sizes and a microbatch that fits."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        config = trainer.config
+        raise MemoryError(
+            footprint.out_of_memory_report(
+                config,
+                footprint.layout_of(config),
+                len(trainer.text.tokenizer),
+                config.batch_size,
+                footprint.capacity_of(trainer.device.type),
+            )
+        ) from error
+
+
 def _continue(trainer: Trainer, run_dir: Path, signals: Signals) -> int:
+    with _out_of_memory_explained(trainer):
+        return _trained(trainer, run_dir, signals)
+
+
+def _trained(trainer: Trainer, run_dir: Path, signals: Signals) -> int:
     config = trainer.config
     screen = Screen(config.steps, trainer.step, trainer.text.unigram)
     _introduce(trainer, screen, run_dir)

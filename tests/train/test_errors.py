@@ -77,5 +77,10 @@ def test_resume_without_a_run(capsys, flags):
     expect_error(capsys, flags("--resume"), "no run")
 
 
+def test_compare_refuses_an_unknown_policy(capsys, flags):
+    expect_error(capsys, flags("--policies", "nearest,up,nearest"), "--policies", entry=compare)
+    expect_error(capsys, flags("--policies", "sideways"), "--policies sideways", entry=compare)
+
+
 def test_compare_refuses_a_router(capsys, flags):
     expect_error(capsys, flags(router="topk"), "--router", entry=compare)

@@ -121,17 +121,35 @@ def test_held_out_files_are_not_trained_on(text_folder):
     assert load_corpus(str(text_folder)).digest != first.digest
 
 
-def test_compare(flags, tmp_path):
-    argv = flags("--seeds", "1", name="cmp", steps=4, eval_every=2)
+def test_compare(flags, tmp_path, monkeypatch):
+    argv = flags(
+        "--seeds", "1", "--policies", "nearest,balanced", name="cmp", steps=4, eval_every=2
+    )
     assert compare(argv) == 0
-    assert compare(argv) == 0  # takes the finished runs as they are
     folder = tmp_path / "runs" / "cmp"
-    summary = json.loads((folder / "compare.json").read_text())
+    for run in folder.glob("*-0"):  # the metrics of a finished run are all it takes
+        shutil.rmtree(run / "checkpoints")
+    monkeypatch.setattr(trainer, "train", lambda *unused: pytest.fail("trained again"))
+    assert compare(argv) == 0
+    record = json.loads((folder / "compare.json").read_text())
+    assert list(record["variants"]) == ["topk", "nearest", "balanced"]
     assert (folder / "compare.png").stat().st_size > 0
-    assert abs(summary["difference_percent"]) < 5
-    assert 0 < summary["share_dropped"] < 0.5
-    assert 0 < summary["share_added"] < 0.5
-    lines = read_metrics(folder / "token-rounding-0" / "metrics.jsonl")
-    assert all(m["rows"] % 8 == 0 for m in lines)
+    for policy in ("nearest", "balanced"):
+        figures = record["variants"][policy]
+        assert abs(figures["difference_percent"]) < 5 and figures["imbalance"] >= 1
+        assert 0 < figures["share_dropped"] < 0.5 and 0 < figures["share_added"] < 0.5
+        lines = read_metrics(folder / f"{policy}-0" / "metrics.jsonl")
+        assert all(m["rows"] % 8 == 0 for m in lines)
     plain = read_metrics(folder / "topk-0" / "metrics.jsonl")
     assert all(m["rows"] == 2 * 64 * 2 and m["rows_dropped"] == 0 for m in plain)
+
+
+def test_out_of_memory_names_the_sizes(flags, capsys, monkeypatch):
+    def too_large(self):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", too_large)
+    assert main(flags()) == 1
+    error = capsys.readouterr().err
+    assert "2 sequences of 32 tokens" in error and "H [128, 32]" in error
+    assert "largest microbatch by formula is" in error and error.count("\n") == 1

@@ -1,0 +1,151 @@
+"""bench/bench_train.py: its arithmetic, and a whole run on a tiny model without a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import bench_train
+import train_step
+
+TINY = (
+    "--device cpu --hidden-size 64 --intermediate-size 32 --num-experts 8 --top-k 2 --heads 2 "
+    "--layers 2 --seq-len 64 --vocab-size 300 --microbatch 2 --steps 2 --warmup 1 --tile 8"
+).split()
+
+
+@pytest.mark.parametrize("limit", range(12))
+@pytest.mark.parametrize("start", [1, 4])
+def test_search_finds_the_limit(limit, start):
+    asked = []
+    best, tried = train_step.largest(lambda n: asked.append(n) or n <= limit, start, 8)
+    assert best == min(limit, 8)
+    assert len(asked) == len(set(asked)) == len(tried) <= 6
+
+
+def test_buckets_hold_every_parameter_once():
+    parameters = [torch.empty(n) for n in (3, 5, 1, 9, 2)]
+    buckets = list(train_step._buckets(parameters, 6))
+    assert [len(bucket) for bucket in buckets] == [2, 2, 1]
+    assert [p for bucket in buckets for p in bucket] == parameters
+
+
+def test_master_weights_keep_what_bfloat16_loses():
+    parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    reference = torch.nn.Parameter(torch.ones(4))
+    ours = train_step.MasterAdamW([parameter], lr=1e-4, warmup=1)
+    theirs = torch.optim.AdamW([reference], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(40):
+        parameter.grad = torch.full((4,), 0.25, dtype=torch.bfloat16)
+        reference.grad = torch.full((4,), 0.25)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(ours.buckets[0][1][0], reference.detach())
+    assert (parameter == reference.bfloat16()).all() and parameter[0] < 1
+
+
+def test_gradients_are_clipped_to_norm_one():
+    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    optimizer = train_step.MasterAdamW([parameter], lr=1.0, warmup=1)
+    parameter.grad = torch.tensor([30.0, 40.0], dtype=torch.bfloat16)
+    optimizer.step()
+    moment = optimizer.buckets[0][2].state[optimizer.buckets[0][1][0]]["exp_avg"]
+    torch.testing.assert_close(moment, 0.1 * torch.tensor([0.6, 0.8]), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("void sonicmoe::grouped_gemm<128>(Args)", "sonicmoe"),
+        ("nvjet_tst_192x192_64x3", "products"),
+        ("void pytorch_flash::flash_fwd_kernel", "attention"),
+        ("multi_tensor_apply_kernel", "optimizer"),
+        ("triton_red_fused_mul_3", "compiled"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("vectorized_elementwise_kernel", "pointwise"),
+    ],
+)
+def test_kinds_of_kernels(kernel, kind):
+    assert bench_train.kind_of(kernel) == kind
+
+
+def timing(system, mode, microbatch, speed):
+    row = {"kind": "timing", "system": system, "mode": mode}
+    return {**row, "microbatch": microbatch, "tokens_per_s": speed}
+
+
+def test_summary_compares_with_the_best_of_grouped_mm():
+    rows = [
+        timing("sonicmoe", "plain", 4, 100.0),
+        timing("sonicmoe", "compile", 4, 300.0),
+        timing("sonicmoe", "plain", 16, 400.0),
+        timing("grouped_mm", "plain", 4, 150.0),
+        timing("grouped_mm_select", "compile", 4, 200.0),
+        timing("grouped_mm", "plain", 8, 160.0),
+        {"kind": "losses", "system": "sonicmoe", "mode": "plain", "losses": [5.0] * 9 + [4.0] * 11},
+        {"kind": "losses", "system": "grouped_mm", "mode": "plain", "losses": [5.0] * 10 + [4.0] * 10},
+        {"kind": "search", "system": "sonicmoe", "mode": "plain", "largest": 16},
+    ]  # fmt: skip
+    summary = bench_train.summarize(rows)
+    ratios = summary["tokens_per_s_over_best_grouped_mm"]
+    assert ratios["common"]["sonicmoe"] == 1.5 and ratios["largest"]["sonicmoe"] == 2.5
+    difference = summary["losses_against_grouped_mm"]["sonicmoe:plain"]
+    assert difference["steps"] == 20 and difference["largest"] == 1.0
+    assert difference["largest_of_means"] == pytest.approx(0.1)
+    assert summary["largest_microbatch"] == {"sonicmoe:plain": 16}
+    assert bench_train.summarize([])["tokens_per_s_over_best_grouped_mm"] == {}
+
+
+def bench(tmp_path, *flags):
+    record = tmp_path / "record.json"
+    command = [sys.executable, str(BENCH / "bench_train.py"), *TINY, "--output", str(record)]
+    run = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(record.read_text())
+
+
+def test_a_whole_run(tmp_path):
+    systems = ["sonicmoe:plain", "grouped_mm:plain", "eager:plain", "sonicmoe:graph"]
+    record = bench(tmp_path, "--most", "3", "--loss-steps", "4", "--run", *systems)
+    assert {"commit", "date", "device", "versions", "command", "rows"} <= record.keys()
+    rows = {(row["system"], row["kind"], row.get("microbatch")): row for row in record["rows"]}
+    models = [row for row in record["rows"] if row["kind"] == "model"]
+    assert len({row["checksum"] for row in models}) == 1 and len(models) == 3
+    for system in ("sonicmoe", "grouped_mm", "eager"):
+        assert rows[system, "search", None]["largest"] == 3
+        for microbatch in (2, 3):
+            row = rows[system, "timing", microbatch]
+            assert row["tokens_per_s"] > 0 and 0 < row["moe_share"] < 1.5
+            assert row["optimizer_ms"] < row["step_ms"]
+        ours = rows[system, "losses", 2]["losses"]
+        theirs = rows["grouped_mm", "losses", 2]["losses"]
+        assert len(ours) == 4 and ours == pytest.approx(theirs, abs=0.02)
+    failed = [row for row in record["rows"] if row["kind"] == "failed"]
+    assert [row["reason"] for row in failed] == ["a CUDA graph needs a GPU"]
+
+
+def test_a_worker_that_dies_leaves_a_reason(tmp_path):
+    record = bench(tmp_path, "--most", "0", "--heads", "3", "--run", "sonicmoe:plain")
+    (row,) = record["rows"]
+    assert row["kind"] == "failed" and row["reason"].startswith("exit code 1")
+
+
+def test_a_record_is_drawn(tmp_path):
+    rows = [
+        {"kind": "model", "system": "sonicmoe", "mode": "plain", "layers": 2, "total": 9, "active": 3},
+        {**timing("sonicmoe", "plain", 4, 100.0), "step_ms": 9.0, "kernels": {"sonicmoe": 5.0}},
+        timing("sonicmoe", "plain", 16, 400.0),
+        {"kind": "losses", "system": "sonicmoe", "mode": "plain", "losses": [5.0] * 20},
+    ]  # fmt: skip
+    record = {"rows": rows, "device": "x", "date": "2026-01-01T", "versions": {"torch": "2"}}
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    picture = tmp_path / "p.png"
+    command = [str(BENCH / "plot_train.py"), str(tmp_path / "r.json"), "--output", str(picture)]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    assert picture.stat().st_size > 1000
