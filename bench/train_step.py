@@ -159,12 +159,14 @@ class Step:
         for layer in self.model.model.layers:
             layer.compile()
 
-    def set_microbatch(self, sequences: int) -> None:
-        """Another number of sequences; the steps count from 0 again. Captures the CUDA graph."""
+    def set_microbatch(self, sequences: int, recompile: bool = True) -> None:
+        """Another number of sequences; the steps count from 0 again. Captures the CUDA graph.
+
+        Without `recompile` torch.compile takes the sequences as unknown, once for many numbers."""
         config = dataclasses.replace(self.config, batch_size=sequences)
         self.batches, self.position, self.graph = Batches(self.text, config), 0, None
         self.optimizer.drop_gradients()
-        if self.mode.compile:
+        if self.mode.compile and recompile:
             torch._dynamo.reset()
         self.tokens, self.targets = (t.to(self.device) for t in self.batches(0))
         if self.mode.graph:
@@ -307,7 +309,7 @@ def moe_ms(step: Step, steps: int) -> dict[str, float]:
 def fits(step: Step, sequences: int) -> bool:
     """Whether two steps of this microbatch run within the memory."""
     try:
-        step.set_microbatch(sequences)
+        step.set_microbatch(sequences, recompile=False)
         for _ in range(2):
             step()
         Clock(step.device).wait()

@@ -26,6 +26,8 @@ struct MemoryCommand {
   std::string gpu;
   std::int64_t layers = 1;
   double parameter_bytes = 0.0;  // per parameter; 0: weight and gradient in the dtype
+  std::string other;             // bytes of the rest of the model that do not grow with the tokens
+  double other_per_token = 0.0;  // bytes
   bool json = false;
 };
 
@@ -56,10 +58,11 @@ struct Footprint {
   std::size_t parameters = 0;     // of one layer: weights, gradients, optimizer state
   std::size_t peak_forward = 0;   // transients plus O
   std::size_t peak_backward = 0;  // transients plus dO and dX
+  std::size_t other = 0;          // of the whole model
 
   std::size_t total(std::int64_t layers) const {
     return static_cast<std::size_t>(layers) * (parameters + input + layer.kept()) +
-           std::max(peak_forward, peak_backward);
+           std::max(peak_forward, peak_backward) + other;
   }
 };
 
@@ -79,6 +82,12 @@ class Model {
       throw usage_error("--parameter-bytes", "a number >= 0",
                         std::to_string(command.parameter_bytes));
     }
+    if (!command.other.empty()) other_ = parse_bytes("--other-bytes", command.other);
+    if (command.other_per_token < 0.0) {
+      throw usage_error("--other-bytes-per-token", "a number >= 0",
+                        std::to_string(command.other_per_token));
+    }
+    other_per_token_ = command.other_per_token;
     parameter_bytes_ = command.parameter_bytes > 0.0 ? command.parameter_bytes
                                                      : 2.0 * static_cast<double>(size_of(dtype_));
   }
@@ -128,8 +137,12 @@ class Model {
     const auto x = static_cast<std::size_t>(tokens * s.hidden_size) * size_of(dtype_);
     const double parameters =
         static_cast<double>(sonicmoe::parameter_bytes(s)) / static_cast<double>(size_of(dtype_));
-    return {estimate, x, static_cast<std::size_t>(parameters * parameter_bytes_),
-            estimate.transient_forward + x, estimate.transient_backward + 2 * x};
+    return {estimate,
+            x,
+            static_cast<std::size_t>(parameters * parameter_bytes_),
+            estimate.transient_forward + x,
+            estimate.transient_backward + 2 * x,
+            other_ + static_cast<std::size_t>(other_per_token_ * static_cast<double>(tokens))};
   }
 
   LayerShape shape_;
@@ -138,6 +151,8 @@ class Model {
   Activation activation_ = Activation::kSwiGLU;
   std::optional<std::size_t> limit_;
   double parameter_bytes_ = 0.0;
+  std::size_t other_ = 0;
+  double other_per_token_ = 0.0;
 };
 
 nlohmann::ordered_json to_json(const Footprint& f, std::int64_t layers) {
@@ -149,6 +164,7 @@ nlohmann::ordered_json to_json(const Footprint& f, std::int64_t layers) {
           {"transient_backward_bytes", f.layer.transient_backward},
           {"input_bytes", f.input},
           {"parameter_bytes", f.parameters},
+          {"other_bytes", f.other},
           {"total_bytes_all_layers", f.total(layers)}};
 }
 
@@ -195,6 +211,7 @@ void print_text(const Model& model, std::optional<std::size_t> gpu) {
   add("transient, backward", ours.layer.transient_backward, scatter.layer.transient_backward);
   add("input X, one layer", ours.input, scatter.input);
   add("weights and gradients, one layer", ours.parameters, scatter.parameters);
+  if (ours.other > 0) add("the rest of the model", ours.other, scatter.other);
   add("total, all layers", ours.total(model.layers()), scatter.total(model.layers()));
   if (gpu) {
     const std::int64_t a = model.tokens_that_fit(*gpu, false);
@@ -207,7 +224,9 @@ void print_text(const Model& model, std::optional<std::size_t> gpu) {
   table.print();
   std::printf(
       "\nTotal = layers x (weights, gradients, X, kept) + the largest transient with the "
-      "layer's output or gradients.\nAttention, embeddings and the loss are not counted.\n");
+      "layer's output or gradients.\n%s\n",
+      ours.other > 0 ? "The rest of the model is what --other-bytes says."
+                     : "Attention, embeddings and the loss are not counted.");
 }
 
 int run(const MemoryCommand& command) {
@@ -242,6 +261,14 @@ void add_memory(CLI::App& app, Action& action) {
       ->add_option("--parameter-bytes", options->parameter_bytes,
                    "Bytes per parameter for weight, gradient and optimizer state together; "
                    "default: weight and gradient in the dtype")
+      ->type_name("N");
+  command
+      ->add_option("--other-bytes", options->other,
+                   "The rest of the model: attention, embeddings, loss, optimizer")
+      ->type_name("BYTES");
+  command
+      ->add_option("--other-bytes-per-token", options->other_per_token,
+                   "What of the rest grows with the tokens")
       ->type_name("N");
   command
       ->add_option("--gpu", options->gpu,

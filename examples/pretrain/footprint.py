@@ -186,6 +186,36 @@ def largest_microbatch(
     return low
 
 
+def memory_command(
+    config: TrainConfig, layout: Layout, vocab_size: int, sequences: int, capacity: int
+) -> list[str]:
+    """The call of `sonicmoe memory` that counts this model, all of it; for this library's experts.
+
+    What is not of the experts goes into --other-bytes-per-token where it grows with the tokens, else
+    into --other-bytes: at these sequences the total is that of peak().
+    """
+    tokens, d, experts = sequences * config.seq_len, config.hidden_size, config.num_experts
+    per_token = config.layers * (
+        layer_other_kept(config, layout, tokens) // tokens - layout.element * d + 4 * experts
+    ) + d * (4 + layout.residual + layout.element)
+    topk = dataclasses.replace(config, router="topk")
+    each = parameters(config, vocab_size).experts * layout.state + layout.element * tokens * d
+    kept = moe_kept(topk, layout, tokens) - 4 * tokens * experts
+    moe = config.layers * (each + kept) + moe_transient(topk, layout, tokens)
+    whole = peak(config, layout, vocab_size, sequences)["peak"]
+    shape = (tokens, d, config.intermediate_size, experts, config.top_k)
+    options = {
+        "--shape": ",".join(map(str, shape)),
+        "--layers": config.layers,
+        "--dtype": "float32" if layout.element == 4 else "bfloat16",
+        "--parameter-bytes": layout.state,
+        "--other-bytes": max(0, whole - moe - per_token * tokens),
+        "--other-bytes-per-token": per_token,
+        "--gpu": capacity,
+    }
+    return ["sonicmoe", "memory", *(str(item) for pair in options.items() for item in pair)]
+
+
 def layers_that_fit(
     config: TrainConfig,
     layout: Layout,
@@ -234,10 +264,14 @@ def out_of_memory_report(
         tensors[f"rows and Y, each [{p}, {config.hidden_size}]"] = m * p * config.hidden_size
     listed = ", ".join(f"{name} {size / MIB:.0f} MiB" for name, size in tensors.items())
     fits = largest_microbatch(config, layout, vocab_size, capacity)
+    advice = f"the largest microbatch by formula is {fits} sequences"
+    if config.experts == "sonicmoe_cpp":
+        command = memory_command(config, layout, vocab_size, max(1, fits), capacity)
+        advice += f" ({' '.join(command)})"
     return (
         f"out of memory with {sequences} sequences of {config.seq_len} tokens: a step needs about "
         f"{whole['peak'] / GIB:.1f} GiB of {capacity / GIB:.1f} GiB (weights and optimizer "
         f"{whole['states'] / GIB:.1f}, kept by {config.layers} layers: experts "
         f"{whole['moe_kept'] / GIB:.1f}, the rest {whole['other_kept'] / GIB:.1f}); in one layer: "
-        f"{listed}; the largest microbatch by formula is {fits} sequences"
+        f"{listed}; {advice}"
     )

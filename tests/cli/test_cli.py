@@ -47,6 +47,8 @@ def parsed(result):
         (("bench", "--repeats", 0), "--repeats"),
         (("memory", "--gpu", "frob"), "--gpu: expected a100-40gb"),
         (("memory", "--layers", 0), "--layers"),
+        (("memory", "--other-bytes", "1XB"), "--other-bytes"),
+        (("memory", "--other-bytes-per-token", -1), "--other-bytes-per-token"),
         (("memory", "--workspace-limit", "1XB"), "--workspace-limit"),
         (("route", "--policy", "frob"), "policy: expected one of nearest"),
         (("route", "--scoring", "frob"), "scoring"),
@@ -228,6 +230,18 @@ def test_memory_of_a_known_shape(sonicmoe):
     assert ours["transient_backward_bytes"] == 2 * pairs * (2 * 256 + 256 + 512)
     assert scattermoe["kept_h_bytes"] == 2 * pairs * (2 * 256 + 256 + 512)
     assert ours["parameter_bytes"] == 2 * 2 * 16 * 3 * 256 * 512  # weight and gradient
+
+
+def test_the_rest_of_a_model_is_added(sonicmoe):
+    base = ("memory", "--shape", "1024,512,256,16,4", "--gpu", "8GiB", "--json")
+    rest = ("--other-bytes", "1MiB", "--other-bytes-per-token", 3000)
+    alone, both = (parsed(sonicmoe(*base, *more)) for more in ((), rest))
+    for name in ("sonicmoe", "scattermoe"):
+        assert both[name]["other_bytes"] == 2**20 + 3000 * 1024 and alone[name]["other_bytes"] == 0
+        grown = both[name]["total_bytes_all_layers"] - alone[name]["total_bytes_all_layers"]
+        assert grown == 2**20 + 3000 * 1024
+        assert both[name]["tokens_that_fit"] < alone[name]["tokens_that_fit"]
+    assert "the rest of the model" in sonicmoe("memory", *rest).stdout
 
 
 def test_what_is_kept_does_not_grow_with_granularity(sonicmoe):

@@ -114,6 +114,18 @@ def test_largest_microbatch_is_the_last_that_fits():
     assert footprint.largest_microbatch(LARGE, PURE, 16384, footprint.GIB) == 0
 
 
+@pytest.mark.parametrize("layout", [PURE, footprint.AUTOCAST])
+def test_sonicmoe_memory_predicts_the_same_microbatch(layout):
+    capacity = 78 * footprint.GIB
+    most = footprint.largest_microbatch(LARGE, layout, 16384, capacity)
+    _, *argv = footprint.memory_command(LARGE, layout, 16384, most, capacity)
+    run = subprocess.run([command_line(), *argv, "--json"], capture_output=True, check=True)
+    told = json.loads(run.stdout)["sonicmoe"]
+    whole = footprint.peak(LARGE, layout, 16384, most)["peak"]
+    assert told["total_bytes_all_layers"] == pytest.approx(whole, rel=1e-6)
+    assert told["tokens_that_fit"] // LARGE.seq_len == most
+
+
 def test_layers_by_parameters_and_by_memory():
     def layers(gib, most):
         return footprint.layers_that_fit(LARGE, PURE, 16384, gib * footprint.GIB, 4, most)
