@@ -12,7 +12,8 @@
 // Backward keeps nothing of size R*d and recomputes no GEMM: dS[r] = <dO[t] W2[e], A[r]>.
 //
 // All operations allocate nothing on behalf of the caller, synchronise nothing, and are
-// deterministic: the same inputs give the same bits for every run and every thread count.
+// deterministic unless ExpertOptions::deterministic is off: the same inputs give the same bits for
+// every run and every thread count.
 #pragma once
 
 #include <cstddef>
@@ -64,6 +65,11 @@ struct ExpertOptions {
   Activation activation = Activation::kSwiGLU;
   GateUpLayout gate_up_layout = GateUpLayout::kConcatenated;
   float limit = 7.0f;  ///< of swiglu_clamped, > 0; unused otherwise
+  /// false: a token's rows may be added to O and to dX atomically, in any order, each sum rounded
+  /// to the dtype of x. The CUDA backend then never stores Y or dX~ [P, d]: faster, with less
+  /// scratch, but the last bits differ from run to run and K roundings take the place of one. Other
+  /// backends and sorted rows, which have no such sum, ignore it.
+  bool deterministic = true;
 };
 
 /// Parameters of the experts, all of the dtype of x. One of the last two strides of w1 and of w2
@@ -86,6 +92,7 @@ struct MoEShape {
   Form form = Form::kTopK;
   Activation activation = Activation::kSwiGLU;
   DType dtype = DType::kFloat32;
+  bool deterministic = true;  ///< ExpertOptions::deterministic
 
   /// Columns of H: g*n.
   std::int64_t hidden_columns() const noexcept {

@@ -89,6 +89,7 @@ MoEShape checked_shape(const Check& check, const ExpertOptions& options, const C
   shape.form = static_cast<MoEShape::Form>(routing.index());
   shape.activation = options.activation;
   shape.dtype = x.dtype();
+  shape.deterministic = options.deterministic;
   check.that(shape.num_experts > 0, "w2", "at least one expert", weights.w2.describe());
   check.that(shape.hidden_size > 0, "x", "hidden_size > 0", x.describe());
   check.that(shape.intermediate_size > 0, "w2", "intermediate_size > 0", weights.w2.describe());

@@ -171,6 +171,7 @@ MoEShape moe_layer_shape(const MoELayerOptions& options, ConstTensorView x,
   shape.num_experts = weights.w2.size(0);
   shape.intermediate_size = weights.w2.size(2);
   shape.activation = options.experts.activation;
+  shape.deterministic = options.experts.deterministic;
   shape.dtype = x.dtype();
   check.that(options.router.top_k >= 1 && options.router.top_k <= shape.num_experts, "top_k",
              "1.." + std::to_string(shape.num_experts), std::to_string(options.router.top_k));

@@ -15,10 +15,10 @@
 #define SONICMOE_LAYER_SAVED                                              \
   "Tensor logits, Tensor topk_ids, Tensor token_ids, Tensor expert_ids, " \
   "Tensor pair_weights, Tensor h, Tensor metadata, "
-#define SONICMOE_LAYER_OPTIONS                                                      \
-  "int activation, int gate_up_layout, float limit, int top_k, int scoring, "       \
-  "bool? renormalize, int num_groups, int top_groups, float scale, bool rounding, " \
-  "int tile, int policy, int? workspace_limit"
+#define SONICMOE_LAYER_OPTIONS                                                       \
+  "int activation, int gate_up_layout, float limit, bool deterministic, int top_k, " \
+  "int scoring, bool? renormalize, int num_groups, int top_groups, float scale, "    \
+  "bool rounding, int tile, int policy, int? workspace_limit"
 
 namespace sonicmoe_torch {
 namespace {
@@ -76,7 +76,7 @@ moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTe
                   const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
                   const OptionalTensor& b2, const OptionalTensor& selection_bias,
                   const OptionalTensor& seed_tensor, std::int64_t activation,
-                  std::int64_t gate_up_layout, double limit, std::int64_t top_k,
+                  std::int64_t gate_up_layout, double limit, bool deterministic, std::int64_t top_k,
                   std::int64_t scoring, std::optional<bool> renormalize, std::int64_t num_groups,
                   std::int64_t top_groups, double scale, bool rounding, std::int64_t tile,
                   std::int64_t policy, std::optional<std::int64_t> workspace_limit,
@@ -85,7 +85,7 @@ moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTe
   const Call call(x);
   const Parameters parameters{router_weight, router_bias, w1, b1, w2, b2};
   sonicmoe::MoELayerForwardArgs args{
-      .options = {.experts = expert_options(activation, gate_up_layout, limit),
+      .options = {.experts = expert_options(activation, gate_up_layout, limit, deterministic),
                   .router = router_options(views, top_k, scoring, renormalize, selection_bias,
                                            num_groups, top_groups, scale),
                   .rounding = {}},
@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_bac
     const OptionalTensor& selection_bias, const Tensor& logits, const Tensor& topk_ids,
     const Tensor& token_ids, const Tensor& expert_ids, const Tensor& pair_weights, const Tensor& h,
     const Tensor& metadata, std::int64_t activation, std::int64_t gate_up_layout, double limit,
-    std::int64_t top_k, std::int64_t scoring, std::optional<bool> renormalize,
+    bool deterministic, std::int64_t top_k, std::int64_t scoring, std::optional<bool> renormalize,
     std::int64_t num_groups, std::int64_t top_groups, double scale, bool rounding,
     std::int64_t tile, std::int64_t policy, std::optional<std::int64_t> workspace_limit,
     bool need_x, bool need_router_weight, bool need_router_bias, bool need_w1, bool need_b1,
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_bac
   const Parameters parameters{router_weight, router_bias, w1, b1, w2, b2};
   const Saved saved{topk_ids, token_ids, expert_ids, pair_weights, h, metadata};
   sonicmoe::MoELayerBackwardArgs args{
-      .options = {.experts = expert_options(activation, gate_up_layout, limit),
+      .options = {.experts = expert_options(activation, gate_up_layout, limit, deterministic),
                   .router = router_options(views, top_k, scoring, renormalize, selection_bias,
                                            num_groups, top_groups, scale),
                   .rounding = {}},
@@ -218,7 +218,7 @@ Tensor moe_layer_backward_accumulate(
     const OptionalTensor& selection_bias, const Tensor& logits, const Tensor& topk_ids,
     const Tensor& token_ids, const Tensor& expert_ids, const Tensor& pair_weights, const Tensor& h,
     const Tensor& metadata, std::int64_t activation, std::int64_t gate_up_layout, double limit,
-    std::int64_t top_k, std::int64_t scoring, std::optional<bool> renormalize,
+    bool deterministic, std::int64_t top_k, std::int64_t scoring, std::optional<bool> renormalize,
     std::int64_t num_groups, std::int64_t top_groups, double scale, bool rounding,
     std::int64_t tile, std::int64_t policy, std::optional<std::int64_t> workspace_limit,
     bool need_x, const OptionalTensor& main_router_weight, const OptionalTensor& main_router_bias,
@@ -229,7 +229,7 @@ Tensor moe_layer_backward_accumulate(
   const Parameters parameters{router_weight, router_bias, w1, b1, w2, b2};
   const Saved saved{topk_ids, token_ids, expert_ids, pair_weights, h, metadata};
   sonicmoe::MoELayerBackwardArgs args{
-      .options = {.experts = expert_options(activation, gate_up_layout, limit),
+      .options = {.experts = expert_options(activation, gate_up_layout, limit, deterministic),
                   .router = router_options(views, top_k, scoring, renormalize, selection_bias,
                                            num_groups, top_groups, scale),
                   .rounding = {}},

@@ -32,21 +32,24 @@ sonicmoe::ExpertWeights expert_weights(const Views& views, const Tensor& w1,
 constexpr const char* kForwardSchema =
     "moe_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int form, Tensor ids, "
     "Tensor? token_ids, Tensor? weights, int activation, int gate_up_layout, float limit, "
-    "int? workspace_limit, bool save_for_backward) -> (Tensor y, Tensor h, Tensor metadata)";
+    "bool deterministic, int? workspace_limit, bool save_for_backward) -> (Tensor y, Tensor h, "
+    "Tensor metadata)";
 
 // y [T, d], h [P, g*n], metadata bytes; the last two empty without save_for_backward.
 std::tuple<Tensor, Tensor, Tensor> moe_forward(
     const Tensor& x, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
     const OptionalTensor& b2, std::int64_t form, const Tensor& ids, const OptionalTensor& token_ids,
     const OptionalTensor& weights, std::int64_t activation, std::int64_t gate_up_layout,
-    double limit, std::optional<std::int64_t> workspace_limit, bool save_for_backward) {
+    double limit, bool deterministic, std::optional<std::int64_t> workspace_limit,
+    bool save_for_backward) {
   const Views views("moe_forward");
   const Call call(x);
-  sonicmoe::MoEForwardArgs args{.options = expert_options(activation, gate_up_layout, limit),
-                                .x = views.in("x", x),
-                                .weights = expert_weights(views, w1, b1, w2, b2),
-                                .routing = make_routing(views, form, ids, token_ids, weights),
-                                .workspace_limit = byte_limit(workspace_limit)};
+  sonicmoe::MoEForwardArgs args{
+      .options = expert_options(activation, gate_up_layout, limit, deterministic),
+      .x = views.in("x", x),
+      .weights = expert_weights(views, w1, b1, w2, b2),
+      .routing = make_routing(views, form, ids, token_ids, weights),
+      .workspace_limit = byte_limit(workspace_limit)};
   const auto shape = sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing);
   const auto plan = sonicmoe::moe_forward_workspace(call.context(), shape, !save_for_backward,
                                                     args.workspace_limit);
@@ -80,8 +83,8 @@ void run_backward(const Call& call, const Views& views, const Tensor& x,
 constexpr const char* kBackwardSchema =
     "moe_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
     "int form, Tensor ids, Tensor? token_ids, Tensor? weights, Tensor h, Tensor metadata, "
-    "int activation, int gate_up_layout, float limit, int? workspace_limit, bool need_x, "
-    "bool need_w1, bool need_b1, bool need_w2, bool need_b2, bool need_weights) -> "
+    "int activation, int gate_up_layout, float limit, bool deterministic, int? workspace_limit, "
+    "bool need_x, bool need_w1, bool need_b1, bool need_w2, bool need_b2, bool need_weights) -> "
     "(Tensor grad_x, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2, "
     "Tensor grad_weights)";
 
@@ -91,18 +94,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     const Tensor& w2, const OptionalTensor& b2, std::int64_t form, const Tensor& ids,
     const OptionalTensor& token_ids, const OptionalTensor& weights, const Tensor& h,
     const Tensor& metadata, std::int64_t activation, std::int64_t gate_up_layout, double limit,
-    std::optional<std::int64_t> workspace_limit, bool need_x, bool need_w1, bool need_b1,
-    bool need_w2, bool need_b2, bool need_weights) {
+    bool deterministic, std::optional<std::int64_t> workspace_limit, bool need_x, bool need_w1,
+    bool need_b1, bool need_w2, bool need_b2, bool need_weights) {
   const Views views("moe_backward");
   const Call call(x);
-  sonicmoe::MoEBackwardArgs args{.options = expert_options(activation, gate_up_layout, limit),
-                                 .grad_out = views.in("grad_out", grad_out),
-                                 .x = views.in("x", x),
-                                 .weights = expert_weights(views, w1, b1, w2, b2),
-                                 .routing = make_routing(views, form, ids, token_ids, weights),
-                                 .h = views.in("h", h),
-                                 .metadata = views.in("metadata", metadata),
-                                 .workspace_limit = byte_limit(workspace_limit)};
+  sonicmoe::MoEBackwardArgs args{
+      .options = expert_options(activation, gate_up_layout, limit, deterministic),
+      .grad_out = views.in("grad_out", grad_out),
+      .x = views.in("x", x),
+      .weights = expert_weights(views, w1, b1, w2, b2),
+      .routing = make_routing(views, form, ids, token_ids, weights),
+      .h = views.in("h", h),
+      .metadata = views.in("metadata", metadata),
+      .workspace_limit = byte_limit(workspace_limit)};
   const Tensor grad_x =
       need_x ? new_tensor(x, {x.size(0), x.size(1)}, x.scalar_type()) : nothing(x);
   const Tensor grad_w1 = need_w1 ? new_kept_like(w1) : nothing(w1);

@@ -21,10 +21,11 @@ std::string join_names(int count) {
 }  // namespace
 
 sonicmoe::ExpertOptions expert_options(std::int64_t activation, std::int64_t gate_up_layout,
-                                       double limit) {
+                                       double limit, bool deterministic) {
   return {.activation = static_cast<sonicmoe::Activation>(activation),
           .gate_up_layout = static_cast<sonicmoe::GateUpLayout>(gate_up_layout),
-          .limit = static_cast<float>(limit)};
+          .limit = static_cast<float>(limit),
+          .deterministic = deterministic};
 }
 
 sonicmoe::RouterOptions router_options(const Views& views, std::int64_t top_k, std::int64_t scoring,

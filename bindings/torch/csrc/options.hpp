@@ -13,7 +13,7 @@ namespace sonicmoe_torch {
 enum class Form : std::int64_t { kTopK = 0, kSorted = 1, kPairs = 2 };
 
 sonicmoe::ExpertOptions expert_options(std::int64_t activation, std::int64_t gate_up_layout,
-                                       double limit);
+                                       double limit, bool deterministic);
 sonicmoe::RouterOptions router_options(const Views& views, std::int64_t top_k, std::int64_t scoring,
                                        std::optional<bool> renormalize,
                                        const OptionalTensor& selection_bias,

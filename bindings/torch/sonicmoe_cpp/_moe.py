@@ -15,7 +15,7 @@ from ._library import (
 @torch.library.register_fake("sonicmoe_cpp::moe_forward")
 def _(
     x, w1, b1, w2, b2, form, ids, token_ids, weights, activation, gate_up_layout, limit,
-    workspace_limit, save_for_backward,
+    deterministic, workspace_limit, save_for_backward,
 ):  # fmt: skip
     num_tokens, hidden_size = x.shape
     num_pairs = num_tokens if form == FORM_SORTED else ids.numel()
@@ -37,7 +37,7 @@ def grad_like(needed: bool, tensor: Tensor | None, like: Tensor) -> Tensor:
 @torch.library.register_fake("sonicmoe_cpp::moe_backward")
 def _(
     grad_out, x, w1, b1, w2, b2, form, ids, token_ids, weights, h, metadata, activation,
-    gate_up_layout, limit, workspace_limit, need_x, need_w1, need_b1, need_w2, need_b2,
+    gate_up_layout, limit, deterministic, workspace_limit, need_x, need_w1, need_b1, need_w2, need_b2,
     need_weights,
 ):  # fmt: skip
     return (
@@ -63,7 +63,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, grad_h, grad_metadata):
-    none = (None,) * 14
+    none = (None,) * 15
     if grad_out is None:
         return none
     x, w1, b1, w2, b2, ids, token_ids, weights, h, metadata = ctx.saved_tensors

@@ -34,7 +34,7 @@ class LayerOutput(NamedTuple):
 @torch.library.register_fake("sonicmoe_cpp::moe_layer_forward")
 def _(
     x, router_weight, router_bias, w1, b1, w2, b2, selection_bias, seed_tensor, activation,
-    gate_up_layout, limit, top_k, scoring, renormalize, num_groups, top_groups, scale, rounding,
+    gate_up_layout, limit, deterministic, top_k, scoring, renormalize, num_groups, top_groups, scale, rounding,
     tile, policy, workspace_limit, seed, save_for_backward,
 ):  # fmt: skip
     num_tokens, hidden_size = x.shape
@@ -67,7 +67,7 @@ def _(
 def _(
     grad_out, grad_logits, x, router_weight, router_bias, w1, b1, w2, b2, selection_bias, logits,
     topk_ids, token_ids, expert_ids, pair_weights, h, metadata, activation, gate_up_layout, limit,
-    top_k, scoring, renormalize, num_groups, top_groups, scale, rounding, tile, policy,
+    deterministic, top_k, scoring, renormalize, num_groups, top_groups, scale, rounding, tile, policy,
     workspace_limit, need_x, need_router_weight, need_router_bias, need_w1, need_b1, need_w2,
     need_b2,
 ):  # fmt: skip
@@ -88,13 +88,13 @@ def _(
 
 @torch.library.register_fake("sonicmoe_cpp::moe_layer_backward_accumulate")
 def _(grad_out, grad_logits, x, *rest):
-    need_x = rest[27]
+    need_x = rest[28]
     return x.new_empty(x.shape if need_x else (0,))
 
 
 def _save(ctx, inputs, output):
     """Keeps what backward needs; `inputs` are the operator's arguments, `output` its results."""
-    parameters, options, save_for_backward = inputs[:8], inputs[9:22], inputs[23]
+    parameters, options, save_for_backward = inputs[:8], inputs[9:23], inputs[24]
     if not save_for_backward:
         raise RuntimeError("moe_layer_forward: a gradient is needed but save_for_backward is off")
     _, logits, rows, *saved = output
@@ -111,7 +111,7 @@ def _incoming(x, grad_out, grad_logits):
 
 
 def _backward(ctx, grad_out, grad_logits, *unused):
-    none = (None,) * 24
+    none = (None,) * 25
     if grad_out is None and grad_logits is None:
         return none
     saved = ctx.saved_tensors  # once: checkpointing recomputes on the first access only
@@ -144,7 +144,7 @@ class MainGradLayer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_logits, *unused):
-        none = (None,) * 24
+        none = (None,) * 25
         if grad_out is None and grad_logits is None:
             return none
         saved = ctx.saved_tensors

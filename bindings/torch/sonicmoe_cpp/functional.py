@@ -60,6 +60,7 @@ def _experts(
     activation: str,
     gate_up_layout: str,
     limit: float,
+    deterministic: bool,
     workspace_limit: int | None,
 ) -> Tensor:
     form, ids, token_ids, weights = routing
@@ -67,6 +68,7 @@ def _experts(
         code(ACTIVATIONS, "activation", activation),
         code(GATE_UP_LAYOUTS, "gate_up_layout", gate_up_layout),
         limit,
+        deterministic,
         workspace_limit,
     )
     shape = x.shape
@@ -123,6 +125,7 @@ def moe(
     gate_up_layout: str = "concatenated",
     limit: float = 7.0,
     workspace_limit: int | None = None,
+    deterministic: bool = True,
 ) -> Tensor:
     """The experts with K slots per token: out[t] = sum_k topk_weights[t, k] * expert(x[t]).
 
@@ -131,10 +134,14 @@ def moe(
     An id < 0 or >= E is a dropped slot: it contributes 0 and its weight's gradient is 0.
     Gradients: x, w1, w2, b1, b2, topk_weights. Kept for backward: P*g*n elements of H and the
     routing metadata, nothing of size P*d.
+
+    deterministic=False lets the GPU add a token's rows to y and to x's gradient in any order, each
+    sum rounded to bfloat16: faster and with less scratch, but the last bits change from run to run.
     """
     ids, weights = (t.reshape(-1, t.shape[-1]).contiguous() for t in (topk_ids, topk_weights))
     routing = (FORM_TOP_K, ids, None, weights)
-    return _experts(x, w1, w2, b1, b2, routing, activation, gate_up_layout, limit, workspace_limit)
+    options = (activation, gate_up_layout, limit, deterministic, workspace_limit)
+    return _experts(x, w1, w2, b1, b2, routing, *options)
 
 
 def moe_sorted(
@@ -168,6 +175,7 @@ def moe_sorted(
         activation,
         gate_up_layout,
         limit,
+        True,
         workspace_limit,
     )
 
@@ -185,6 +193,7 @@ def moe_pairs(
     gate_up_layout: str = "concatenated",
     limit: float = 7.0,
     workspace_limit: int | None = None,
+    deterministic: bool = True,
 ) -> Tensor:
     """The experts on any list of pairs: out[t] = sum of pair_weights[p] * expert_p(x[t]).
 
@@ -197,7 +206,8 @@ def moe_pairs(
         _ranked(token_ids, "token_ids", 1),
         _ranked(pair_weights, "pair_weights", 1),
     )
-    return _experts(x, w1, w2, b1, b2, routing, activation, gate_up_layout, limit, workspace_limit)
+    options = (activation, gate_up_layout, limit, deterministic, workspace_limit)
+    return _experts(x, w1, w2, b1, b2, routing, *options)
 
 
 # ------------------------------------------------------------------------------------------ router
@@ -310,6 +320,7 @@ def run_layer(
     activation: str = "swiglu",
     gate_up_layout: str = "concatenated",
     limit: float = 7.0,
+    deterministic: bool = True,
     workspace_limit: int | None = None,
     main_grad: bool = False,
 ) -> LayerOutput:
@@ -327,6 +338,7 @@ def run_layer(
         code(ACTIVATIONS, "activation", activation),
         code(GATE_UP_LAYOUTS, "gate_up_layout", gate_up_layout),
         limit,
+        deterministic,
         *_router_options(top_k, scoring, renormalize, num_groups, top_groups, scale),
         router == "token_rounding", tile, code(POLICIES, "policy", policy), workspace_limit,
         number, _save_for_backward(x, router_w, router_b, w1, w2, b1, b2),
@@ -346,7 +358,7 @@ def moe_layer(
 
     Options (keyword only): router_b [E]; b1, b2; router "topk" | "token_rounding" with tile,
     policy, seed; scoring, renormalize, bias, num_groups, top_groups, scale as in `route`;
-    activation, gate_up_layout, limit, workspace_limit as in `moe`.
+    activation, gate_up_layout, limit, workspace_limit, deterministic as in `moe`.
     """
     out = run_layer(_rows(x, "x"), router_w, w1, w2, top_k, **options)
     logits = out.logits.reshape(*x.shape[:-1], out.logits.shape[-1])

@@ -22,7 +22,7 @@ class MoE(nn.Module):
     run and activation checkpointing, which restores that generator, rounds the same way again.
 
     `main_grad=True` accumulates parameter gradients into `param.main_grad` (float32), see
-    docs/python.md. After a forward `last_rows_per_expert` [E] int32 counts the rows computed.
+    docs/python.md. `deterministic=False` as in `moe`. After a forward `last_rows_per_expert` [E] int32 counts the rows computed.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class MoE(nn.Module):
         router_bias: bool = False,
         main_grad: bool = False,
         workspace_limit: int | None = None,
+        deterministic: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -77,6 +78,7 @@ class MoE(nn.Module):
             "gate_up_layout": gate_up_layout,
             "limit": limit,
             "workspace_limit": workspace_limit,
+            "deterministic": deterministic,
         }
 
         def parameter(*shape: int) -> nn.Parameter:

@@ -52,7 +52,7 @@ __device__ void add_bias(float (&acc)[kCount], int lane, BiasAt bias_at) {
   }
 }
 
-// out[r, c] = row_weight[r] * round(acc + bias[e, c]).
+// out[r, c] = row_weight[r] * round(acc + bias[e, c]), or out[row_token[r], c] += that.
 template <int kBlockN, int kWarps>
 class StoreRows {
  public:
@@ -61,8 +61,9 @@ class StoreRows {
   struct Params {
     bf16* out;  // [*, ld]
     int64_t ld;
-    const float* row_weight;  // [P] or null
-    const bf16* bias;         // [E, bias_ld], already at the first column, or null
+    const float* row_weight;        // [P] or null
+    const std::int32_t* row_token;  // [P]: rows are added to their tokens' rows of out; or null
+    const bf16* bias;               // [E, bias_ld], already at the first column, or null
     int64_t bias_ld;
     int columns;
   };
@@ -87,26 +88,35 @@ class StoreRows {
       if (!rows_.valid(i)) continue;
       const int row = rows_.row0 + rows_.row(i);
       weight_[i] = p_.row_weight == nullptr ? 1.0f : __ldg(p_.row_weight + row);
+      out_row_[i] = p_.row_token == nullptr ? row : __ldg(p_.row_token + row);
     }
   }
 
   __device__ void store(uint32_t half) {
+    if (p_.row_token == nullptr) {
+      for_each_chunk(half, [](bf16* out, const uint4& v) { ptx::store_global_v4(out, v); });
+    } else {
+      for_each_chunk(half, [](bf16* out, const uint4& v) { ptx::reduce_add_bf16x2_v4(out, v); });
+    }
+  }
+
+ private:
+  template <class Visit>
+  __device__ void for_each_chunk(uint32_t half, Visit visit) {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       if (!rows_.valid(i)) continue;
-      bf16* out = p_.out + int64_t{rows_.row0 + rows_.row(i)} * p_.ld;
+      bf16* out = p_.out + int64_t{out_row_[i]} * p_.ld;
 #pragma unroll
       for (int block = 0; block < kBlockN / 64; ++block) {
         const int column = column0_ + block * 64;
         uint4 v = ptx::load_shared_v4(
             half + tile::dump_offset(rows_.row(i), block * 8 + (rows_.lane & 7)));
         if (p_.row_weight != nullptr) v = scaled(v, weight_[i]);
-        if (column < p_.columns) ptx::store_global_v4(out + column, v);
+        if (column < p_.columns) visit(out + column, v);
       }
     }
   }
-
- private:
   static __device__ uint4 scaled(const uint4& v, float s) {
     float f[8];
     unpack(v, f);
@@ -118,6 +128,7 @@ class StoreRows {
   HalfRows<kWarps> rows_;
   int column0_;
   float weight_[kGroups];
+  int out_row_[kGroups];
 };
 
 // Weight gradients: out[e, r, c] with strides (expert, row, column), r of d, one of the last two

@@ -21,9 +21,9 @@ struct Sources {
   std::int64_t rows_ld;
   const void* weights;  // by pair, or null
   bool weights_are_bf16;
-  const bf16* share;
   bf16* out;
   std::int64_t out_ld;
+  bool add_to_out;
   std::int64_t num_tokens;
   int columns, chunks, top_k;  // top_k 0: pair list
   bool vector_out;             // out rows start at multiples of 16 bytes
@@ -61,6 +61,14 @@ __device__ void add_vector(float (&sum)[8], const uint4& value, float weight) {
   for (int i = 0; i < 8; ++i) sum[i] += weight * v[i];
 }
 
+// Eight values, at a multiple of 16 bytes if `aligned`.
+__device__ uint4 load_vector(const bf16* from, bool aligned) {
+  if (aligned) return *reinterpret_cast<const uint4*>(from);
+  uint4 v;
+  for (int i = 0; i < 8; ++i) reinterpret_cast<bf16*>(&v)[i] = from[i];
+  return v;
+}
+
 // One warp per token and kChunk columns, the chunks of a token side by side: a row is fetched from
 // DRAM in one piece (chunk after chunk in one warp measured 1.4 times slower). All loads of a batch
 // are issued before the first is used.
@@ -72,9 +80,9 @@ __global__ void __launch_bounds__(kThreads) aggregate_kernel(Sources s, Metadata
   const int column = static_cast<int>(warp % s.chunks) * kChunk + lane * 8;
   const bool inside = column < s.columns;
   const int count = s.top_k > 0 ? s.top_k : m.token_start[t + 1] - m.token_start[t];
-  const bool shared = s.share != nullptr && inside;
-  uint4 share{};
-  if (shared) share = ptx::load_global_nc_v4(s.share + t * s.columns + column);
+  bf16* out = s.out + t * s.out_ld + column;
+  uint4 before{};
+  if (s.add_to_out && inside) before = load_vector(out, s.vector_out);
   float sum[8] = {};
   TokenRows mine{-1, 0.0f};
   for (int first = 0; first < count; first += kBatch) {
@@ -94,9 +102,8 @@ __global__ void __launch_bounds__(kThreads) aggregate_kernel(Sources s, Metadata
       if (at >= 0) add_vector(sum, values[j], weight);
     }
   }
-  if (shared) add_vector(sum, share, 1.0f);
+  if (s.add_to_out) add_vector(sum, before, 1.0f);
   if (!inside) return;
-  bf16* out = s.out + t * s.out_ld + column;
   if (s.vector_out) {
     ptx::store_global_streaming_v4(out, pack(sum));
   } else {
@@ -209,9 +216,9 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
   s.rows_ld = args.rows_ld;
   s.weights = args.weights.data();
   s.weights_are_bf16 = args.weights.defined() && args.weights.dtype() == DType::kBFloat16;
-  s.share = static_cast<const bf16*>(args.share);
   s.out = static_cast<bf16*>(args.out.data);
   s.out_ld = args.out.ld;
+  s.add_to_out = args.add_to_out;
   s.num_tokens = shape.num_tokens;
   s.columns = static_cast<int>(args.columns);
   s.chunks = ceil_div(s.columns, kChunk);
@@ -222,6 +229,13 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
   aggregate_kernel<<<grid_of(shape.num_tokens * s.chunks, kWarps), kThreads, 0, stream>>>(s,
                                                                                           metadata);
   check_launch(cudaGetLastError(), "aggregate", shape);
+}
+
+void zero_rows(cudaStream_t stream, const MoEShape& shape, Matrix out) {
+  const auto bytes = [](std::int64_t columns) { return static_cast<std::size_t>(columns) * 2; };
+  check_launch(cudaMemset2DAsync(out.data, bytes(out.ld), 0, bytes(shape.hidden_size),
+                                 static_cast<std::size_t>(shape.num_tokens), stream),
+               "zero rows", shape);
 }
 
 void zero_tail(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata, Matrix out,

@@ -8,20 +8,23 @@
 
 namespace sonicmoe::cuda {
 
-/// out[t, c] = sum over the rows of t, in input order, of weight * rows[row, c]  (+ share[t, c]),
+/// out[t, c] = sum over the rows of t, in input order, of weight * rows[row, c]  (+ out[t, c]),
 /// float32 sum, one rounding, for `columns` columns. bfloat16.
 /// `rows` is in row order: the K rows of a token lie apart. (In token order the down projection
 /// would have to scatter them, which measured slower than gathering them here.)
 struct AggregateArgs {
-  const void* rows = nullptr;   ///< [P, rows_ld], 16-byte aligned
-  std::int64_t rows_ld = 0;     ///< a multiple of 8
-  ConstTensorView weights;      ///< by pair, float32|bfloat16, or absent for 1
-  const void* share = nullptr;  ///< one more row per token, [T, columns], 16-byte aligned, or null
-  Matrix out;                   ///< [T, *], at the slab's first column
+  const void* rows = nullptr;  ///< [P, rows_ld], 16-byte aligned
+  std::int64_t rows_ld = 0;    ///< a multiple of 8
+  ConstTensorView weights;     ///< by pair, float32|bfloat16, or absent for 1
+  Matrix out;                  ///< [T, *], at the slab's first column
+  bool add_to_out = false;     ///< what is there counts as one more row, the last
   std::int64_t columns = 0;
 };
 void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata,
                const AggregateArgs& args);
+
+/// Zeroes out [T, d].
+void zero_rows(cudaStream_t stream, const MoEShape& shape, Matrix out);
 
 /// Sorted rows: zeroes rows R..P of out [P, columns].
 void zero_tail(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata, Matrix out,

@@ -1,6 +1,8 @@
 // Backward without Y: dS = <dA', A>, so that only X, H and the row lists are kept.
 //   1 dH, A', dS from dO, W2 and the stored H      2 the router's gradient (moe_layer only)
-//   3 bias gradients                               4 dX~ = dH W1, summed per token, slab by slab
+//   3 bias gradients                               4 dX: the router's share, then dX~ = dH W1
+//   summed
+//                                                    per token, slab by slab, or added at once
 //   5 dW2, dW1
 #include <algorithm>
 
@@ -18,8 +20,7 @@ struct Buffers {
   void* grad_h;    // [P, g*n]
   void* scaled_a;  // [P, n]
   float* partial;  // [P, ceil(n / 128)]
-  void* grad_x;    // [P, slab] dX~; not for sorted rows, whose dX~ is dX
-  void* share;     // [T, slab] the router's part of dX, one more row per token; likewise
+  void* grad_x;    // [P, slab] dX~, where stores_rows()
   router::GradientTerms terms;
 };
 
@@ -31,9 +32,10 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab)
   b.scaled_a =
       carver.take_bytes(elements(shape.num_pairs, shape.intermediate_size) * kElementBytes);
   b.partial = carver.take<float>(elements(shape.num_pairs, parts));
-  if (shape.form != MoEShape::Form::kSorted) {
+  if (stores_rows(shape)) {
     b.grad_x = carver.take_bytes(elements(shape.num_pairs, slab) * kElementBytes);
-    b.share = carver.take_bytes(elements(shape.num_tokens, slab) * kElementBytes);
+  }
+  if (shape.form != MoEShape::Form::kSorted) {
     b.terms = router::carve_share_terms(carver, shape.num_tokens, shape.num_experts);
   }
   return b;
@@ -42,31 +44,33 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab)
 void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const Metadata& m,
                      const Buffers& b, const RouterShare* router, std::int64_t slab) {
   const MoEShape& shape = call.shape;
-  const bool sorted = shape.form == MoEShape::Form::kSorted;
+  const bool sorted = shape.form == MoEShape::Form::kSorted, stores = stores_rows(shape);
+  const bool adds = !stores && !sorted;
+  if (adds && router == nullptr) zero_rows(call.stream, shape, matrix(args.grad_x));
   for (std::int64_t c = 0; c < shape.hidden_size; c += slab) {
     const std::int64_t columns = std::min(slab, shape.hidden_size - c);
     const Matrix out{args.grad_x.as<bfloat16>() + c, args.grad_x.stride(0)};
+    if (router != nullptr) {
+      router::logits_grad_input(call.stream, call.device, router->grad_logits,
+                                router->router_weight, c, columns, out, b.terms);
+    }
     SONICMOE_RUN_GEMM(call, input_gradient,
                       InputGradientArgs{.grad_h = b.grad_h,
                                         .w1 = args.weights.w1,
                                         .first_column = c,
                                         .num_columns = columns,
-                                        .out = sorted ? out : Matrix{b.grad_x, columns}});
-    if (sorted) {
-      zero_tail(call.stream, shape, m, out, columns);
-      continue;
+                                        .out = stores ? Matrix{b.grad_x, columns} : out,
+                                        .add_rows = adds});
+    if (sorted) zero_tail(call.stream, shape, m, out, columns);
+    if (stores) {
+      aggregate(call.stream, shape, m,
+                {.rows = b.grad_x,
+                 .rows_ld = columns,
+                 .weights = {},
+                 .out = out,
+                 .add_to_out = router != nullptr,
+                 .columns = columns});
     }
-    if (router != nullptr) {
-      router::logits_grad_input(call.stream, call.device, router->grad_logits,
-                                router->router_weight, c, columns, b.share, b.terms);
-    }
-    aggregate(call.stream, shape, m,
-              {.rows = b.grad_x,
-               .rows_ld = columns,
-               .weights = {},
-               .share = router == nullptr ? nullptr : b.share,
-               .out = out,
-               .columns = columns});
   }
 }
 
@@ -102,7 +106,8 @@ void backward(const Context& context, const MoEShape& shape, const MoEBackwardAr
                            args.weights.b2, args.grad_routing_weights.as<float>());
   }
   if (router != nullptr) {
-    router::layer_grad_logits(call.stream, args.x, plan.slab_columns, b.share, b.terms, *router);
+    const Matrix grad_x = args.grad_x.defined() ? matrix(args.grad_x) : Matrix{};
+    router::layer_grad_logits(call.stream, args.x, plan.slab_columns, grad_x, b.terms, *router);
   }
   if (args.grad_b1.defined()) {
     bias_gradient(call.stream, shape, m, {b.grad_h, shape.hidden_columns()}, false, nullptr,

@@ -1,4 +1,5 @@
-// Forward: row lists, H and A, then Y and its sum over each token's rows, slab by slab.
+// Forward: row lists, H and A, then Y and its sum over each token's rows, slab by slab; or, where
+// the order of the sum is free, Y added to O at once.
 #include <algorithm>
 
 #include "cuda/experts/buffers.hpp"
@@ -12,7 +13,7 @@ struct Buffers {
   RowTables tables;
   void* metadata;  // inference only; otherwise the caller keeps it
   void* a;         // [P, n]
-  void* y;         // [P, slab]; not for sorted rows, whose Y is the output
+  void* y;         // [P, slab], where stores_rows()
 };
 
 Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, bool inference, std::int64_t slab) {
@@ -21,7 +22,7 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, bool inference, st
   b.tables = carve_row_tables(carver, shape);
   b.metadata = inference ? carver.take_bytes(moe_metadata_bytes(shape)) : nullptr;
   b.a = carver.take_bytes(elements(shape.num_pairs, shape.intermediate_size) * kElementBytes);
-  if (shape.form != MoEShape::Form::kSorted) {
+  if (stores_rows(shape)) {
     b.y = carver.take_bytes(elements(shape.num_pairs, slab) * kElementBytes);
   }
   return b;
@@ -45,12 +46,15 @@ void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs
   Buffers b = carve(carver, shape, inference, plan.slab_columns);
   const Metadata m = metadata_view(shape, inference ? b.metadata : args.metadata.data());
   const ConstTensorView& weights = routing_weights(args.routing);
-  if (!sorted || !weights.defined()) b.tables.row_weight = nullptr;  // the sum takes `weights`
+  // The sum over stored rows takes `weights`.
+  if (stores_rows(shape) || !weights.defined()) b.tables.row_weight = nullptr;
   const ExpertCall call = expert_call(context, shape, args.options, m, b.tables);
   build_metadata(call.stream, shape, args.routing, m, b.scratch, b.tables);
   SONICMOE_RUN_GEMM(call, up,
                     UpArgs{matrix(args.x), args.weights.w1, args.weights.b1,
                            inference ? nullptr : args.h.data(), b.a});
+  const bool stores = stores_rows(shape), adds = !stores && !sorted;
+  if (adds) zero_rows(call.stream, shape, matrix(args.out));
   for (std::int64_t c = 0; c < shape.hidden_size; c += plan.slab_columns) {
     const std::int64_t columns = std::min(plan.slab_columns, shape.hidden_size - c);
     const Matrix out{args.out.as<bfloat16>() + c, args.out.stride(0)};
@@ -60,11 +64,11 @@ void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs
                                .b2 = args.weights.b2,
                                .first_column = c,
                                .num_columns = columns,
-                               .out = sorted ? out : Matrix{b.y, columns},
-                               .row_weight = sorted ? b.tables.row_weight : nullptr});
-    if (sorted) {
-      zero_tail(call.stream, shape, m, out, columns);
-    } else {
+                               .out = stores ? Matrix{b.y, columns} : out,
+                               .row_weight = b.tables.row_weight,
+                               .add_rows = adds});
+    if (sorted) zero_tail(call.stream, shape, m, out, columns);
+    if (stores) {
       aggregate(
           call.stream, shape, m,
           {.rows = b.y, .rows_ld = columns, .weights = weights, .out = out, .columns = columns});

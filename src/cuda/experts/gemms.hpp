@@ -61,15 +61,17 @@ struct UpArgs {
   void* a = nullptr;   ///< [P, n] contiguous
 };
 
-/// out[r] = row_weight[r] * (A[r] W2[e]^T + b2[e]) for columns first_column.. of d.
+/// out[r] = row_weight[r] * (A[r] W2[e]^T + b2[e]) for columns first_column.. of d; with `add_rows`
+/// out[token(r)] += that, by atomic additions that each round to bfloat16.
 struct DownArgs {
   const void* a = nullptr;  ///< [P, n] contiguous
   ConstTensorView w2;       ///< [E, d, n]
   ConstTensorView b2;       ///< [E, d] or absent
   std::int64_t first_column = 0;
   std::int64_t num_columns = 0;
-  Matrix out;                         ///< [P, num_columns], dtype of x
+  Matrix out;                         ///< [P or T, num_columns], dtype of x
   const float* row_weight = nullptr;  ///< [P] or null: 1. The product is rounded once more
+  bool add_rows = false;
 };
 
 /// dA' = dO[token(r)] W2[e], rounded to the dtype; with A = act(H[r]) and s = row_weight[r]:
@@ -85,13 +87,14 @@ struct HiddenGradientArgs {
   float* partial = nullptr;           ///< [P, parts]; see hopper::partial_columns()
 };
 
-/// out[r] = dH[r] W1[e] for columns first_column.. of d.
+/// out[r] = dH[r] W1[e] for columns first_column.. of d; with `add_rows` as DownArgs.
 struct InputGradientArgs {
   const void* grad_h = nullptr;  ///< [P, g*n] contiguous
   ConstTensorView w1;            ///< [E, g*n, d]
   std::int64_t first_column = 0;
   std::int64_t num_columns = 0;
-  Matrix out;  ///< [P, num_columns], dtype of x
+  Matrix out;  ///< [P or T, num_columns], dtype of x
+  bool add_rows = false;
 };
 
 /// grad_w2[e] (+)= sum over rows r of e of dO[token(r)]^T A'[r], zeros for an expert without rows.

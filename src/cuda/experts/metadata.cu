@@ -37,7 +37,9 @@ __host__ __device__ constexpr int table_blocks(int num_experts) {
 struct PairSource {
   const void* expert_ids;
   const void* token_ids;  // null: top-K, token = position / K
+  const void* weights;    // by pair, or null
   bool wide;              // int64 ids
+  bool weights_are_bf16;
   int top_k;
   std::int64_t num_tokens;
   int num_experts;
@@ -49,6 +51,10 @@ struct PairSource {
   __device__ std::int64_t token(std::int64_t pair) const {
     if (token_ids != nullptr) return id_at(token_ids, wide, pair);
     return static_cast<std::uint32_t>(pair) / static_cast<std::uint32_t>(top_k);  // P < 2^31
+  }
+  __device__ float weight(std::int64_t pair) const {
+    return weights_are_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(weights)[pair])
+                            : static_cast<const float*>(weights)[pair];
   }
   __device__ bool has_token(std::int64_t pair) const {
     if (token_ids == nullptr) return true;
@@ -224,7 +230,7 @@ __device__ void write_tables(int first_expert, int num_experts, Count count, std
 // experts [kWarps, E].
 __device__ void place_block(const PairSource& source, std::int64_t num_pairs, std::int64_t block,
                             const std::int32_t* block_starts, const std::int32_t* starts,
-                            std::int32_t* next, const Metadata& m) {
+                            std::int32_t* next, const Metadata& m, float* row_weight) {
   constexpr int kSteps = kPairsPerWarp / 32;
   const int E = source.num_experts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = threadIdx.x; i < kWarps * E; i += kThreads) next[i] = 0;
@@ -266,6 +272,7 @@ __device__ void place_block(const PairSource& source, std::int64_t num_pairs, st
     if (row >= 0) {
       m.row_token[row] = static_cast<std::int32_t>(source.token(pair));
       m.row_pair[row] = static_cast<std::int32_t>(pair);
+      if (row_weight != nullptr) row_weight[row] = source.weight(pair);
     }
     if (pair >= starts[E]) m.row_token[pair] = m.row_pair[pair] = -1;  // defined past the last row
   }
@@ -289,7 +296,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   scan_experts(E, count, shared);
   place_block(source, num_pairs, block, block_starts + std::int64_t{block} * E, shared,
-              shared + E + 1, m);
+              shared + E + 1, m, tables.row_weight);
 }
 
 // ------------------------------------------------------------------- rows of a token (pair lists)
@@ -381,6 +388,9 @@ PairSource pair_source(const MoEShape& shape, const Routing& routing) {
     s.token_ids = pairs.token_ids.data();
     s.wide = pairs.expert_ids.dtype() == DType::kInt64;
   }
+  const ConstTensorView& weights = routing_weights(routing);
+  s.weights = weights.data();
+  s.weights_are_bf16 = weights.defined() && weights.dtype() == DType::kBFloat16;
   return s;
 }
 

@@ -119,6 +119,7 @@ struct OperandParams {
   std::uint32_t* claims;  // tile counters (schedule.cuh), or null: strided
   int m_tiles;            // kDepth: ceil(d / 128); else 1
   int n_tiles;
+  int n_group;       // column tiles that all rows pass before the next ones; 0: n_tiles
   int depth;         // kRows: length of the reduction; kDepth: d, the columns of the gathered side
   int b_columns;     // kDepth: N, columns of b_rows
   int first_column;  // kRows: first column of B's outer side (slabs of d)

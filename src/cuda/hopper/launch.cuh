@@ -17,12 +17,14 @@ namespace sonicmoe::cuda::hopper {
 /// on an H100. Gathering products gain up to 20% in order (neighbours share their rows); of the
 /// others only `down` with few k-tiles and so many tiles that the CTAs would drift far apart, and
 /// products with weights larger than L2, which CTAs apart from each other fetch again and again.
+/// Products in groups of columns mean to work on one group at a time.
 template <class Spec>
 bool in_order(const OperandParams& o, std::int64_t items, std::int64_t grid) {
   if (Spec::shape.grouping == Grouping::kDepth) return false;
   constexpr std::int64_t kMostWeight = 40 << 20;  // bytes of an expert; L2 has 50 MB
   const std::int64_t weight = std::int64_t{2} * o.depth * o.n_tiles * Spec::shape.block_n;
-  return Spec::shape.gather || weight > kMostWeight || (o.depth <= 256 && items > 256 * grid);
+  return Spec::shape.gather || o.n_group > 0 || weight > kMostWeight ||
+         (o.depth <= 256 && items > 256 * grid);
 }
 
 /// Whether stages are handed back early when data is short, from measurements on an H100: 2-6%
@@ -53,6 +55,7 @@ void launch(const ExpertCall& call, const Params<Spec>& params, std::int64_t max
   scheduled.operands.claims =
       in_order<Spec>(params.operands, max_items, grid) ? call.rows.claims : nullptr;
   scheduled.operands.early_release = early_release<Spec>(params.operands);
+  if (scheduled.operands.n_group == 0) scheduled.operands.n_group = params.operands.n_tiles;
   grouped_gemm_kernel<Spec>
       <<<static_cast<unsigned>(grid), kThreads, bytes, call.stream>>>(scheduled);
   check_launch(cudaGetLastError(), Spec::name, call.shape);

@@ -1,4 +1,5 @@
-// Y of the down projection and dX~ of the input gradient: sorted rows in, rows out.
+// Y of the down projection and dX~ of the input gradient: sorted rows in, rows out, or added to the
+// rows of their tokens.
 #include "cuda/hopper/launch.cuh"
 #include "cuda/hopper/specs.cuh"
 
@@ -14,9 +15,13 @@ void launch_down(const ExpertCall& call, const DownArgs& args) {
   p.operands.a = map_of_rows(args.a, s.num_pairs, s.intermediate_size);
   p.operands.b = map_of_weight(args.w2, 1, 1, kBlockN, kMajor);
   p.operands.first_column = static_cast<int>(args.first_column);
+  if (args.add_rows) {
+    p.operands.n_group = choose_add_group(s.num_tokens, p.operands.n_tiles, kBlockN);
+  }
   p.epilogue = {.out = static_cast<bf16*>(args.out.data),
                 .ld = args.out.ld,
                 .row_weight = args.row_weight,
+                .row_token = args.add_rows ? call.rows.row_token : nullptr,
                 .bias = args.b2.defined() ? args.b2.as<bf16>() + args.first_column : nullptr,
                 .bias_ld = args.b2.defined() ? args.b2.stride(0) : 0,
                 .columns = static_cast<int>(args.num_columns)};
@@ -32,9 +37,13 @@ void launch_input_gradient(const ExpertCall& call, const InputGradientArgs& args
   p.operands.a = map_of_rows(args.grad_h, s.num_pairs, s.hidden_columns());
   p.operands.b = map_of_weight(args.w1, 2, 1, kBlockN, kMajor);
   p.operands.first_column = static_cast<int>(args.first_column);
+  if (args.add_rows) {
+    p.operands.n_group = choose_add_group(s.num_tokens, p.operands.n_tiles, kBlockN);
+  }
   p.epilogue = {.out = static_cast<bf16*>(args.out.data),
                 .ld = args.out.ld,
                 .row_weight = nullptr,
+                .row_token = args.add_rows ? call.rows.row_token : nullptr,
                 .bias = nullptr,
                 .bias_ld = 0,
                 .columns = static_cast<int>(args.num_columns)};

@@ -1,6 +1,7 @@
 // Which tile a CTA computes next. Included by grouped_gemm.cuh only.
 //
-// Tiles are numbered with columns fastest. What a tile computes does not depend on who computes it.
+// Tiles are numbered with columns fastest, in groups of n_group column tiles: all rows of a group
+// come before the next one's. What a tile computes does not depend on who computes it.
 // Two ways to hand them out (launch.cuh says which product takes which):
 //   in order   whoever is free claims the next tile: the CTAs work on neighbouring tiles at any
 //              time, whose operands are then in L2. With strides the faster CTAs run ahead: `down`
@@ -45,8 +46,8 @@ class ItemSource {
   __device__ ItemSource(const OperandParams& p, const SharedLayout& l, int lane)
       : p_(p), l_(l), lane_(lane), index_(blockIdx.x) {
     const int entries = p.num_entries == nullptr ? p.max_entries : __ldg(p.num_entries);
-    per_entry_ = p.m_tiles * p.n_tiles;
-    items_ = entries * per_entry_;
+    per_group_ = entries * p.m_tiles * p.n_group;
+    items_ = entries * p.m_tiles * p.n_tiles;
     fetch();
     claim();
   }
@@ -55,7 +56,7 @@ class ItemSource {
     const bool more = index_ < items_;
     const uint4 v = {static_cast<uint32_t>(entry_.x),
                      more ? static_cast<uint32_t>(entry_.y) : 0xffffffffu,
-                     static_cast<uint32_t>(entry_.z), static_cast<uint32_t>(index_ % per_entry_)};
+                     static_cast<uint32_t>(entry_.z), static_cast<uint32_t>(tile_)};
     tile::wait(l_.item_empty + 8 * ring_.stage, ring_.parity ^ 1, Role::kLoader, Slot::kItemEmpty,
                ring_.stage);
     if (lane_ == 0) {
@@ -78,7 +79,10 @@ class ItemSource {
  private:
   __device__ void fetch() {
     if (index_ >= items_) return;
-    const int i = index_ / per_entry_;
+    const int group = index_ / per_group_, first = group * p_.n_group;
+    const int tiles = p_.m_tiles * min(p_.n_group, p_.n_tiles - first);  // of an entry
+    const int within = index_ - group * per_group_, i = within / tiles;
+    tile_ = first + within % tiles;
     if (p_.entries != nullptr) {
       entry_ = __ldg(p_.entries + i);
     } else {
@@ -103,7 +107,7 @@ class ItemSource {
 
   const OperandParams& p_;
   const SharedLayout& l_;
-  int lane_, index_, items_, per_entry_, claimed_ = 0;
+  int lane_, index_, items_, per_group_, tile_ = 0, claimed_ = 0;
   int4 entry_{};
   tile::RingState<kItemSlots> ring_;
 };

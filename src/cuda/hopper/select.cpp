@@ -1,5 +1,6 @@
 #include "cuda/hopper/select.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 
@@ -103,6 +104,13 @@ int choose_hidden_loaders(std::int64_t hidden_size) {
   const int forced = number_from_environment("SONICMOE_CUDA_HIDDEN_LOADERS");
   if (forced == 1 || forced == 2) return forced;
   return hidden_size < 2048 ? 1 : 2;
+}
+
+int choose_add_group(std::int64_t num_tokens, int n_tiles, int block_n) {
+  const int forced = number_from_environment("SONICMOE_CUDA_ADD_WINDOW");
+  const std::int64_t window = std::int64_t{forced > 0 ? forced : 34} << 20;
+  const std::int64_t tile = std::max<std::int64_t>(num_tokens * block_n * 2, 1);
+  return static_cast<int>(std::clamp<std::int64_t>(window / tile, 1, n_tiles));
 }
 
 int grid_limit(int processors) {

@@ -21,6 +21,10 @@ int choose_gated_block_n(std::int64_t n);
 /// gather sets the pace, 1 where the epilogue does. SONICMOE_CUDA_HIDDEN_LOADERS forces one.
 int choose_hidden_loaders(std::int64_t hidden_size);
 
+/// Column tiles of a product that adds its rows to out [num_tokens, ...]: as many at a time as keep
+/// what is added to in L2, at most all `n_tiles`. SONICMOE_CUDA_ADD_WINDOW sets the bytes in MiB.
+int choose_add_group(std::int64_t num_tokens, int n_tiles, int block_n);
+
 /// CTAs to launch on a GPU of `processors` multiprocessors: one each, or SONICMOE_CUDA_GRID if set
 /// (tests run grids of 1, 2, 7, 131).
 int grid_limit(int processors);

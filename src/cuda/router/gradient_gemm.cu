@@ -75,7 +75,7 @@ ExpertCall gemm_call(cudaStream_t stream, int device, std::int64_t num_tokens,
 }
 
 InputGradientArgs share_args(ConstTensorView router_weight, std::int64_t first_column,
-                             std::int64_t num_columns, void* out, const void* terms) {
+                             std::int64_t num_columns, Matrix out, const void* terms) {
   const std::int64_t num_experts = router_weight.size(0), row_stride = router_weight.stride(0);
   const std::array<std::int64_t, 3> shape{1, num_experts, router_weight.size(1)};
   const std::array<std::int64_t, 3> strides{num_experts * row_stride, row_stride, 1};
@@ -83,7 +83,7 @@ InputGradientArgs share_args(ConstTensorView router_weight, std::int64_t first_c
           .w1 = {router_weight.data(), router_weight.dtype(), shape, strides},
           .first_column = first_column,
           .num_columns = num_columns,
-          .out = {out, num_columns}};
+          .out = out};
 }
 
 // grad_h, the terms, is left for the caller to set.
@@ -142,7 +142,7 @@ GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_token
 
 bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad_logits,
                            ConstTensorView router_weight, std::int64_t first_column,
-                           std::int64_t num_columns, void* out, const GradientTerms& terms) {
+                           std::int64_t num_columns, Matrix out, const GradientTerms& terms) {
   const std::int64_t num_experts = num_experts_of(grad_logits);
   const ExpertCall call =
       gemm_call(stream, device, grad_logits.size(0), num_experts, router_weight.size(1), 1, terms);
@@ -180,7 +180,7 @@ bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorVi
 }
 
 bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::int64_t num_columns,
-                         void* share) {
+                         Matrix grad_x) {
   if (x.dtype() != DType::kBFloat16 || router_weight.dtype() != DType::kBFloat16) return false;
   const std::int64_t num_tokens = x.size(0), num_experts = router_weight.size(0), d = x.size(1);
   GradientTerms terms;
@@ -188,10 +188,10 @@ bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::
   const ExpertCall share_call = gemm_call(nullptr, 0, num_tokens, num_experts, d, 1, terms);
   terms.count = kWeightTerms;
   const ExpertCall weight_call = gemm_call(nullptr, 0, num_tokens, num_experts, d, 1, terms);
-  // The parts come out of the same workspace, aligned alike; no address of theirs is known yet.
-  auto* const parts = static_cast<float*>(share);
+  // Stands for the parts, of which only the alignment is known here, that of any workspace.
+  alignas(WorkspaceCarver::kAlignment) float parts[1];
   return hopper::reason_against(share_call,
-                                share_args(router_weight, 0, num_columns, share, nullptr))
+                                share_args(router_weight, 0, num_columns, grad_x, nullptr))
              .empty() &&
          hopper::reason_against(weight_call, weight_args(x, num_experts, 1, parts)).empty();
 }

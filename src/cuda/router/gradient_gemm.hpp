@@ -59,7 +59,7 @@ GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_token
 /// are in `terms` already.
 bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad_logits,
                            ConstTensorView router_weight, std::int64_t first_column,
-                           std::int64_t num_columns, void* out, const GradientTerms& terms);
+                           std::int64_t num_columns, Matrix out, const GradientTerms& terms);
 
 /// parts [num_slices, kWeightTerms, E, d] float32: slice s sums the tokens [s, s + 1) *
 /// rows_per_slice, and dWr is the sum of all parts. False as above.
@@ -67,9 +67,9 @@ bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorVi
                                   ConstTensorView grad_logits, float* parts,
                                   const GradientTerms& terms);
 
-/// Whether both products take their grad_logits as terms: `share` [T, num_columns] as `out` of the
-/// first, for any of its slabs.
+/// Whether both products take their grad_logits as terms: slabs of `num_columns` of `grad_x` as
+/// `out` of the first.
 bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::int64_t num_columns,
-                         void* share);
+                         Matrix grad_x);
 
 }  // namespace sonicmoe::cuda::router

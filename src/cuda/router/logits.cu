@@ -89,14 +89,20 @@ struct StoreMatrix {
 
 struct StoreRows {
   static constexpr bool kVectors = true;
-  bf16* out;  // [M, N], 16-byte aligned, N a multiple of 8
-  std::int64_t columns;
+  bf16* out;  // [M, N]; N is a multiple of 8
+  std::int64_t ld;
+  bool aligned;  // rows start at multiples of 16 bytes
 
   __device__ void operator()(int, std::int64_t m, std::int64_t n, float sum) const {
-    out[m * columns + n] = __float2bfloat16(sum);
+    out[m * ld + n] = __float2bfloat16(sum);
   }
   __device__ void vector(std::int64_t m, std::int64_t n, const uint4& value) const {
-    *reinterpret_cast<uint4*>(out + m * columns + n) = value;
+    bf16* to = out + m * ld + n;
+    if (aligned) {
+      *reinterpret_cast<uint4*>(to) = value;
+    } else {
+      for (int i = 0; i < 8; ++i) to[i] = reinterpret_cast<const bf16*>(&value)[i];
+    }
   }
 };
 
@@ -341,7 +347,7 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
 
 void logits_grad_input(cudaStream_t stream, int device, ConstTensorView grad_logits,
                        ConstTensorView router_weight, std::int64_t first_column,
-                       std::int64_t num_columns, void* out, const GradientTerms& terms) {
+                       std::int64_t num_columns, Matrix out, const GradientTerms& terms) {
   const std::int64_t num_tokens = grad_logits.size(0);
   const std::int64_t num_experts = num_experts_of(grad_logits);
   if (num_tokens == 0 || num_columns == 0) return;
@@ -349,11 +355,12 @@ void logits_grad_input(cudaStream_t stream, int device, ConstTensorView grad_log
                             out, terms)) {
     return;
   }
+  const bool aligned = reinterpret_cast<std::uintptr_t>(out.data) % 16 == 0 && out.ld % 8 == 0;
   visit_float_dtype(router_weight, [&]<class W>(const W* weight) {
     launch_product(stream, SimtOperand<float, Unit::kDepth>{grad_logits.as<float>(), num_experts},
                    SimtOperand<W, Unit::kWidth>{weight + first_column, router_weight.stride(0)},
                    {num_tokens, num_columns, num_experts, num_experts}, 1,
-                   StoreRows{static_cast<bf16*>(out), num_columns}, "logits_grad_input");
+                   StoreRows{static_cast<bf16*>(out.data), out.ld, aligned}, "logits_grad_input");
   });
 }
 

@@ -274,8 +274,9 @@ void route_backward(const Context& context, const RouteBackwardArgs& args) {
 }
 
 void layer_grad_logits(cudaStream_t stream, ConstTensorView x, std::int64_t num_columns,
-                       void* share, const GradientTerms& terms, RouterShare& router) {
-  if (router.topk == nullptr || !products_take_terms(x, router.router_weight, num_columns, share) ||
+                       Matrix grad_x, const GradientTerms& terms, RouterShare& router) {
+  if (router.topk == nullptr ||
+      !products_take_terms(x, router.router_weight, num_columns, grad_x) ||
       !launch_terms(stream, *router.topk, router.addend, terms)) {
     return router.compute_grad_logits();
   }

@@ -53,16 +53,16 @@ std::size_t router_logits_workspace_bytes(const Context& context, const MoEShape
 
 /// dlogits of a layer's backward pass. Where both products take it as terms (gradient_gemm.hpp), it
 /// is written as such straight away, router.grad_logits says so and `terms` are ready for
-/// logits_grad_input() into slabs `share` of `num_columns`; else as router.compute_grad_logits()
+/// logits_grad_input() into slabs of `num_columns` of grad_x; else as router.compute_grad_logits()
 /// does.
 void layer_grad_logits(cudaStream_t stream, ConstTensorView x, std::int64_t num_columns,
-                       void* share, const GradientTerms& terms, RouterShare& router);
+                       Matrix grad_x, const GradientTerms& terms, RouterShare& router);
 
-/// out [T, num_columns] bfloat16 contiguous = grad_logits [T, E] router_weight [E, d], the columns
+/// out [T, num_columns] bfloat16 = grad_logits [T, E] router_weight [E, d], the columns
 /// from `first_column` on: rounded as the rows of dX~ it is added to. num_columns % 8 == 0. `terms`
 /// from carve_share_terms().
 void logits_grad_input(cudaStream_t stream, int device, ConstTensorView grad_logits,
                        ConstTensorView router_weight, std::int64_t first_column,
-                       std::int64_t num_columns, void* out, const GradientTerms& terms);
+                       std::int64_t num_columns, Matrix out, const GradientTerms& terms);
 
 }  // namespace sonicmoe::cuda::router
