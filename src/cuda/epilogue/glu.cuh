@@ -51,7 +51,7 @@ SONICMOE_DEVICE void unpack_gate_up(bool halves, const uint4& first, const uint4
   }
 }
 
-// H = round(acc + b1), A = round(act(H)). Gated tiles hold block_n / 2 hidden units.
+// H = round(acc + b1), A = round(row_weight * act(H)). Gated tiles hold block_n / 2 hidden units.
 template <int kBlockN, bool kGated, int kWarps>
 class UpEpilogue {
  public:
@@ -59,8 +59,9 @@ class UpEpilogue {
   static constexpr int kGroups = HalfRows<kWarps>::kGroups;
   static constexpr int kUnits = kGated ? kBlockN / 2 : kBlockN;
   struct Params {
-    bf16* h;  // [P, g*n] or null
-    bf16* a;  // [P, n]
+    bf16* h;                  // [P, g*n] or null
+    bf16* a;                  // [P, n]
+    const float* row_weight;  // [P] or null: 1
     int n;
     HiddenLayout layout;
     ActivationParams activation;
@@ -75,7 +76,7 @@ class UpEpilogue {
     const bf16* bias = p.bias + t.expert * p.bias_ld;
     const bool halves = p.layout == HiddenLayout::kConcatenated;
     const int total = kGated ? 2 * p.n : p.n;
-    add_bias(acc, lane, [&](int c) {
+    add_bias(acc, lane, {1.0f, 1.0f}, [&](int c) {
       int column = t.n * kBlockN + c, end = total;
       if (halves) {
         const int unit = t.n * kUnits + c % kUnits;
@@ -88,25 +89,35 @@ class UpEpilogue {
 
   __device__ UpEpilogue(const Params& p, const Item& t, int w, int warp, int lane, State&)
       : p_(p), rows_(t, w, warp, lane), n_tile_(t.n) {}
-  __device__ void prefetch() {}
+  // The weights of rows lane and lane + 32 of the half.
+  __device__ void prefetch() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = rows_.lane + 32 * i;
+      const bool weighted = p_.row_weight != nullptr && row < rows_.rows;
+      weights_[i] = weighted ? __ldg(p_.row_weight + rows_.row0 + row) : 1.0f;
+    }
+  }
 
   __device__ void store(uint32_t half) {
     visit_activation<kGated>(p_.activation.kind, [&](auto kind) {
       const ActivationParams activation{kind.value, p_.activation.limit};
       for (int i = 0; i < kGroups; ++i) {
+        const int row = rows_.row(i);
+        const float weight = __shfl_sync(~0u, row < 32 ? weights_[0] : weights_[1], row & 31);
         if (!rows_.valid(i)) continue;
 #pragma unroll
         for (int block = 0; block < kUnits / 64; ++block) {
           const int chunk = block * 8 + (rows_.lane & 7), unit = n_tile_ * kUnits + chunk * 8;
-          if (unit < p_.n) store_chunk(half, activation, rows_.row(i), chunk, unit);
+          if (unit < p_.n) store_chunk(half, activation, row, weight, chunk, unit);
         }
       }
     });
   }
 
  private:
-  __device__ void store_chunk(uint32_t half, const ActivationParams& activation, int row, int chunk,
-                              int unit) const {
+  __device__ void store_chunk(uint32_t half, const ActivationParams& activation, int row,
+                              float weight, int chunk, int unit) const {
     const int64_t r = rows_.row0 + row;
     float g[8], a[8];
     if constexpr (!kGated) {
@@ -114,7 +125,7 @@ class UpEpilogue {
       if (p_.h != nullptr) ptx::store_global_streaming_v4(p_.h + r * p_.n + unit, v);
       unpack(v, g);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) a[i] = plain(activation, g[i]);
+      for (int i = 0; i < 8; ++i) a[i] = weight * plain(activation, g[i]);
     } else {
       const bool halves = p_.layout == HiddenLayout::kConcatenated;
       const int first = halves ? chunk : 2 * chunk,
@@ -129,7 +140,7 @@ class UpEpilogue {
       float u[8];
       unpack_gate_up(halves, v0, v1, g, u);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) a[i] = gated(activation, g[i], u[i]);
+      for (int i = 0; i < 8; ++i) a[i] = weight * gated(activation, g[i], u[i]);
     }
     ptx::store_global_v4(p_.a + r * p_.n + unit, pack(a));
   }
@@ -137,6 +148,7 @@ class UpEpilogue {
   const Params& p_;
   HalfRows<kWarps> rows_;
   int n_tile_;
+  float weights_[2];
 };
 
 // acc is dA' of kBlockN hidden units. With s = row_weight[r] and H read back:

@@ -38,21 +38,23 @@ struct NoState {
   __device__ void begin(const Item&, int) {}
 };
 
-// acc += bias of the column, for one 64 x block_n half in the wgmma layout.
+// acc += weight of the row * bias of the column, for one 64 x block_n half in the wgmma layout, of
+// which a lane has two rows.
 template <int kCount, class BiasAt>
-__device__ void add_bias(float (&acc)[kCount], int lane, BiasAt bias_at) {
+__device__ void add_bias(float (&acc)[kCount], int lane, const float (&weights)[2],
+                         BiasAt bias_at) {
 #pragma unroll
   for (int b = 0; b < kCount / 4; ++b) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float bias = bias_at(8 * b + 2 * (lane % 4) + i);
-      acc[4 * b + i] += bias;
-      acc[4 * b + 2 + i] += bias;
+      acc[4 * b + i] += weights[0] * bias;
+      acc[4 * b + 2 + i] += weights[1] * bias;
     }
   }
 }
 
-// out[r, c] = row_weight[r] * round(acc + bias[e, c]), or out[row_token[r], c] += that.
+// out[r, c] = round(acc + row_weight[r] bias[e, c]), or out[row_token[r], c] += that.
 template <int kBlockN, int kWarps>
 class StoreRows {
  public:
@@ -61,7 +63,7 @@ class StoreRows {
   struct Params {
     bf16* out;  // [*, ld]
     int64_t ld;
-    const float* row_weight;        // [P] or null
+    const float* row_weight;        // [P] or null: 1
     const std::int32_t* row_token;  // [P]: rows are added to their tokens' rows of out; or null
     const bf16* bias;               // [E, bias_ld], already at the first column, or null
     int64_t bias_ld;
@@ -69,11 +71,13 @@ class StoreRows {
   };
 
   template <int kCount>
-  static __device__ void finish(const Params& p, const Item& t, float (&acc)[kCount], int,
+  static __device__ void finish(const Params& p, const Item& t, float (&acc)[kCount], int warp,
                                 int lane) {
     if (p.bias == nullptr) return;
     const bf16* bias = p.bias + t.expert * p.bias_ld;
-    add_bias(acc, lane, [&](int c) {
+    const int row = warp * 16 + lane / 4;
+    const float weights[2] = {weight_of(p, t, row), weight_of(p, t, row + 8)};
+    add_bias(acc, lane, weights, [&](int c) {
       const int column = t.n * kBlockN + c;
       return column < p.columns ? __bfloat162float(bias[column]) : 0.0f;
     });
@@ -87,7 +91,6 @@ class StoreRows {
     for (int i = 0; i < kGroups; ++i) {
       if (!rows_.valid(i)) continue;
       const int row = rows_.row0 + rows_.row(i);
-      weight_[i] = p_.row_weight == nullptr ? 1.0f : __ldg(p_.row_weight + row);
       out_row_[i] = p_.row_token == nullptr ? row : __ldg(p_.row_token + row);
     }
   }
@@ -110,24 +113,19 @@ class StoreRows {
 #pragma unroll
       for (int block = 0; block < kBlockN / 64; ++block) {
         const int column = column0_ + block * 64;
-        uint4 v = ptx::load_shared_v4(
+        const uint4 v = ptx::load_shared_v4(
             half + tile::dump_offset(rows_.row(i), block * 8 + (rows_.lane & 7)));
-        if (p_.row_weight != nullptr) v = scaled(v, weight_[i]);
         if (column < p_.columns) visit(out + column, v);
       }
     }
   }
-  static __device__ uint4 scaled(const uint4& v, float s) {
-    float f[8];
-    unpack(v, f);
-#pragma unroll
-    for (float& x : f) x *= s;
-    return pack(f);
+  // Weight of row `row` of the tile; any value past its end.
+  static __device__ float weight_of(const Params& p, const Item& t, int row) {
+    return p.row_weight == nullptr || row >= t.rows ? 1.0f : __ldg(p.row_weight + t.row0 + row);
   }
   const Params& p_;
   HalfRows<kWarps> rows_;
   int column0_;
-  float weight_[kGroups];
   int out_row_[kGroups];
 };
 

@@ -52,7 +52,7 @@ void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs
   build_metadata(call.stream, shape, args.routing, m, b.scratch, b.tables);
   SONICMOE_RUN_GEMM(call, up,
                     UpArgs{matrix(args.x), args.weights.w1, args.weights.b1,
-                           inference ? nullptr : args.h.data(), b.a});
+                           inference ? nullptr : args.h.data(), b.a, b.tables.row_weight});
   const bool stores = stores_rows(shape), adds = !stores && !sorted;
   if (adds) zero_rows(call.stream, shape, matrix(args.out));
   for (std::int64_t c = 0; c < shape.hidden_size; c += plan.slab_columns) {

@@ -52,16 +52,17 @@ struct Matrix {
   std::int64_t ld = 0;
 };
 
-/// H[r] = X[token(r)] W1[e]^T + b1[e]; A[r] = act(H[r]), from the rounded H.
+/// H[r] = X[token(r)] W1[e]^T + b1[e]; A[r] = s act(H[r]), from the rounded H, s = row_weight[r].
 struct UpArgs {
-  Matrix x;            ///< [T, d]
-  ConstTensorView w1;  ///< [E, g*n, d]
-  ConstTensorView b1;  ///< [E, g*n] or absent
-  void* h = nullptr;   ///< [P, g*n] contiguous, or null (inference)
-  void* a = nullptr;   ///< [P, n] contiguous
+  Matrix x;                           ///< [T, d]
+  ConstTensorView w1;                 ///< [E, g*n, d]
+  ConstTensorView b1;                 ///< [E, g*n] or absent
+  void* h = nullptr;                  ///< [P, g*n] contiguous, or null (inference)
+  void* a = nullptr;                  ///< [P, n] contiguous
+  const float* row_weight = nullptr;  ///< [P] or null: 1
 };
 
-/// out[r] = row_weight[r] * (A[r] W2[e]^T + b2[e]) for columns first_column.. of d; with `add_rows`
+/// out[r] = A[r] W2[e]^T + row_weight[r] b2[e] for columns first_column.. of d; with `add_rows`
 /// out[token(r)] += that, by atomic additions that each round to bfloat16.
 struct DownArgs {
   const void* a = nullptr;  ///< [P, n] contiguous
@@ -70,7 +71,7 @@ struct DownArgs {
   std::int64_t first_column = 0;
   std::int64_t num_columns = 0;
   Matrix out;                         ///< [P or T, num_columns], dtype of x
-  const float* row_weight = nullptr;  ///< [P] or null: 1. The product is rounded once more
+  const float* row_weight = nullptr;  ///< [P] or null: 1. A has it already
   bool add_rows = false;
 };
 

@@ -18,6 +18,7 @@ void launch_up(const ExpertCall& call, const UpArgs& args) {
   set_gather(p.operands, args.x);
   p.epilogue = {.h = static_cast<bf16*>(args.h),
                 .a = static_cast<bf16*>(args.a),
+                .row_weight = args.row_weight,
                 .n = static_cast<int>(s.intermediate_size),
                 .layout = layout,
                 .activation = {call.options.activation, call.options.limit},
