@@ -55,7 +55,6 @@ SONICMOE_DEVICE void unpack_gate_up(bool halves, const uint4& first, const uint4
 template <int kBlockN, bool kGated, int kWarps>
 class UpEpilogue {
  public:
-  using State = NoState;
   static constexpr int kGroups = HalfRows<kWarps>::kGroups;
   static constexpr int kUnits = kGated ? kBlockN / 2 : kBlockN;
   struct Params {
@@ -67,6 +66,12 @@ class UpEpilogue {
     ActivationParams activation;
     const bf16* bias;  // [E, g*n] or null
     int64_t bias_ld;
+  };
+
+  // The rows' weights.
+  struct State : RowValues<float, kWarps> {
+    __device__ State(const Params& p, const SharedLayout&, int warp, int lane)
+        : RowValues<float, kWarps>(p.row_weight, 1.0f, warp, lane) {}
   };
 
   template <int kCount>
@@ -87,24 +92,16 @@ class UpEpilogue {
     });
   }
 
-  __device__ UpEpilogue(const Params& p, const Item& t, int w, int warp, int lane, State&)
-      : p_(p), rows_(t, w, warp, lane), n_tile_(t.n) {}
-  // The weights of rows lane and lane + 32 of the half.
-  __device__ void prefetch() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = rows_.lane + 32 * i;
-      const bool weighted = p_.row_weight != nullptr && row < rows_.rows;
-      weights_[i] = weighted ? __ldg(p_.row_weight + rows_.row0 + row) : 1.0f;
-    }
-  }
+  __device__ UpEpilogue(const Params& p, const Item& t, int w, int warp, int lane, State& weights)
+      : p_(p), rows_(t, w, warp, lane), n_tile_(t.n), w_(w), weights_(weights) {}
+  __device__ void prefetch() {}
 
   __device__ void store(uint32_t half) {
     visit_activation<kGated>(p_.activation.kind, [&](auto kind) {
       const ActivationParams activation{kind.value, p_.activation.limit};
       for (int i = 0; i < kGroups; ++i) {
         const int row = rows_.row(i);
-        const float weight = __shfl_sync(~0u, row < 32 ? weights_[0] : weights_[1], row & 31);
+        const float weight = weights_.of(w_, i);
         if (!rows_.valid(i)) continue;
 #pragma unroll
         for (int block = 0; block < kUnits / 64; ++block) {
@@ -147,8 +144,8 @@ class UpEpilogue {
 
   const Params& p_;
   HalfRows<kWarps> rows_;
-  int n_tile_;
-  float weights_[2];
+  int n_tile_, w_;
+  const State& weights_;
 };
 
 // acc is dA' of kBlockN hidden units. With s = row_weight[r] and H read back:

@@ -42,7 +42,7 @@ class HiddenInput {
   template <class Params>
   __device__ HiddenInput(const Params& p, const SharedLayout& l, int warp, int lane)
       : map_(&p.h),
-        row_weight_(p.row_weight),
+        weights_(p.row_weight, 1.0f, warp, lane),
         slots_(l.extra + warp * kBytes),
         barriers_(l.extra_barriers + warp * kSlots * 8),
         warp_(warp),
@@ -63,18 +63,12 @@ class HiddenInput {
     next_ = {.row = rows.row0 + 4 * warp_,
              .column = t.n * kBlockN * (interleaved_ ? 2 : 1),
              .slots = kBatches * rows.groups()};
-    // Lane l: row l % 4 of row group l / 4.
-    const int row = 4 * (warp_ + lane_ / 4 * kWarps) + lane_ % 4;
-    float& weight = w == 0 ? weight_[0] : weight_[1];
-    weight =
-        row_weight_ == nullptr || row >= rows.rows ? 1.0f : __ldg(row_weight_ + rows.row0 + row);
+    weights_.begin(t, w);
     fill();
   }
 
   // The weight of this lane's row in row group i of half w. All lanes.
-  __device__ float weight(int w, int i) const {
-    return __shfl_sync(~0u, w == 0 ? weight_[0] : weight_[1], 4 * i + lane_ / 8);
-  }
+  __device__ float weight(int w, int i) const { return weights_.of(w, i); }
 
   // Waits for the next slot, copies this lane's vectors of it to registers and hands it back. All
   // lanes.
@@ -129,11 +123,10 @@ class HiddenInput {
   }
 
   const CUtensorMap* map_;
-  const float* row_weight_;
+  RowValues<float, kWarps> weights_;
   uint32_t slots_, barriers_;
   int warp_, lane_;
   bool interleaved_;
-  float weight_[2];
   Cursor now_{}, next_{};
   tile::RingState<kSlots> ring_;  // the slot to take next
   uint32_t fill_stage_ = 0;       // the slot to fill next

@@ -31,6 +31,36 @@ struct HalfRows {
   int row0, rows, warp, lane;
 };
 
+// One value per row out of global memory, loaded when a half is announced, a half ahead of its use:
+// an epilogue that waited for its loads would hold up the math warps where reductions are short.
+template <class T, int kWarps>
+class RowValues {
+ public:
+  // by_row [P], or null: every row has `otherwise`.
+  __device__ RowValues(const T* by_row, T otherwise, int warp, int lane)
+      : by_row_(by_row), otherwise_(otherwise), warp_(warp), lane_(lane) {}
+
+  // Lane l loads row l % 4 of row group l / 4.
+  __device__ void begin(const Item& t, int w) {
+    static_assert(HalfRows<kWarps>::kGroups <= 8);
+    const HalfRows<kWarps> rows(t, w, warp_, lane_);
+    const int row = 4 * (warp_ + lane_ / 4 * kWarps) + lane_ % 4;
+    T& value = w == 0 ? values_[0] : values_[1];
+    value = by_row_ == nullptr || row >= rows.rows ? otherwise_ : __ldg(by_row_ + rows.row0 + row);
+  }
+
+  // Of this lane's row in row group i of half w. All lanes.
+  __device__ T of(int w, int i) const {
+    return __shfl_sync(~0u, w == 0 ? values_[0] : values_[1], 4 * i + lane_ / 8);
+  }
+
+ private:
+  const T* by_row_;
+  T otherwise_;
+  int warp_, lane_;
+  T values_[2];
+};
+
 // The state of an epilogue that keeps none.
 struct NoState {
   template <class Params>
@@ -58,7 +88,6 @@ __device__ void add_bias(float (&acc)[kCount], int lane, const float (&weights)[
 template <int kBlockN, int kWarps>
 class StoreRows {
  public:
-  using State = NoState;
   static constexpr int kGroups = HalfRows<kWarps>::kGroups;
   struct Params {
     bf16* out;  // [*, ld]
@@ -68,6 +97,12 @@ class StoreRows {
     const bf16* bias;               // [E, bias_ld], already at the first column, or null
     int64_t bias_ld;
     int columns;
+  };
+
+  // The rows' tokens.
+  struct State : RowValues<std::int32_t, kWarps> {
+    __device__ State(const Params& p, const SharedLayout&, int warp, int lane)
+        : RowValues<std::int32_t, kWarps>(p.row_token, 0, warp, lane) {}
   };
 
   template <int kCount>
@@ -83,33 +118,35 @@ class StoreRows {
     });
   }
 
-  __device__ StoreRows(const Params& p, const Item& t, int w, int warp, int lane, State&)
-      : p_(p), rows_(t, w, warp, lane), column0_(t.n * kBlockN + (lane & 7) * 8) {}
+  __device__ StoreRows(const Params& p, const Item& t, int w, int warp, int lane, State& tokens)
+      : p_(p),
+        rows_(t, w, warp, lane),
+        column0_(t.n * kBlockN + (lane & 7) * 8),
+        w_(w),
+        tokens_(tokens) {}
 
-  __device__ void prefetch() {
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      if (!rows_.valid(i)) continue;
-      const int row = rows_.row0 + rows_.row(i);
-      out_row_[i] = p_.row_token == nullptr ? row : __ldg(p_.row_token + row);
-    }
-  }
+  __device__ void prefetch() {}
 
   __device__ void store(uint32_t half) {
     if (p_.row_token == nullptr) {
-      for_each_chunk(half, [](bf16* out, const uint4& v) { ptx::store_global_v4(out, v); });
+      for_each_chunk(
+          half, [this](int i) { return rows_.row0 + rows_.row(i); },
+          [](bf16* out, const uint4& v) { ptx::store_global_v4(out, v); });
     } else {
-      for_each_chunk(half, [](bf16* out, const uint4& v) { ptx::reduce_add_bf16x2_v4(out, v); });
+      for_each_chunk(
+          half, [this](int i) { return tokens_.of(w_, i); },
+          [](bf16* out, const uint4& v) { ptx::reduce_add_bf16x2_v4(out, v); });
     }
   }
 
  private:
-  template <class Visit>
-  __device__ void for_each_chunk(uint32_t half, Visit visit) {
+  // Calls visit(address, eight values); out_row(i): row of out for row group i, by all lanes.
+  template <class OutRow, class Visit>
+  __device__ void for_each_chunk(uint32_t half, OutRow out_row, Visit visit) {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
+      bf16* out = p_.out + int64_t{out_row(i)} * p_.ld;
       if (!rows_.valid(i)) continue;
-      bf16* out = p_.out + int64_t{out_row_[i]} * p_.ld;
 #pragma unroll
       for (int block = 0; block < kBlockN / 64; ++block) {
         const int column = column0_ + block * 64;
@@ -125,8 +162,8 @@ class StoreRows {
   }
   const Params& p_;
   HalfRows<kWarps> rows_;
-  int column0_;
-  int out_row_[kGroups];
+  int column0_, w_;
+  const State& tokens_;
 };
 
 // Weight gradients: out[e, r, c] with strides (expert, row, column), r of d, one of the last two

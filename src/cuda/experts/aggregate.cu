@@ -26,7 +26,6 @@ struct Sources {
   bool add_to_out;
   std::int64_t num_tokens;
   int columns, chunks, top_k;  // top_k 0: pair list
-  bool vector_out;             // out rows start at multiples of 16 bytes
 
   __device__ float weight(std::int64_t pair) const {
     if (weights == nullptr) return 1.0f;
@@ -61,17 +60,26 @@ __device__ void add_vector(float (&sum)[8], const uint4& value, float weight) {
   for (int i = 0; i < 8; ++i) sum[i] += weight * v[i];
 }
 
-// Eight values, at a multiple of 16 bytes if `aligned`.
-__device__ uint4 load_vector(const bf16* from, bool aligned) {
-  if (aligned) return *reinterpret_cast<const uint4*>(from);
-  uint4 v;
-  for (int i = 0; i < 8; ++i) reinterpret_cast<bf16*>(&v)[i] = from[i];
-  return v;
+// Eight values of out, kVector: at a multiple of 16 bytes.
+template <bool kVector>
+__device__ uint4 load_eight(const bf16* from) {
+  if constexpr (kVector) return ptx::load_global_v4(from);
+  float v[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = __bfloat162float(from[i]);
+  return pack(v);
+}
+template <bool kVector>
+__device__ void store_eight(bf16* to, const float (&v)[8]) {
+  if constexpr (kVector) return ptx::store_global_streaming_v4(to, pack(v));
+#pragma unroll
+  for (int i = 0; i < 8; ++i) to[i] = __float2bfloat16(v[i]);
 }
 
 // One warp per token and kChunk columns, the chunks of a token side by side: a row is fetched from
 // DRAM in one piece (chunk after chunk in one warp measured 1.4 times slower). All loads of a batch
 // are issued before the first is used.
+template <bool kVectorOut>
 __global__ void __launch_bounds__(kThreads) aggregate_kernel(Sources s, Metadata m) {
   const int lane = threadIdx.x % 32;
   const std::int64_t warp = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
@@ -82,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) aggregate_kernel(Sources s, Metadata
   const int count = s.top_k > 0 ? s.top_k : m.token_start[t + 1] - m.token_start[t];
   bf16* out = s.out + t * s.out_ld + column;
   uint4 before{};
-  if (s.add_to_out && inside) before = load_vector(out, s.vector_out);
+  if (s.add_to_out && inside) before = load_eight<kVectorOut>(out);
   float sum[8] = {};
   TokenRows mine{-1, 0.0f};
   for (int first = 0; first < count; first += kBatch) {
@@ -104,12 +112,7 @@ __global__ void __launch_bounds__(kThreads) aggregate_kernel(Sources s, Metadata
   }
   if (s.add_to_out) add_vector(sum, before, 1.0f);
   if (!inside) return;
-  if (s.vector_out) {
-    ptx::store_global_streaming_v4(out, pack(sum));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = __float2bfloat16(sum[i]);
-  }
+  store_eight<kVectorOut>(out, sum);
 }
 
 __global__ void zero_tail_kernel(Metadata m, std::int64_t num_rows, bf16* out, std::int64_t ld,
@@ -225,9 +228,10 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
   s.top_k = shape.form == MoEShape::Form::kTopK
                 ? static_cast<int>(shape.num_pairs / shape.num_tokens)
                 : 0;
-  s.vector_out = reinterpret_cast<std::uintptr_t>(args.out.data) % 16 == 0 && args.out.ld % 8 == 0;
-  aggregate_kernel<<<grid_of(shape.num_tokens * s.chunks, kWarps), kThreads, 0, stream>>>(s,
-                                                                                          metadata);
+  const bool aligned =
+      reinterpret_cast<std::uintptr_t>(args.out.data) % 16 == 0 && args.out.ld % 8 == 0;
+  const auto kernel = aligned ? aggregate_kernel<true> : aggregate_kernel<false>;
+  kernel<<<grid_of(shape.num_tokens * s.chunks, kWarps), kThreads, 0, stream>>>(s, metadata);
   check_launch(cudaGetLastError(), "aggregate", shape);
 }
 

@@ -45,6 +45,16 @@ SONICMOE_DEVICE uint4 load_global_nc_v4(const void* address) {
   return v;
 }
 
+// 16 bytes, once, that this thread may write later. Volatile as above.
+SONICMOE_DEVICE uint4 load_global_v4(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
 // 16 bytes to global memory.
 SONICMOE_DEVICE void store_global_v4(void* address, const uint4& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
