@@ -65,7 +65,7 @@ KERNELS = {
     "routing": (
         "route_kernel",
         "topk_backward_kernel",
-        "topk_terms_kernel",  # writes the products' operand too
+        "gradient_terms_kernel",  # writes the products' operand too
         "weight_backward_kernel",
         "scatter_pairs_kernel",
     ),

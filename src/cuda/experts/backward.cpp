@@ -102,7 +102,7 @@ void backward(const Context& context, const MoEShape& shape, const MoEBackwardAr
                            args.weights.b2, args.grad_routing_weights.as<float>());
   }
   if (router != nullptr) {
-    router::layer_grad_logits(call.stream, args.x, plan.slab_columns, b.share, b.terms, *router);
+    router::layer_grad_logits(call.stream, m, args.x, plan.slab_columns, b.share, b.terms, *router);
   }
   if (args.grad_b1.defined()) {
     bias_gradient(call.stream, shape, m, {b.grad_h, shape.hidden_columns()}, false, nullptr,
