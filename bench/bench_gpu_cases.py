@@ -72,12 +72,9 @@ KERNELS = {
     "lists": (
         "count_experts",
         "scan_blocks",
-        "scan_sums",
         "clamp_offsets",
         "place_pairs",
-        "count_tokens",
-        "collect_pairs",
-        "sort_tokens",
+        "order_pairs",
         "make_tables",
     ),
     "rounding": (
