@@ -83,8 +83,6 @@ KERNELS = {
         "count_rows_kernel",
         "round_rows_kernel",
         "write_rows_kernel",
-        "fill_unused_kernel",
-        "pair_weights_kernel",
     ),
     "fills": ("Memset",),  # of row counts, chosen bits and the logits' gradient
     "router_products": (

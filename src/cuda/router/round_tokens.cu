@@ -1,4 +1,4 @@
-// Token rounding: token choice, ranking scores as columns, selection, weights.
+// Token rounding: token choice, ranking scores as columns, selection.
 #include "core/workspace.hpp"
 #include "cuda/router/launch.hpp"
 #include "cuda/router/rounding.hpp"
@@ -88,18 +88,6 @@ __global__ void mark_chosen_kernel(const std::int32_t* topk_ids, std::int64_t to
   }
 }
 
-__global__ void pair_weights_kernel(ScoringParams scoring, const float* logits,
-                                    const TokenNormalizer* normalizers, RoundingOutputs pairs,
-                                    float* weights) {
-  for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < pairs.capacity;
-       i += std::int64_t{gridDim.x} * blockDim.x) {
-    const std::int64_t t = pairs.token_ids[i];
-    weights[i] = t < 0 ? 0.0f
-                       : weight_of(scoring, normalizers[t],
-                                   logits[t * scoring.num_experts + pairs.expert_ids[i]]);
-  }
-}
-
 template <class Scores>
 void fill_columns(cudaStream_t stream, const Scores& scores, const std::int32_t* topk_ids,
                   std::int64_t top_k, const RoundingBuffers& b, const char* operation) {
@@ -148,11 +136,8 @@ void round_tokens_forward(const Context& context, const RoundTokensForwardArgs& 
   launch_route(stream, r, operation);
   fill_columns(stream, RankingScores{r.scoring, r.logits, b.normalizers, b.row_sums},
                args.topk_ids.as<std::int32_t>(), args.options.top_k, b, operation);
-  const RoundingOutputs outputs = outputs_of(args);
-  launch_selection(stream, args.rounding, b, outputs, operation);
-  pair_weights_kernel<<<grid_stride_blocks(outputs.capacity, 256), 256, 0, stream>>>(
-      r.scoring, r.logits, b.normalizers, outputs, args.pair_weights.as<float>());
-  check_launch(operation);
+  launch_selection(stream, args.rounding, b, {r.scoring, r.logits, args.pair_weights.as<float>()},
+                   outputs_of(args), operation);
 }
 
 void round_select(const Context& context, const RoundSelectArgs& args) {
@@ -162,7 +147,7 @@ void round_select(const Context& context, const RoundSelectArgs& args) {
   carve(args.workspace.data(), args.scores.size(0), args.scores.size(1), b);
   fill_columns(stream, GivenScores{args.scores.as<float>(), b.num_experts},
                args.topk_ids.as<std::int32_t>(), args.topk_ids.size(1), b, operation);
-  launch_selection(stream, args.rounding, b, outputs_of(args), operation);
+  launch_selection(stream, args.rounding, b, {}, outputs_of(args), operation);
 }
 
 }  // namespace sonicmoe::cuda::router

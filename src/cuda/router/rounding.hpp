@@ -33,10 +33,17 @@ struct RoundingOutputs {
   std::int32_t* rows_per_expert_before;  // [E] or null
 };
 
+/// What the pairs' weights come from, beside the buffers' normalizers.
+struct PairWeights {
+  ScoringParams scoring;
+  const float* logits;  // [T, E]
+  float* out;           // [capacity], or null: not asked for
+};
+
 /// From filled keys and chosen bits: rounds the counts, writes the pairs and fills the unused
 /// places. Leaves the counts and starts in the buffers.
 void launch_selection(cudaStream_t stream, const RoundingOptions& rounding,
-                      const RoundingBuffers& buffers, const RoundingOutputs& outputs,
-                      const char* operation);
+                      const RoundingBuffers& buffers, const PairWeights& weights,
+                      const RoundingOutputs& outputs, const char* operation);
 
 }  // namespace sonicmoe::cuda::router
