@@ -79,7 +79,6 @@ KERNELS = {
     ),
     "rounding": (
         "rank_kernel",
-        "mark_chosen_kernel",
         "count_rows_kernel",
         "round_rows_kernel",
         "write_rows_kernel",

@@ -337,15 +337,20 @@ Rounded round(const Side& side, const RoundCase& c, const RouteCase& router,
 
 TEST_P(RouterOps, RoundTokensAgreesWithTheHost) {
   using enum Scoring;
-  const RoundCase c{1000, 48, 4, 32};
   const std::vector<RouteCase> routers = {
       {1000, 48, 4, kTopKSoftmax, {}, false, 1, 1, 2.0f},
       {1000, 48, 4, kSoftmaxTopK},
       {1000, 48, 4, kSoftmaxTopK, true},
       {1000, 48, 4, kSigmoidTopK, {}, true, 4, 2, 2.5f},
       {1000, 48, 4, kSigmoidTopK, false},
+      {333, 600, 4, kTopKSoftmax},
+      {333, 600, 40, kTopKSoftmax},
+      {333, 300, 4, kSoftmaxTopK, false},
+      {333, 600, 4, kSigmoidTopK, {}, true},
   };
   for (const RouteCase& router : routers) {
+    const std::int64_t tile = router.num_experts > 100 ? 4 : 32;
+    const RoundCase c{router.num_tokens, router.num_experts, router.top_k, tile};
     for (const RoundingPolicy policy : policies()) {
       SCOPED_TRACE(router.text() + " " + std::string(name_of(policy)));
       const Rounded expected = round(Side::host(), c, router, policy);

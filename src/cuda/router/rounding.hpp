@@ -13,7 +13,6 @@ namespace sonicmoe::cuda::router {
 /// The pieces of the workspace. Keys and chosen bits are kept transposed, a column of T per expert.
 struct RoundingBuffers {
   TokenNormalizer* normalizers;   // [T] of the token's top-K
-  double* row_sums;               // [T] sum over E of exp(logit - shift)
   std::uint32_t* keys;            // [E, 32 * words] ordered_key of the scores, 0 past T
   std::uint32_t* chosen;          // [E, words] bit t: token choice gave t to the expert
   std::int64_t* starts;           // [E + 1] first place of each expert in the pair list
