@@ -65,29 +65,23 @@ KERNELS = {
     "routing": (
         "route_kernel",
         "topk_backward_kernel",
-        "topk_terms_kernel",  # writes the products' operand too
+        "gradient_terms_kernel",  # writes the products' operand too
         "weight_backward_kernel",
         "scatter_pairs_kernel",
     ),
     "lists": (
         "count_experts",
         "scan_blocks",
-        "scan_sums",
         "clamp_offsets",
         "place_pairs",
-        "count_tokens",
-        "collect_pairs",
-        "sort_tokens",
+        "order_pairs",
         "make_tables",
     ),
     "rounding": (
         "rank_kernel",
-        "mark_chosen_kernel",
         "count_rows_kernel",
         "round_rows_kernel",
         "write_rows_kernel",
-        "fill_unused_kernel",
-        "pair_weights_kernel",
     ),
     "fills": ("Memset",),  # of row counts, chosen bits and the logits' gradient
     "router_products": (

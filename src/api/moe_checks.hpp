@@ -12,5 +12,6 @@ MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args);
 
 /// Everything route_backward checks.
 void check_route_backward(const RouteBackwardArgs& args);
+void check_round_tokens_backward(const RoundTokensBackwardArgs& args);
 
 }  // namespace sonicmoe

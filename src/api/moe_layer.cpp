@@ -273,19 +273,24 @@ void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args
   const TensorView grad_logits(workspace.grad_logits, DType::kFloat32, args.logits.shape());
   const RouteBackwardArgs topk{args.options.router, args.logits, args.saved.topk_ids,
                                experts.grad_routing_weights, grad_logits};
+  const RoundTokensBackwardArgs rounding{
+      args.options.router,  args.logits,           args.saved.topk_ids,
+      args.saved.token_ids, args.saved.expert_ids, experts.grad_routing_weights,
+      grad_logits};
   RouterShare router;
-  if (!args.options.rounding) {
+  if (args.options.rounding) {
+    check_round_tokens_backward(rounding);
+    router.rounding = &rounding;
+  } else {
     check_route_backward(topk);
     router.topk = &topk;
-    router.addend = args.grad_logits;
   }
+  router.addend = args.grad_logits;
   router.grad_logits = grad_logits;
   router.router_weight = args.router_weight;
   router.compute_grad_logits = [&] {
     if (args.options.rounding) {
-      round_tokens_backward(
-          forced, {args.options.router, args.logits, args.saved.topk_ids, args.saved.token_ids,
-                   args.saved.expert_ids, experts.grad_routing_weights, grad_logits});
+      backend.round_tokens_backward(context, rounding);
     } else {
       backend.route_backward(context, topk);
     }

@@ -160,7 +160,7 @@ void round_select(const Context& context, const RoundSelectArgs& args) {
   backend.round_select(context, args);
 }
 
-void round_tokens_backward(const Context& context, const RoundTokensBackwardArgs& args) {
+void check_round_tokens_backward(const RoundTokensBackwardArgs& args) {
   const Check check("round_tokens_backward");
   check_logits(check, args.logits);
   check_options(check, args.options, args.logits.size(1));
@@ -172,6 +172,10 @@ void round_tokens_backward(const Context& context, const RoundTokensBackwardArgs
   check_vector(check, "expert_ids", args.expert_ids, pairs, DType::kInt32);
   check_vector(check, "grad_pair_weights", args.grad_pair_weights, pairs, DType::kFloat32);
   check_like_logits(check, "grad_logits", args.grad_logits, args.logits);
+}
+
+void round_tokens_backward(const Context& context, const RoundTokensBackwardArgs& args) {
+  check_round_tokens_backward(args);
   choose_backend(context, "round_tokens_backward").round_tokens_backward(context, args);
 }
 

@@ -21,11 +21,12 @@ namespace sonicmoe {
 struct RouterShare {
   /// Computes grad_logits from grad_routing_weights. The backend calls it once, after it has
   /// produced (or, on a stream, enqueued) all of grad_routing_weights and before it sums dX, unless
-  /// it does the same at that point by itself (`topk`).
+  /// it does the same at that point by itself (`topk`, `rounding`).
   std::function<void()> compute_grad_logits;
-  /// What it does for top-K routing, so that a backend may do it in another way instead:
-  /// route_backward(*topk), then grad_logits += addend where there is one. Null for token rounding.
+  /// What it does, so that a backend may do it in another way instead: route_backward(*topk) or
+  /// round_tokens_backward(*rounding), then grad_logits += addend where there is one. One is null.
   const RouteBackwardArgs* topk = nullptr;
+  const RoundTokensBackwardArgs* rounding = nullptr;
   ConstTensorView addend;  ///< [T, E] float32 contiguous or absent
   /// [T, E] float32 contiguous. A backend may put a view of another form there, in the same memory:
   /// its own router_logits_backward() gets it next.

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "core/metadata.hpp"
 #include "sonicmoe/error.hpp"
 #include "support/compare.hpp"
 #include "support/moe_run.hpp"
@@ -319,6 +320,48 @@ TEST_P(Moe, MetadataAndHTakeTheBytesOfTheFormula) {
   EXPECT_EQ(moe_h_bytes(shape),
             static_cast<std::size_t>(pairs * 2 * c.intermediate_size) * sizeof(float));
   EXPECT_EQ(moe_metadata_bytes(shape), static_cast<std::size_t>(4 * (c.num_experts + 3 * pairs)));
+}
+
+// Tokens without, with some, with duplicate and with all pairs; token counts around what one CTA of
+// the CUDA backend scans, pairs around what one counts.
+TEST_P(Moe, MetadataIsTheHosts) {
+  if (GetParam().backend == "reference") GTEST_SKIP() << "it makes none";
+  struct Size {
+    Form form;
+    std::int64_t tokens, pairs, experts;
+  };
+  std::uint64_t seed = 700;
+  for (const Size size : {
+           Size{Form::kTopK, 1500, 3000, 40},
+           Size{Form::kPairs, 1, 1, 1},
+           Size{Form::kPairs, 1, 1500, 5},
+           Size{Form::kPairs, 3, 1024, 2},
+           Size{Form::kPairs, 70, 1025, 300},
+           Size{Form::kPairs, 4094, 5000, 33},
+           Size{Form::kPairs, 4095, 5000, 33},
+           Size{Form::kPairs, 4096, 2047, 33},
+           Size{Form::kPairs, 4097, 5000, 33},
+           Size{Form::kPairs, 13001, 4000, 7},
+           Size{Form::kPairs, 100, 0, 4},
+       }) {
+    MoECase wanted;
+    wanted.form = size.form;
+    wanted.num_tokens = size.tokens;
+    wanted.num_pairs = size.pairs;
+    wanted.num_experts = size.experts;
+    wanted.hidden_size = wanted.intermediate_size = 8;
+    wanted.drop_probability = 0.1;
+    wanted.seed = seed++;
+    const MoECase c = fitted(GetParam(), wanted);
+    SCOPED_TRACE(GetParam().backend + ": " + c.describe());
+    const MoEInputs inputs(host_target(), c);
+    std::vector<std::byte> expected(moe_metadata_bytes(inputs.shape()));
+    build_metadata(inputs.shape(), inputs.routing(),
+                   metadata_view(inputs.shape(), expected.data()));
+    const RunResult result = run_moe(GetParam(), c);
+    EXPECT_TRUE(result.metadata == expected);
+    EXPECT_EQ(join(result.violations), "");
+  }
 }
 
 }  // namespace

@@ -82,6 +82,7 @@ void Run::forward() {
   result_.out = collect(result_.violations, "out", out);
   note_buffer(result_.violations, "forward workspace", workspace);
   note_buffer(result_.violations, "metadata", metadata_);
+  result_.metadata = metadata_.download();
   result_.h = collect(result_.violations, "h", h_);
   if (!options_.inference) cut_h_tail();
 }
@@ -114,7 +115,6 @@ void Run::backward() {
   const MoEShape shape = inputs_.shape();
   result_.backward_plan = moe_backward_workspace(context, shape, options_.backward_limit);
   const GuardedBuffer workspace(target_, result_.backward_plan.bytes);
-  const std::vector<std::byte> metadata_before = metadata_.download();
 
   Tensor grad_x, grad_weights;
   if (options_.gradients & kGradX) {
@@ -152,7 +152,7 @@ void Run::backward() {
   note_buffer(result_.violations, "backward workspace", workspace);
   note(result_.violations, "h", bitwise_difference(h_values, h_.values()));
   note(result_.violations, "metadata",
-       metadata_before == metadata_.download() ? "" : "changed by backward");
+       result_.metadata == metadata_.download() ? "" : "changed by backward");
   result_.grad_x = collect(result_.violations, "grad_x", grad_x);
   result_.grad_w1 = collect(result_.violations, "grad_w1", grad_w1);
   result_.grad_b1 = collect(result_.violations, "grad_b1", grad_b1);

@@ -36,6 +36,7 @@ struct RunResult {
   WorkspacePlan forward_plan, backward_plan;
   // Row-major elements of what was asked for; h holds the R rows that exist.
   std::vector<double> out, h;
+  std::vector<std::byte> metadata;
   std::vector<double> grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_routing_weights;
   /// Guards, gaps, inputs or rows of h past R that were written: "NAME: what happened".
   std::vector<std::string> violations;

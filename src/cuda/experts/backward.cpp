@@ -107,7 +107,7 @@ void backward(const Context& context, const MoEShape& shape, const MoEBackwardAr
   }
   if (router != nullptr) {
     const Matrix grad_x = args.grad_x.defined() ? matrix(args.grad_x) : Matrix{};
-    router::layer_grad_logits(call.stream, args.x, plan.slab_columns, grad_x, b.terms, *router);
+    router::layer_grad_logits(call.stream, m, args.x, plan.slab_columns, grad_x, b.terms, *router);
   }
   if (args.grad_b1.defined()) {
     bias_gradient(call.stream, shape, m, {b.grad_h, shape.hidden_columns()}, false, nullptr,

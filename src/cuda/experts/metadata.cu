@@ -3,6 +3,8 @@
 // block's start and its rank among the block's earlier pairs of the same expert, while other CTAs
 // of the same launch write the tables. Each CTA scans the experts' totals for itself, which is
 // cheaper than a launch. Integer work in a fixed order: the same bits as the host's metadata.
+// Of a pair list the same launches count the pairs of each token, scan those counts and collect a
+// token's pairs in order of arrival, which is any; a fourth puts them in input order.
 #include <cuda_bf16.h>
 
 #include "core/integers.hpp"
@@ -20,6 +22,7 @@ constexpr int kPairsPerWarp = 128;
 constexpr int kBlockPairs = kWarps * kPairsPerWarp;
 constexpr int kScanThreads = 1024;
 constexpr int kScanWarps = kScanThreads / 32;
+constexpr int kScanTokens = 4 * kScanThreads;
 constexpr int kRankLanes = 8;                         // threads that rank one expert
 constexpr int kTableExperts = kThreads / kRankLanes;  // of one CTA
 // Shared bytes behind the counts: the compiler reads them ahead of its loop, past their end.
@@ -67,16 +70,43 @@ struct PairSource {
   }
 };
 
+// What a pair list needs for the rows of its tokens.
+struct TokenLists {
+  std::int32_t* counts;   // [T + 1, whole int4] cleared; null for top-K routing, as are all
+  std::int32_t* start;    // [T + 1] Metadata::token_start
+  std::int32_t* arrived;  // [P] kept pairs by token, those of a token in any order
+  std::int32_t* arrival;  // [P] how many of its token's pairs came before a pair
+  std::int64_t num_tokens;
+};
+
 // counts[block, e] = kept pairs of the block with expert e.
-__global__ void count_experts(PairSource source, std::int64_t num_pairs, std::int32_t* counts) {
+__global__ void __launch_bounds__(kThreads) count_experts(PairSource source, std::int64_t num_pairs,
+                                                          std::int32_t* counts, TokenLists lists) {
   extern __shared__ std::int32_t histogram[];  // [E]
   ptx::grid_launch_dependents();
   for (int e = threadIdx.x; e < source.num_experts; e += kThreads) histogram[e] = 0;
+  constexpr int kSteps = kBlockPairs / kThreads;  // loads and atomics in flight
+  const std::int64_t first = std::int64_t{blockIdx.x} * kBlockPairs + threadIdx.x;
+  int experts[kSteps];
+  std::int32_t tokens[kSteps], arrivals[kSteps];
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const std::int64_t pair = first + i * kThreads;
+    experts[i] = pair < num_pairs ? source.expert(pair) : -1;
+    tokens[i] = experts[i] >= 0 ? static_cast<std::int32_t>(source.token(pair)) : -1;
+  }
   __syncthreads();
-  for (int i = threadIdx.x; i < kBlockPairs; i += kThreads) {
-    const std::int64_t pair = std::int64_t{blockIdx.x} * kBlockPairs + i;
-    const int e = pair < num_pairs ? source.expert(pair) : -1;
-    if (e >= 0) atomicAdd(histogram + e, 1);
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    if (experts[i] < 0) continue;
+    atomicAdd(histogram + experts[i], 1);
+    if (lists.counts != nullptr) arrivals[i] = atomicAdd(lists.counts + tokens[i], 1);
+  }
+  if (lists.counts != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (experts[i] >= 0) lists.arrival[first + i * kThreads] = arrivals[i];
+    }
   }
   __syncthreads();
   for (int e = threadIdx.x; e < source.num_experts; e += kThreads) {
@@ -84,13 +114,84 @@ __global__ void count_experts(PairSource source, std::int64_t num_pairs, std::in
   }
 }
 
-// counts[:, e] -> exclusive sums over the blocks, totals[e] = their sum. 32 experts per CTA, one
-// per lane; every warp takes an equal stretch of the blocks.
+// Inclusive scan over the CTA's threads, whole warps, with an associative `combine`.
+template <class Combine>
+__device__ std::int32_t block_scan(std::int32_t value, Combine combine) {
+  __shared__ std::int32_t warp_values[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int d = 1; d < 32; d *= 2) {
+    const std::int32_t other = __shfl_up_sync(~0u, value, d);
+    if (lane >= d) value = combine(other, value);
+  }
+  if (lane == 31) warp_values[warp] = value;
+  __syncthreads();
+  std::int32_t before = 0;
+  for (int w = 0; w < warp; ++w) before = w == 0 ? warp_values[0] : combine(before, warp_values[w]);
+  __syncthreads();
+  return warp == 0 ? value : combine(before, value);
+}
+
+struct Sum {
+  __device__ std::int32_t operator()(std::int32_t a, std::int32_t b) const { return a + b; }
+};
+struct Max {
+  __device__ std::int32_t operator()(std::int32_t a, std::int32_t b) const { return max(a, b); }
+};
+
+// The caller's ends, made non-decreasing and at most `limit`. One CTA.
 __global__ void __launch_bounds__(kScanThreads)
-    scan_blocks(std::int32_t* counts, int num_blocks, int num_experts, std::int32_t* totals) {
+    clamp_offsets(const std::int32_t* from, std::int32_t* to, int count, std::int32_t limit) {
+  __shared__ std::int32_t carry;
+  if (threadIdx.x == 0) carry = 0;
+  __syncthreads();
+  for (int first = 0; first < count; first += kScanThreads) {
+    const int e = first + static_cast<int>(threadIdx.x);
+    const std::int32_t mine = e < count ? min(from[e], limit) : 0;
+    const std::int32_t end = max(carry, block_scan(mine, Max{}));
+    if (e < count) to[e] = end;
+    __syncthreads();
+    if (threadIdx.x == kScanThreads - 1) carry = end;
+    __syncthreads();
+  }
+}
+
+// Counts of kScanTokens tokens -> their starts. Every CTA sums what lies before its tokens by
+// itself.
+__device__ void scan_tokens(int block, const TokenLists& lists) {
+  __shared__ std::int32_t before;
+  const auto* counts = reinterpret_cast<const int4*>(lists.counts);
+  const int own = block * kScanThreads + static_cast<int>(threadIdx.x);
+  std::int32_t sum = 0;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < block * kScanThreads; i += kScanThreads) {
+    const int4 four = counts[i];
+    sum += four.x + four.y + four.z + four.w;
+  }
+  sum = block_scan(sum, Sum{});
+  if (threadIdx.x == kScanThreads - 1) before = sum;
+  const std::int64_t first = std::int64_t{own} * 4;
+  const int4 four = first <= lists.num_tokens ? counts[own] : int4{};
+  const std::int32_t mine = four.x + four.y + four.z + four.w;
+  const std::int32_t lower = block_scan(mine, Sum{}) - mine;  // and `before` is written
+  std::int32_t start = before + lower;
+  for (int j = 0; j < 4; ++j) {
+    if (first + j <= lists.num_tokens) lists.start[first + j] = start;
+    start += j == 0 ? four.x : j == 1 ? four.y : four.z;
+  }
+}
+
+// counts[:, e] -> exclusive sums over the blocks, totals[e] = their sum. 32 experts per CTA, one
+// per lane; every warp takes an equal stretch of the blocks. The CTAs after those scan tokens.
+__global__ void __launch_bounds__(kScanThreads, 1)
+    scan_blocks(std::int32_t* counts, int num_blocks, int num_experts, std::int32_t* totals,
+                TokenLists lists) {
   __shared__ std::int32_t sums[kScanWarps][32];
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
+  const int expert_blocks = (num_experts + 31) / 32;
+  if (static_cast<int>(blockIdx.x) >= expert_blocks) {
+    return scan_tokens(static_cast<int>(blockIdx.x) - expert_blocks, lists);
+  }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, e = blockIdx.x * 32 + lane;
   const int stretch = (num_blocks + kScanWarps - 1) / kScanWarps;
   const int first = warp * stretch, last = e < num_experts ? min(first + stretch, num_blocks) : 0;
@@ -116,62 +217,6 @@ __global__ void __launch_bounds__(kScanThreads)
     }
   }
   if (warp == kScanWarps - 1 && e < num_experts) totals[e] = start;
-}
-
-// Inclusive scan over the CTA's threads, whole warps, with an associative `combine`.
-template <class Combine>
-__device__ std::int32_t block_scan(std::int32_t value, Combine combine) {
-  __shared__ std::int32_t warp_values[32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int d = 1; d < 32; d *= 2) {
-    const std::int32_t other = __shfl_up_sync(~0u, value, d);
-    if (lane >= d) value = combine(other, value);
-  }
-  if (lane == 31) warp_values[warp] = value;
-  __syncthreads();
-  std::int32_t before = 0;
-  for (int w = 0; w < warp; ++w) before = w == 0 ? warp_values[0] : combine(before, warp_values[w]);
-  __syncthreads();
-  return warp == 0 ? value : combine(before, value);
-}
-
-// In place: values[i] -> inclusive scan from `start`. One CTA.
-template <class Combine>
-__device__ void scan_in_place(std::int32_t* values, std::int64_t count, std::int32_t start,
-                              Combine combine) {
-  __shared__ std::int32_t carry;
-  if (threadIdx.x == 0) carry = start;
-  __syncthreads();
-  for (std::int64_t first = 0; first < count; first += kScanThreads) {
-    const std::int64_t i = first + threadIdx.x;
-    const std::int32_t mine = i < count ? values[i] : 0;
-    const std::int32_t scanned = combine(carry, block_scan(mine, combine));
-    if (i < count) values[i] = scanned;
-    __syncthreads();
-    if (threadIdx.x == kScanThreads - 1) carry = scanned;
-    __syncthreads();
-  }
-}
-
-struct Sum {
-  __device__ std::int32_t operator()(std::int32_t a, std::int32_t b) const { return a + b; }
-};
-struct Max {
-  __device__ std::int32_t operator()(std::int32_t a, std::int32_t b) const { return max(a, b); }
-};
-
-// Counts -> cumulative ends.
-__global__ void __launch_bounds__(kScanThreads)
-    scan_sums(std::int32_t* values, std::int64_t count) {
-  scan_in_place(values, count, 0, Sum{});
-}
-
-// The caller's ends, made non-decreasing and at most `limit`.
-__global__ void __launch_bounds__(kScanThreads)
-    clamp_offsets(const std::int32_t* from, std::int32_t* to, int count, std::int32_t limit) {
-  for (int e = threadIdx.x; e < count; e += kScanThreads) to[e] = min(max(from[e], 0), limit);
-  __syncthreads();
-  scan_in_place(to, count, 0, Max{});
 }
 
 // starts [E + 1] in shared memory: exclusive sums of count(e), and their total. All threads of a
@@ -230,15 +275,21 @@ __device__ void write_tables(int first_expert, int num_experts, Count count, std
 // experts [kWarps, E].
 __device__ void place_block(const PairSource& source, std::int64_t num_pairs, std::int64_t block,
                             const std::int32_t* block_starts, const std::int32_t* starts,
-                            std::int32_t* next, const Metadata& m, float* row_weight) {
+                            std::int32_t* next, const Metadata& m, const TokenLists& lists,
+                            float* row_weight) {
   constexpr int kSteps = kPairsPerWarp / 32;
   const int E = source.num_experts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = threadIdx.x; i < kWarps * E; i += kThreads) next[i] = 0;
   const std::int64_t first = block * kBlockPairs + warp * kPairsPerWarp + lane;
   int experts[kSteps];
+  std::int32_t tokens[kSteps], places[kSteps];  // places in lists.arrived
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
-    experts[i] = first + 32 * i < num_pairs ? source.expert(first + 32 * i) : -1;
+    const std::int64_t pair = first + 32 * i;
+    experts[i] = pair < num_pairs ? source.expert(pair) : -1;
+    tokens[i] = experts[i] >= 0 ? static_cast<std::int32_t>(source.token(pair)) : -1;
+    const bool listed = lists.arrived != nullptr && tokens[i] >= 0;
+    places[i] = listed ? lists.start[tokens[i]] + lists.arrival[pair] : 0;
   }
   __syncthreads();
   std::int32_t* mine = next + warp * E;
@@ -270,11 +321,15 @@ __device__ void place_block(const PairSource& source, std::int64_t num_pairs, st
     if (pair >= num_pairs) continue;
     m.pair_row[pair] = row;
     if (row >= 0) {
-      m.row_token[row] = static_cast<std::int32_t>(source.token(pair));
+      m.row_token[row] = tokens[i];
       m.row_pair[row] = static_cast<std::int32_t>(pair);
       if (row_weight != nullptr) row_weight[row] = source.weight(pair);
+      if (lists.arrived != nullptr) lists.arrived[places[i]] = static_cast<std::int32_t>(pair);
     }
-    if (pair >= starts[E]) m.row_token[pair] = m.row_pair[pair] = -1;  // defined past the last row
+    if (pair >= starts[E]) {  // defined past the last row
+      m.row_token[pair] = m.row_pair[pair] = -1;
+      if (lists.arrived != nullptr) m.token_rows[pair] = -1;
+    }
   }
 }
 
@@ -282,9 +337,10 @@ __device__ void place_block(const PairSource& source, std::int64_t num_pairs, st
 // pairs places it. `block_starts` [blocks, E] from scan_blocks().
 __global__ void __launch_bounds__(kThreads)
     place_pairs(PairSource source, std::int64_t num_pairs, const std::int32_t* block_starts,
-                const std::int32_t* totals, Metadata m, RowTables tables) {
+                const std::int32_t* totals, Metadata m, RowTables tables, TokenLists lists) {
   extern __shared__ std::int32_t shared[];
   ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
   const int E = source.num_experts, block = static_cast<int>(blockIdx.x) - table_blocks(E);
   const auto count = [totals](int e) { return totals[e]; };
   if (block < 0) {
@@ -296,55 +352,24 @@ __global__ void __launch_bounds__(kThreads)
   }
   scan_experts(E, count, shared);
   place_block(source, num_pairs, block, block_starts + std::int64_t{block} * E, shared,
-              shared + E + 1, m, tables.row_weight);
+              shared + E + 1, m, lists, tables.row_weight);
 }
 
-// ------------------------------------------------------------------- rows of a token (pair lists)
-
-__global__ void count_tokens(PairSource source, std::int64_t num_pairs, Metadata m) {
-  const std::int64_t pair = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (pair < num_pairs && m.pair_row[pair] >= 0) {
-    atomicAdd(m.token_start + source.token(pair) + 1, 1);
-  }
-}
-
-// Pairs of each token in arrival order; sort_tokens() puts them in input order.
-__global__ void collect_pairs(PairSource source, std::int64_t num_pairs, Metadata m,
-                              std::int32_t* cursors) {
-  const std::int64_t pair = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (pair >= num_pairs) return;
-  if (m.pair_row[pair] >= 0) {
-    const std::int64_t t = source.token(pair);
-    m.token_rows[m.token_start[t] + atomicAdd(cursors + t, 1)] = static_cast<std::int32_t>(pair);
-  }
-  if (pair >= m.offsets[m.num_experts - 1]) m.token_rows[pair] = -1;
-}
-
-__device__ void sift_down(std::int32_t* heap, int root, int count) {
-  for (int child = 2 * root + 1; child < count; child = 2 * root + 1) {
-    if (child + 1 < count && heap[child + 1] > heap[child]) ++child;
-    if (heap[root] >= heap[child]) return;
-    const std::int32_t swap = heap[root];
-    heap[root] = heap[child];
-    heap[child] = swap;
-    root = child;
-  }
-}
-
-// One thread per token: a heap sort of its few pairs, then pairs -> rows.
-__global__ void sort_tokens(std::int64_t num_tokens, Metadata m) {
-  const std::int64_t t = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (t >= num_tokens) return;
-  std::int32_t* list = m.token_rows + m.token_start[t];
-  const int count = m.token_start[t + 1] - m.token_start[t];
-  for (int i = count / 2 - 1; i >= 0; --i) sift_down(list, i, count);
-  for (int end = count - 1; end > 0; --end) {
-    const std::int32_t largest = list[0];
-    list[0] = list[end];
-    list[end] = largest;
-    sift_down(list, 0, end);
-  }
-  for (int i = 0; i < count; ++i) list[i] = m.pair_row[list[i]];
+// lists.arrived -> token_rows: as many pairs of its token lie before a pair as have a lower number.
+// A thread per pair, so that a token with most of the pairs does not wait for one thread.
+__global__ void __launch_bounds__(kThreads)
+    order_pairs(PairSource source, TokenLists lists, Metadata m) {
+  ptx::grid_dependency_wait();
+  const std::int64_t place = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (place >= m.offsets[m.num_experts - 1]) return;
+  const std::int32_t pair = lists.arrived[place];
+  const std::int64_t t = source.token(pair);
+  const std::int32_t first = lists.start[t], end = lists.start[t + 1];
+  const std::int32_t row = m.pair_row[pair];
+  std::int32_t before = 0;
+#pragma unroll 4
+  for (std::int32_t i = first; i < end; ++i) before += lists.arrived[i] < pair ? 1 : 0;
+  m.token_rows[first + before] = row;
 }
 
 // ----------------------------------------------------------------------------------------- tables
@@ -394,6 +419,11 @@ PairSource pair_source(const MoEShape& shape, const Routing& routing) {
   return s;
 }
 
+// T + 1 counts are scanned as whole vectors.
+std::size_t token_count_places(const MoEShape& shape) {
+  return static_cast<std::size_t>(round_up(shape.num_tokens + 1, std::int64_t{4}));
+}
+
 // Dynamic shared memory beyond 48 KB needs the kernel's limit raised.
 template <class Kernel>
 void allow_shared(Kernel kernel, std::size_t bytes, const MoEShape& shape) {
@@ -401,26 +431,6 @@ void allow_shared(Kernel kernel, std::size_t bytes, const MoEShape& shape) {
   check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(bytes)),
                "metadata: shared memory for this many experts", shape);
-}
-
-// token_start and token_rows of a pair list.
-void group_by_token(cudaStream_t stream, const MoEShape& shape, const PairSource& source,
-                    const Metadata& m, const MetadataScratch& scratch) {
-  const std::size_t tokens = static_cast<std::size_t>(shape.num_tokens);
-  check_launch(cudaMemsetAsync(m.token_start, 0, (tokens + 1) * sizeof(std::int32_t), stream),
-               "metadata", shape);
-  check_launch(cudaMemsetAsync(scratch.token_counts, 0, tokens * sizeof(std::int32_t), stream),
-               "metadata", shape);
-  const unsigned grid = grid_of(shape.num_pairs);
-  if (grid > 0) count_tokens<<<grid, kThreads, 0, stream>>>(source, shape.num_pairs, m);
-  scan_sums<<<1, kScanThreads, 0, stream>>>(m.token_start, shape.num_tokens + 1);
-  if (grid > 0) {
-    collect_pairs<<<grid, kThreads, 0, stream>>>(source, shape.num_pairs, m, scratch.token_counts);
-  }
-  if (tokens > 0) {
-    sort_tokens<<<grid_of(shape.num_tokens), kThreads, 0, stream>>>(shape.num_tokens, m);
-  }
-  check_launch(cudaGetLastError(), "metadata", shape);
 }
 
 }  // namespace
@@ -433,7 +443,8 @@ MetadataScratch carve_metadata_scratch(WorkspaceCarver& carver, const MoEShape& 
                                 static_cast<std::size_t>(shape.num_experts));
   s.expert_totals = carver.take<std::int32_t>(static_cast<std::size_t>(shape.num_experts));
   if (shape.form == MoEShape::Form::kPairs) {
-    s.token_counts = carver.take<std::int32_t>(static_cast<std::size_t>(shape.num_tokens));
+    s.token_counts = carver.take<std::int32_t>(token_count_places(shape));
+    s.token_pairs = carver.take<std::int32_t>(static_cast<std::size_t>(shape.num_pairs));
   }
   return s;
 }
@@ -465,21 +476,37 @@ void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& r
   const std::size_t shared = sizeof(std::int32_t) + (kWarps + 1) * counts + kReadAhead;
   allow_shared(count_experts, counts, shape);
   allow_shared(place_pairs, shared, shape);
+  const bool is_list = shape.form == MoEShape::Form::kPairs;
+  TokenLists lists{};
+  unsigned token_blocks = 0;
+  if (is_list) {
+    // place_pairs() reads a pair's arrival before it writes its row.
+    lists = {scratch.token_counts, m.token_start, scratch.token_pairs, m.pair_row,
+             shape.num_tokens};
+    token_blocks = static_cast<unsigned>(ceil_div(shape.num_tokens + 1, kScanTokens));
+    check_launch(
+        cudaMemsetAsync(lists.counts, 0, sizeof(std::int32_t) * token_count_places(shape), stream),
+        "metadata", shape);
+  }
   if (blocks > 0) {
     count_experts<<<blocks, kThreads, counts, stream>>>(source, shape.num_pairs,
-                                                        scratch.expert_counts);
+                                                        scratch.expert_counts, lists);
   }
   check_launch(cudaGetLastError(), "metadata", shape);
-  // Without blocks this waits for whatever kernel the caller ran, which is as good.
-  check_launch(
-      launch_dependent(scan_blocks, static_cast<unsigned>(ceil_div(E, 32)), kScanThreads, 0, stream,
-                       scratch.expert_counts, static_cast<int>(blocks), E, scratch.expert_totals),
-      "metadata", shape);
+  // Without blocks this waits for whatever the caller ran, which is as good.
+  check_launch(launch_dependent(scan_blocks, static_cast<unsigned>(ceil_div(E, 32)) + token_blocks,
+                                kScanThreads, 0, stream, scratch.expert_counts,
+                                static_cast<int>(blocks), E, scratch.expert_totals, lists),
+               "metadata", shape);
   check_launch(launch_dependent(place_pairs, static_cast<unsigned>(table_blocks(E)) + blocks,
                                 kThreads, shared, stream, source, shape.num_pairs,
-                                scratch.expert_counts, scratch.expert_totals, m, tables),
+                                scratch.expert_counts, scratch.expert_totals, m, tables, lists),
                "metadata", shape);
-  if (shape.form == MoEShape::Form::kPairs) group_by_token(stream, shape, source, m, scratch);
+  if (is_list && shape.num_pairs > 0) {
+    check_launch(launch_dependent(order_pairs, grid_of(shape.num_pairs), kThreads, 0, stream,
+                                  source, lists, m),
+                 "metadata", shape);
+  }
 }
 
 void build_row_tables(cudaStream_t stream, const MoEShape& shape, const Routing& routing,

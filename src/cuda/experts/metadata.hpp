@@ -9,11 +9,12 @@
 
 namespace sonicmoe::cuda {
 
-/// Device scratch of build_metadata(): per-block counts. Carved from the workspace.
+/// Device scratch of build_metadata(). Carved from the workspace.
 struct MetadataScratch {
   std::int32_t* expert_counts = nullptr;  ///< [blocks, E], then exclusive sums over the blocks
   std::int32_t* expert_totals = nullptr;  ///< [E]
-  std::int32_t* token_counts = nullptr;   ///< [T], pair lists only
+  std::int32_t* token_counts = nullptr;   ///< [T + 1, whole int4], pair lists only
+  std::int32_t* token_pairs = nullptr;    ///< [P], pair lists only
 };
 MetadataScratch carve_metadata_scratch(WorkspaceCarver& carver, const MoEShape& shape);
 
@@ -29,8 +30,9 @@ RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape);
 
 /// Fills `metadata` (device memory) from the caller's routing: the same entries as the host's
 /// build_metadata(), places past the last row -1. Offsets of sorted rows are clamped to
-/// non-decreasing ends within 0..P. Deterministic: counts and ranks; only the pairs that a
-/// list gives to one token are sorted. Fills `tables` too, but row_weight for sorted rows alone.
+/// non-decreasing ends within 0..P. Deterministic: counts and ranks, also of the pairs that a list
+/// gives to one token: they are collected as they come, then ranked. Fills `tables` too, but
+/// row_weight for sorted rows alone.
 /// Limit: 36 bytes of a CTA's shared memory an expert (6446 experts); more are refused.
 void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
                     const Metadata& metadata, const MetadataScratch& scratch,

@@ -1,6 +1,6 @@
 // The router's gradient products on the experts' grouped GEMMs (wgmma). dlogits goes in as bf16
 // terms, high = bf16(dlogits) and low = bf16(dlogits - high), 16 bits in all, split from float32
-// here or written so by the top-K backward:
+// here or written so by the backward of renormalised weights:
 //   dX share [T, d] = high Wr       one "expert" of T rows; rounded to bf16 as every row of dX~ is,
 //                                   from a factor rounded as dH is
 //   dWr [E, d] = (high + low)ᵀ x    slices of the tokens as "experts" of 2E columns, one per term:

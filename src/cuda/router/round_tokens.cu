@@ -1,5 +1,7 @@
-// Token rounding: token choice, ranking scores as columns, selection, weights.
+// Token rounding: token choice, ranking scores as columns, selection.
 #include "core/workspace.hpp"
+#include "cuda/dependent_launch.hpp"
+#include "cuda/ptx/pdl.cuh"
 #include "cuda/router/launch.hpp"
 #include "cuda/router/rounding.hpp"
 #include "cuda/router/route.hpp"
@@ -18,7 +20,6 @@ std::size_t carve(void* base, std::int64_t num_tokens, std::int64_t num_experts,
   b.num_experts = static_cast<int>(num_experts);
   b.words = static_cast<int>(words);
   b.normalizers = carver.take<TokenNormalizer>(tokens);
-  b.row_sums = carver.take<double>(tokens);
   b.keys = carver.take<std::uint32_t>(experts * words * 32);
   b.chosen = carver.take<std::uint32_t>(experts * words);
   b.starts = carver.take<std::int64_t>(experts + 1);
@@ -28,93 +29,134 @@ std::size_t carve(void* base, std::int64_t num_tokens, std::int64_t num_experts,
   return carver.used();
 }
 
-// Ranking scores as they are given to round_select.
+// Ranking scores in two steps, so that an exponential is computed once: raw(t, e) and, given their
+// sum over E where kSums, score().
+
+// As they are given to round_select.
 struct GivenScores {
-  const float* scores;  // [T, E]
-  int num_experts;
+  static constexpr bool kSums = false;
+  const float* values;  // [T, E]
 
-  __device__ float operator()(std::int64_t t, int e) const { return scores[t * num_experts + e]; }
+  __device__ double shift(std::int64_t) const { return 0.0; }
+  __device__ double raw(float value, double) const { return value; }
+  __device__ float score(double raw, double, int) const { return static_cast<float>(raw); }
 };
 
-// Softmax over E, or sigmoid + bias, rounded to float32 once.
-struct RankingScores {
-  ScoringParams scoring;
-  const float* logits;                 // [T, E]
+// Softmax over E, rounded to float32 once.
+struct SoftmaxScores {
+  static constexpr bool kSums = true;
+  const float* values;                 // [T, E] logits
   const TokenNormalizer* normalizers;  // [T]
-  const double* row_sums;              // [T]
 
-  __device__ float operator()(std::int64_t t, int e) const {
-    const float logit = logits[t * scoring.num_experts + e];
-    if (scoring.is_softmax) {
-      return static_cast<float>(exp(double{logit} - normalizers[t].shift) / row_sums[t]);
-    }
-    return static_cast<float>(sigmoid(logit)) +
-           (scoring.selection_bias == nullptr ? 0.0f : scoring.selection_bias[e]);
+  __device__ double shift(std::int64_t t) const { return normalizers[t].shift; }
+  __device__ double raw(float logit, double shift) const { return exp(double{logit} - shift); }
+  __device__ float score(double raw, double sum, int) const {
+    return static_cast<float>(raw / sum);
   }
 };
 
-// Keys as columns, 32 tokens times 32 experts per CTA through shared memory, so that both the reads
-// and the writes are whole lines. x: tokens, the grid dimension without a small limit.
+// Sigmoid, rounded to float32, + bias.
+struct SigmoidScores {
+  static constexpr bool kSums = false;
+  const float* values;  // [T, E] logits
+  const float* bias;    // [E] or null
+
+  __device__ double shift(std::int64_t) const { return 0.0; }
+  __device__ double raw(float logit, double) const { return sigmoid(logit); }
+  __device__ float score(double raw, double, int e) const {
+    return static_cast<float>(raw) + (bias == nullptr ? 0.0f : bias[e]);
+  }
+};
+
+constexpr int kRankThreads = 512;
+constexpr int kRankWarps = kRankThreads / 32;
+constexpr int kRankSlots = 8;  // experts of a lane
+constexpr int kRankExperts = 32 * kRankSlots;
+
+// raws[i] = raw(t, first_expert + lane + 32 i), 0 past E. All loads are in flight together.
 template <class Scores>
-__global__ void __launch_bounds__(256) rank_kernel(Scores scores, RoundingBuffers b) {
-  __shared__ std::uint32_t tile[32][33];
+__device__ void load_raws(const Scores& scores, std::int64_t t, int first_expert, int num_experts,
+                          int lane, double (&raws)[kRankSlots]) {
+  const float* values = scores.values + t * num_experts;
+  const double shift = scores.shift(t);
+  float loaded[kRankSlots];
+#pragma unroll
+  for (int i = 0; i < kRankSlots; ++i) {
+    const int e = first_expert + lane + 32 * i;
+    loaded[i] = e < num_experts ? values[e] : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kRankSlots; ++i) {
+    const int e = first_expert + lane + 32 * i;
+    raws[i] = 0.0;
+    if (e < num_experts) raws[i] = scores.raw(loaded[i], shift);
+  }
+}
+
+// Keys and chosen bits as columns: 32 tokens per CTA, kRankExperts experts at a time through shared
+// memory, so that the writes of keys are whole lines. Ids outside 0..E-1 are skipped.
+template <class Scores>
+__global__ void __launch_bounds__(kRankThreads, 2)
+    rank_kernel(Scores scores, const std::int32_t* topk_ids, std::int64_t top_k,
+                RoundingBuffers b) {
+  __shared__ std::uint32_t tile[kRankExperts][33];  // [expert, token]
+  __shared__ std::uint32_t chosen[kRankExperts];
+  __shared__ double sums[32];  // of the tokens' raws
+  ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
+  const int E = b.num_experts, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const std::int64_t first_token = std::int64_t{blockIdx.x} * 32;
-  const int lane = threadIdx.x % 32;
-  for (int first_expert = static_cast<int>(blockIdx.y) * 32; first_expert < b.num_experts;
-       first_expert += static_cast<int>(gridDim.y) * 32) {
-    for (int i = threadIdx.x / 32; i < 32; i += 8) {
-      const std::int64_t t = first_token + i;
-      const int e = first_expert + lane;
-      tile[i][lane] = t < b.num_tokens && e < b.num_experts ? ordered_key(scores(t, e)) : 0;
+  const std::int64_t num_slots = min(b.num_tokens - first_token, std::int64_t{32}) * top_k;
+  for (int first = 0; first < E; first += kRankExperts) {
+    const int experts = min(E - first, kRankExperts);
+    for (int i = threadIdx.x; i < experts; i += kRankThreads) chosen[i] = 0;
+    __syncthreads();
+    for (std::int64_t i = threadIdx.x; i < num_slots; i += kRankThreads) {
+      const std::int64_t e = std::int64_t{topk_ids[first_token * top_k + i]} - first;
+      if (e >= 0 && e < experts) atomicOr(chosen + e, 1u << (i / top_k));
+    }
+    for (int token = warp; token < 32; token += kRankWarps) {
+      const std::int64_t t = first_token + token;
+      if (t >= b.num_tokens) {
+        for (int i = lane; i < experts; i += 32) tile[i][token] = 0;
+        continue;
+      }
+      double raws[kRankSlots];
+      load_raws(scores, t, first, E, lane, raws);
+      if (Scores::kSums && first == 0) {
+        double sum = 0.0;
+        for (const double raw : raws) sum += raw;
+        for (int next = kRankExperts; next < E; next += kRankExperts) {
+          double others[kRankSlots];
+          load_raws(scores, t, next, E, lane, others);
+          for (const double raw : others) sum += raw;
+        }
+        sums[token] = warp_sum(sum);  // the warp's own
+      }
+      const double sum = Scores::kSums ? sums[token] : 0.0;
+#pragma unroll
+      for (int i = 0; i < kRankSlots; ++i) {
+        const int e = lane + 32 * i;
+        if (e < experts) tile[e][token] = ordered_key(scores.score(raws[i], sum, first + e));
+      }
     }
     __syncthreads();
-    for (int i = threadIdx.x / 32; i < 32; i += 8) {
-      const std::int64_t e = first_expert + i;
-      if (e < b.num_experts) b.keys[e * b.words * 32 + first_token + lane] = tile[lane][i];
+    for (int i = warp; i < experts; i += kRankWarps) {
+      b.keys[std::int64_t{first + i} * b.words * 32 + first_token + lane] = tile[i][lane];
+    }
+    for (int i = threadIdx.x; i < experts; i += kRankThreads) {
+      b.chosen[std::int64_t{first + i} * b.words + blockIdx.x] = chosen[i];
     }
     __syncthreads();
-  }
-}
-
-// Bits or-ed in any order give the same words. Ids outside 0..E-1 are skipped.
-__global__ void mark_chosen_kernel(const std::int32_t* topk_ids, std::int64_t top_k,
-                                   RoundingBuffers b) {
-  for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-       i < b.num_tokens * top_k; i += std::int64_t{gridDim.x} * blockDim.x) {
-    const std::int64_t e = topk_ids[i];
-    if (e < 0 || e >= b.num_experts) continue;
-    const std::int64_t t = i / top_k;
-    atomicOr(b.chosen + e * b.words + t / 32, 1u << (t % 32));
-  }
-}
-
-__global__ void pair_weights_kernel(ScoringParams scoring, const float* logits,
-                                    const TokenNormalizer* normalizers, RoundingOutputs pairs,
-                                    float* weights) {
-  for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < pairs.capacity;
-       i += std::int64_t{gridDim.x} * blockDim.x) {
-    const std::int64_t t = pairs.token_ids[i];
-    weights[i] = t < 0 ? 0.0f
-                       : weight_of(scoring, normalizers[t],
-                                   logits[t * scoring.num_experts + pairs.expert_ids[i]]);
   }
 }
 
 template <class Scores>
-void fill_columns(cudaStream_t stream, const Scores& scores, const std::int32_t* topk_ids,
-                  std::int64_t top_k, const RoundingBuffers& b, const char* operation) {
-  const auto experts =
-      static_cast<unsigned>(std::min<std::int64_t>(ceil_div(b.num_experts, 32), 65535));
-  rank_kernel<<<dim3(static_cast<unsigned>(b.words), experts), 256, 0, stream>>>(scores, b);
-  check_launch(operation);
-  check_cuda(cudaMemsetAsync(b.chosen, 0,
-                             sizeof(std::uint32_t) * static_cast<std::size_t>(b.num_experts) *
-                                 static_cast<std::size_t>(b.words),
-                             stream),
+void launch_rank(cudaStream_t stream, const Scores& scores, ConstTensorView topk_ids,
+                 const RoundingBuffers& b, const char* operation) {
+  check_cuda(launch_dependent(rank_kernel<Scores>, static_cast<unsigned>(b.words), kRankThreads, 0,
+                              stream, scores, topk_ids.as<std::int32_t>(), topk_ids.size(1), b),
              operation);
-  mark_chosen_kernel<<<grid_stride_blocks(b.num_tokens * top_k, 256), 256, 0, stream>>>(topk_ids,
-                                                                                        top_k, b);
-  check_launch(operation);
 }
 
 template <class Args>
@@ -143,16 +185,16 @@ void round_tokens_forward(const Context& context, const RoundTokensForwardArgs& 
   r.logits = args.logits.as<float>();
   r.topk_ids = args.topk_ids.data();
   r.normalizers = b.normalizers;
-  r.row_sums = b.row_sums;
   r.num_tokens = b.num_tokens;
   launch_route(stream, r, operation);
-  fill_columns(stream, RankingScores{r.scoring, r.logits, b.normalizers, b.row_sums},
-               args.topk_ids.as<std::int32_t>(), args.options.top_k, b, operation);
-  const RoundingOutputs outputs = outputs_of(args);
-  launch_selection(stream, args.rounding, b, outputs, operation);
-  pair_weights_kernel<<<grid_stride_blocks(outputs.capacity, 256), 256, 0, stream>>>(
-      r.scoring, r.logits, b.normalizers, outputs, args.pair_weights.as<float>());
-  check_launch(operation);
+  if (r.scoring.is_softmax) {
+    launch_rank(stream, SoftmaxScores{r.logits, b.normalizers}, args.topk_ids, b, operation);
+  } else {
+    launch_rank(stream, SigmoidScores{r.logits, r.scoring.selection_bias}, args.topk_ids, b,
+                operation);
+  }
+  launch_selection(stream, args.rounding, b, {r.scoring, r.logits, args.pair_weights.as<float>()},
+                   outputs_of(args), operation);
 }
 
 void round_select(const Context& context, const RoundSelectArgs& args) {
@@ -160,9 +202,8 @@ void round_select(const Context& context, const RoundSelectArgs& args) {
   const cudaStream_t stream = stream_of(context);
   RoundingBuffers b;
   carve(args.workspace.data(), args.scores.size(0), args.scores.size(1), b);
-  fill_columns(stream, GivenScores{args.scores.as<float>(), b.num_experts},
-               args.topk_ids.as<std::int32_t>(), args.topk_ids.size(1), b, operation);
-  launch_selection(stream, args.rounding, b, outputs_of(args), operation);
+  launch_rank(stream, GivenScores{args.scores.as<float>()}, args.topk_ids, b, operation);
+  launch_selection(stream, args.rounding, b, {}, outputs_of(args), operation);
 }
 
 }  // namespace sonicmoe::cuda::router

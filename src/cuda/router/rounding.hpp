@@ -13,7 +13,6 @@ namespace sonicmoe::cuda::router {
 /// The pieces of the workspace. Keys and chosen bits are kept transposed, a column of T per expert.
 struct RoundingBuffers {
   TokenNormalizer* normalizers;   // [T] of the token's top-K
-  double* row_sums;               // [T] sum over E of exp(logit - shift)
   std::uint32_t* keys;            // [E, 32 * words] ordered_key of the scores, 0 past T
   std::uint32_t* chosen;          // [E, words] bit t: token choice gave t to the expert
   std::int64_t* starts;           // [E + 1] first place of each expert in the pair list
@@ -33,10 +32,17 @@ struct RoundingOutputs {
   std::int32_t* rows_per_expert_before;  // [E] or null
 };
 
+/// What the pairs' weights come from, beside the buffers' normalizers.
+struct PairWeights {
+  ScoringParams scoring;
+  const float* logits;  // [T, E]
+  float* out;           // [capacity], or null: not asked for
+};
+
 /// From filled keys and chosen bits: rounds the counts, writes the pairs and fills the unused
 /// places. Leaves the counts and starts in the buffers.
 void launch_selection(cudaStream_t stream, const RoundingOptions& rounding,
-                      const RoundingBuffers& buffers, const RoundingOutputs& outputs,
-                      const char* operation);
+                      const RoundingBuffers& buffers, const PairWeights& weights,
+                      const RoundingOutputs& outputs, const char* operation);
 
 }  // namespace sonicmoe::cuda::router

@@ -246,9 +246,7 @@ __device__ void route_token(const RouteParams& r, std::int64_t t, int slots, int
   load_keys(row, p, logits, slots, lane);
   TokenNormalizer normalizer{0.0, 1.0};
   if (p.is_softmax) {
-    const bool sums = !p.renormalizes || r.row_sums != nullptr;
-    normalizer = softmax_normalizer(row, p.num_experts, sums, slots, lane);
-    if (r.row_sums != nullptr && lane == 0) r.row_sums[t] = normalizer.denominator;
+    normalizer = softmax_normalizer(row, p.num_experts, !p.renormalizes, slots, lane);
   }
   if (p.top_groups < p.num_groups) {
     exclude_groups(row, p, slots, lane, group_keys, shared_keys);

@@ -14,7 +14,6 @@ struct RouteParams {
   float* topk_weights = nullptr;           // [T, K] or null
   std::int32_t* rows = nullptr;            // [E] or null
   TokenNormalizer* normalizers = nullptr;  // [T] or null
-  double* row_sums = nullptr;  // [T] or null: sum over E of exp(logit - shift); softmax only
   std::int64_t num_tokens;
   bool wide_ids;  // int64
 };

@@ -2,9 +2,10 @@
 //   softmax over E:      dl_i = scale p_i (g_i - sum_e g_e p_e)
 //   renormalised:        dl_i = scale r_i (g_i - [i in top-K] sum_e g_e r_e), r = exp(l) / Z
 //   sigmoid:             dl_i = scale s'(l_i) / Z (g_i - [i in top-K] sum_e g_e s_e / Z)
-// with g = dL/d weight(t,e), 0 where no row uses it. One warp per token. Renormalised top-K routing
-// has nothing outside of the top-K: a lane per slot. Otherwise grad_logits is read as g and
-// overwritten, in three passes over the token's E values, the second and third from L1.
+// with g = dL/d weight(t,e), 0 where no row uses it. One warp per token. Renormalised weights have
+// nothing outside of the top-K and the token's rows: a lane per slot and per row. Otherwise
+// grad_logits is read as g and overwritten, in three passes over the token's E values, the second
+// and third from L1.
 #include "cuda/router/gradient_terms.cuh"
 #include "cuda/router/launch.hpp"
 #include "cuda/router/route.hpp"
@@ -108,30 +109,88 @@ __device__ void backward_token(const BackwardParams& b, std::int64_t t, int lane
   __syncwarp();  // the next token clears `chosen`
 }
 
-// Renormalised top-K routing with K <= 32: dL/d logit of a token's slot. Nothing else of the token
-// has a gradient.
-struct SlotGradient {
+// Renormalised weights with K <= 32: a token's slot, and its normalizer.
+struct Slot {
   int expert;  // -1: none
-  float value;
+  float logit;
+  double raw;  // 0 where there is none
+  double shift, denominator;
 };
 
-// The gradient of the token's slot number `lane`.
+// The slot number `lane`.
 template <class Id>
-__device__ SlotGradient slot_gradient(const BackwardParams& b, std::int64_t t, int lane) {
+__device__ Slot slot_of(const BackwardParams& b, std::int64_t t, int lane) {
   const ScoringParams& p = b.scoring;
   const Id* ids = static_cast<const Id*>(b.topk_ids) + t * p.top_k;
   const Id e = lane < p.top_k ? ids[lane] : Id{-1};
   const bool legal = e >= 0 && e < p.num_experts;
   const float logit = legal ? b.logits[t * p.num_experts + e] : -INFINITY;
-  const double g = legal ? b.grad_weights[t * p.top_k + lane] : 0.0f;
   const double shift = p.is_softmax ? warp_max(logit) : 0.0f;
   const double raw = legal ? raw_score(p, logit, shift) : 0.0;
   const double denominator = warp_sum(raw) + (p.is_softmax ? 0.0 : kSigmoidEpsilon);
-  const double dot = warp_sum(g * raw) / denominator;
-  if (!legal) return {-1, 0.0f};
-  const double slope = p.is_softmax ? raw : sigmoid_slope(logit);
-  return {static_cast<int>(e), static_cast<float>(p.scale * (slope / denominator) * (g - dot))};
+  return {legal ? static_cast<int>(e) : -1, logit, raw, shift, denominator};
 }
+
+// dl of an expert; `difference` is the parenthesis of the formulas.
+__device__ float logit_gradient(const ScoringParams& p, float logit, double raw, double denominator,
+                                double difference) {
+  const double slope = p.is_softmax ? raw : sigmoid_slope(logit);
+  return static_cast<float>(p.scale * (slope / denominator) * difference);
+}
+
+// The gradients of top-K weights. Nothing outside of the slots has one.
+template <class Id>
+struct SlotGradients {
+  // Writes those of the slots, in shared or global memory.
+  __device__ void fill(const BackwardParams& b, std::int64_t t, int lane, float* row) const {
+    const int top_k = b.scoring.top_k;
+    const float loaded = lane < top_k ? b.grad_weights[t * top_k + lane] : 0.0f;
+    const Slot slot = slot_of<Id>(b, t, lane);
+    const double g = slot.expert >= 0 ? loaded : 0.0f;
+    const double dot = warp_sum(g * slot.raw) / slot.denominator;
+    if (slot.expert < 0) return;
+    row[slot.expert] = logit_gradient(b.scoring, slot.logit, slot.raw, slot.denominator, g - dot);
+  }
+};
+
+// The gradients of the weights that token rounding kept, found by token through the row lists. The
+// pair list is sorted by expert, so a row is a place in it.
+struct PairGradients {
+  const std::int32_t* token_start;  // [T + 1]
+  const std::int32_t* token_rows;   // [P]
+  const std::int32_t* expert_ids;   // [P]
+
+  // `row` [E] in shared memory, zeros.
+  __device__ void fill(const BackwardParams& b, std::int64_t t, int lane, float* row) const {
+    const ScoringParams& p = b.scoring;
+    const int first = token_start[t], end = token_start[t + 1];
+    const Slot slot = slot_of<std::int32_t>(b, t, lane);
+    for (int i = first + lane; i < end; i += 32) {
+      const std::int32_t pair = token_rows[i];
+      row[expert_ids[pair]] = b.grad_weights[pair];
+    }
+    __syncwarp();
+    double g = 0.0;
+    if (slot.expert >= 0) {
+      g = row[slot.expert];
+      row[slot.expert] = 0.0f;
+    }
+    __syncwarp();
+    double dot = g * slot.raw;
+    for (int e = lane; e < p.num_experts; e += 32) {
+      const double added = row[e];  // of a row that the token did not choose
+      if (added == 0.0) continue;
+      const float logit = b.logits[t * p.num_experts + e];
+      const double raw = raw_score(p, logit, slot.shift);
+      dot += added * raw;
+      row[e] = logit_gradient(p, logit, raw, slot.denominator, added);
+    }
+    dot = warp_sum(dot) / slot.denominator;
+    __syncwarp();  // the slots' zeros have been read
+    if (slot.expert < 0) return;
+    row[slot.expert] = logit_gradient(p, slot.logit, slot.raw, slot.denominator, g - dot);
+  }
+};
 
 template <class Id>
 __global__ void __launch_bounds__(32 * kMaxWarps) topk_backward_kernel(BackwardParams b) {
@@ -140,9 +199,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) topk_backward_kernel(BackwardP
        t += std::int64_t{gridDim.x} * warps) {
     float* gradient = b.grad_logits + t * b.scoring.num_experts;
     for (int i = lane; i < b.scoring.num_experts; i += 32) gradient[i] = 0.0f;
-    const SlotGradient slot = slot_gradient<Id>(b, t, lane);
     __syncwarp();  // the zeros are written
-    if (slot.expert >= 0) gradient[slot.expert] = slot.value;
+    SlotGradients<Id>{}.fill(b, t, lane, gradient);
   }
 }
 
@@ -154,22 +212,23 @@ struct TermsParams {
 };
 
 // A token's row goes through shared memory: whole vectors of zeros and terms reach memory.
-template <class Id>
+template <class Gradients>
 __global__ void __launch_bounds__(32 * kMaxWarps)
-    topk_terms_kernel(BackwardParams b, TermsParams out) {
+    gradient_terms_kernel(BackwardParams b, Gradients gradients, TermsParams out) {
   extern __shared__ __align__(16) float rows[];  // [warps, E], zeros between tokens
   const int E = b.scoring.num_experts, per_row = E / FourTerms::kCount;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   float* row = rows + warp * E;
-  for (int e = lane; e < E; e += 32) row[e] = 0.0f;
+  auto* vectors = reinterpret_cast<float4*>(row);
+  for (int i = lane; i < per_row; i += 32) vectors[i] = {};
   __syncwarp();
   for (std::int64_t t = std::int64_t{blockIdx.x} * warps + warp; t < b.num_tokens;
        t += std::int64_t{gridDim.x} * warps) {
-    const SlotGradient slot = slot_gradient<Id>(b, t, lane);
-    if (slot.expert >= 0) row[slot.expert] = slot.value;
+    gradients.fill(b, t, lane, row);
     __syncwarp();
     for (int i = lane; i < per_row; i += 32) {
-      float4 v = reinterpret_cast<const float4*>(row)[i];
+      float4 v = vectors[i];
+      vectors[i] = {};
       if (out.addend != nullptr) {
         const float4 addend = out.addend[t * per_row + i];
         v = {v.x + addend.x, v.y + addend.y, v.z + addend.z, v.w + addend.w};
@@ -179,8 +238,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
       out.grad_logits[(t * 2 + 1) * per_row + i] = low_terms(v, high);
       static_cast<FourTerms*>(out.share.values)[t * per_row + i] = high;
     }
-    __syncwarp();
-    if (slot.expert >= 0) row[slot.expert] = 0.0f;
     __syncwarp();
   }
   write_lists(out.share, b.num_tokens, std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x,
@@ -206,8 +263,9 @@ bool aligned(const void* data) {
 
 // Enqueues dlogits + addend as terms, or returns false where the kernel does not fit. The products
 // take terms: E is a multiple of eight.
-bool launch_terms(cudaStream_t stream, const RouteBackwardArgs& args, ConstTensorView addend,
-                  const GradientTerms& share) {
+template <class Args, class Gradients>
+bool launch_terms(cudaStream_t stream, const Args& args, ConstTensorView grad_weights,
+                  const Gradients& gradients, ConstTensorView addend, const GradientTerms& share) {
   const std::int64_t num_tokens = args.logits.size(0), num_experts = args.logits.size(1);
   const ScoringParams scoring = scoring_params(args.options, num_experts);
   const std::size_t bytes = sizeof(float) * kMaxWarps * static_cast<std::size_t>(num_experts);
@@ -217,18 +275,32 @@ bool launch_terms(cudaStream_t stream, const RouteBackwardArgs& args, ConstTenso
     return false;
   }
   const BackwardParams b{scoring,
-                         args.logits.as<float>(),
+                         args.logits.template as<float>(),
                          args.topk_ids.data(),
-                         args.grad_topk_weights.as<float>(),
+                         grad_weights.as<float>(),
                          nullptr,
                          num_tokens};
   const TermsParams out{static_cast<const float4*>(addend.data()),
                         static_cast<FourTerms*>(args.grad_logits.data()), share};
-  const auto kernel = args.topk_ids.dtype() == DType::kInt64 ? topk_terms_kernel<std::int64_t>
-                                                             : topk_terms_kernel<std::int32_t>;
-  kernel<<<grid_stride_blocks(num_tokens, kMaxWarps), 32 * kMaxWarps, bytes, stream>>>(b, out);
+  gradient_terms_kernel<<<grid_stride_blocks(num_tokens, kMaxWarps), 32 * kMaxWarps, bytes,
+                          stream>>>(b, gradients, out);
   check_launch("router's gradient");
   return true;
+}
+
+bool launch_layer_terms(cudaStream_t stream, const Metadata& m, const GradientTerms& share,
+                        const RouterShare& router) {
+  if (router.rounding != nullptr) {
+    const RoundTokensBackwardArgs& args = *router.rounding;
+    const PairGradients gradients{m.token_start, m.token_rows, args.expert_ids.as<std::int32_t>()};
+    return launch_terms(stream, args, args.grad_pair_weights, gradients, router.addend, share);
+  }
+  const RouteBackwardArgs& args = *router.topk;
+  const auto launch = [&](auto gradients) {
+    return launch_terms(stream, args, args.grad_topk_weights, gradients, router.addend, share);
+  };
+  return args.topk_ids.dtype() == DType::kInt64 ? launch(SlotGradients<std::int64_t>{})
+                                                : launch(SlotGradients<std::int32_t>{});
 }
 
 // dL/d weight(t,e) as a matrix: the list is sorted by expert, the normalisation runs over tokens.
@@ -273,16 +345,16 @@ void route_backward(const Context& context, const RouteBackwardArgs& args) {
                          args.grad_logits.as<float>(), "route_backward");
 }
 
-void layer_grad_logits(cudaStream_t stream, ConstTensorView x, std::int64_t num_columns,
-                       Matrix grad_x, const GradientTerms& terms, RouterShare& router) {
-  if (router.topk == nullptr ||
-      !products_take_terms(x, router.router_weight, num_columns, grad_x) ||
-      !launch_terms(stream, *router.topk, router.addend, terms)) {
+void layer_grad_logits(cudaStream_t stream, const Metadata& metadata, ConstTensorView x,
+                       std::int64_t num_columns, Matrix grad_x, const GradientTerms& terms,
+                       RouterShare& router) {
+  if (!products_take_terms(x, router.router_weight, num_columns, grad_x) ||
+      !launch_layer_terms(stream, metadata, terms, router)) {
     return router.compute_grad_logits();
   }
-  const TensorView& values = router.topk->grad_logits;
-  router.grad_logits =
-      TensorView(values.data(), DType::kBFloat16, {values.size(0), kWeightTerms, values.size(1)});
+  const ConstTensorView& logits = router.grad_logits;
+  router.grad_logits = ConstTensorView(logits.data(), DType::kBFloat16,
+                                       {logits.size(0), kWeightTerms, logits.size(1)});
 }
 
 void round_tokens_backward(const Context& context, const RoundTokensBackwardArgs& args) {

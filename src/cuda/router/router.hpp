@@ -14,6 +14,7 @@
 #include <cuda_runtime_api.h>
 
 #include "core/backend.hpp"
+#include "core/metadata.hpp"
 #include "cuda/router/gradient_gemm.hpp"
 #include "sonicmoe/moe.hpp"
 #include "sonicmoe/router.hpp"
@@ -51,12 +52,13 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
                             TensorView workspace);
 std::size_t router_logits_workspace_bytes(const Context& context, const MoEShape& shape);
 
-/// dlogits of a layer's backward pass. Where both products take it as terms (gradient_gemm.hpp), it
-/// is written as such straight away, router.grad_logits says so and `terms` are ready for
-/// logits_grad_input() into slabs of `num_columns` of grad_x; else as router.compute_grad_logits()
-/// does.
-void layer_grad_logits(cudaStream_t stream, ConstTensorView x, std::int64_t num_columns,
-                       Matrix grad_x, const GradientTerms& terms, RouterShare& router);
+/// dlogits of a layer's backward pass, whose rows `metadata` lists. Where both products take it as
+/// terms (gradient_gemm.hpp), it is written as such straight away, router.grad_logits says so and
+/// `terms` are ready for logits_grad_input() into slabs of `num_columns` of grad_x; else as
+/// router.compute_grad_logits() does.
+void layer_grad_logits(cudaStream_t stream, const Metadata& metadata, ConstTensorView x,
+                       std::int64_t num_columns, Matrix grad_x, const GradientTerms& terms,
+                       RouterShare& router);
 
 /// out [T, num_columns] bfloat16 = grad_logits [T, E] router_weight [E, d], the columns
 /// from `first_column` on: rounded as the rows of dX~ it is added to. num_columns % 8 == 0. `terms`

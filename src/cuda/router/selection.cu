@@ -2,9 +2,12 @@
 // host's (router/token_rounding.cpp).
 //   count_rows   CTA per expert: f, and for nearest_score whether up changes the score less
 //   round_rows   one CTA: f -> f' by the policy, prefix sums of f'
-//   write_rows   CTA per expert: radix selection, then the kept tokens in ascending order
-//   fill_unused  -1 behind the last pair
-// Cost at T = 32768, E = 256: the 33 MB of keys (from L2) six times.
+//   write_rows   CTA per expert: radix selection, then the kept tokens in ascending order with
+//                their weights, and a share of the unused places
+// write_rows passes over its column five times, in shared memory up to T = 53600.
+#include "cuda/dependent_launch.hpp"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/pdl.cuh"
 #include "cuda/router/exact_sum.cuh"
 #include "cuda/router/launch.hpp"
 #include "cuda/router/rounding.hpp"
@@ -65,6 +68,8 @@ __device__ bool up_changes_less(const Column& c, std::int64_t rows, std::int64_t
 __global__ void __launch_bounds__(kSelectThreads)
     count_rows_kernel(RoundingBuffers b, PolicyParams policy) {
   __shared__ CountShared s;
+  ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
   const Column c = column_of(b, blockIdx.x);
   if (threadIdx.x == 0) s.rows = 0;
   __syncthreads();
@@ -182,6 +187,8 @@ __device__ std::int64_t exclusive_sum(std::int64_t value, RoundShared& s, std::i
 __global__ void __launch_bounds__(kSelectThreads)
     round_rows_kernel(RoundingBuffers b, PolicyParams p, RoundingOutputs out) {
   __shared__ RoundShared s;
+  ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
   if (threadIdx.x == 0) s.carry = 0;
   std::int64_t running = 0;
   for (int first = 0; first < b.num_experts; first += kSelectThreads) {
@@ -235,15 +242,30 @@ struct WriteShared {
   int equal[kSelectWarps];
 };
 
-// Every warp owns a contiguous range of tokens: it counts, learns from the lower warps where its
-// rows begin, and writes.
-__global__ void __launch_bounds__(kSelectThreads)
-    write_rows_kernel(RoundingBuffers b, RoundingOutputs out) {
-  __shared__ WriteShared s;
-  const Column c = column_of(b, blockIdx.x);
-  const int before = b.rows_before[blockIdx.x];
-  const int after = b.rows_after[blockIdx.x];
-  if (after == 0) return;
+constexpr std::size_t kMaxCopyBytes = 216 * 1024;  // what WriteShared leaves of a CTA's 227 KB
+
+std::size_t copy_bytes(const RoundingBuffers& b) {
+  return sizeof(std::uint32_t) * 33 * static_cast<std::size_t>(b.words);
+}
+
+// Brings the column to shared memory [33 * words].
+__device__ Column copy_of(const Column& c, std::uint32_t* copy) {
+  std::uint32_t* chosen = copy + 32 * c.words;
+  for (int i = threadIdx.x; i < 8 * c.words; i += kSelectThreads) {
+    ptx::cp_async_16(ptx::shared_address(copy + 4 * i), c.keys + 4 * i);
+  }
+  for (int i = threadIdx.x; i < c.words; i += kSelectThreads) chosen[i] = c.chosen[i];
+  ptx::cp_async_commit_group();
+  ptx::cp_async_wait_group<0>();
+  __syncthreads();
+  return {copy, chosen, c.words, c.num_tokens};
+}
+
+// The `after` tokens that an expert keeps of `before` by token choice, or adds to them. Every warp
+// owns a contiguous range of tokens: it counts, learns from the lower warps where its rows begin,
+// and writes.
+__device__ void write_tokens(const Column& c, int before, int after, std::int32_t* token_ids,
+                             WriteShared& s) {
   const bool keeps_chosen = after > before;  // and adds others
   const Class wanted = keeps_chosen ? Class::kOther : Class::kChosen;
   const Cut cut = find_cut(c, wanted, keeps_chosen ? after - before : after, s.select);
@@ -274,7 +296,6 @@ __global__ void __launch_bounds__(kSelectThreads)
     sure_before += s.sure[w];
     equal_before += s.equal[w];
   }
-  const std::int64_t start = b.starts[blockIdx.x];
   const std::uint32_t lower = (1u << lane) - 1;
   for_each_word(c, wanted, first, end, 1, lane,
                 [&](std::uint32_t members, std::uint32_t key, int word) {
@@ -283,41 +304,67 @@ __global__ void __launch_bounds__(kSelectThreads)
                                         equal_before + __popc(kept.equal & lower) < cut.ties;
                   const std::uint32_t rows = kept.sure | __ballot_sync(kAllLanes, tie_kept);
                   if (((rows >> lane) & 1u) != 0) {
-                    const std::int64_t place =
-                        start + sure_before + min(equal_before, cut.ties) + __popc(rows & lower);
-                    out.token_ids[place] = word * 32 + lane;
-                    out.expert_ids[place] = static_cast<std::int32_t>(blockIdx.x);
+                    token_ids[sure_before + min(equal_before, cut.ties) + __popc(rows & lower)] =
+                        word * 32 + lane;
                   }
                   sure_before += __popc(kept.sure);
                   equal_before += __popc(kept.equal);
                 });
 }
 
-__global__ void fill_unused_kernel(const std::int64_t* used, RoundingOutputs out) {
-  for (std::int64_t i = *used + std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-       i < out.capacity; i += std::int64_t{gridDim.x} * blockDim.x) {
+// `copies`: whether there is shared memory for copy_of().
+__global__ void __launch_bounds__(kSelectThreads)
+    write_rows_kernel(RoundingBuffers b, PairWeights weights, RoundingOutputs out, bool copies) {
+  extern __shared__ __align__(16) std::uint32_t copy[];
+  __shared__ WriteShared s;
+  ptx::grid_dependency_wait();
+  const int expert = static_cast<int>(blockIdx.x);
+  const int after = b.rows_after[expert];
+  const std::int64_t start = b.starts[expert];
+  if (after > 0) {
+    const Column c = column_of(b, expert);
+    write_tokens(copies ? copy_of(c, copy) : c, b.rows_before[expert], after, out.token_ids + start,
+                 s);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < after; i += kSelectThreads) {
+    const std::int64_t t = out.token_ids[start + i];
+    out.expert_ids[start + i] = expert;
+    if (weights.out == nullptr) continue;
+    const float logit = weights.logits[t * b.num_experts + expert];
+    weights.out[start + i] = weight_of(weights.scoring, b.normalizers[t], logit);
+  }
+  const std::int64_t used = b.starts[b.num_experts];
+  for (std::int64_t i = used + std::int64_t{blockIdx.x} * kSelectThreads + threadIdx.x;
+       i < out.capacity; i += std::int64_t{gridDim.x} * kSelectThreads) {
     out.token_ids[i] = -1;
     out.expert_ids[i] = -1;
+    if (weights.out != nullptr) weights.out[i] = 0.0f;
   }
 }
 
 }  // namespace
 
 void launch_selection(cudaStream_t stream, const RoundingOptions& rounding,
-                      const RoundingBuffers& buffers, const RoundingOutputs& outputs,
-                      const char* operation) {
+                      const RoundingBuffers& buffers, const PairWeights& weights,
+                      const RoundingOutputs& outputs, const char* operation) {
   const PolicyParams policy{rounding.seed_tensor.as<std::int64_t>(), rounding.seed, rounding.tile,
                             rounding.policy};
   const auto experts = static_cast<unsigned>(buffers.num_experts);
-  count_rows_kernel<<<experts, kSelectThreads, 0, stream>>>(buffers, policy);
-  check_launch(operation);
-  round_rows_kernel<<<1, kSelectThreads, 0, stream>>>(buffers, policy, outputs);
-  check_launch(operation);
-  write_rows_kernel<<<experts, kSelectThreads, 0, stream>>>(buffers, outputs);
-  check_launch(operation);
-  fill_unused_kernel<<<grid_stride_blocks(outputs.capacity, 1024), 256, 0, stream>>>(
-      buffers.starts + buffers.num_experts, outputs);
-  check_launch(operation);
+  const bool copies = copy_bytes(buffers) <= kMaxCopyBytes;
+  const std::size_t shared = copies ? copy_bytes(buffers) : 0;
+  check_cuda(cudaFuncSetAttribute(write_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(kMaxCopyBytes)),
+             operation);
+  check_cuda(
+      launch_dependent(count_rows_kernel, experts, kSelectThreads, 0, stream, buffers, policy),
+      operation);
+  check_cuda(
+      launch_dependent(round_rows_kernel, 1, kSelectThreads, 0, stream, buffers, policy, outputs),
+      operation);
+  check_cuda(launch_dependent(write_rows_kernel, experts, kSelectThreads, shared, stream, buffers,
+                              weights, outputs, copies),
+             operation);
 }
 
 }  // namespace sonicmoe::cuda::router

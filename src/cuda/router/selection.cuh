@@ -33,9 +33,17 @@ struct Cut {
   int equal = 0;
 };
 
+// Digits of 11 bits, from the top: three passes in place of the four of bytes. And the top one, a
+// float's sign, exponent and two bits more, spreads scores over some fifty counters where the top
+// byte has ten, on which the atomics of a warp would wait for each other.
+inline constexpr int kDigitBits = 11;
+inline constexpr int kDigits = 1 << kDigitBits;
+static_assert(kDigits == 2 * kSelectThreads, "pick_digit gives a thread two");
+
 struct SelectShared {
-  unsigned histogram[256];
-  int byte, left, equal;
+  unsigned histogram[kDigits];
+  int warp_sums[kSelectWarps];
+  int digit, left, equal;
 };
 
 // Calls visit(members, key, word) for the words [first, end) in steps of `step`; `members` says
@@ -63,62 +71,59 @@ __device__ __forceinline__ void for_each_word(const Column& c, Class wanted, int
   }
 }
 
-// Which byte the count-th largest member falls into, and what is left to take inside it. Warp 0.
-__device__ inline void pick_byte(SelectShared& s, int left, int lane) {
-  unsigned bins[8];  // of bytes 255 - 8 lane, downwards
-  int sum = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    bins[i] = s.histogram[255 - 8 * lane - i];
-    sum += static_cast<int>(bins[i]);
-  }
-  int inclusive = sum;
+// Which digit the count-th largest member has, and what is left to take among its equals. All
+// threads; ends with a barrier.
+__device__ inline void pick_digit(SelectShared& s, int left) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int digit = kDigits - 1 - 2 * static_cast<int>(threadIdx.x);  // and the one below
+  const int upper = static_cast<int>(s.histogram[digit]);
+  const int lower = static_cast<int>(s.histogram[digit - 1]);
+  int inclusive = upper + lower;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
     const int other = __shfl_up_sync(kAllLanes, inclusive, distance);
     if (lane >= distance) inclusive += other;
   }
-  int before = inclusive - sum;
-  if (before >= left || inclusive < left) return;  // another lane's
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int count = static_cast<int>(bins[i]);
-    if (before < left && before + count >= left) {
-      s.byte = 255 - 8 * lane - i;
-      s.left = left - before;
-      s.equal = count;
-    }
-    before += count;
+  if (lane == 31) s.warp_sums[warp] = inclusive;
+  __syncthreads();
+  const int warps_before = __reduce_add_sync(kAllLanes, lane < warp ? s.warp_sums[lane] : 0);
+  const int before = warps_before + inclusive - upper - lower;
+  if (before < left && left <= before + upper + lower) {  // one thread's
+    const bool is_upper = left <= before + upper;
+    s.digit = is_upper ? digit : digit - 1;
+    s.left = left - before - (is_upper ? 0 : upper);
+    s.equal = is_upper ? upper : lower;
   }
+  __syncthreads();
 }
 
-// The cut that keeps the `count` largest members of a class, which has at least as many: four
-// passes over the column, from the top byte down. All threads of the CTA, same arguments.
+// The cut that keeps the `count` largest members of a class, which has at least as many: a pass
+// over the column per digit. All threads of the CTA, same arguments.
 __device__ inline Cut find_cut(const Column& c, Class wanted, int count, SelectShared& s) {
   if (count == 0) return {};
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  std::uint32_t prefix = 0;  // bytes decided so far
+  std::uint32_t prefix = 0;  // digits decided so far
   int left = count;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int b = threadIdx.x; b < 256; b += blockDim.x) s.histogram[b] = 0;
+  for (int bits = 32; bits > 0;) {  // not decided
+    const int shift = max(bits - kDigitBits, 0);
+    const std::uint32_t decided = bits == 32 ? 0u : 0xffffffffu << bits;
+    const std::uint32_t digits = (1u << (bits - shift)) - 1;
+    for (int d = threadIdx.x; d < kDigits; d += kSelectThreads) s.histogram[d] = 0;
     __syncthreads();
-    const std::uint32_t decided = shift == 24 ? 0u : 0xffffffffu << (shift + 8);
     for_each_word(c, wanted, warp, c.words, kSelectWarps, lane,
                   [&](std::uint32_t members, std::uint32_t key, int) {
                     if (((members >> lane) & 1u) != 0 && (key & decided) == prefix) {
-                      atomicAdd(s.histogram + ((key >> shift) & 0xffu), 1u);
+                      atomicAdd(s.histogram + ((key >> shift) & digits), 1u);
                     }
                   });
     __syncthreads();
-    if (warp == 0) pick_byte(s, left, lane);
-    __syncthreads();
-    prefix |= static_cast<std::uint32_t>(s.byte) << shift;
+    pick_digit(s, left);
+    prefix |= static_cast<std::uint32_t>(s.digit) << shift;
     left = s.left;
+    bits = shift;
   }
-  const Cut cut{prefix, left, s.equal};
-  __syncthreads();  // s may be used again
-  return cut;
+  return {prefix, left, s.equal};
 }
 
 }  // namespace sonicmoe::cuda::router
