@@ -1,183 +1,79 @@
 """The whole layer with its router on a GPU: sonicmoe_cpp beside torch grouped_mm and cuBLAS.
 
 Every system computes logits, top-K, softmax and SwiGLU experts in bfloat16, with all gradients.
-Figures per shape and system:
+sonicmoe-atomic adds a token's rows atomically (deterministic=False). torch-grouped_mm-compiled is
+the torch layer under torch.compile as a whole; --compile-only fills inductor's cache for it.
+cublas-bmm is the dense, balanced product of the same FLOPs alone: no gather, activation or sum.
 
-    fwd_ms, bwd_ms            wall: median over back-to-back eager calls; backward = both minus forward
-    busy_fwd_ms, busy_bwd_ms  time the GPU is busy: union of the kernels' intervals (CUPTI)
-    graph_fwd_ms, graph_bwd_ms  replay of a CUDA graph of the same call (sonicmoe only)
+Figures per shape and system, the systems taking turns; with --runs the median of the runs, and
+`spread` has the least and the most:
+
+    fwd_ms, bwd_ms            wall: median over back-to-back eager calls; backward = both minus
+                              forward, which take turns
+    busy_fwd_ms, busy_bwd_ms  time the GPU is busy: union of the kernels' intervals (CUPTI), of the
+                              forward and the backward of the same calls, the median call
+    graph_fwd_ms, graph_bwd_ms  like wall, replaying CUDA graphs (sonicmoe only)
+
+and once:
+
+    first_call_s              first forward and backward at this shape in this process
     kept_mib                  held by the allocator from forward to backward, beside x and weights
     peak_fwd_mib, peak_bwd_mib  most allocated during each, likewise
-    first_call_s              first forward and backward at this shape in this process
     rel_err                   worst relative RMS error of y, dx, dw1, dw2 against float64 on samples
 
-cublas-bmm is the dense, balanced product of the same FLOPs alone: no gather, activation or sum.
-torch-grouped_mm-compiled, on request, is the torch layer under torch.compile as a whole.
+The record ends with a summary beside the official layer's figures (gpu_summary.py).
 
-    python bench/bench_gpu.py --suite paper --output bench/results/h100-$(date +%F).json
+    python bench/bench_gpu.py --suite paper --suite models --compile-only
+    python bench/bench_gpu.py --suite paper --suite models --runs 3 \\
+        --output bench/results/h100-$(date +%F).json
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import gpu_compile
+import gpu_summary
 import torch
-import torch.nn.functional as F
 from gpu_common import (
-    BF16,
     Call,
     Problem,
-    busy_ms,
-    device_events,
+    in_turns_ms,
     memory,
     new_record,
     require_gpu,
     rounded,
     suite_entries,
-    wall_ms,
     write_record,
 )
+from gpu_oracle import Oracle, one_routing
+from gpu_profile import busy_figures, kernel_table, profiled_halves
+from gpu_systems import SYSTEMS, Cublas, systems_named
 
-SAMPLED_TOKENS = 64
-SAMPLED_COLUMNS = 64
+TURNS = 3  # of forward and of both in a run
+PROFILED_SECONDS = 0.1
 
-# ----------------------------------------------------------------------------------------- systems
-
-
-class SonicMoE:
-    name = "sonicmoe"
-
-    def experts(self, p: Problem, ids, weights) -> torch.Tensor:
-        import sonicmoe_cpp
-
-        return sonicmoe_cpp.moe(p.x, p.w1, p.w2, ids, weights)
-
-    def layer(self, p: Problem) -> torch.Tensor:
-        import sonicmoe_cpp
-
-        return sonicmoe_cpp.moe_layer(
-            p.x, p.router, p.w1, p.w2, p.shape[4], scoring="topk_softmax"
-        )[0]
+# ------------------------------------------------------------------------------------------ a figure
 
 
-def swiglu(h: torch.Tensor) -> torch.Tensor:
-    gate, up = h.chunk(2, dim=-1)
-    return F.silu(gate) * up
+def both_calls(p: Problem, system) -> dict[str, Call]:
+    return {
+        "forward": lambda: system.layer(p),
+        "both": lambda: torch.autograd.grad(system.layer(p), p.leaves, p.grad),
+    }
 
 
-def weighted_sum(y, weights, inverse, top_k: int) -> torch.Tensor:
-    """Undoes the sort, weighs the rows and sums a token's."""
-    rows = y.index_select(0, inverse).unflatten(0, (-1, top_k))
-    return (rows * weights.to(y.dtype).unsqueeze(-1)).sum(1)
+def fwd_bwd(times: dict[str, float], prefix: str = "") -> dict[str, float]:
+    """backward = both minus forward."""
+    forward = times["forward"]
+    return {f"{prefix}fwd_ms": forward, f"{prefix}bwd_ms": times["both"] - forward}
 
 
-def grouped_experts(x, w1, w2, ids, weights, activate=swiglu, combine=weighted_sum) -> torch.Tensor:
-    """Sort, gather, two grouped GEMMs, SwiGLU, weigh, undo the sort, sum."""
-    experts, top_k = w1.shape[0], ids.shape[1]
-    flat = ids.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=x.device)
-    ends = torch.histc(flat.float(), experts, 0, experts - 1).cumsum(0).int()
-    # index_select, not indexing: its backward adds rows instead of sorting indices.
-    rows = x.index_select(0, order // top_k)
-    h = F.grouped_mm(rows, w1.transpose(1, 2), offs=ends)
-    y = F.grouped_mm(activate(h), w2.transpose(1, 2), offs=ends)
-    return combine(y, weights, inverse, top_k)
-
-
-def grouped_layer(
-    x, router, w1, w2, top_k: int, activate=swiglu, combine=weighted_sum
-) -> torch.Tensor:
-    values, ids = F.linear(x, router).float().topk(top_k, dim=-1)
-    return grouped_experts(x, w1, w2, ids, values.softmax(-1), activate, combine)
-
-
-class GroupedMM:
-    """torch's grouped_mm, eager but for the pointwise parts, which inductor compiles."""
-
-    name = "torch-grouped_mm"
-
-    def __init__(self) -> None:
-        self.pointwise = tuple(torch.compile(f, dynamic=True) for f in (swiglu, weighted_sum))
-
-    def experts(self, p: Problem, ids, weights) -> torch.Tensor:
-        return grouped_experts(p.x, p.w1, p.w2, ids, weights, *self.pointwise)
-
-    def layer(self, p: Problem) -> torch.Tensor:
-        return grouped_layer(p.x, p.router, p.w1, p.w2, p.shape[4], *self.pointwise)
-
-
-class CompiledGroupedMM:
-    """The same layer under torch.compile as a whole, anew for every shape."""
-
-    name = "torch-grouped_mm-compiled"
-
-    def __init__(self) -> None:
-        torch._dynamo.config.recompile_limit = 64  # past it torch would silently run eagerly
-        self._experts = torch.compile(grouped_experts, dynamic=False)
-        self._layer = torch.compile(grouped_layer, dynamic=False)
-
-    def experts(self, p: Problem, ids, weights) -> torch.Tensor:
-        return self._experts(p.x, p.w1, p.w2, ids, weights)
-
-    def layer(self, p: Problem) -> torch.Tensor:
-        return self._layer(p.x, p.router, p.w1, p.w2, p.shape[4])
-
-
-class Cublas:
-    """Only the six products, batched and balanced: rows = T*K/E per expert."""
-
-    name = "cublas-bmm"
-
-    def __init__(self, p: Problem) -> None:
-        tokens, d, n, experts, top_k = p.shape
-        rows = max(1, tokens * top_k // experts)
-
-        def normal(*size: int) -> torch.Tensor:
-            return torch.randn(size, device="cuda", dtype=BF16)
-
-        self.x, self.grad = normal(experts, rows, d), normal(experts, rows, d)
-        self.h, self.a = normal(experts, rows, 2 * n), normal(experts, rows, n)
-        self.w1, self.w2 = p.w1.detach(), p.w2.detach()
-        self.scale = tokens * top_k / (rows * experts)
-
-    def forward(self) -> None:
-        torch.bmm(self.x, self.w1.mT)
-        torch.bmm(self.a, self.w2.mT)
-
-    def backward(self) -> None:
-        torch.bmm(self.grad, self.w2)
-        torch.bmm(self.h, self.w1)
-        torch.bmm(self.grad.mT, self.a)
-        torch.bmm(self.h.mT, self.x)
-
-
-SYSTEMS = {
-    "sonicmoe": SonicMoE,
-    "torch-grouped_mm": GroupedMM,
-    "torch-grouped_mm-compiled": CompiledGroupedMM,
-    "cublas-bmm": lambda: "cublas-bmm",
-}
-DEFAULT_SYSTEMS = ("sonicmoe", "torch-grouped_mm", "cublas-bmm")
-
-
-# ------------------------------------------------------------------------------------- measurement
-
-
-def print_kernels(title: str, call: Call, repeats: int = 5) -> None:
-    """Microseconds per call of each kernel, the longest first."""
-    totals: dict[str, list[float]] = {}
-    for event in device_events(call, repeats):
-        totals.setdefault(event.name, []).append(event.time_range.elapsed_us())
-    print(f"{title}: us per call, launches per call, kernel")
-    for name, spans in sorted(totals.items(), key=lambda item: -sum(item[1])):
-        print(f"{sum(spans) / repeats:10.1f} {len(spans) / repeats:6.1f}  {name[:110]}")
-
-
-def graph_ms(call: Call, repeats: int = 20) -> float:
+def captured(call: Call) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -186,150 +82,111 @@ def graph_ms(call: Call, repeats: int = 20) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return wall_ms(graph.replay, repeats * 1e-2)
+    return graph
 
 
-def measure(p: Problem, system, seconds: float) -> dict:
-    def forward() -> torch.Tensor:
-        return system.layer(p)
+def halves(p: Problem, system, call_ms: float):
+    def backward(y: torch.Tensor) -> object:
+        return torch.autograd.grad(y, p.leaves, p.grad)
 
-    def both() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(system.layer(p), p.leaves, p.grad)
+    return profiled_halves(lambda: system.layer(p), backward, call_ms, PROFILED_SECONDS)
 
+
+def figures_of_run(p: Problem, system, seconds: float) -> dict[str, float]:
+    """What is measured anew in every run."""
+    if isinstance(system, Cublas):
+        products = system.products(p)
+        times = in_turns_ms({"fwd_ms": products.forward, "bwd_ms": products.backward}, seconds)
+        return {key: ms * products.scale for key, ms in times.items()}
+    calls = both_calls(p, system)
+    times = in_turns_ms(calls, seconds, TURNS)
+    figures = fwd_bwd(times) | busy_figures(halves(p, system, times["both"]))
+    if system.replayed:
+        graphs = {name: captured(call) for name, call in calls.items()}
+        replays = {name: graph.replay for name, graph in graphs.items()}
+        figures |= fwd_bwd(in_turns_ms(replays, seconds, TURNS), "graph_")
+    return figures
+
+
+def figures_once(p: Problem, system, oracle: Oracle | None, routing) -> dict:
+    """First call, memory and errors."""
+    if isinstance(system, Cublas):
+        return {}
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    both()
+    both_calls(p, system)["both"]()
     torch.cuda.synchronize()
-    row = {"first_call_s": time.perf_counter() - begin}
-    row |= memory(p, system.layer)
-    row["fwd_ms"] = wall_ms(forward, seconds)
-    row["bwd_ms"] = wall_ms(both, seconds) - row["fwd_ms"]
-    row["busy_fwd_ms"] = busy_ms(forward)
-    row["busy_bwd_ms"] = busy_ms(both) - row["busy_fwd_ms"]
-    if system.name == "sonicmoe":
-        row["graph_fwd_ms"] = graph_ms(forward)
-        row["graph_bwd_ms"] = graph_ms(both) - row["graph_fwd_ms"]
-    return row
-
-
-# ---------------------------------------------------------------------------------------- accuracy
-
-
-def relative(error: torch.Tensor, exact: torch.Tensor) -> float:
-    return float(error.square().mean().sqrt() / exact.square().mean().sqrt())
-
-
-class Oracle:
-    """float64 values of y and dx for some tokens, of dw1 and dw2 for some rows of one expert."""
-
-    def __init__(self, p: Problem, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        tokens, d, n, experts, top_k = p.shape
-        self.tokens = torch.linspace(0, tokens - 1, SAMPLED_TOKENS, device="cuda").long()
-        self.columns = torch.linspace(0, n - 1, SAMPLED_COLUMNS, device="cuda").long()
-        self.outputs = torch.linspace(0, d - 1, SAMPLED_COLUMNS, device="cuda").long()
-        self.expert = experts - 1
-        rows = [self._row(p, t, ids, weights) for t in self.tokens.tolist()]
-        self.y, self.dx = (torch.stack(column) for column in zip(*rows, strict=True))
-        self.dw1, self.dw2 = self._weight_gradients(p, ids, weights)
-
-    @staticmethod
-    def _row(p: Problem, token: int, ids, weights) -> tuple[torch.Tensor, torch.Tensor]:
-        x, grad = p.x[token].detach().double(), p.grad[token].double()
-        y, dx = torch.zeros_like(x), torch.zeros_like(x)
-        for slot, e in enumerate(ids[token].tolist()):
-            w1, w2 = p.w1[e].detach().double(), p.w2[e].detach().double()
-            gate, up = (w1 @ x).chunk(2)
-            s, sigmoid = weights[token, slot].double(), gate.sigmoid()
-            y += s * (w2 @ (gate * sigmoid * up))
-            da = s * (w2.T @ grad)
-            d_gate = da * up * sigmoid * (1 + gate * (1 - sigmoid))
-            dx += w1.T @ torch.cat([d_gate, da * gate * sigmoid])
-        return y, dx
-
-    def _weight_gradients(self, p: Problem, ids, weights) -> tuple[torch.Tensor, torch.Tensor]:
-        """dw1 [columns of gate and up, d] and dw2 [outputs, columns] of one expert."""
-        n, e, c = p.shape[2], self.expert, self.columns
-        token, slot = (ids == e).nonzero(as_tuple=True)
-        x, grad = p.x[token].detach().double(), p.grad[token].double()
-        s = weights[token, slot].double()[:, None]
-        gate, up = x @ p.w1[e, c].detach().double().T, x @ p.w1[e, n + c].detach().double().T
-        sigmoid = gate.sigmoid()
-        da = s * (grad @ p.w2[e][:, c].detach().double())
-        d_gate = da * up * sigmoid * (1 + gate * (1 - sigmoid))
-        dw1 = torch.cat([d_gate, da * gate * sigmoid], 1).T @ x
-        return dw1, grad[:, self.outputs].T @ (s * gate * sigmoid * up)
-
-    def errors(self, p: Problem, system, ids, weights) -> dict[str, float]:
-        y = system.experts(p, ids, weights)
-        dx, dw1, dw2 = torch.autograd.grad(y, (p.x, p.w1, p.w2), p.grad)
-        n, e, c = p.shape[2], self.expert, self.columns
-        ours = {
-            "y": (y.detach()[self.tokens], self.y),
-            "dx": (dx[self.tokens], self.dx),
-            "dw1": (dw1[e, torch.cat([c, n + c])], self.dw1),
-            "dw2": (dw2[e][self.outputs][:, c], self.dw2),
-        }
-        return {name: relative(a.double() - b, b) for name, (a, b) in ours.items()}
-
-
-def one_routing(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """One routing for every system."""
-    with torch.no_grad():
-        values, ids = F.linear(p.x, p.router).float().topk(p.shape[4], dim=-1)
-    return ids, values.softmax(-1)
-
-
-# -------------------------------------------------------------------------------------------- main
-
-
-def measure_cublas(p: Problem, seconds: float) -> dict:
-    products = Cublas(p)
-    return {
-        "fwd_ms": wall_ms(products.forward, seconds) * products.scale,
-        "bwd_ms": wall_ms(products.backward, seconds) * products.scale,
-    }
-
-
-def figures_of(p: Problem, system, oracle: Oracle | None, routing, seconds: float) -> dict:
-    if system == "cublas-bmm":
-        return measure_cublas(p, seconds)
-    figures = measure(p, system, seconds)
-    if oracle:
+    figures = {"first_call_s": time.perf_counter() - begin} | memory(p, system.layer)
+    if oracle and hasattr(system, "experts"):
         errors = oracle.errors(p, system, *routing)
         figures |= {"rel_err": max(errors.values()), "errors": errors}
     return figures
 
 
-def bench_problem(p: Problem, systems: list, arguments: argparse.Namespace) -> list[dict]:
-    rows = []
-    routing = one_routing(p)
-    oracle = Oracle(p, *routing) if not arguments.no_check else None
-    for system in systems:
-        name = system if isinstance(system, str) else system.name
+# ----------------------------------------------------------------------------------------- the runs
+
+
+def median_of_runs(runs: list[dict[str, float]]) -> dict:
+    """The median of each figure; where there are several runs, its least and most as `spread`."""
+    columns = {key: [run[key] for run in runs] for key in runs[0]} if runs else {}
+    figures: dict = {key: statistics.median(column) for key, column in columns.items()}
+    if len(runs) > 1:
+        figures["spread"] = {key: [min(column), max(column)] for key, column in columns.items()}
+    return figures
+
+
+class Measured:
+    """What is known of one system at one shape. After a failure nothing more is measured."""
+
+    def __init__(self, system) -> None:
+        self.system = system
+        self.once: dict = {}
+        self.runs: list[dict[str, float]] = []
+        self.failure: dict = {}
+
+    def measure(
+        self, keep: Callable[[dict], object], figures: Callable[..., dict], *inputs
+    ) -> None:
+        """Calls `keep` with figures(*inputs)."""
+        if self.failure:
+            return
         try:
-            figures = figures_of(p, system, oracle, routing, arguments.seconds)
+            keep(figures(*inputs))
         except torch.cuda.OutOfMemoryError:
-            print(f"{p.name:14}{name:26}out of memory", flush=True)
-            figures = {"out_of_memory": True}
+            self.failure = {"out_of_memory": True}
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"{p.name:14}{name}: torch.compile failed, no figures: {reason}", flush=True)
-            figures = {"compile_error": reason}
-        head = {"shape": p.name, **p.sizes, "system": name}
-        rows.append(head | {key: rounded(value) for key, value in figures.items()})
-        if "fwd_ms" in figures:
-            print(describe(p, rows[-1]), flush=True)
+            self.failure = {"compile_error": f"{type(error).__name__}: {error}".splitlines()[0]}
         torch.cuda.empty_cache()
+
+    def row(self, p: Problem) -> dict:
+        head = {"shape": p.name, **p.sizes, "system": self.system.name}
+        return head | rounded(self.once | median_of_runs(self.runs) | self.failure)
+
+
+def bench_problem(p: Problem, systems: list, arguments: argparse.Namespace) -> list[dict]:
+    routing = one_routing(p)
+    oracle = None if arguments.no_check else Oracle(p, *routing)
+    measured = [Measured(system) for system in systems]
+    for one in measured:
+        one.measure(one.once.update, figures_once, p, one.system, oracle, routing)
+    for _ in range(arguments.runs):
+        for one in measured:
+            one.measure(one.runs.append, figures_of_run, p, one.system, arguments.seconds)
+    rows = [one.row(p) for one in measured]
+    for row in rows:
+        print(describe(p, row), flush=True)
     return rows
+
+
+# --------------------------------------------------------------------------------------------- output
 
 
 def describe(p: Problem, row: dict) -> str:
     def rates(prefix: str) -> str:
         if f"{prefix}fwd_ms" not in row:
             return ""
-        forward, backward = row[f"{prefix}fwd_ms"], row[f"{prefix}bwd_ms"]
-        label = prefix.rstrip("_") or "wall"
-        return f"{label} {p.flops / forward / 1e9:.0f}/{2 * p.flops / backward / 1e9:.0f}  "
+        forward, backward = gpu_summary.measured_speed(row, prefix)
+        return f"{prefix.rstrip('_') or 'wall'} {forward:.0f}/{backward:.0f}  "
 
     text = f"{p.name:14}{row['system']:26}" + rates("") + rates("busy_") + rates("graph_")
     if "kept_mib" in row:
@@ -337,49 +194,87 @@ def describe(p: Problem, row: dict) -> str:
         text += f"{row['peak_bwd_mib']:.0f} MiB  first {row['first_call_s']:.2f} s"
     if "rel_err" in row:
         text += f"  error {row['rel_err']:.2e}"
+    if "out_of_memory" in row:
+        text += "  out of memory"
+    if "compile_error" in row:
+        text += f"  torch.compile failed: {row['compile_error']}"
     return text
 
 
-def parse_arguments() -> argparse.Namespace:
+def with_anchors(rows: list[dict]) -> dict:
+    shapes = [entry["name"] for entry in suite_entries(["paper"])]
+    return rounded(gpu_summary.summary(rows, gpu_summary.load_anchors(), shapes))
+
+
+def print_kernels(p: Problem, system) -> None:
+    call = both_calls(p, system)["both"]
+    call_ms = in_turns_ms({"both": call}, 0.0)["both"]
+    calls = halves(p, system, call_ms)
+    for part in ("forward", "backward"):
+        print(f"{p.name} {system.name} {part}: us per call, launches per call, kernel")
+        for us, launches, name in kernel_table([getattr(call, part) for call in calls]):
+            print(f"{us:10.1f} {launches:6.1f}  {name[:110]}")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", action="append", help="suites of bench/problems.json (paper)")
-    parser.add_argument("--problem", action="append", help="only problems of this name")
-    parser.add_argument(
-        "--system",
-        action="append",
-        choices=SYSTEMS,
-        help=f"default: {', '.join(DEFAULT_SYSTEMS)}",
+    add = parser.add_argument
+    add("--suite", action="append", help="suites of bench/problems.json (paper)")
+    add("--problem", action="append", help="only problems of this name")
+    add("--system", action="append", choices=SYSTEMS, help="default: all")
+    add("--seconds", type=float, default=0.15, help="per timed figure and run")
+    add("--runs", type=int, default=1, help="of all times; their medians are recorded")
+    add("--kernels", action="store_true", help="print the kernels of sonicmoe, or of --system")
+    add("--no-check", action="store_true", help="skip the float64 samples")
+    add(
+        "--compile-only",
+        action="store_true",
+        help="fill inductor's cache, in processes side by side",
     )
-    parser.add_argument("--seconds", type=float, default=0.3, help="per timed figure")
-    parser.add_argument("--kernels", action="store_true", help="print sonicmoe's kernels instead")
-    parser.add_argument("--no-check", action="store_true", help="skip the float64 samples")
-    parser.add_argument("--output", type=Path, help="write the JSON record here")
-    return parser.parse_args()
+    add("--compile-workers", type=int, default=6, help="most processes at once")
+    add("--compile-limit", type=float, default=120, help="seconds for one shape")
+    add("--output", type=Path, help="write the JSON record here")
+    parsed = parser.parse_args(arguments)
+    if min(parsed.runs, parsed.compile_workers) < 1:
+        parser.error("--runs and --compile-workers start at 1")
+    return parsed
+
+
+def compile_ahead(entries: list[dict], arguments: argparse.Namespace) -> int:
+    free, _ = torch.cuda.mem_get_info()
+    outcomes = gpu_compile.compile_all(
+        entries, arguments.compile_workers, arguments.compile_limit, free
+    )
+    return int(any(outcome != "done" for outcome in outcomes.values()))
 
 
 def main() -> int:
     arguments = parse_arguments()
     require_gpu()
     entries = suite_entries(arguments.suite or ["paper"], arguments.problem)
-    systems = [SYSTEMS[name]() for name in arguments.system or DEFAULT_SYSTEMS]
+    if arguments.compile_only:
+        return compile_ahead(entries, arguments)
     begin = time.perf_counter()
     import sonicmoe_cpp  # noqa: F401  (timed)
 
-    record = new_record(import_s=rounded(time.perf_counter() - begin))
+    record = new_record(import_s=rounded(time.perf_counter() - begin), runs=arguments.runs)
+    names = arguments.system or (["sonicmoe"] if arguments.kernels else None)
+    systems = systems_named(names)
     print(f"{record['device']}, torch {torch.__version__}; model TFLOP/s forward/backward")
     for entry in entries:
         problem = Problem(entry["name"], tuple(entry["shape"]))
         if arguments.kernels:
-            layer = SonicMoE().layer
-            print_kernels(f"{problem.name} forward", lambda p=problem: layer(p))
-            print_kernels(
-                f"{problem.name} forward and backward",
-                lambda p=problem: torch.autograd.grad(layer(p), p.leaves, p.grad),
-            )
+            for system in systems:
+                print_kernels(problem, system)
             continue
+        begin = time.perf_counter()
         record["rows"] += bench_problem(problem, systems, arguments)
+        record["summary"] = with_anchors(record["rows"])
         write_record(record, arguments.output)
+        print(f"{problem.name:14}{time.perf_counter() - begin:.1f} s", flush=True)
         del problem
+    if "summary" in record:
+        print(gpu_summary.describe(record["summary"]))
     return 0
 
 

@@ -28,7 +28,6 @@ from gpu_common import (
     MIB,
     Call,
     Problem,
-    busy_us,
     in_turns_ms,
     new_record,
     require_gpu,
@@ -37,6 +36,7 @@ from gpu_common import (
     warm_seconds,
     write_record,
 )
+from gpu_profile import busy_us
 
 GIB = 2**30
 LIMITS = (None, 4 * GIB, 2 * GIB, 3 * GIB // 2, GIB, 3 * GIB // 4, GIB // 2)

@@ -276,7 +276,7 @@ def kind_of(kernel: str) -> str:
 
 def kernels(step) -> dict:
     """What the GPU does in a step, from two: milliseconds by kind, and the longest kernels."""
-    from gpu_common import busy_us
+    from gpu_profile import busy_us
 
     by_kernel = busy_us(step, repeats=2)
     by_kind: dict[str, float] = {}

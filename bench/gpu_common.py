@@ -16,6 +16,7 @@ from bench_common import REPOSITORY, commit
 
 BF16 = torch.bfloat16
 MIB = 2**20
+SETTLE_S = 0.15  # of load before a figure, for the clock to settle at the card's power limit
 
 Call = Callable[[], object]
 
@@ -23,13 +24,15 @@ Call = Callable[[], object]
 class Problem:
     """Parameters and inputs of one shape, shared by all systems."""
 
-    def __init__(self, name: str, shape: tuple[int, int, int, int, int]) -> None:
+    def __init__(
+        self, name: str, shape: tuple[int, int, int, int, int], device: str = "cuda"
+    ) -> None:
         self.name, self.shape = name, shape
         tokens, d, n, experts, _ = shape
-        generator = torch.Generator("cuda").manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, deviation: float = 1.0) -> torch.Tensor:
-            values = torch.empty(size, device="cuda", dtype=BF16)
+            values = torch.empty(size, device=device, dtype=BF16)
             values.normal_(0, deviation, generator=generator)
             return values
 
@@ -56,85 +59,46 @@ class Problem:
 # ------------------------------------------------------------------------------------- measurement
 
 
-def warm_seconds(call: Call) -> float:
-    """Seconds of one call after three that warm up."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
+def warm_seconds(call: Call, seconds: float = SETTLE_S) -> float:
+    """Seconds of one call: the mean over `seconds` of calls, after one that may allocate."""
     call()
     torch.cuda.synchronize()
-    return max(time.perf_counter() - begin, 1e-6)
+    count, begin = 0, time.perf_counter()
+    while count == 0 or time.perf_counter() - begin < seconds:
+        call()
+        torch.cuda.synchronize()
+        count += 1
+    return max((time.perf_counter() - begin) / count, 1e-6)
 
 
-def wall_ms(call: Call, seconds: float) -> float:
-    """Median of the time from one call's start to the next's on the stream, back to back."""
-    count = min(200, max(5, int(seconds / warm_seconds(call))))
+def series_ms(call: Call, count: int) -> list[float]:
+    """Time from one call's start to the next's on the stream, back to back, for `count` calls after
+    one that is not counted."""
+    call()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:
         call()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
-
-
-def batch_ms(call: Call, count: int) -> float:
-    """Milliseconds per call of `count` calls back to back, after one that is not counted."""
-    call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(count):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / count
+    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
 
 
 def in_turns_ms(
-    calls: dict[Hashable, Call], seconds: float, rounds: int = 5
+    calls: dict[Hashable, Call], seconds: float, turns: int = 5
 ) -> dict[Hashable, float]:
-    """Milliseconds of each call: median of `rounds` batches. The calls take turns, so that drifting
-    clocks meet all of them; `seconds` is what each gets in all."""
+    """Milliseconds of each call, the median over all its turns. The calls take turns, so that
+    drifting clocks meet all of them; `seconds` is what each gets in all. First they run for
+    SETTLE_S together."""
     counts = {
-        key: min(100, max(1, round(seconds / rounds / warm_seconds(call))))
+        key: min(100, max(1, round(seconds / turns / warm_seconds(call, SETTLE_S / len(calls)))))
         for key, call in calls.items()
     }
-    batches: dict[Hashable, list[float]] = {key: [] for key in calls}
-    for _ in range(rounds):
+    times: dict[Hashable, list[float]] = {key: [] for key in calls}
+    for _ in range(turns):
         for key, call in calls.items():
-            batches[key].append(batch_ms(call, counts[key]))
-    return {key: statistics.median(values) for key, values in batches.items()}
-
-
-def device_events(call: Call, repeats: int) -> list:
-    """Kernels, copies and fills of `repeats` calls."""
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    events = profiler.events()
-    return [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-
-
-def busy_us(call: Call, repeats: int = 5) -> dict[str, float]:
-    """Microseconds per call by kernel, copy and fill; where two overlap, the earlier has the time.
-    The sum is the union of their intervals."""
-    totals: dict[str, float] = {}
-    reached = float("-inf")
-    for event in sorted(device_events(call, repeats), key=lambda e: e.time_range.start):
-        start, end = max(event.time_range.start, reached), event.time_range.end
-        totals[event.name] = totals.get(event.name, 0.0) + max(0.0, end - start) / repeats
-        reached = max(reached, end)
-    return totals
-
-
-def busy_ms(call: Call) -> float:
-    """Union of the intervals of kernels, copies and fills, per call."""
-    return sum(busy_us(call).values()) / 1e3
+            times[key] += series_ms(call, counts[key])
+    return {key: statistics.median(values) for key, values in times.items()}
 
 
 def memory(p: Problem, layer: Callable[[Problem], torch.Tensor]) -> dict[str, float]:
@@ -201,7 +165,9 @@ def write_record(record: dict, path: Path | None) -> None:
 
 
 def rounded(value):
-    """Floats of 4 significant digits, in nested dictionaries too."""
+    """Floats of 4 significant digits, in nested dictionaries and lists too."""
     if isinstance(value, dict):
         return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -2,7 +2,8 @@
 bench/results/h100-*.json that hold such rows. Needs no GPU.
 
 Speeds are model TFLOP/s (6*T*K*n*d FLOPs forward, twice that backward). Ours and torch's are wall
-time; systems of anchors-h100.json, timed on another H100, show the better of wall and busy time.
+time; systems of anchors.json, timed on another H100, show the better of wall and busy time, and what
+the paper printed is a line.
 """
 
 from __future__ import annotations
@@ -13,23 +14,27 @@ from pathlib import Path
 
 import matplotlib
 from bench_common import REPOSITORY
+from gpu_summary import CEILING, Speed, anchored_speed, load_anchors, measured_speed
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 RESULTS = REPOSITORY / "bench" / "results"
 IMAGES = REPOSITORY / "docs" / "images"
-CEILING = "cublas-bmm"
-BARS = {  # system: label, colour; * marks those of anchors-h100.json
+BARS = {  # system: label, colour; * marks those of anchors.json
     "sonicmoe": ("sonicmoe", "tab:blue"),
+    "sonicmoe-atomic": ("sonicmoe, atomic sums", "tab:cyan"),
     "sonic-moe": ("sonic-moe 0.1.2 (official)*", "tab:orange"),
     "ScatterMoE": ("ScatterMoE*", "tab:green"),
     "MoMoE": ("MoMoE*", "tab:purple"),
     "torch-grouped_mm-compiled": ("torch grouped_mm, all compiled", "dimgray"),
     "torch-grouped_mm": ("torch grouped_mm", "silver"),
 }
-
-Speed = tuple[float, float]  # model TFLOP/s forward and backward
+NUMBERED = ("sonicmoe", "sonicmoe-atomic")
+LINES = {  # across a shape's bars: label, style
+    CEILING: ("cuBLAS bmm, the GEMMs alone", {"color": "black", "lw": 1.5}),
+    "paper": ("SonicMoE, the paper's", {"color": "tab:red", "lw": 1.2, "ls": (0, (2, 1))}),
+}
 
 
 def newest(records: list[dict], key: str, value: str) -> dict | None:
@@ -40,17 +45,6 @@ def newest(records: list[dict], key: str, value: str) -> dict | None:
     return max(fitting, key=lambda r: r["date"], default=None)
 
 
-def measured_speed(row: dict) -> Speed:
-    flops = 6.0 * row["T"] * row["K"] * row["n"] * row["d"]
-    return flops / row["fwd_ms"] / 1e9, 2 * flops / row["bwd_ms"] / 1e9
-
-
-def anchored_speed(row: dict) -> Speed:
-    """Of wall and busy the pair that takes less time for forward and backward together."""
-    pairs = [tuple(row[kind]) for kind in ("wall", "busy") if kind in row]
-    return min(pairs, key=lambda pair: 1 / pair[0] + 2 / pair[1])
-
-
 def speeds(record: dict, anchors: dict) -> dict[str, dict[str, Speed]]:
     """Speeds by shape and system; the record's shapes, in its order."""
     table: dict[str, dict[str, Speed]] = {}
@@ -58,50 +52,67 @@ def speeds(record: dict, anchors: dict) -> dict[str, dict[str, Speed]]:
         if "fwd_ms" in row:
             table.setdefault(row["shape"], {})[row["system"]] = measured_speed(row)
     for row in anchors["rows"]:
-        if row["shape"] in table:
+        if row["shape"] in table and row["system"] != CEILING:  # ours is of the record's machine
             table[row["shape"]][row["system"]] = anchored_speed(row)
     return table
 
 
 def draw_group(axes, place: int, systems: dict[str, Speed], direction: int, width: float) -> None:
-    """The bars of one shape side by side, and a line for the ceiling."""
+    """The bars of one shape side by side, and lines across them."""
     shown = [system for system in BARS if system in systems]
     for i, system in enumerate(shown):
         x = place + (i - (len(shown) - 1) / 2) * width
         height = systems[system][direction]
         axes.bar(x, height, width, color=BARS[system][1])
-        if system == "sonicmoe":
-            axes.text(x, height - 12, f"{height:.0f}", color="white", fontsize=7,
-                      rotation=90, ha="center", va="top")  # fmt: skip
-    if CEILING in systems:
-        half = max(len(shown), 3) * width / 2 + 0.03
-        axes.hlines(systems[CEILING][direction], place - half, place + half, color="black", lw=1.5)
+        if system in NUMBERED:
+            axes.text(x, 10, f"{height:.0f}", color="white", fontsize=9,
+                      rotation=90, ha="center", va="bottom")  # fmt: skip
+    half = max(len(shown), 3) * width / 2 + 0.03
+    for system, (_, style) in LINES.items():
+        if system in systems:
+            axes.hlines(systems[system][direction], place - half, place + half, **style)
+
+
+def handles_of(systems: set[str]) -> list:
+    """Of the legend, for what is drawn."""
+    bars = [
+        plt.Rectangle((0, 0), 1, 1, color=color, label=label)
+        for system, (label, color) in BARS.items()
+        if system in systems
+    ]
+    lines = [
+        plt.Line2D([], [], label=label, **style)
+        for system, (label, style) in LINES.items()
+        if system in systems
+    ]
+    return bars + lines
 
 
 def plot_speeds(record: dict, anchors: dict, path: Path) -> None:
     table = speeds(record, anchors)
     present = {system for systems in table.values() for system in systems}
-    shown = {system: style for system, style in BARS.items() if system in present}
-    figure, panels = plt.subplots(2, 1, figsize=(14, 8), sharex=True, layout="constrained")
+    most = max(sum(system in BARS for system in systems) for systems in table.values())
+    size = (max(12, 1.1 * len(table)), 9)
+    figure, panels = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
     for direction, (axes, title) in enumerate(zip(panels, ("forward", "backward"), strict=True)):
         for place, systems in enumerate(table.values()):
-            draw_group(axes, place, systems, direction, width=0.86 / len(shown))
+            draw_group(axes, place, systems, direction, width=0.9 / max(most, 3))
         axes.set_ylabel(f"{title}, model TFLOP/s")
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.set_xlim(-0.6, len(table) - 0.4)
     panels[1].set_xticks(range(len(table)), table, rotation=30, ha="right")
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, color=color, label=label) for label, color in shown.values()
-    ]
-    handles.append(plt.Line2D([], [], color="black", label="cuBLAS bmm, the GEMMs alone"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    handles = handles_of(present)
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=(len(handles) + 1) // 2, frameon=False
+    )
     figure.supxlabel(
         f"{record['device']}, torch {record['versions']['torch']}, {record['date'][:10]}; wall time."
         f"  * {anchors['source']}: the better of wall and busy time; no bar: not measured.",
         fontsize=9,
     )
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def plot_limits(record: dict, path: Path) -> None:
@@ -134,6 +145,7 @@ def plot_limits(record: dict, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main() -> int:
@@ -142,10 +154,9 @@ def main() -> int:
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the pictures")
     arguments = parser.parse_args()
     records = [json.loads(path.read_text()) for path in arguments.results.glob("h100-*.json")]
-    anchors = json.loads((RESULTS / "anchors-h100.json").read_text())
     arguments.images.mkdir(parents=True, exist_ok=True)
     if layer := newest(records, "system", "sonicmoe"):
-        plot_speeds(layer, anchors, arguments.images / "bench-h100.png")
+        plot_speeds(layer, load_anchors(), arguments.images / "bench-h100.png")
     if cases := newest(records, "case", "limit"):
         plot_limits(cases, arguments.images / "workspace-limit.png")
     return 0

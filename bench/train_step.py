@@ -50,7 +50,7 @@ MODES = {
 def experts_by_select(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """transformers' experts on grouped_mm with index_select instead of indexing: its backward adds
     rows instead of sorting indices."""
-    from bench_gpu import grouped_experts
+    from gpu_systems import grouped_experts
 
     return grouped_experts(
         hidden_states, self.gate_up_proj, self.down_proj, top_k_index, top_k_weights

@@ -1,5 +1,7 @@
-"""What the GPU benchmarks compute without a GPU: routings of chosen skew, padding, kernels' parts."""
+"""What the GPU benchmarks compute without a GPU: routings of chosen skew, padding, kernels' parts,
+profiles split into forward and backward, medians, ratios to other records, pictures."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,8 +12,14 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "bench"))
 
+import bench_gpu
 import bench_gpu_cases as cases
+import gpu_compile
+import gpu_profile
+import gpu_summary
+import gpu_systems
 import routings
+from gpu_profile import Halves, Span
 
 T, E, K = 2048, 64, 6
 
@@ -128,6 +136,221 @@ def test_arguments():
         cases.parse_arguments(["--case", "other"])
 
 
+# ------------------------------------------------------------------------------------------ profiles
+
+MARK = "at::cuda::(anonymous namespace)::spin_kernel(long)"
+
+
+def spans(*items: tuple[str, float, float]) -> list[Span]:
+    return [Span(*item) for item in items]
+
+
+def test_marks_split_a_profile_into_forward_and_backward_of_each_call():
+    profile = spans(
+        ("before", 0, 1),
+        (MARK, 1, 2), ("up", 2, 5), ("down", 5, 6),
+        (MARK, 6, 7), ("dH", 7, 9),
+        (MARK, 9, 10), ("up", 10, 12),
+        (MARK, 12, 13), ("dH", 13, 17), ("dW", 17, 18),
+    )  # fmt: skip
+    first, second = gpu_profile.halves_of(profile, 2)
+    assert first == Halves(profile[2:4], profile[5:6])
+    assert second == Halves(profile[7:8], profile[9:])
+    with pytest.raises(RuntimeError, match="3 calls: 4 marks, not 6"):
+        gpu_profile.halves_of(profile, 3)
+
+
+def test_busy_time_is_the_union_of_intervals():
+    """b begins within a, c lies within b, d comes after a pause: 10 + 5 + 0 + 2."""
+    overlapping = spans(("a", 0, 10), ("b", 4, 15), ("c", 6, 8), ("d", 20, 22))
+    assert gpu_profile.busy_by_name(overlapping) == {"a": 10, "b": 5, "c": 0, "d": 2}
+    assert gpu_profile.busy_ms(overlapping) == pytest.approx(0.017)
+
+
+def test_busy_figures_are_of_the_median_call():
+    """One slow call out of three leaves them alone."""
+    calls = [
+        Halves(spans(("f", 0, 1000 * forward)), spans(("b", 0, 1000 * backward)))
+        for forward, backward in ((1, 4), (9, 3), (2, 50))
+    ]
+    assert gpu_profile.busy_figures(calls) == {"busy_fwd_ms": 2, "busy_bwd_ms": 4}
+
+
+def test_a_profile_counts_its_last_calls_only(monkeypatch):
+    log: list[Span] = []
+
+    def launch(name: str) -> None:
+        log.append(Span(name, len(log), len(log) + 1))
+
+    def device_spans(run):
+        run()
+        return log
+
+    monkeypatch.setattr(gpu_profile, "mark", lambda: launch(MARK))
+    monkeypatch.setattr(gpu_profile, "device_spans", device_spans)
+    monkeypatch.setattr(gpu_profile, "SETTLE_S", 0.1)
+    calls = gpu_profile.profiled_halves(lambda: launch("f"), lambda y: launch("b"), 20.0, 0.08)
+    assert len(log) == 4 * (5 + 4) and len(calls) == 4
+    assert all((f.name, b.name) == ("f", "b") for (f,), (b,) in calls)
+    assert calls[-1].backward == log[-1:]
+
+
+def test_kernel_table():
+    calls = [spans(("a", 0, 3), ("b", 3, 8), ("a", 8, 9)), spans(("b", 0, 7), ("a", 7, 8))]
+    assert gpu_profile.kernel_table(calls) == [(6.0, 1.0, "b"), (2.5, 1.5, "a")]
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def test_medians_of_runs():
+    runs = [
+        {"fwd_ms": 3.0, "bwd_ms": 5.0},
+        {"fwd_ms": 1.0, "bwd_ms": 9.0},
+        {"fwd_ms": 2.0, "bwd_ms": 4.0},
+    ]
+    assert bench_gpu.median_of_runs(runs) == {
+        "fwd_ms": 2.0,
+        "bwd_ms": 5.0,
+        "spread": {"fwd_ms": [1.0, 3.0], "bwd_ms": [4.0, 9.0]},
+    }
+    assert bench_gpu.median_of_runs(runs[:1]) == runs[0]
+    assert bench_gpu.median_of_runs([]) == {}
+    assert bench_gpu.fwd_bwd({"forward": 2.0, "both": 7.0}, "graph_") == {
+        "graph_fwd_ms": 2.0,
+        "graph_bwd_ms": 5.0,
+    }
+
+
+class FakeSystem:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def test_systems_take_turns_and_one_that_fails_stops(monkeypatch):
+    turns = []
+
+    def figures_of_run(p, system, seconds):
+        turns.append(system.name)
+        if system.name == "big" and turns.count("big") == 2:
+            raise torch.cuda.OutOfMemoryError
+        return {"fwd_ms": float(len(turns)), "bwd_ms": 8.0}
+
+    monkeypatch.setattr(bench_gpu, "one_routing", lambda p: None)
+    monkeypatch.setattr(bench_gpu, "figures_once", lambda *_: {"first_call_s": 0.123456})
+    monkeypatch.setattr(bench_gpu, "figures_of_run", figures_of_run)
+    p = bench_gpu.Problem("tiny", (4, 8, 8, 2, 1), "cpu")
+    arguments = bench_gpu.parse_arguments(["--runs", "3", "--no-check"])
+    rows = bench_gpu.bench_problem(p, [FakeSystem("small"), FakeSystem("big")], arguments)
+    assert turns == ["small", "big"] * 2 + ["small"]
+    small, big = rows
+    assert small["fwd_ms"] == 3.0 and small["spread"]["fwd_ms"] == [1.0, 5.0]
+    assert small["first_call_s"] == 0.1235 and small["system"] == "small" and small["T"] == 4
+    assert big["out_of_memory"] and big["fwd_ms"] == 2.0
+
+
+def test_a_system_of_unknown_options_is_left_out(monkeypatch, capsys):
+    unknown = gpu_systems.SonicMoE("new", no_such_option=1)
+    monkeypatch.setitem(gpu_systems.SYSTEMS, "new", lambda: unknown)
+    systems = gpu_systems.systems_named(["sonicmoe", "new"])
+    assert [system.name for system in systems] == ["sonicmoe"]
+    assert "new: skipped, sonicmoe_cpp does not know no_such_option" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- compile
+
+
+def test_compilations_start_as_memory_allows():
+    start = gpu_compile.next_to_start
+    assert start([70, 20, 8], [], workers=6, memory=75) == 0
+    assert start([20, 8, 4], [70], workers=6, memory=75) == 2
+    assert start([20, 8], [70], workers=6, memory=75) is None
+    assert start([4], [1, 1], workers=2, memory=75) is None
+    assert start([90], [], workers=6, memory=75) == 0
+    assert start([], [], workers=6, memory=75) is None
+
+
+def test_a_compilation_may_need_more_than_the_tensors_it_holds():
+    tokens, d, n, experts, top_k = shape = (32768, 4096, 256, 256, 16)
+    held = 2 * (2 * 3 * experts * n * d + 2 * tokens * top_k * (d + n))
+    assert held < gpu_compile.needed_bytes(shape) < 4 * held
+
+
+def test_compilations_end_each_in_its_own_way():
+    endings = {"a": "pass", "b": "raise SystemExit(3)", "c": "import time; time.sleep(60)"}
+    entries = [{"name": name, "shape": [64, 8, 8, 2, 1]} for name in endings]
+    outcomes = gpu_compile.compile_all(
+        entries,
+        workers=2,
+        limit=1.5,
+        memory=8 * gpu_compile.GIB,
+        command=lambda entry: [sys.executable, "-S", "-c", endings[entry["name"]]],
+    )
+    assert outcomes == {"a": "done", "b": "failed (exit 3)", "c": "stopped after 2 s"}
+
+
+# ------------------------------------------------------------------------------- summary and pictures
+
+
+def test_ratios_by_hand():
+    """Ours takes 2 + 4, cuBLAS here 1 + 2; the peer 3 + 3 where cuBLAS takes 2 + 1 (times of
+    speeds 1/f, 2/b): forward (3/2) / 2, backward (3/1) / 2, both (6/3) / 2."""
+    ours, cublas, peer, peer_cublas = (1 / 2, 2 / 4), (1, 1), (1 / 3, 2 / 3), (1 / 2, 2)
+    ratios = gpu_summary.scaled_ratios(ours, cublas, peer, peer_cublas)
+    assert ratios == pytest.approx([0.75, 1.5, 1.0])
+    assert gpu_summary.anchored_speed({"wall": [100, 700], "busy": [400, 400]}) == (400, 400)
+
+
+def layer_row(shape: str, system: str, fwd_ms: float, bwd_ms: float, **more) -> dict:
+    """1e9 FLOPs forward: model TFLOP/s are 1 / fwd_ms and 2 / bwd_ms."""
+    sizes = {"T": 10**9 // 6, "d": 1, "n": 1, "E": 1, "K": 1}
+    return sizes | {"shape": shape, "system": system, "fwd_ms": fwd_ms, "bwd_ms": bwd_ms} | more
+
+
+ANCHORS = {
+    "source": "elsewhere",
+    "rows": [
+        *({"shape": s, "system": "cublas-bmm", "wall": [1, 1]} for s in "abc"),
+        *({"shape": s, "system": "sonic-moe", "wall": [0.1, 9], "busy": [0.5, 0.5]} for s in "abc"),
+        {"shape": "d", "system": "paper", "published": [0.25, 0.25]},
+    ],
+}
+
+
+def test_summary_has_the_ratios_and_their_geometric_mean():
+    """The peer takes twice cuBLAS's time. cuBLAS here takes 1 + 2 ms, ours at `a` as much by busy
+    time and 1.6 times as much by wall time: 2 and 1.25. At `b` twice that: 1 and 0.625."""
+    rows = [
+        *(layer_row(s, "cublas-bmm", 1, 2) for s in "abcd"),
+        layer_row("a", "sonicmoe", 1.6, 3.2, busy_fwd_ms=1, busy_bwd_ms=2),
+        layer_row("b", "sonicmoe", 3.2, 6.4, busy_fwd_ms=2, busy_bwd_ms=4),
+        layer_row("d", "sonicmoe", 1, 2, busy_fwd_ms=1, busy_bwd_ms=2),
+        {"shape": "c", "system": "sonicmoe", "out_of_memory": True},
+        layer_row("a", "torch-grouped_mm", 9, 9),
+    ]
+    summed = gpu_summary.summary(rows, ANCHORS, ["a", "b", "c", "d"])
+    assert set(summed["shapes"]) == {"a", "b"} and set(summed["shapes"]["a"]) == {"sonicmoe"}
+    assert summed["shapes"]["a"]["sonicmoe"]["busy"] == pytest.approx([2, 2, 2])
+    assert summed["shapes"]["b"]["sonicmoe"]["wall"] == pytest.approx([0.625] * 3)
+    mean = summed["geometric_means"]["sonicmoe"]
+    assert mean["shapes"] == 2
+    assert mean["busy"] == pytest.approx([2**0.5] * 3)
+    assert mean["wall"] == pytest.approx([(1.25 * 0.625) ** 0.5] * 3)
+    text = gpu_summary.describe(bench_gpu.rounded(summed))
+    assert re.search(r"^b +sonicmoe +busy 1\.000  1\.000  1\.000  wall 0\.625", text, re.M)
+    assert re.search(r"^mean of 2 +sonicmoe +busy 1\.414", text, re.M)
+
+
+def test_anchors_name_shapes_of_the_problems_and_hold_pairs():
+    problems = json.loads((REPOSITORY / "bench" / "problems.json").read_text())["suites"]
+    names = {entry["name"] for suite in problems.values() for entry in suite["problems"]}
+    rows = gpu_summary.load_anchors()["rows"]
+    assert len({(row["shape"], row["system"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert row["shape"] in names
+        assert all(100 < speed < 800 for speed in gpu_summary.anchored_speed(row))
+
+
 def test_plots_take_the_newest_record_and_the_better_of_wall_and_busy():
     pytest.importorskip("matplotlib")
     import plot_gpu
@@ -142,9 +365,31 @@ def test_plots_take_the_newest_record_and_the_better_of_wall_and_busy():
     anchors = {
         "rows": [
             {"shape": "a", "system": "peer", "wall": [100, 700], "busy": [400, 400]},
+            {"shape": "a", "system": "cublas-bmm", "wall": [500, 500]},
             {"shape": "b", "system": "peer", "wall": [1, 1]},
         ]
     }
     assert plot_gpu.speeds(new, anchors) == {
         "a": {"sonicmoe": pytest.approx((6e-4, 3e-4)), "peer": (400, 400)}
     }
+
+
+def test_the_picture_shows_every_system(tmp_path):
+    pytest.importorskip("matplotlib")
+    import plot_gpu
+
+    anchors = gpu_summary.load_anchors()
+    shapes = ("7B-n256", "gpt-oss-20b")  # the latter is in no other record
+    record = {
+        "device": "a GPU",
+        "date": "2026-11-25",
+        "versions": {"torch": "2"},
+        "rows": [
+            layer_row(shape, name, 2e-3, 4e-3) for shape in shapes for name in gpu_systems.SYSTEMS
+        ],
+    }
+    drawn = {s for systems in plot_gpu.speeds(record, anchors).values() for s in systems}
+    assert drawn == set(plot_gpu.BARS) | set(plot_gpu.LINES)
+    assert len(plot_gpu.handles_of(drawn)) == len(drawn)
+    plot_gpu.plot_speeds(record, anchors, tmp_path / "speeds.png")
+    assert (tmp_path / "speeds.png").stat().st_size > 10_000

@@ -1,0 +1,124 @@
+"""Ours beside the systems of anchors.json, which were timed in another run.
+
+A ratio is the peer's time over ours, each in units of cuBLAS's time in the same run (machines differ
+by a few percent): above 1 ours is faster. The peer's figures are the better of its wall and busy
+time, by forward and backward together. Needs neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+
+from bench_common import REPOSITORY
+
+ANCHORS = REPOSITORY / "bench" / "anchors.json"
+PEER, CEILING = "sonic-moe", "cublas-bmm"
+OURS = ("sonicmoe", "sonicmoe-atomic")
+KINDS = {"busy": "busy_", "wall": ""}  # of our figures, and the prefix of their keys
+PARTS = ("forward", "backward", "both")
+
+Speed = tuple[float, float]  # model TFLOP/s forward and backward
+
+
+def load_anchors() -> dict:
+    return json.loads(ANCHORS.read_text())
+
+
+def measured_speed(row: dict, prefix: str = "") -> Speed:
+    """Of a row of bench_gpu.py."""
+    flops = 6.0 * row["T"] * row["K"] * row["n"] * row["d"]
+    return flops / row[f"{prefix}fwd_ms"] / 1e9, 2 * flops / row[f"{prefix}bwd_ms"] / 1e9
+
+
+def anchored_speed(row: dict) -> Speed:
+    """Of what a row of anchors.json has, the pair that takes less time in all."""
+    pairs = [tuple(row[kind]) for kind in ("wall", "busy", "published") if kind in row]
+    return min(pairs, key=lambda pair: times(pair)[2])
+
+
+def times(speed: Speed) -> tuple[float, float, float]:
+    """Of forward, backward and both, in units of the forward's FLOPs."""
+    forward, backward = 1 / speed[0], 2 / speed[1]
+    return forward, backward, forward + backward
+
+
+def scaled_ratios(ours: Speed, our_cublas: Speed, peer: Speed, peer_cublas: Speed) -> list[float]:
+    """By PARTS."""
+    columns = zip(*map(times, (ours, our_cublas, peer, peer_cublas)), strict=True)
+    return [
+        (theirs / their_unit) / (mine / my_unit) for mine, my_unit, theirs, their_unit in columns
+    ]
+
+
+def by_place(rows: Iterable[dict]) -> dict[tuple[str, str], dict]:
+    return {(row["shape"], row["system"]): row for row in rows}
+
+
+def ratios_by_shape(
+    rows: list[dict], anchors: dict
+) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """By shape, our system and kind; what either run did not measure is left out."""
+    here, there = by_place(rows), by_place(anchors["rows"])
+    table: dict[str, dict] = {}
+    for (shape, system), row in here.items():
+        needed = (here.get((shape, CEILING)), there.get((shape, PEER)), there.get((shape, CEILING)))
+        if system not in OURS or not all(needed) or "fwd_ms" not in needed[0]:
+            continue
+        peers = (measured_speed(needed[0]), *map(anchored_speed, needed[1:]))
+        kinds = {
+            kind: scaled_ratios(measured_speed(row, prefix), *peers)
+            for kind, prefix in KINDS.items()
+            if f"{prefix}fwd_ms" in row
+        }
+        if kinds:
+            table.setdefault(shape, {})[system] = kinds
+    return table
+
+
+def geometric_means(table: dict, shapes: Iterable[str]) -> dict[str, dict]:
+    """By our system: the number of those shapes that have ratios, and their mean by kind."""
+    means: dict[str, dict] = {}
+    for system in OURS:
+        found = [table[s][system] for s in shapes if system in table.get(s, {})]
+        found = [kinds for kinds in found if len(kinds) == len(KINDS)]
+        if found:
+            means[system] = {"shapes": len(found)} | {
+                kind: [
+                    statistics.geometric_mean(column)
+                    for column in zip(*(f[kind] for f in found), strict=True)
+                ]
+                for kind in KINDS
+            }
+    return means
+
+
+def summary(rows: list[dict], anchors: dict, shapes: list[str]) -> dict:
+    """shapes: of the geometric mean, as far as the peer was measured there."""
+    table = ratios_by_shape(rows, anchors)
+    return {
+        "about": f"time of {PEER} over ours, each over {CEILING} of its run, by {', '.join(PARTS)}; "
+        f"{PEER}: the better of its wall and busy time, {anchors['source']}",
+        "geometric_means": geometric_means(table, shapes),
+        "shapes": table,
+    }
+
+
+def describe(summed: dict) -> str:
+    """A line for each shape and system, then the means."""
+
+    def line(name: str, system: str, kinds: dict) -> str:
+        cells = (
+            f"  {kind} " + "  ".join(f"{ratio:.3f}" for ratio in kinds[kind])
+            for kind in KINDS
+            if kind in kinds
+        )
+        return f"{name:16}{system:18}" + "".join(cells)
+
+    lines = [summed["about"]]
+    for shape, systems in summed["shapes"].items():
+        lines += [line(shape, system, kinds) for system, kinds in systems.items()]
+    for system, kinds in summed["geometric_means"].items():
+        lines.append(line(f"mean of {kinds['shapes']}", system, kinds))
+    return "\n".join(lines)
