@@ -23,6 +23,7 @@ struct LayerCase {
   bool rounding = false;
   bool router_bias = false;
   bool auxiliary = false;  // grad_logits from an auxiliary loss
+  bool deterministic = true;
   float scale = 1.0f;
   std::int64_t T = 41, d = 48, E = 8;
 };
@@ -90,6 +91,7 @@ struct Layer {
     MoECase result;
     result.num_tokens = c.T, result.hidden_size = c.d, result.intermediate_size = n;
     result.num_experts = c.E, result.top_k = K, result.dtype = c.dtype, result.seed = 77;
+    result.deterministic = c.deterministic;
     return result;
   }
 
@@ -305,6 +307,13 @@ constexpr LayerCase kCases[] = {
      .router_bias = true,
      .T = 520,
      .d = 264},
+    // Two rows a token: their sum is the same in either order.
+    {.name = "bf16_any_order",
+     .dtype = DType::kBFloat16,
+     .router_dtype = DType::kBFloat16,
+     .router_bias = true,
+     .auxiliary = true,
+     .deterministic = false},
     {.name = "bf16_float_router", .dtype = DType::kBFloat16, .auxiliary = true},
     {.name = "rounding", .rounding = true, .auxiliary = true},
     {.name = "rounding_plain", .renormalize = false, .rounding = true},
@@ -536,7 +545,7 @@ TEST_P(MoELayerTest, LimitAndRepetitionChangeNoBit) {
     return bitwise_difference(a.values(), b.values());
   };
   EXPECT_EQ(same(layer.out, again.out), "");
-  EXPECT_EQ(same(layer.grad_x, again.grad_x), "");
+  if (layer.c.deterministic) EXPECT_EQ(same(layer.grad_x, again.grad_x), "");
   EXPECT_EQ(same(layer.grad_router_weight, again.grad_router_weight), "");
   if (layer.c.router_bias) {
     EXPECT_EQ(same(layer.grad_router_bias, again.grad_router_bias), "");

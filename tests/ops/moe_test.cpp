@@ -1,6 +1,7 @@
 // moe_forward and moe_backward on every backend, against the float64 oracle.
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <limits>
 
 #include "core/metadata.hpp"
@@ -112,6 +113,37 @@ TEST_P(Moe, DroppedSlotsAndWideIds) {
       }
     }
   }
+}
+
+// Rows may be added to O and dX in any order; with the biases' weights, dropped pairs, tokens
+// without rows and an O wider than what is added to at a time.
+TEST_P(Moe, SumsInAnyOrder) {
+  MoECase c;
+  c.deterministic = false;
+  c.dtype = DType::kBFloat16;
+  c.num_tokens = 331;
+  c.num_pairs = 700;
+  c.hidden_size = 264;
+  c.intermediate_size = 72;
+  for (const Form form : {Form::kTopK, Form::kSorted, Form::kPairs}) {
+    for (const bool biases : {false, true}) {
+      c.form = form;
+      c.biases = biases;
+      c.routing_weight_dtype = biases ? DType::kBFloat16 : DType::kFloat32;
+      c.drop_probability = form == Form::kSorted ? 0.0 : 0.3;
+      c.tail_rows = form == Form::kSorted ? 5 : 0;
+      c.x_strides = biases ? Strides::kPadded : Strides::kContiguous;
+      c.seed++;
+      expect_correct(GetParam(), c);
+    }
+  }
+  setenv("SONICMOE_CUDA_ADD_WINDOW", "1", 1);  // MiB: three column tiles of ten at a time
+  c.form = Form::kTopK;
+  c.num_tokens = 600;
+  c.hidden_size = 2312;
+  c.intermediate_size = 24;
+  expect_correct(GetParam(), c);
+  unsetenv("SONICMOE_CUDA_ADD_WINDOW");
 }
 
 TEST_P(Moe, RowsPastTheEndAreNeverRead) {

@@ -122,7 +122,8 @@ std::string MoECase::describe() const {
       << " weights=" << sonicmoe::name_of(routing_weight_dtype) << " biases=" << biases
       << " x=" << name_of(x_strides) << " w1=" << name_of(w1_strides)
       << " w2=" << name_of(w2_strides) << " load=" << static_cast<int>(load)
-      << " drop=" << drop_probability << (values == Values::kIntegers ? " integers" : "")
+      << " drop=" << drop_probability << (deterministic ? "" : " any order")
+      << (values == Values::kIntegers ? " integers" : "")
       << " seed=" << seed;
   return out.str();
 }

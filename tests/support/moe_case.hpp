@@ -34,6 +34,7 @@ struct MoECase {
   Activation activation = Activation::kSwiGLU;
   GateUpLayout gate_up_layout = GateUpLayout::kConcatenated;
   float limit = 0.75f;  ///< low enough that swiglu_clamped does clamp
+  bool deterministic = true;
   DType dtype = DType::kFloat32;
   DType id_dtype = DType::kInt32;
   DType routing_weight_dtype = DType::kFloat32;
@@ -54,7 +55,7 @@ struct MoECase {
   std::int64_t pairs() const {
     return form == MoEShape::Form::kTopK ? num_tokens * top_k : num_pairs;
   }
-  ExpertOptions options() const { return {activation, gate_up_layout, limit}; }
+  ExpertOptions options() const { return {activation, gate_up_layout, limit, deterministic}; }
   /// One line that names every choice.
   std::string describe() const;
 };

@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 ops = torch.ops.sonicmoe_cpp
 T, D, N, E, K = 32, 16, 8, 4, 2
-EXPERT_OPTIONS = (0, 0, 7.0, None)
+EXPERT_OPTIONS = (0, 0, 7.0, True, None)
 ROUTER_OPTIONS = (K, 1, True, 1, 1, 1.0)
 
 
@@ -48,7 +48,7 @@ def test_opcheck_moe(form):
 def layer_args(rounding, grad):
     # A tile of one row leaves no unused place, whose H is never written: opcheck compares all bits.
     x, wr, w1, b1, w2, b2 = tensors(grad)
-    options = (0, 0, 7.0, *ROUTER_OPTIONS, rounding, 1, 0, None)
+    options = (0, 0, 7.0, True, *ROUTER_OPTIONS, rounding, 1, 0, None)
     return (x, wr, None, w1, b1, w2, b2, None), options
 
 

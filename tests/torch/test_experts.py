@@ -262,7 +262,7 @@ def test_inference_keeps_nothing_and_gives_the_same_bits():
     y = sm.moe(x, w1, w2, ids, weights)
     with torch.no_grad():
         _, h, metadata = torch.ops.sonicmoe_cpp.moe_forward(
-            x, w1, None, w2, None, 0, ids, None, weights, 0, 0, 7.0, None, False
+            x, w1, None, w2, None, 0, ids, None, weights, 0, 0, 7.0, True, None, False
         )
         assert h.numel() == 0 and metadata.numel() == 0
         assert torch.equal(sm.moe(x, w1, w2, ids, weights), y)

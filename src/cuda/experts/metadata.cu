@@ -335,7 +335,7 @@ __device__ void place_block(const PairSource& source, std::int64_t num_pairs, st
 
 // The first CTAs write offsets and tables, kTableExperts experts each; then one CTA per block of
 // pairs places it. `block_starts` [blocks, E] from scan_blocks().
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     place_pairs(PairSource source, std::int64_t num_pairs, const std::int32_t* block_starts,
                 const std::int32_t* totals, Metadata m, RowTables tables, TokenLists lists) {
   extern __shared__ std::int32_t shared[];
