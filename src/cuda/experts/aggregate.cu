@@ -13,7 +13,6 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBatch = 8;    // rows in flight per lane
 constexpr int kChunk = 256;  // columns of one warp
 
 struct Sources {
@@ -26,6 +25,7 @@ struct Sources {
   bool add_to_out;
   std::int64_t num_tokens;
   int columns, chunks, top_k;  // top_k 0: pair list
+  bool vector_out;             // out rows start at multiples of 16 bytes
 
   __device__ float weight(std::int64_t pair) const {
     if (weights == nullptr) return 1.0f;
@@ -60,59 +60,77 @@ __device__ void add_vector(float (&sum)[8], const uint4& value, float weight) {
   for (int i = 0; i < 8; ++i) sum[i] += weight * v[i];
 }
 
-// Eight values of out, kVector: at a multiple of 16 bytes.
-template <bool kVector>
-__device__ uint4 load_eight(const bf16* from) {
-  if constexpr (kVector) return ptx::load_global_v4(from);
-  float v[8];
+// Adds the rows of kRows slots of the token, from `first` on; bits of `present`: slots that have
+// one. The loads are in flight together. They have no predicates, with which the compiler would
+// make each wait for the one whose registers it shares: a slot without a row has the place of one
+// that has.
+template <int kRows>
+__device__ void add_rows(const Sources& s, const TokenRows& mine, unsigned present, int first,
+                         int column, float (&sum)[8]) {
+  uint4 values[kRows];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = __bfloat162float(from[i]);
-  return pack(v);
-}
-template <bool kVector>
-__device__ void store_eight(bf16* to, const float (&v)[8]) {
-  if constexpr (kVector) return ptx::store_global_streaming_v4(to, pack(v));
+  for (int j = 0; j < kRows; ++j) {
+    const int at = __shfl_sync(~0u, mine.at, (first + j) & 31);
+    values[j] = ptx::load_global_nc_v4(s.rows + std::int64_t{at} * s.rows_ld + column);
+  }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) to[i] = __float2bfloat16(v[i]);
+  for (int j = 0; j < kRows; ++j) {
+    const float weight = __shfl_sync(~0u, mine.weight, (first + j) & 31);
+    if (((present >> ((first + j) & 31)) & 1u) != 0) add_vector(sum, values[j], weight);
+  }
 }
 
 // One warp per token and kChunk columns, the chunks of a token side by side: a row is fetched from
-// DRAM in one piece (chunk after chunk in one warp measured 1.4 times slower). All loads of a batch
-// are issued before the first is used.
-template <bool kVectorOut>
+// DRAM in one piece (chunk after chunk in one warp measured 1.4 times slower).
 __global__ void __launch_bounds__(kThreads) aggregate_kernel(Sources s, Metadata m) {
   const int lane = threadIdx.x % 32;
   const std::int64_t warp = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   const std::int64_t t = warp / s.chunks;
   if (t >= s.num_tokens) return;
-  const int column = static_cast<int>(warp % s.chunks) * kChunk + lane * 8;
-  const bool inside = column < s.columns;
+  const int wanted = static_cast<int>(warp % s.chunks) * kChunk + lane * 8;
+  const bool inside = wanted < s.columns;
+  const int column = inside ? wanted : 0;
   const int count = s.top_k > 0 ? s.top_k : m.token_start[t + 1] - m.token_start[t];
   bf16* out = s.out + t * s.out_ld + column;
   uint4 before{};
-  if (s.add_to_out && inside) before = load_eight<kVectorOut>(out);
+  if (s.add_to_out && s.vector_out) before = ptx::load_global_v4(out);
   float sum[8] = {};
   TokenRows mine{-1, 0.0f};
-  for (int first = 0; first < count; first += kBatch) {
-    if (first % 32 == 0) mine = rows_of_token(s, m, t, first, count, lane);
-    uint4 values[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int at = __shfl_sync(~0u, mine.at, (first + j) & 31);
-      if (at >= 0 && inside) {
-        values[j] = ptx::load_global_nc_v4(s.rows + std::int64_t{at} * s.rows_ld + column);
-      }
+  unsigned present = 0;
+  for (int first = 0; first < count;) {
+    if (first % 32 == 0) {
+      mine = rows_of_token(s, m, t, first, count, lane);
+      present = __ballot_sync(~0u, mine.at >= 0);
+      const int any = __shfl_sync(~0u, mine.at, max(__ffs(present) - 1, 0));
+      if (mine.at < 0) mine.at = any;
     }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int at = __shfl_sync(~0u, mine.at, (first + j) & 31);
-      const float weight = __shfl_sync(~0u, mine.weight, (first + j) & 31);
-      if (at >= 0) add_vector(sum, values[j], weight);
+    const int left = count - first;
+    if (present == 0) {
+      first += 32;
+    } else if (left >= 8) {
+      add_rows<8>(s, mine, present, first, column, sum);
+      first += 8;
+    } else if (left >= 4) {
+      add_rows<4>(s, mine, present, first, column, sum);
+      first += 4;
+    } else if (left >= 2) {
+      add_rows<2>(s, mine, present, first, column, sum);
+      first += 2;
+    } else {
+      add_rows<1>(s, mine, present, first, column, sum);
+      first += 1;
     }
   }
-  if (s.add_to_out) add_vector(sum, before, 1.0f);
   if (!inside) return;
-  store_eight<kVectorOut>(out, sum);
+  if (s.vector_out) {
+    if (s.add_to_out) add_vector(sum, before, 1.0f);
+    ptx::store_global_streaming_v4(out, pack(sum));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      out[i] = __float2bfloat16(sum[i] + (s.add_to_out ? __bfloat162float(out[i]) : 0.0f));
+    }
+  }
 }
 
 __global__ void zero_tail_kernel(Metadata m, std::int64_t num_rows, bf16* out, std::int64_t ld,
@@ -228,10 +246,9 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
   s.top_k = shape.form == MoEShape::Form::kTopK
                 ? static_cast<int>(shape.num_pairs / shape.num_tokens)
                 : 0;
-  const bool aligned =
-      reinterpret_cast<std::uintptr_t>(args.out.data) % 16 == 0 && args.out.ld % 8 == 0;
-  const auto kernel = aligned ? aggregate_kernel<true> : aggregate_kernel<false>;
-  kernel<<<grid_of(shape.num_tokens * s.chunks, kWarps), kThreads, 0, stream>>>(s, metadata);
+  s.vector_out = reinterpret_cast<std::uintptr_t>(args.out.data) % 16 == 0 && args.out.ld % 8 == 0;
+  aggregate_kernel<<<grid_of(shape.num_tokens * s.chunks, kWarps), kThreads, 0, stream>>>(s,
+                                                                                          metadata);
   check_launch(cudaGetLastError(), "aggregate", shape);
 }
 

@@ -16,7 +16,8 @@ void launch_down(const ExpertCall& call, const DownArgs& args) {
   p.operands.b = map_of_weight(args.w2, 1, 1, kBlockN, kMajor);
   p.operands.first_column = static_cast<int>(args.first_column);
   if (args.add_rows) {
-    p.operands.n_group = choose_add_group(s.num_tokens, p.operands.n_tiles, kBlockN);
+    p.operands.n_group =
+        choose_add_group(s.num_tokens, p.operands.depth, p.operands.n_tiles, kBlockN);
   }
   p.epilogue = {.out = static_cast<bf16*>(args.out.data),
                 .ld = args.out.ld,
@@ -38,7 +39,8 @@ void launch_input_gradient(const ExpertCall& call, const InputGradientArgs& args
   p.operands.b = map_of_weight(args.w1, 2, 1, kBlockN, kMajor);
   p.operands.first_column = static_cast<int>(args.first_column);
   if (args.add_rows) {
-    p.operands.n_group = choose_add_group(s.num_tokens, p.operands.n_tiles, kBlockN);
+    p.operands.n_group =
+        choose_add_group(s.num_tokens, p.operands.depth, p.operands.n_tiles, kBlockN);
   }
   p.epilogue = {.out = static_cast<bf16*>(args.out.data),
                 .ld = args.out.ld,
