@@ -27,12 +27,12 @@ MemoryEstimate estimate_memory(const MoEShape& shape, std::optional<std::size_t>
   const auto n = static_cast<std::size_t>(shape.intermediate_size);
   const auto d = static_cast<std::size_t>(shape.hidden_size);
   const auto h = static_cast<std::size_t>(shape.hidden_columns());
+  const std::size_t wide = shape.deterministic ? rows * d * element : 0;  // Y, dX~
   MemoryEstimate estimate;
   estimate.kept_h = moe_h_bytes(shape);
   estimate.kept_metadata = moe_metadata_bytes(shape) + routing_bytes(shape);
-  estimate.transient_forward = with_slabs(rows * n * element, rows * d * element, workspace_limit);
-  estimate.transient_backward =
-      with_slabs(rows * (h + n) * element, rows * d * element, workspace_limit);
+  estimate.transient_forward = with_slabs(rows * n * element, wide, workspace_limit);
+  estimate.transient_backward = with_slabs(rows * (h + n) * element, wide, workspace_limit);
   return estimate;
 }
 

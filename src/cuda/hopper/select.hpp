@@ -22,10 +22,10 @@ int choose_gated_block_n(std::int64_t n);
 int choose_hidden_loaders(std::int64_t hidden_size);
 
 /// For a product that adds its rows to out [num_tokens, n_tiles * block_n]: column tiles that all
-/// rows pass before the next ones begin, so that what is added to stays in L2, or 0 for no such
-/// order. Each group reads the rows again: measured worth it where the reduction, `depth`, is short
-/// and out far larger than L2 (7B-n256 530 to 460 us). SONICMOE_CUDA_ADD_WINDOW=N makes groups of
-/// at most N MiB of out, whatever the shape.
+/// rows pass before the next ones begin, so that what is added to stays in L2; at most all. Each
+/// group reads the rows again: measured worth it where the reduction, `depth`, is short and out far
+/// larger than L2 (7B-n256 530 to 460 us). SONICMOE_CUDA_ADD_WINDOW=N makes groups of at most N MiB
+/// of out, whatever the shape.
 int choose_add_group(std::int64_t num_tokens, std::int64_t depth, int n_tiles, int block_n);
 
 /// CTAs to launch on a GPU of `processors` multiprocessors: one each, or SONICMOE_CUDA_GRID if set
