@@ -19,8 +19,9 @@ struct MemoryEstimate {
   std::size_t kept() const noexcept { return kept_h + kept_metadata; }
 };
 
-/// This library, without Y and dX~ where shape.deterministic is off (CUDA). The transients are those of the kernels' buffers; a CPU call adds per-thread
-/// panels, which moe_forward_workspace() counts.
+/// This library, without Y and dX~ where shape.deterministic is off (CUDA). The transients are
+/// those of the kernels' buffers; a CPU call adds per-thread panels, which moe_forward_workspace()
+/// counts.
 SONICMOE_API MemoryEstimate estimate_memory(const MoEShape& shape,
                                             std::optional<std::size_t> workspace_limit = {});
 

@@ -123,8 +123,7 @@ std::string MoECase::describe() const {
       << " x=" << name_of(x_strides) << " w1=" << name_of(w1_strides)
       << " w2=" << name_of(w2_strides) << " load=" << static_cast<int>(load)
       << " drop=" << drop_probability << (deterministic ? "" : " any order")
-      << (values == Values::kIntegers ? " integers" : "")
-      << " seed=" << seed;
+      << (values == Values::kIntegers ? " integers" : "") << " seed=" << seed;
   return out.str();
 }
 

@@ -17,8 +17,8 @@ namespace sonicmoe::cuda::hopper {
 /// on an H100. Gathering products gain up to 20% in order (neighbours share their rows); of the
 /// others only `down` with few k-tiles and so many tiles that the CTAs would drift far apart, and
 /// products with weights larger than L2, which CTAs apart from each other fetch again and again.
-/// Products that add their rows to out (n_group > 0) work on one part of out at a time; strided they
-/// took up to 1.5 times as long.
+/// Products that add their rows to out (n_group > 0) work on one part of out at a time; strided
+/// they took up to 1.5 times as long.
 template <class Spec>
 bool in_order(const OperandParams& o, std::int64_t items, std::int64_t grid) {
   if (Spec::shape.grouping == Grouping::kDepth) return false;
