@@ -152,7 +152,8 @@ struct RoundCase {
   }
 };
 
-// With 54001 tokens a column does not fit in the shared memory of a CTA.
+// Beyond 32768 tokens the CUDA kernel that selects reads part of a column again; beyond 24576 the
+// one that counts does.
 std::vector<RoundCase> round_cases() {
   std::vector<RoundCase> cases = {
       {1, 1, 1, 1},
@@ -172,6 +173,9 @@ std::vector<RoundCase> round_cases() {
       {1500, 20, 4, 32, 6.0},
       {5000, 5, 1, 1000},
       {1300, 600, 8, 16},
+      {24576, 3, 1, 128},
+      {32767, 3, 2, 128, 1.0},
+      {40000, 2, 1, 64, 0.0},
       {54001, 3, 1, 128},
       {54001, 3, 2, 1000, 1.0, true},
   };
@@ -244,6 +248,48 @@ TEST_P(RouterOps, RoundSelectGivesTheHostsBits) {
       rounding.seed = 0x123456789abcdef0u + c.seed;
       const Selected expected = select(Side::host(), c, rounding, scores, ids);
       EXPECT_TRUE(select(Side::device(GetParam()), c, rounding, scores, ids) == expected);
+    }
+  }
+}
+
+// All scores equal, of two values, negative, infinite, or zeros of either sign: cuts that end on
+// one key, between two keys, or with every member. Column 0 is chosen by all tokens or by half of
+// them.
+TEST_P(RouterOps, RoundSelectCutsAnyScores) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  const std::vector<std::pair<double, double>> ranges = {
+      {0.25, 0.25}, {-3.0, -3.0}, {-1.0, 1.0}, {-0.0, 0.0}, {-infinity, infinity}, {-9.0, -8.0}};
+  for (const RoundCase& c : {RoundCase{33, 2, 1, 8}, RoundCase{9001, 3, 1, 96},
+                             RoundCase{9001, 3, 3, 96}, RoundCase{33001, 2, 1, 512}}) {
+    for (const auto& [lowest, highest] : ranges) {
+      for (const bool between : {false, true}) {  // the two values alone, or what lies between too
+        if (between && !std::isfinite(highest)) continue;
+        Random random(c.seed);
+        Values scores, ids;
+        for (std::int64_t t = 0; t < c.num_tokens; ++t) {
+          for (std::int64_t e = 0; e < c.num_experts; ++e) {
+            const double share = random.uniform();
+            const double value = between       ? lowest + (highest - lowest) * share
+                                 : share < 0.5 ? lowest
+                                               : highest;
+            scores.push_back(static_cast<float>(value));
+          }
+          const std::int64_t first = random.integer(0, 1);
+          for (std::int64_t k = 0; k < c.top_k; ++k) {
+            ids.push_back(static_cast<double>((first + k) % c.num_experts));
+          }
+        }
+        for (const RoundingPolicy policy : policies()) {
+          SCOPED_TRACE(c.text() + " " + std::string(name_of(policy)) + " scores " +
+                       std::to_string(lowest) + " to " + std::to_string(highest) +
+                       (between ? " and between" : ""));
+          RoundingOptions rounding;
+          rounding.tile = c.tile;
+          rounding.policy = policy;
+          const Selected expected = select(Side::host(), c, rounding, scores, ids);
+          EXPECT_TRUE(select(Side::device(GetParam()), c, rounding, scores, ids) == expected);
+        }
+      }
     }
   }
 }

@@ -40,7 +40,7 @@ struct PairWeights {
 };
 
 /// From filled keys and chosen bits: rounds the counts, writes the pairs and fills the unused
-/// places. Leaves the counts and starts in the buffers.
+/// places. Leaves the counts and starts in the buffers, and the rows in place of the chosen bits.
 void launch_selection(cudaStream_t stream, const RoundingOptions& rounding,
                       const RoundingBuffers& buffers, const PairWeights& weights,
                       const RoundingOutputs& outputs, const char* operation);

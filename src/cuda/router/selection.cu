@@ -2,11 +2,9 @@
 // host's (router/token_rounding.cpp).
 //   count_rows   CTA per expert: f, and for nearest_score whether up changes the score less
 //   round_rows   one CTA: f -> f' by the policy, prefix sums of f'
-//   write_rows   CTA per expert: radix selection, then the kept tokens in ascending order with
-//                their weights, and a share of the unused places
-// write_rows passes over its column five times, in shared memory up to T = 53600.
+//   write_rows   CTA per expert: the cut, the kept tokens in ascending order and their weights, and
+//                a share of the unused places
 #include "cuda/dependent_launch.hpp"
-#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/pdl.cuh"
 #include "cuda/router/exact_sum.cuh"
 #include "cuda/router/launch.hpp"
@@ -24,10 +22,12 @@ struct PolicyParams {
 };
 
 __device__ Column column_of(const RoundingBuffers& b, std::int64_t expert) {
-  return {b.keys + expert * b.words * 32, b.chosen + expert * b.words, b.words, b.num_tokens};
+  return {b.keys + expert * b.words * 32, b.chosen + expert * b.words, b.words};
 }
 
 // -------------------------------------------------------------------------------------- counting
+
+constexpr int kCountHeld = 24;  // the exact sums need registers too
 
 struct CountShared {
   SelectShared select;
@@ -35,33 +35,32 @@ struct CountShared {
   unsigned rows;
 };
 
-// Adds the members below (or above) the cut and the ties that belong with them.
-__device__ void add_side(const Column& c, Class wanted, const Cut& cut, bool below,
-                         std::int64_t ties, ExactSum& sum) {
-  const int lane = threadIdx.x % 32;
-  for_each_word(c, wanted, threadIdx.x / 32, c.words, kSelectWarps, lane,
-                [&](std::uint32_t members, std::uint32_t key, int) {
-                  if (((members >> lane) & 1u) == 0) return;
-                  if (below ? key < cut.threshold : key > cut.threshold) sum.add(key_value(key), 1);
-                });
-  if (threadIdx.x == 0 && ties > 0) sum.add(key_value(cut.threshold), ties);
+// Adds the `count` strongest of a class of `size`, or the rest. Ties have equal scores, so which of
+// them is meant does not matter.
+__device__ void add_side(const Column& c, Class wanted, int size, int count, bool kept,
+                         SelectShared& s, ExactSum& sum) {
+  const Members<kCountHeld> members(c, wanted);
+  const Cut cut = find_cut(members, size, count, s);
+  members.for_each([&](std::uint32_t key, int) {
+    if (key != 0 && key != cut.tied && (key >= cut.sure) == kept) sum.add(key_value(key), 1);
+  });
+  const int ties = kept ? cut.ties : cut.equal - cut.ties;
+  if (threadIdx.x == 0 && ties > 0) sum.add(key_value(cut.tied), ties);
+  __syncthreads();
 }
 
 // Whether adding the strongest others changes the expert's summed score by less than dropping its
-// weakest rows does. Ties have equal scores, so which of them is meant does not matter here.
-__device__ bool up_changes_less(const Column& c, std::int64_t rows, std::int64_t tile,
+// weakest rows does.
+__device__ bool up_changes_less(const Column& c, int rows, int num_tokens, int tile,
                                 CountShared& s) {
-  const std::int64_t floor = rows - rows % tile;
+  const int floor = rows - rows % tile;
   if (threadIdx.x == 0) {
     s.dropped.clear();
     s.added.clear();
   }
-  const Cut kept = find_cut(c, Class::kChosen, static_cast<int>(floor), s.select);
-  __syncthreads();  // find_cut returns at once for floor == 0
-  add_side(c, Class::kChosen, kept, true, kept.equal - kept.ties, s.dropped);
-  const Cut strongest = find_cut(c, Class::kOther, static_cast<int>(floor + tile - rows), s.select);
-  add_side(c, Class::kOther, strongest, false, strongest.ties, s.added);
   __syncthreads();
+  add_side(c, Class::kChosen, rows, floor, false, s.select, s.dropped);
+  add_side(c, Class::kOther, num_tokens - rows, floor + tile - rows, true, s.select, s.added);
   return threadIdx.x == 0 && ExactSum::magnitude_is_less(s.added, s.dropped);
 }
 
@@ -80,12 +79,36 @@ __global__ void __launch_bounds__(kSelectThreads)
   const std::int64_t rows = s.rows;
   const std::int64_t remainder = rows % policy.tile;
   const bool asked = policy.policy == RoundingPolicy::kNearestScore && remainder != 0 &&
-                     rows - remainder + policy.tile <= c.num_tokens;
-  const bool up = asked && up_changes_less(c, rows, policy.tile, s);
+                     rows - remainder + policy.tile <= b.num_tokens;
+  const bool up =
+      asked && up_changes_less(c, static_cast<int>(rows), static_cast<int>(b.num_tokens),
+                               static_cast<int>(policy.tile), s);
   if (threadIdx.x == 0) {
     b.rows_before[blockIdx.x] = static_cast<std::int32_t>(rows);
     b.up_changes_less[blockIdx.x] = up ? 1 : 0;
   }
+}
+
+// The sum of the values of all lower threads, and of all threads in `total`.
+__device__ std::int64_t exclusive_sum(std::int64_t value, std::int64_t (&of_warps)[kSelectWarps],
+                                      std::int64_t& total) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  std::int64_t inclusive = value;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const std::int64_t other = __shfl_up_sync(kAllLanes, inclusive, distance);
+    if (lane >= distance) inclusive += other;
+  }
+  if (lane == 31) of_warps[warp] = inclusive;
+  __syncthreads();
+  std::int64_t before = 0;
+  total = 0;
+  for (int w = 0; w < kSelectWarps; ++w) {
+    if (w < warp) before += of_warps[w];
+    total += of_warps[w];
+  }
+  __syncthreads();
+  return before + inclusive - value;
 }
 
 // -------------------------------------------------------------------------------------- rounding
@@ -163,27 +186,6 @@ __device__ void balance(RoundShared& s, int count, std::int64_t tile) {
   s.carry = carry;
 }
 
-// The sum of the values of all lower threads, and of all threads in `total`.
-__device__ std::int64_t exclusive_sum(std::int64_t value, RoundShared& s, std::int64_t& total) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  std::int64_t inclusive = value;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const std::int64_t other = __shfl_up_sync(kAllLanes, inclusive, distance);
-    if (lane >= distance) inclusive += other;
-  }
-  if (lane == 31) s.warp_sums[warp] = inclusive;
-  __syncthreads();
-  std::int64_t before = 0;
-  total = 0;
-  for (int w = 0; w < kSelectWarps; ++w) {
-    if (w < warp) before += s.warp_sums[w];
-    total += s.warp_sums[w];
-  }
-  __syncthreads();
-  return before + inclusive - value;
-}
-
 __global__ void __launch_bounds__(kSelectThreads)
     round_rows_kernel(RoundingBuffers b, PolicyParams p, RoundingOutputs out) {
   __shared__ RoundShared s;
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(kSelectThreads)
     __syncthreads();
     const std::int64_t rounded = rows - remainder + (s.up[threadIdx.x] ? p.tile : 0);
     std::int64_t total;
-    const std::int64_t before = exclusive_sum(rounded, s, total);
+    const std::int64_t before = exclusive_sum(rounded, s.warp_sums, total);
     if (exists) {
       b.rows_after[e] = static_cast<std::int32_t>(rounded);
       b.starts[e] = running + before;
@@ -225,106 +227,69 @@ __global__ void __launch_bounds__(kSelectThreads)
 
 // --------------------------------------------------------------------------------------- writing
 
-// What of a word is kept: `sure` without looking at other words, `equal` while ties last.
-struct Kept {
-  std::uint32_t sure, equal;
-};
-__device__ Kept classify(std::uint32_t members, std::uint32_t chosen_too, std::uint32_t key,
-                         const Cut& cut) {
-  const std::uint32_t above = __ballot_sync(kAllLanes, key > cut.threshold) & members;
-  const std::uint32_t equal = __ballot_sync(kAllLanes, key == cut.threshold) & members;
-  return {above | chosen_too, equal};
-}
+constexpr int kWriteHeld = 32;  // of 64 registers a thread
 
 struct WriteShared {
   SelectShared select;
-  int sure[kSelectWarps];
-  int equal[kSelectWarps];
+  std::int64_t warp_sums[kSelectWarps];
 };
 
-constexpr std::size_t kMaxCopyBytes = 216 * 1024;  // what WriteShared leaves of a CTA's 227 KB
-
-std::size_t copy_bytes(const RoundingBuffers& b) {
-  return sizeof(std::uint32_t) * 33 * static_cast<std::size_t>(b.words);
-}
-
-// Brings the column to shared memory [33 * words].
-__device__ Column copy_of(const Column& c, std::uint32_t* copy) {
-  std::uint32_t* chosen = copy + 32 * c.words;
-  for (int i = threadIdx.x; i < 8 * c.words; i += kSelectThreads) {
-    ptx::cp_async_16(ptx::shared_address(copy + 4 * i), c.keys + 4 * i);
-  }
-  for (int i = threadIdx.x; i < c.words; i += kSelectThreads) chosen[i] = c.chosen[i];
-  ptx::cp_async_commit_group();
-  ptx::cp_async_wait_group<0>();
-  __syncthreads();
-  return {copy, chosen, c.words, c.num_tokens};
-}
-
-// The `after` tokens that an expert keeps of `before` by token choice, or adds to them. Every warp
-// owns a contiguous range of tokens: it counts, learns from the lower warps where its rows begin,
-// and writes.
-__device__ void write_tokens(const Column& c, int before, int after, std::int32_t* token_ids,
-                             WriteShared& s) {
-  const bool keeps_chosen = after > before;  // and adds others
-  const Class wanted = keeps_chosen ? Class::kOther : Class::kChosen;
-  const Cut cut = find_cut(c, wanted, keeps_chosen ? after - before : after, s.select);
-
+// Turns an expert's chosen bits, `before` of them, into those of its `after` rows: the strongest of
+// the chosen, or the chosen and the strongest others.
+__device__ void mark_rows(const RoundingBuffers& b, std::int64_t expert, int before, int after,
+                          WriteShared& s) {
+  const bool adds = after > before;
+  const Members<kWriteHeld> members(column_of(b, expert), adds ? Class::kOther : Class::kChosen);
+  const int num_tokens = static_cast<int>(b.num_tokens);
+  const int size = adds ? num_tokens - before : before;
+  const Cut cut = find_cut(members, size, adds ? after - before : after, s.select);
   const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int range = (c.words + kSelectWarps - 1) / kSelectWarps;
-  const int first = min(warp * range, c.words);
-  const int end = min(first + range, c.words);
-  // In class kOther the members of a word are exactly the valid tokens that are not chosen.
-  const auto kept_of = [&](std::uint32_t members, std::uint32_t key, int word) {
-    return classify(members, keeps_chosen ? c.valid(word) & ~members : 0u, key, cut);
-  };
-  int sure = 0, equal = 0;
-  for_each_word(c, wanted, first, end, 1, lane,
-                [&](std::uint32_t members, std::uint32_t key, int word) {
-                  const Kept kept = kept_of(members, key, word);
-                  sure += __popc(kept.sure);
-                  equal += __popc(kept.equal);
-                });
-  if (lane == 0) {
-    s.sure[warp] = sure;
-    s.equal[warp] = equal;
+  int ties_before = 0;  // the warp's place among the equal keys
+  if (cut.ties > 0) {
+    int mine = 0;
+    members.for_each([&](std::uint32_t key, int) { mine += key == cut.tied ? 1 : 0; });
+    std::int64_t total;
+    const auto before_lane = static_cast<int>(exclusive_sum(mine, s.warp_sums, total));
+    ties_before = __shfl_sync(kAllLanes, before_lane, 0);
   }
-  __syncthreads();
-  int sure_before = 0, equal_before = 0;
-  for (int w = 0; w < warp; ++w) {
-    sure_before += s.sure[w];
-    equal_before += s.equal[w];
-  }
-  const std::uint32_t lower = (1u << lane) - 1;
-  for_each_word(c, wanted, first, end, 1, lane,
-                [&](std::uint32_t members, std::uint32_t key, int word) {
-                  const Kept kept = kept_of(members, key, word);
-                  const bool tie_kept = ((kept.equal >> lane) & 1u) != 0 &&
-                                        equal_before + __popc(kept.equal & lower) < cut.ties;
-                  const std::uint32_t rows = kept.sure | __ballot_sync(kAllLanes, tie_kept);
-                  if (((rows >> lane) & 1u) != 0) {
-                    token_ids[sure_before + min(equal_before, cut.ties) + __popc(rows & lower)] =
-                        word * 32 + lane;
-                  }
-                  sure_before += __popc(kept.sure);
-                  equal_before += __popc(kept.equal);
-                });
+  std::uint32_t* rows = b.chosen + expert * b.words;
+  members.for_each([&](std::uint32_t key, int word) {
+    // Who is not among the others has chosen the expert, or lies past the last token.
+    bool kept = key >= cut.sure || (adds && key == 0 && word * 32 + lane < num_tokens);
+    if (cut.ties > 0) {
+      const std::uint32_t equal = __ballot_sync(kAllLanes, key == cut.tied);
+      if (key == cut.tied) kept = ties_before + __popc(equal & ((1u << lane) - 1)) < cut.ties;
+      ties_before += __popc(equal);
+    }
+    const std::uint32_t kept_of_word = __ballot_sync(kAllLanes, kept);
+    if (lane == 0 && word < b.words) rows[word] = kept_of_word;
+  });
 }
 
-// `copies`: whether there is shared memory for copy_of().
+// The tokens whose bits are set, in ascending order; every thread takes a word.
+__device__ void write_tokens(const std::uint32_t* rows, int words, std::int32_t* token_ids,
+                             WriteShared& s) {
+  for (int first = 0; first < words; first += kSelectThreads) {
+    const int word = first + static_cast<int>(threadIdx.x);
+    std::uint32_t left = word < words ? rows[word] : 0;
+    std::int64_t total;
+    std::int32_t* place = token_ids + exclusive_sum(__popc(left), s.warp_sums, total);
+    for (; left != 0; left &= left - 1) *place++ = word * 32 + __ffs(static_cast<int>(left)) - 1;
+    token_ids += total;
+  }
+}
+
 __global__ void __launch_bounds__(kSelectThreads)
-    write_rows_kernel(RoundingBuffers b, PairWeights weights, RoundingOutputs out, bool copies) {
-  extern __shared__ __align__(16) std::uint32_t copy[];
+    write_rows_kernel(RoundingBuffers b, PairWeights weights, RoundingOutputs out) {
   __shared__ WriteShared s;
   ptx::grid_dependency_wait();
   const int expert = static_cast<int>(blockIdx.x);
   const int after = b.rows_after[expert];
+  if (after > 0) mark_rows(b, expert, b.rows_before[expert], after, s);
+  __syncthreads();
   const std::int64_t start = b.starts[expert];
   if (after > 0) {
-    const Column c = column_of(b, expert);
-    write_tokens(copies ? copy_of(c, copy) : c, b.rows_before[expert], after, out.token_ids + start,
-                 s);
+    write_tokens(b.chosen + std::int64_t{expert} * b.words, b.words, out.token_ids + start, s);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < after; i += kSelectThreads) {
@@ -351,19 +316,14 @@ void launch_selection(cudaStream_t stream, const RoundingOptions& rounding,
   const PolicyParams policy{rounding.seed_tensor.as<std::int64_t>(), rounding.seed, rounding.tile,
                             rounding.policy};
   const auto experts = static_cast<unsigned>(buffers.num_experts);
-  const bool copies = copy_bytes(buffers) <= kMaxCopyBytes;
-  const std::size_t shared = copies ? copy_bytes(buffers) : 0;
-  check_cuda(cudaFuncSetAttribute(write_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(kMaxCopyBytes)),
-             operation);
   check_cuda(
       launch_dependent(count_rows_kernel, experts, kSelectThreads, 0, stream, buffers, policy),
       operation);
   check_cuda(
       launch_dependent(round_rows_kernel, 1, kSelectThreads, 0, stream, buffers, policy, outputs),
       operation);
-  check_cuda(launch_dependent(write_rows_kernel, experts, kSelectThreads, shared, stream, buffers,
-                              weights, outputs, copies),
+  check_cuda(launch_dependent(write_rows_kernel, experts, kSelectThreads, 0, stream, buffers,
+                              weights, outputs),
              operation);
 }
 
