@@ -9,6 +9,7 @@
 //   A[r] = act(H[r])                 [n]    transient
 //   Y[r] = A[r] W2[e]^T + b2[e]      [d]    transient
 //   O[t] = sum over the rows r of token t, in input order, of s * Y[r]
+// (On CUDA, where Y is not summed from memory, A is stored as s * A, and O gets (s A) W2^T + s b2.)
 // Backward keeps nothing of size R*d and recomputes no GEMM: dS[r] = <dO[t] W2[e], A[r]>.
 //
 // All operations allocate nothing on behalf of the caller, synchronise nothing, and are
@@ -67,8 +68,9 @@ struct ExpertOptions {
   float limit = 7.0f;  ///< of swiglu_clamped, > 0; unused otherwise
   /// false: a token's rows may be added to O and to dX atomically, in any order, each sum rounded
   /// to the dtype of x. The CUDA backend then never stores Y or dX~ [P, d]: faster, with less
-  /// scratch, but the last bits differ from run to run and K roundings take the place of one. Other
-  /// backends and sorted rows, which have no such sum, ignore it.
+  /// scratch, but the last bits differ from run to run and K roundings take the place of one; rows
+  /// of out and of grad_x must start at multiples of 16 bytes, else it throws. Other backends and
+  /// sorted rows, which have no such sum, ignore it.
   bool deterministic = true;
 };
 

@@ -27,7 +27,8 @@ MemoryEstimate estimate_memory(const MoEShape& shape, std::optional<std::size_t>
   const auto n = static_cast<std::size_t>(shape.intermediate_size);
   const auto d = static_cast<std::size_t>(shape.hidden_size);
   const auto h = static_cast<std::size_t>(shape.hidden_columns());
-  const std::size_t wide = shape.deterministic ? rows * d * element : 0;  // Y, dX~
+  const bool stores_rows = shape.deterministic || shape.form == MoEShape::Form::kSorted;
+  const std::size_t wide = stores_rows ? rows * d * element : 0;  // Y, dX~
   MemoryEstimate estimate;
   estimate.kept_h = moe_h_bytes(shape);
   estimate.kept_metadata = moe_metadata_bytes(shape) + routing_bytes(shape);

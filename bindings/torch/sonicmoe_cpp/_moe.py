@@ -37,8 +37,8 @@ def grad_like(needed: bool, tensor: Tensor | None, like: Tensor) -> Tensor:
 @torch.library.register_fake("sonicmoe_cpp::moe_backward")
 def _(
     grad_out, x, w1, b1, w2, b2, form, ids, token_ids, weights, h, metadata, activation,
-    gate_up_layout, limit, deterministic, workspace_limit, need_x, need_w1, need_b1, need_w2, need_b2,
-    need_weights,
+    gate_up_layout, limit, deterministic, workspace_limit, need_x, need_w1, need_b1, need_w2,
+    need_b2, need_weights,
 ):  # fmt: skip
     return (
         x.new_empty(x.shape if need_x else (0,)),

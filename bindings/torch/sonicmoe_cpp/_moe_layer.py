@@ -34,8 +34,8 @@ class LayerOutput(NamedTuple):
 @torch.library.register_fake("sonicmoe_cpp::moe_layer_forward")
 def _(
     x, router_weight, router_bias, w1, b1, w2, b2, selection_bias, seed_tensor, activation,
-    gate_up_layout, limit, deterministic, top_k, scoring, renormalize, num_groups, top_groups, scale, rounding,
-    tile, policy, workspace_limit, seed, save_for_backward,
+    gate_up_layout, limit, deterministic, top_k, scoring, renormalize, num_groups, top_groups,
+    scale, rounding, tile, policy, workspace_limit, seed, save_for_backward,
 ):  # fmt: skip
     num_tokens, hidden_size = x.shape
     num_experts = w1.shape[0]
@@ -67,9 +67,9 @@ def _(
 def _(
     grad_out, grad_logits, x, router_weight, router_bias, w1, b1, w2, b2, selection_bias, logits,
     topk_ids, token_ids, expert_ids, pair_weights, h, metadata, activation, gate_up_layout, limit,
-    deterministic, top_k, scoring, renormalize, num_groups, top_groups, scale, rounding, tile, policy,
-    workspace_limit, need_x, need_router_weight, need_router_bias, need_w1, need_b1, need_w2,
-    need_b2,
+    deterministic, top_k, scoring, renormalize, num_groups, top_groups, scale, rounding, tile,
+    policy, workspace_limit, need_x, need_router_weight, need_router_bias, need_w1, need_b1,
+    need_w2, need_b2,
 ):  # fmt: skip
     def bias_grad(needed, bias):
         return bias.new_empty(bias.shape) if needed else x.new_empty((0,))

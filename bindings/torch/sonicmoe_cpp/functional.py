@@ -198,7 +198,8 @@ def moe_pairs(
     """The experts on any list of pairs: out[t] = sum of pair_weights[p] * expert_p(x[t]).
 
     token_ids, expert_ids [P] int32|int64 (one dtype); pair_weights [P]. Any order, duplicates
-    count each time; a pair whose token or expert does not exist is dropped.
+    count each time; a pair whose token or expert does not exist is dropped. deterministic as in
+    `moe`.
     """
     routing = (
         FORM_PAIRS,

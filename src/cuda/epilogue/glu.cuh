@@ -247,7 +247,7 @@ class HiddenGradientEpilogue {
       ptx::store_global_v4(grad_h + (halves ? j : 2 * j), low);
       ptx::store_global_v4(grad_h + (halves ? p_.n + j : 2 * j + 8), high);
     }
-    // dS with A rounded as forward stored it: the weight of the Y that was summed.
+    // dS with A rounded as forward stored it, where the sum took the weight.
     float stored_a[8];
     unpack(pack(a), stored_a);
 #pragma unroll

@@ -1,5 +1,7 @@
 #include <cuda_bf16.h>
 
+#include <algorithm>
+
 #include "core/integers.hpp"
 #include "cuda/epilogue/vector8.cuh"
 #include "cuda/experts/aggregate.hpp"
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) aggregate_kernel(Sources s, Metadata
   const int count = s.top_k > 0 ? s.top_k : m.token_start[t + 1] - m.token_start[t];
   bf16* out = s.out + t * s.out_ld + column;
   uint4 before{};
-  if (s.add_to_out && s.vector_out) before = ptx::load_global_v4(out);
+  if (s.add_to_out && s.vector_out && inside) before = ptx::load_global_v4(out);
   float sum[8] = {};
   TokenRows mine{-1, 0.0f};
   unsigned present = 0;
@@ -253,8 +255,10 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
 }
 
 void zero_rows(cudaStream_t stream, const MoEShape& shape, Matrix out) {
+  if (shape.num_tokens == 0) return;
+  const std::int64_t pitch = std::max(out.ld, shape.hidden_size);  // any, where there is one row
   const auto bytes = [](std::int64_t columns) { return static_cast<std::size_t>(columns) * 2; };
-  check_launch(cudaMemset2DAsync(out.data, bytes(out.ld), 0, bytes(shape.hidden_size),
+  check_launch(cudaMemset2DAsync(out.data, bytes(pitch), 0, bytes(shape.hidden_size),
                                  static_cast<std::size_t>(shape.num_tokens), stream),
                "zero rows", shape);
 }

@@ -1,8 +1,8 @@
 // Backward without Y: dS = <dA', A>, so that only X, H and the row lists are kept.
-//   1 dH, A', dS from dO, W2 and the stored H      2 the router's gradient (moe_layer only)
-//   3 bias gradients                               4 dX: the router's share, then dX~ = dH W1
-//   summed
-//                                                    per token, slab by slab, or added at once
+//   1 dH, A', dS from dO, W2 and the stored H
+//   2 the router's gradient (moe_layer only)
+//   3 bias gradients
+//   4 dX: the router's share, then dX~ = dH W1, summed per token slab by slab, or added at once
 //   5 dW2, dW1
 #include <algorithm>
 

@@ -493,7 +493,7 @@ void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& r
                                                         scratch.expert_counts, lists);
   }
   check_launch(cudaGetLastError(), "metadata", shape);
-  // Without blocks this waits for whatever the caller ran, which is as good.
+  // Without blocks this waits for whatever ran before, which is as good.
   check_launch(launch_dependent(scan_blocks, static_cast<unsigned>(ceil_div(E, 32)) + token_blocks,
                                 kScanThreads, 0, stream, scratch.expert_counts,
                                 static_cast<int>(blocks), E, scratch.expert_totals, lists),

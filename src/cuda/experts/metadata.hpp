@@ -31,8 +31,8 @@ RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape);
 /// Fills `metadata` (device memory) from the caller's routing: the same entries as the host's
 /// build_metadata(), places past the last row -1. Offsets of sorted rows are clamped to
 /// non-decreasing ends within 0..P. Deterministic: counts and ranks, also of the pairs that a list
-/// gives to one token: they are collected as they come, then ranked. Fills `tables` too, but
-/// row_weight for sorted rows alone.
+/// gives to one token: they are collected as they come, then ranked. Fills `tables` too,
+/// row_weight where it is not null.
 /// Limit: 36 bytes of a CTA's shared memory an expert (6446 experts); more are refused.
 void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
                     const Metadata& metadata, const MetadataScratch& scratch,

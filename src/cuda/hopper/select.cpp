@@ -110,7 +110,7 @@ int choose_add_group(std::int64_t num_tokens, std::int64_t depth, int n_tiles, i
   constexpr std::int64_t kMiB = 1 << 20, kMostDepth = 256, kFits = 64 * kMiB, kWindow = 34 * kMiB;
   const std::int64_t forced = number_from_environment("SONICMOE_CUDA_ADD_WINDOW") * kMiB;
   const std::int64_t tile = std::max<std::int64_t>(num_tokens * block_n * 2, 1);
-  if (forced == 0 && (depth > kMostDepth || tile * n_tiles <= kFits)) return n_tiles;
+  if (forced <= 0 && (depth > kMostDepth || tile * n_tiles <= kFits)) return n_tiles;
   const std::int64_t window = forced > 0 ? forced : kWindow;
   return static_cast<int>(std::clamp<std::int64_t>(window / tile, 1, n_tiles));
 }

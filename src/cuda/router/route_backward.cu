@@ -158,6 +158,7 @@ struct SlotGradients {
 struct PairGradients {
   const std::int32_t* token_start;  // [T + 1]
   const std::int32_t* token_rows;   // [P]
+  const std::int32_t* row_pair;     // [P]
   const std::int32_t* expert_ids;   // [P]
 
   // `row` [E] in shared memory, zeros.
@@ -166,7 +167,7 @@ struct PairGradients {
     const int first = token_start[t], end = token_start[t + 1];
     const Slot slot = slot_of<std::int32_t>(b, t, lane);
     for (int i = first + lane; i < end; i += 32) {
-      const std::int32_t pair = token_rows[i];
+      const std::int32_t pair = row_pair[token_rows[i]];
       row[expert_ids[pair]] = b.grad_weights[pair];
     }
     __syncwarp();
@@ -292,7 +293,8 @@ bool launch_layer_terms(cudaStream_t stream, const Metadata& m, const GradientTe
                         const RouterShare& router) {
   if (router.rounding != nullptr) {
     const RoundTokensBackwardArgs& args = *router.rounding;
-    const PairGradients gradients{m.token_start, m.token_rows, args.expert_ids.as<std::int32_t>()};
+    const PairGradients gradients{m.token_start, m.token_rows, m.row_pair,
+                                  args.expert_ids.as<std::int32_t>()};
     return launch_terms(stream, args, args.grad_pair_weights, gradients, router.addend, share);
   }
   const RouteBackwardArgs& args = *router.topk;
