@@ -78,14 +78,20 @@ class HiddenInput {
     const int scale = interleaved_ ? 2 : 1, second = interleaved_ ? 16 : kUnits * 2;
     const uint32_t from =
         slots_ + ring_.stage * kSlotBytes + lane_ / 8 * kRowBytes + (lane_ & 7) * 16 * scale;
+    uint32_t last = 0;  // of each load one register: the four of a load come together
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       to.first[b] = ptx::load_shared_v4(from + b * 128 * scale);
-      if constexpr (kGated) to.second[b] = ptx::load_shared_v4(from + b * 128 * scale + second);
+      last ^= to.first[b].x;
+      if constexpr (kGated) {
+        to.second[b] = ptx::load_shared_v4(from + b * 128 * scale + second);
+        last ^= to.second[b].x;
+      }
     }
-    // Every lane has issued its reads before lane 0 issues the copy over them, and shared memory
-    // takes a warp's instructions in order: what any release of a slot that was read relies on. A
-    // proxy fence here would, as compiled, also wait for the stores of the batch before (MEMBAR).
+    // The copy over this slot takes another way than the loads, which may stand in a queue behind
+    // gathers that miss: that they were issued first is not enough. A proxy fence here would, as
+    // compiled, also wait for the stores of the batch before (MEMBAR).
+    ptx::await_value(last);
     __syncwarp();
     ring_.advance();
     --filled_;
