@@ -8,11 +8,10 @@ cublas-bmm is the dense, balanced product of the same FLOPs alone: no gather, ac
 Figures per shape and system, the systems taking turns; with --runs the median of the runs, and
 `spread` has the least and the most:
 
-    fwd_ms, bwd_ms            wall: median over back-to-back eager calls; backward = both minus
-                              forward, which take turns
+    fwd_ms, bwd_ms            wall: medians of eager forward and backward, alternating back to back
     busy_fwd_ms, busy_bwd_ms  time the GPU is busy: union of the kernels' intervals (CUPTI), of the
                               forward and the backward of the same calls, the median call
-    graph_fwd_ms, graph_bwd_ms  like wall, replaying CUDA graphs (sonicmoe only)
+    graph_fwd_ms, graph_bwd_ms  like wall, replaying two CUDA graphs (sonicmoe only)
 
 and once:
 
@@ -40,9 +39,8 @@ import gpu_compile
 import gpu_summary
 import torch
 from gpu_common import (
-    Call,
     Problem,
-    in_turns_ms,
+    halves_ms,
     memory,
     new_record,
     require_gpu,
@@ -54,57 +52,71 @@ from gpu_oracle import Oracle, one_routing
 from gpu_profile import busy_figures, kernel_table, profiled_halves
 from gpu_systems import SYSTEMS, Cublas, systems_named
 
-TURNS = 3  # of forward and of both in a run
 PROFILED_SECONDS = 0.1
 
 # ------------------------------------------------------------------------------------------ a figure
 
 
-def both_calls(p: Problem, system) -> dict[str, Call]:
-    return {
-        "forward": lambda: system.layer(p),
-        "both": lambda: torch.autograd.grad(system.layer(p), p.leaves, p.grad),
-    }
+class Halves:
+    """Forward and backward of a system's layer on one problem."""
+
+    def __init__(self, p: Problem, system) -> None:
+        self.p, self.system = p, system
+
+    def forward(self) -> torch.Tensor:
+        return self.system.layer(self.p)
+
+    def backward(self, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(y, self.p.leaves, self.p.grad)
+
+    def times(self, seconds: float, prefix: str = "") -> dict[str, float]:
+        forward, backward = halves_ms(self.forward, self.backward, seconds)
+        return {f"{prefix}fwd_ms": forward, f"{prefix}bwd_ms": backward}
 
 
-def fwd_bwd(times: dict[str, float], prefix: str = "") -> dict[str, float]:
-    """backward = both minus forward."""
-    forward = times["forward"]
-    return {f"{prefix}fwd_ms": forward, f"{prefix}bwd_ms": times["both"] - forward}
+class Replays(Halves):
+    """The same as two CUDA graphs; the second one reads what the first one saved."""
+
+    def __init__(self, p: Problem, system) -> None:
+        super().__init__(p, system)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            super().backward(super().forward())
+        torch.cuda.current_stream().wait_stream(side)
+        self.graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graphs[0]):
+            self.y = super().forward()
+        with torch.cuda.graph(self.graphs[1], pool=self.graphs[0].pool()):
+            # Kept: a graph that is replayed many times reads what the first one saved.
+            self.grads = torch.autograd.grad(self.y, p.leaves, p.grad, retain_graph=True)
+
+    def forward(self) -> torch.Tensor:
+        self.graphs[0].replay()
+        return self.y
+
+    def backward(self, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.graphs[1].replay()
+        return self.grads
 
 
-def captured(call: Call) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
-
-
-def halves(p: Problem, system, call_ms: float):
-    def backward(y: torch.Tensor) -> object:
-        return torch.autograd.grad(y, p.leaves, p.grad)
-
-    return profiled_halves(lambda: system.layer(p), backward, call_ms, PROFILED_SECONDS)
+def profiled(halves: Halves, call_ms: float):
+    return profiled_halves(halves.forward, halves.backward, call_ms, PROFILED_SECONDS)
 
 
 def figures_of_run(p: Problem, system, seconds: float) -> dict[str, float]:
     """What is measured anew in every run."""
     if isinstance(system, Cublas):
         products = system.products(p)
-        times = in_turns_ms({"fwd_ms": products.forward, "bwd_ms": products.backward}, seconds)
-        return {key: ms * products.scale for key, ms in times.items()}
-    calls = both_calls(p, system)
-    times = in_turns_ms(calls, seconds, TURNS)
-    figures = fwd_bwd(times) | busy_figures(halves(p, system, times["both"]))
+        times = halves_ms(products.forward, lambda _: products.backward(), seconds)
+        return {
+            name: ms * products.scale for name, ms in zip(("fwd_ms", "bwd_ms"), times, strict=True)
+        }
+    halves = Halves(p, system)
+    figures = halves.times(seconds)
+    figures |= busy_figures(profiled(halves, figures["fwd_ms"] + figures["bwd_ms"]))
     if system.replayed:
-        graphs = {name: captured(call) for name, call in calls.items()}
-        replays = {name: graph.replay for name, graph in graphs.items()}
-        figures |= fwd_bwd(in_turns_ms(replays, seconds, TURNS), "graph_")
+        figures |= Replays(p, system).times(seconds, "graph_")
     return figures
 
 
@@ -114,7 +126,8 @@ def figures_once(p: Problem, system, oracle: Oracle | None, routing) -> dict:
         return {}
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    both_calls(p, system)["both"]()
+    halves = Halves(p, system)
+    halves.backward(halves.forward())
     torch.cuda.synchronize()
     figures = {"first_call_s": time.perf_counter() - begin} | memory(p, system.layer)
     if oracle and hasattr(system, "experts"):
@@ -207,9 +220,8 @@ def with_anchors(rows: list[dict]) -> dict:
 
 
 def print_kernels(p: Problem, system) -> None:
-    call = both_calls(p, system)["both"]
-    call_ms = in_turns_ms({"both": call}, 0.0)["both"]
-    calls = halves(p, system, call_ms)
+    halves = Halves(p, system)
+    calls = profiled(halves, sum(halves.times(0.0).values()))
     for part in ("forward", "backward"):
         print(f"{p.name} {system.name} {part}: us per call, launches per call, kernel")
         for us, launches, name in kernel_table([getattr(call, part) for call in calls]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -16,7 +18,7 @@ from bench_common import REPOSITORY, commit
 
 BF16 = torch.bfloat16
 MIB = 2**20
-SETTLE_S = 0.15  # of load before a figure, for the clock to settle at the card's power limit
+SETTLE_S = 0.25  # of load before a figure, for the clock to settle at the card's power limit
 
 Call = Callable[[], object]
 
@@ -82,6 +84,31 @@ def series_ms(call: Call, count: int) -> list[float]:
         mark.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+
+
+def halves_ms(
+    forward: Callable[[], object], backward: Callable[[object], object], seconds: float
+) -> tuple[float, float]:
+    """Median milliseconds of forward() and of backward(its result), which alternate back to back for
+    `seconds`, after SETTLE_S of the same without a pause: under load the card lowers its clock."""
+    each = warm_seconds(lambda: backward(forward()), 0.0)
+    for _ in range(math.ceil(SETTLE_S / each)):
+        backward(forward())
+    marks = []
+
+    def mark() -> None:
+        marks.append(torch.cuda.Event(enable_timing=True))
+        marks[-1].record()
+
+    mark()
+    for _ in range(min(200, max(5, round(seconds / each)))):
+        result = forward()
+        mark()
+        backward(result)
+        mark()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+    return statistics.median(times[::2]), statistics.median(times[1::2])
 
 
 def in_turns_ms(

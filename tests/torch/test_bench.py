@@ -14,6 +14,7 @@ sys.path.insert(0, str(REPOSITORY / "bench"))
 
 import bench_gpu
 import bench_gpu_cases as cases
+import gpu_common
 import gpu_compile
 import gpu_profile
 import gpu_summary
@@ -203,6 +204,37 @@ def test_kernel_table():
 # ---------------------------------------------------------------------------------------------- runs
 
 
+def test_forward_and_backward_are_timed_apart(monkeypatch):
+    now, log = [0.0], []
+
+    def work(name, ms):
+        log.append(name)
+        now[0] += ms
+        return name
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    monkeypatch.setattr(gpu_common.torch.cuda, "Event", Event)
+    monkeypatch.setattr(gpu_common.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu_common, "warm_seconds", lambda call, seconds: 0.01)
+    monkeypatch.setattr(gpu_common, "SETTLE_S", 0.03)
+
+    def backward(result):
+        assert result == "f"
+        work("b", 50.0 if len(log) == 19 else 5.0)  # one outlier
+
+    assert gpu_common.halves_ms(lambda: work("f", 2.0), backward, 0.1) == (2.0, 5.0)
+    assert log == ["f", "b"] * (3 + 10)
+
+
 def test_medians_of_runs():
     runs = [
         {"fwd_ms": 3.0, "bwd_ms": 5.0},
@@ -216,10 +248,6 @@ def test_medians_of_runs():
     }
     assert bench_gpu.median_of_runs(runs[:1]) == runs[0]
     assert bench_gpu.median_of_runs([]) == {}
-    assert bench_gpu.fwd_bwd({"forward": 2.0, "both": 7.0}, "graph_") == {
-        "graph_fwd_ms": 2.0,
-        "graph_bwd_ms": 5.0,
-    }
 
 
 class FakeSystem:
