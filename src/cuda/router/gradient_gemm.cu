@@ -151,7 +151,7 @@ bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad
   if (!holds_terms(grad_logits)) {
     if (router_weight.dtype() != DType::kBFloat16 || !can_split(grad_logits)) return false;
     if (!hopper::reason_against(call, args).empty()) return false;
-    split_terms(stream, grad_logits, terms, "router's share of dX");
+    if (first_column == 0) split_terms(stream, grad_logits, terms, "router's share of dX");
   }
   hopper::input_gradient(call, args);
   return true;

@@ -56,7 +56,7 @@ GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_token
 
 /// out [T, num_columns] bf16 = grad_logits router_weight[:, first_column...]. False, and nothing
 /// enqueued, where the kernels decline. Where grad_logits holds terms, the high ones and the lists
-/// are in `terms` already.
+/// are in `terms` already; else the slab at column 0, which comes first, puts them there for all.
 bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad_logits,
                            ConstTensorView router_weight, std::int64_t first_column,
                            std::int64_t num_columns, Matrix out, const GradientTerms& terms);
