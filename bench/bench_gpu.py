@@ -57,7 +57,7 @@ PROFILED_SECONDS = 0.1
 # ------------------------------------------------------------------------------------------ a figure
 
 
-class Halves:
+class EagerLayer:
     """Forward and backward of a system's layer on one problem."""
 
     def __init__(self, p: Problem, system) -> None:
@@ -74,7 +74,7 @@ class Halves:
         return {f"{prefix}fwd_ms": forward, f"{prefix}bwd_ms": backward}
 
 
-class Replays(Halves):
+class ReplayedLayer(EagerLayer):
     """The same as two CUDA graphs; the second one reads what the first one saved."""
 
     def __init__(self, p: Problem, system) -> None:
@@ -100,8 +100,8 @@ class Replays(Halves):
         return self.grads
 
 
-def profiled(halves: Halves, call_ms: float):
-    return profiled_halves(halves.forward, halves.backward, call_ms, PROFILED_SECONDS)
+def profiled(layer: EagerLayer, call_ms: float):
+    return profiled_halves(layer.forward, layer.backward, call_ms, PROFILED_SECONDS)
 
 
 def figures_of_run(p: Problem, system, seconds: float) -> dict[str, float]:
@@ -112,11 +112,11 @@ def figures_of_run(p: Problem, system, seconds: float) -> dict[str, float]:
         return {
             name: ms * products.scale for name, ms in zip(("fwd_ms", "bwd_ms"), times, strict=True)
         }
-    halves = Halves(p, system)
-    figures = halves.times(seconds)
-    figures |= busy_figures(profiled(halves, figures["fwd_ms"] + figures["bwd_ms"]))
+    layer = EagerLayer(p, system)
+    figures = layer.times(seconds)
+    figures |= busy_figures(profiled(layer, figures["fwd_ms"] + figures["bwd_ms"]))
     if system.replayed:
-        figures |= Replays(p, system).times(seconds, "graph_")
+        figures |= ReplayedLayer(p, system).times(seconds, "graph_")
     return figures
 
 
@@ -126,8 +126,8 @@ def figures_once(p: Problem, system, oracle: Oracle | None, routing) -> dict:
         return {}
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    halves = Halves(p, system)
-    halves.backward(halves.forward())
+    layer = EagerLayer(p, system)
+    layer.backward(layer.forward())
     torch.cuda.synchronize()
     figures = {"first_call_s": time.perf_counter() - begin} | memory(p, system.layer)
     if oracle and hasattr(system, "experts"):
@@ -220,8 +220,8 @@ def with_anchors(rows: list[dict]) -> dict:
 
 
 def print_kernels(p: Problem, system) -> None:
-    halves = Halves(p, system)
-    calls = profiled(halves, sum(halves.times(0.0).values()))
+    layer = EagerLayer(p, system)
+    calls = profiled(layer, sum(layer.times(0.0).values()))
     for part in ("forward", "backward"):
         print(f"{p.name} {system.name} {part}: us per call, launches per call, kernel")
         for us, launches, name in kernel_table([getattr(call, part) for call in calls]):

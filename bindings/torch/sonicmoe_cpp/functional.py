@@ -175,8 +175,8 @@ def moe_sorted(
         activation,
         gate_up_layout,
         limit,
-        True,
-        workspace_limit,
+        deterministic=True,  # there is no sum
+        workspace_limit=workspace_limit,
     )
 
 

@@ -94,7 +94,6 @@ class UpEpilogue {
 
   __device__ UpEpilogue(const Params& p, const Item& t, int w, int warp, int lane, State& weights)
       : p_(p), rows_(t, w, warp, lane), n_tile_(t.n), w_(w), weights_(weights) {}
-  __device__ void prefetch() {}
 
   __device__ void store(uint32_t half) {
     visit_activation<kGated>(p_.activation.kind, [&](auto kind) {
@@ -171,7 +170,6 @@ class HiddenGradientEpilogue {
   __device__ HiddenGradientEpilogue(const Params& p, const Item& t, int w, int warp, int lane,
                                     State& input)
       : p_(p), rows_(t, w, warp, lane), w_(w), n_tile_(t.n), input_(input) {}
-  __device__ void prefetch() {}
 
   __device__ void store(uint32_t half) {
     visit_activation<kGated>(p_.activation.kind, [&](auto kind) {

@@ -6,7 +6,6 @@
 //   State(params, layout, warp, lane)       what epilogue warp `warp` (0..2) keeps over its items
 //     .begin(item, w)                       announces each half in turn, ahead of its constructor
 //   constructor(params, item, w, warp, lane, state)   half w of the item
-//   prefetch()                              before the half is ready: loads that do not need it
 //   store(half)                             reads the dumped half and stores it
 // Eight lanes take eight 16-byte chunks (64 columns) of a row, a warp four rows; warp v takes every
 // third group of four rows.
@@ -125,8 +124,6 @@ class StoreRows {
         w_(w),
         tokens_(tokens) {}
 
-  __device__ void prefetch() {}
-
   __device__ void store(uint32_t half) {
     if (p_.row_token == nullptr) {
       for_each_chunk(
@@ -211,7 +208,6 @@ class StoreWeightGradient {
 
   __device__ StoreWeightGradient(const Params& p, const Item& t, int w, int, int lane, State&)
       : p_(p), t_(t), w_(w), lane_(lane) {}
-  __device__ void prefetch() {}
 
   // One thread: boxes of the half by TMA, clipped to the expert's gradient. The half is free once
   // they have been read.

@@ -248,7 +248,7 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
   s.top_k = shape.form == MoEShape::Form::kTopK
                 ? static_cast<int>(shape.num_pairs / shape.num_tokens)
                 : 0;
-  s.vector_out = reinterpret_cast<std::uintptr_t>(args.out.data) % 16 == 0 && args.out.ld % 8 == 0;
+  s.vector_out = args.out.has_aligned_rows();
   aggregate_kernel<<<grid_of(shape.num_tokens * s.chunks, kWarps), kThreads, 0, stream>>>(s,
                                                                                           metadata);
   check_launch(cudaGetLastError(), "aggregate", shape);

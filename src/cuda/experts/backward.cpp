@@ -44,8 +44,8 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab)
 void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const Metadata& m,
                      const Buffers& b, const RouterShare* router, std::int64_t slab) {
   const MoEShape& shape = call.shape;
-  const bool sorted = shape.form == MoEShape::Form::kSorted, stores = stores_rows(shape);
-  const bool adds = !stores && !sorted;
+  const bool sorted = shape.form == MoEShape::Form::kSorted;
+  const bool stores = stores_rows(shape), adds = adds_rows(shape);
   if (adds && router == nullptr) zero_rows(call.stream, shape, matrix(args.grad_x));
   for (std::int64_t c = 0; c < shape.hidden_size; c += slab) {
     const std::int64_t columns = std::min(slab, shape.hidden_size - c);

@@ -19,10 +19,13 @@ inline std::size_t elements(std::int64_t rows, std::int64_t columns) {
   return static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns);
 }
 
-/// Whether Y and dX~ are stored row by row and then summed per token. Sorted rows are the output
-/// themselves; without determinism they are added to their tokens' rows at once.
+/// Whether Y and dX~ are stored row by row and then summed per token, or added to their tokens'
+/// rows at once; neither for sorted rows, which are the output themselves.
 inline bool stores_rows(const MoEShape& shape) {
   return shape.form != MoEShape::Form::kSorted && shape.deterministic;
+}
+inline bool adds_rows(const MoEShape& shape) {
+  return shape.form != MoEShape::Form::kSorted && !shape.deterministic;
 }
 
 inline ExpertCall expert_call(const Context& context, const MoEShape& shape,

@@ -41,19 +41,19 @@ WorkspacePlan forward_plan(const MoEShape& shape, bool inference,
 
 void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs& args) {
   const bool inference = !args.h.defined(), sorted = shape.form == MoEShape::Form::kSorted;
+  const bool stores = stores_rows(shape), adds = adds_rows(shape);
   const WorkspacePlan plan = forward_plan(shape, inference, args.workspace_limit);
   WorkspaceCarver carver(args.workspace.data());
   Buffers b = carve(carver, shape, inference, plan.slab_columns);
   const Metadata m = metadata_view(shape, inference ? b.metadata : args.metadata.data());
   const ConstTensorView& weights = routing_weights(args.routing);
   // The sum over stored rows takes `weights`.
-  if (stores_rows(shape) || !weights.defined()) b.tables.row_weight = nullptr;
+  if (stores || !weights.defined()) b.tables.row_weight = nullptr;
   const ExpertCall call = expert_call(context, shape, args.options, m, b.tables);
   build_metadata(call.stream, shape, args.routing, m, b.scratch, b.tables);
   SONICMOE_RUN_GEMM(call, up,
                     UpArgs{matrix(args.x), args.weights.w1, args.weights.b1,
                            inference ? nullptr : args.h.data(), b.a, b.tables.row_weight});
-  const bool stores = stores_rows(shape), adds = !stores && !sorted;
   if (adds) zero_rows(call.stream, shape, matrix(args.out));
   for (std::int64_t c = 0; c < shape.hidden_size; c += plan.slab_columns) {
     const std::int64_t columns = std::min(plan.slab_columns, shape.hidden_size - c);

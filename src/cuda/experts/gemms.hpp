@@ -50,6 +50,11 @@ struct ExpertCall {
 struct Matrix {
   void* data = nullptr;
   std::int64_t ld = 0;
+
+  /// Whether rows of bfloat16 start at multiples of 16 bytes.
+  bool has_aligned_rows() const {
+    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && ld % 8 == 0;
+  }
 };
 
 /// H[r] = X[token(r)] W1[e]^T + b1[e]; A[r] = s act(H[r]), from the rounded H, s = row_weight[r].

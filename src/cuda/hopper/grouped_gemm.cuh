@@ -194,7 +194,6 @@ __device__ void epilogue_role(const Params<Spec>& p, const SharedLayout& l, int 
         if (more) state.begin(following, 0);
       }
       typename Spec::Epilogue epilogue(p.epilogue, t, w, warp, lane, state);
-      epilogue.prefetch();
       tile::wait(l.dump_full + 8 * w, parity, Role::kEpilogue, Slot::kDumpFull, w);
       epilogue.store(l.dump + w * half_dump_bytes(Spec::shape));
       __syncwarp();

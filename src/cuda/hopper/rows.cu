@@ -6,6 +6,10 @@
 namespace sonicmoe::cuda::hopper {
 namespace {
 
+void set_add_group(OperandParams& o, std::int64_t num_tokens, int block_n) {
+  o.n_group = choose_add_group(num_tokens, o.depth, o.n_tiles, block_n);
+}
+
 template <int kBlockN, Major kMajor>
 void launch_down(const ExpertCall& call, const DownArgs& args) {
   using Spec = RowsSpec<kBlockN, kMajor>;
@@ -15,10 +19,7 @@ void launch_down(const ExpertCall& call, const DownArgs& args) {
   p.operands.a = map_of_rows(args.a, s.num_pairs, s.intermediate_size);
   p.operands.b = map_of_weight(args.w2, 1, 1, kBlockN, kMajor);
   p.operands.first_column = static_cast<int>(args.first_column);
-  if (args.add_rows) {
-    p.operands.n_group =
-        choose_add_group(s.num_tokens, p.operands.depth, p.operands.n_tiles, kBlockN);
-  }
+  if (args.add_rows) set_add_group(p.operands, s.num_tokens, kBlockN);
   p.epilogue = {.out = static_cast<bf16*>(args.out.data),
                 .ld = args.out.ld,
                 .row_weight = args.row_weight,
@@ -38,10 +39,7 @@ void launch_input_gradient(const ExpertCall& call, const InputGradientArgs& args
   p.operands.a = map_of_rows(args.grad_h, s.num_pairs, s.hidden_columns());
   p.operands.b = map_of_weight(args.w1, 2, 1, kBlockN, kMajor);
   p.operands.first_column = static_cast<int>(args.first_column);
-  if (args.add_rows) {
-    p.operands.n_group =
-        choose_add_group(s.num_tokens, p.operands.depth, p.operands.n_tiles, kBlockN);
-  }
+  if (args.add_rows) set_add_group(p.operands, s.num_tokens, kBlockN);
   p.epilogue = {.out = static_cast<bf16*>(args.out.data),
                 .ld = args.out.ld,
                 .row_weight = nullptr,

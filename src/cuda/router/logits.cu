@@ -355,12 +355,12 @@ void logits_grad_input(cudaStream_t stream, int device, ConstTensorView grad_log
                             out, terms)) {
     return;
   }
-  const bool aligned = reinterpret_cast<std::uintptr_t>(out.data) % 16 == 0 && out.ld % 8 == 0;
   visit_float_dtype(router_weight, [&]<class W>(const W* weight) {
     launch_product(stream, SimtOperand<float, Unit::kDepth>{grad_logits.as<float>(), num_experts},
                    SimtOperand<W, Unit::kWidth>{weight + first_column, router_weight.stride(0)},
                    {num_tokens, num_columns, num_experts, num_experts}, 1,
-                   StoreRows{static_cast<bf16*>(out.data), out.ld, aligned}, "logits_grad_input");
+                   StoreRows{static_cast<bf16*>(out.data), out.ld, out.has_aligned_rows()},
+                   "logits_grad_input");
   });
 }
 

@@ -94,11 +94,7 @@ __device__ std::int64_t exclusive_sum(std::int64_t value, std::int64_t (&of_warp
                                       std::int64_t& total) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  std::int64_t inclusive = value;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const std::int64_t other = __shfl_up_sync(kAllLanes, inclusive, distance);
-    if (lane >= distance) inclusive += other;
-  }
+  const std::int64_t inclusive = inclusive_sum(value, lane);
   if (lane == 31) of_warps[warp] = inclusive;
   __syncthreads();
   std::int64_t before = 0;

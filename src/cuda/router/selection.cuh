@@ -107,6 +107,17 @@ __device__ inline std::uint32_t cta_max(std::uint32_t value, std::uint32_t* of_w
   return __reduce_max_sync(kAllLanes, of_warps[lane]);
 }
 
+// The sum of the values of the lanes up to this one.
+template <class T>
+__device__ T inclusive_sum(T value, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const T other = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
 // Brings the keys low..high-1 to s.keys, in any order; s.num_keys is 0 before. Ends with a barrier.
 template <int kHeld>
 __device__ void gather(const Members<kHeld>& members, std::uint32_t low, std::uint32_t high,
@@ -114,12 +125,7 @@ __device__ void gather(const Members<kHeld>& members, std::uint32_t low, std::ui
   const int lane = threadIdx.x % 32;
   int mine = 0;
   members.for_each([&](std::uint32_t key, int) { mine += key - low < high - low ? 1 : 0; });
-  int end = mine;  // inclusive sum over the lanes
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, end, distance);
-    if (lane >= distance) end += other;
-  }
+  const int end = inclusive_sum(mine, lane);
   const int base = lane == 31 ? atomicAdd(&s.num_keys, end) : 0;
   std::uint32_t* place = s.keys + __shfl_sync(kAllLanes, base, 31) + end - mine;
   members.for_each([&](std::uint32_t key, int) {
