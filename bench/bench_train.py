@@ -17,6 +17,9 @@ and mode runs in a process of its own. Kinds of rows:
     search  largest microbatch that runs two steps, and what the formula predicts
     failed  the reason; for out of memory the sizes of the tensors
 
+With --gpus N the processes run side by side, each on a GPU of its own: `gpu` in the rows says which, and
+product_tflops of the row `model` what that GPU reaches in a plain product of 8192^3, bfloat16.
+
     python bench/bench_train.py --output bench/results/train-h100.json
 """
 
@@ -26,10 +29,13 @@ import argparse
 import dataclasses
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -97,6 +103,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=float, default=150, help="seconds for one system and mode")
     add("--deadline", type=float, default=570, help="seconds for all")
     add("--device", default="cuda", choices=("cuda", "cpu"))
+    add("--gpus", type=int, default=1, help="processes at a time, each on its own GPU")
     add("--no-kernels", action="store_true", help="do not profile the kernels")
     add("--output", type=Path)
     add("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -177,6 +184,7 @@ class Worker:
             "model",
             **dataclasses.asdict(count) | {"vocab_size": self.vocab_size},
             checksum=f"{self.step.checksum:.9e}",
+            **product_speed(self.device),
             set_up_s=round(time.monotonic() - self.begin, 1),
         )
         begin = time.monotonic()
@@ -270,6 +278,25 @@ def cuda_memory() -> dict[str, float]:
     }
 
 
+def product_speed(device, size: int = 8192) -> dict[str, float]:
+    """TFLOP/s of a bfloat16 product, by which GPUs of one kind differ from each other."""
+    import torch
+
+    if device.type != "cuda":
+        return {}
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    repeats = 150  # 0.2 s, of which the first third settles the clock
+    for index in range(repeats):
+        if index == repeats // 3:
+            begin.record()
+        a @ a.T
+    end.record()
+    torch.cuda.synchronize()
+    flops = 2 * size**3 * (repeats - repeats // 3)
+    return {"product_tflops": flops / begin.elapsed_time(end) / 1e9}
+
+
 def kind_of(kernel: str) -> str:
     return next((kind for kind, part in KINDS.items() if re.search(part, kernel)), "pointwise")
 
@@ -318,40 +345,69 @@ def failure(system: str, mode: str, reason: str) -> dict:
     return {"system": system, "mode": mode, "kind": "failed", "reason": reason}
 
 
-def run_worker(arguments: argparse.Namespace, run: str, seconds: float, record: dict) -> None:
-    """One system and mode in a process of its own; its rows are in the record as they come."""
-    system, _, mode = run.partition(":")
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", "--limit", f"{seconds:.0f}"]
-    command += ["--run", run]
-    log = []
-    process = subprocess.Popen(
-        ["timeout", "-k", "5", f"{seconds + 30:.0f}", *command],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-    )  # fmt: skip
-    try:
-        for line in process.stdout:
-            if line.startswith("ROW "):
-                add_row(record, json.loads(line[4:]), arguments.output)
+class Runs:
+    """The processes, the record of their rows, and the time that is left."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.record = arguments, new_record(arguments)
+        self.begin, self.lock = time.monotonic(), threading.Lock()
+        self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else [str(i) for i in range(arguments.gpus)]
+        for name in names[: arguments.gpus]:
+            self.gpus.put(name)
+
+    def run_all(self) -> None:
+        with ThreadPoolExecutor(self.gpus.qsize()) as pool:
+            for done in [pool.submit(self.run, run) for run in self.arguments.run]:
+                done.result()
+
+    def run(self, run: str) -> None:
+        gpu = self.gpus.get()
+        try:
+            left = self.arguments.deadline - (time.monotonic() - self.begin)
+            if left < 20:
+                self.add(failure(*run.split(":"), "not begun: no time left"))
             else:
-                log.append(line.rstrip())
-        code = process.wait()
-    finally:
-        if process.poll() is None:
-            process.terminate()
-    told = any(row["kind"] == "failed" and row["mode"] == mode and row["system"] == system
-               for row in record["rows"])  # fmt: skip
-    if code and not told:
-        reason = f"stopped after {seconds + 30:.0f} s" if code == 124 else f"exit code {code}"
-        tail = " | ".join(line for line in log[-12:] if line.strip())
-        add_row(record, failure(system, mode, f"{reason}: {tail}"[-1500:]), arguments.output)
+                self.run_worker(run, min(self.arguments.limit, left - 10), gpu)
+        finally:
+            self.gpus.put(gpu)
 
+    def run_worker(self, run: str, seconds: float, gpu: str) -> None:
+        """One system and mode in a process of its own; its rows are in the record as they come."""
+        system, _, mode = run.partition(":")
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", "--limit", f"{seconds:.0f}"]
+        command += ["--run", run]
+        log, told = [], False
+        process = subprocess.Popen(
+            ["timeout", "-k", "5", f"{seconds + 30:.0f}", *command],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+        )  # fmt: skip
+        try:
+            for line in process.stdout:
+                if line.startswith("ROW "):
+                    row = json.loads(line[4:])
+                    told = told or row["kind"] == "failed"
+                    self.add(row | ({"gpu": gpu} if self.arguments.gpus > 1 else {}))
+                else:
+                    log.append(line.rstrip())
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+        if code and not told:
+            reason = f"stopped after {seconds + 30:.0f} s" if code == 124 else f"exit code {code}"
+            tail = " | ".join(line for line in log[-12:] if line.strip())
+            self.add(failure(system, mode, f"{reason}: {tail}"[-1500:]))
 
-def add_row(record: dict, row: dict, path: Path | None) -> None:
-    from gpu_common import rounded, write_record
+    def add(self, row: dict) -> None:
+        from gpu_common import rounded, write_record
 
-    record["rows"].append(rounded(row))
-    write_record(record, path)
-    print(describe(row), flush=True)
+        with self.lock:
+            self.record["rows"].append(rounded(row))
+            write_record(self.record, self.arguments.output)
+            print(describe(row), flush=True)
 
 
 def describe(row: dict) -> str:
@@ -455,14 +511,9 @@ def main() -> int:
         return work(arguments)
     from gpu_common import rounded, write_record
 
-    begin = time.monotonic()
-    record = new_record(arguments)
-    for run in arguments.run:
-        left = arguments.deadline - (time.monotonic() - begin)
-        if left < 20:
-            add_row(record, failure(*run.split(":"), "not begun: no time left"), arguments.output)
-            continue
-        run_worker(arguments, run, min(arguments.limit, left - 10), record)
+    runs = Runs(arguments)
+    runs.run_all()
+    record = runs.record
     record["summary"] = rounded(summarize(record["rows"]))
     write_record(record, arguments.output)
     print(json.dumps(record["summary"], indent=1))

@@ -112,11 +112,13 @@ def bench(tmp_path, *flags):
 
 def test_a_whole_run(tmp_path):
     systems = ["sonicmoe:plain", "grouped_mm:plain", "eager:plain", "sonicmoe:graph"]
-    record = bench(tmp_path, "--most", "3", "--loss-steps", "4", "--run", *systems)
+    flags = ["--most", "3", "--loss-steps", "4", "--gpus", "2"]
+    record = bench(tmp_path, *flags, "--run", *systems)
     assert {"commit", "date", "device", "versions", "command", "rows"} <= record.keys()
     rows = {(row["system"], row["kind"], row.get("microbatch")): row for row in record["rows"]}
     models = [row for row in record["rows"] if row["kind"] == "model"]
     assert len({row["checksum"] for row in models}) == 1 and len(models) == 3
+    assert {row["gpu"] for row in record["rows"]} == {"0", "1"}
     for system in ("sonicmoe", "grouped_mm", "eager"):
         assert rows[system, "search", None]["largest"] == 3
         for microbatch in (2, 3):
