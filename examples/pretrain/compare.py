@@ -2,16 +2,20 @@
 
 Trains every policy and top-K from the same seeds on the same tokens, validates all with plain top-K,
 and plots the validation curves. Flags of the trainer hold for every run. A run that is there already
-is resumed, or taken as it is: metrics.jsonl alone is enough where all its steps are done.
+is resumed, or taken as it is: metrics.jsonl alone is enough where all its steps are done. With --jobs N
+the runs are processes, N at a time, spread over the GPUs there are.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
 import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 from .config import POLICIES, Request, TrainConfig, UserError, make_parser, validate
@@ -50,10 +54,15 @@ class Comparison:
     config: TrainConfig  # of every run, but for name, router, policy and seed
     policies: list[str]
     seeds: list[int]
+    jobs: int = 1  # runs at a time
+    only: str = ""  # the one run that a process of several trains
 
     @property
     def variants(self) -> list[str]:
         return [TOPK, *self.policies]
+
+    def runs(self) -> list[TrainConfig]:
+        return [self.run(variant, seed) for seed in self.seeds for variant in self.variants]
 
     def run(self, variant: str, seed: int) -> TrainConfig:
         rounding = {} if variant == TOPK else {"policy": variant}
@@ -73,6 +82,8 @@ def parse_compare(argv: list[str]) -> Comparison:
     parser.add_argument(
         "--policies", metavar="A,B", help="policies compared with top-K (default: that of --policy)"
     )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     parser.add_argument(
         "--quality",
         action="store_true",
@@ -80,11 +91,14 @@ def parse_compare(argv: list[str]) -> Comparison:
     )
     values = vars(parser.parse_args(argv))
     seeds, policies = values.pop("seeds"), values.pop("policies")
+    jobs, only = values.pop("jobs"), values.pop("only")
     defaults = DEFAULTS | (QUALITY if values.pop("quality") else {})
     if "router" in values:
         raise UserError("--router: compare trains both routers")
     if seeds < 1:
         raise UserError(f"--seeds must be positive, not {seeds}")
+    if jobs < 1:
+        raise UserError(f"--jobs must be positive, not {jobs}")
     config = TrainConfig(**{**defaults, **values}, router="token-rounding")
     validate(config)
     chosen = policies.split(",") if policies else [config.policy]
@@ -93,7 +107,8 @@ def parse_compare(argv: list[str]) -> Comparison:
             raise UserError(
                 f"--policies {policies}: expected different ones of {', '.join(POLICIES)}"
             )
-    return Comparison(config, chosen, list(range(config.seed, config.seed + seeds)))
+    seeds_used = list(range(config.seed, config.seed + seeds))
+    return Comparison(config, chosen, seeds_used, jobs, only)
 
 
 def is_done(config: TrainConfig) -> bool:
@@ -104,23 +119,74 @@ def is_done(config: TrainConfig) -> bool:
     return bool(lines) and lines[-1]["step"] >= config.steps and "val_loss" in lines[-1]
 
 
-def run_all(comparison: Comparison, signals: Signals) -> int:
-    """Trains every (seed, variant) below runs/NAME/; returns the first exit code that is not 0."""
+def train_one(one: TrainConfig, signals: Signals) -> int:
+    """Starts or continues a run; returns its exit code."""
     from .trainer import train
 
-    for seed in comparison.seeds:
-        for variant in comparison.variants:
-            one = comparison.run(variant, seed)
-            print(f"== {variant}, seed {seed}", flush=True)
-            if is_done(one):
-                continue
-            resume = one.run_dir.exists()
-            given = {field.name for field in dataclasses.fields(one)} if resume else set()
-            code = train(Request(one, given, resume), signals)
-            if code:
-                return code
-            write_results(comparison)
+    resume = one.run_dir.exists()
+    given = {field.name for field in dataclasses.fields(one)} if resume else set()
+    return train(Request(one, given, resume), signals)
+
+
+def run_all(comparison: Comparison, signals: Signals) -> int:
+    """Trains every (seed, variant) below runs/NAME/; returns the first exit code that is not 0."""
+    for one in comparison.runs():
+        print(f"== {one.name}", flush=True)
+        if is_done(one):
+            continue
+        code = train_one(one, signals)
+        if code:
+            return code
+        write_results(comparison)
     return 0
+
+
+def start_run(one: TrainConfig, argv: list[str], job: int, jobs: int) -> subprocess.Popen:
+    """This program for one run, on the GPU of its job; what it prints goes to runs/NAME/RUN.log."""
+    import torch
+
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    if count := torch.cuda.device_count():
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else [str(i) for i in range(count)]
+        environment["CUDA_VISIBLE_DEVICES"] = names[job % count]
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    Path(one.runs_dir).mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pretrain.compare", *argv, "--only", one.name]
+    with open(f"{one.run_dir}.log", "w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def run_side_by_side(comparison: Comparison, argv: list[str]) -> int:
+    """run_all() with comparison.jobs processes. After a failure no further run is started."""
+    waiting = [one for one in comparison.runs() if not is_done(one)]
+    running: dict[int, tuple[TrainConfig, subprocess.Popen]] = {}
+    first_failure = 0
+    try:
+        while waiting or running:
+            for job in set(range(comparison.jobs)) - running.keys():
+                if waiting:
+                    one = waiting.pop(0)
+                    running[job] = one, start_run(one, argv, job, comparison.jobs)
+            time.sleep(0.2)
+            for job, (one, process) in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[job]
+                print(f"== {one.name}: {f'exit code {code}' if code else 'done'}", flush=True)
+                if code:
+                    first_failure = first_failure or code
+                    waiting.clear()
+                    print(Path(f"{one.run_dir}.log").read_text()[-2000:], file=sys.stderr)
+                else:
+                    write_results(comparison)
+    finally:  # stopped by a signal: they save and end
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+    return first_failure
 
 
 def read_results(comparison: Comparison) -> Results:
@@ -224,11 +290,18 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes as of train."""
     from .train import report
 
+    argv = sys.argv[1:] if argv is None else argv
     signals = Signals()
     signals.install()
     try:
-        comparison = parse_compare(sys.argv[1:] if argv is None else argv)
-        code = run_all(comparison, signals)
+        comparison = parse_compare(argv)
+        if comparison.only:
+            wanted = (one for one in comparison.runs() if one.name == comparison.only)
+            return train_one(next(wanted), signals)
+        if comparison.jobs > 1:
+            code = run_side_by_side(comparison, argv)
+        else:
+            code = run_all(comparison, signals)
         if code:
             return code
         summary = write_results(comparison)

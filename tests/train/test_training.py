@@ -144,6 +144,27 @@ def test_compare(flags, tmp_path, monkeypatch):
     assert all(m["rows"] == 2 * 64 * 2 and m["rows_dropped"] == 0 for m in plain)
 
 
+def test_compare_side_by_side(flags, tmp_path):
+    switches, changes = ("--seeds", "1", "--policies", "nearest"), {"steps": 4, "eval_every": 2}
+    assert compare(flags(*switches, name="one", **changes)) == 0
+    assert compare(flags(*switches, "--jobs", "2", name="two", **changes)) == 0
+    folder = tmp_path / "runs"
+    record = json.loads((folder / "two" / "compare.json").read_text())
+    assert list(record["variants"]) == ["topk", "nearest"]
+    for run in ("topk-0", "nearest-0"):
+        losses = [
+            [line["loss"] for line in read_metrics(folder / name / run / "metrics.jsonl")]
+            for name in ("one", "two")
+        ]
+        assert len(losses[0]) == 4 and losses[0] == losses[1]
+
+
+def test_compare_side_by_side_reports_a_failure(flags, tmp_path, capfd):
+    argv = flags("--seeds", "1", "--jobs", "2", name="two", data=tmp_path / "nothing")
+    assert compare(argv) == 2
+    assert "nothing" in capfd.readouterr().err
+
+
 def test_out_of_memory_names_the_sizes(flags, capsys, monkeypatch):
     def too_large(self):
         raise torch.OutOfMemoryError("no room")
