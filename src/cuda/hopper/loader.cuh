@@ -123,19 +123,25 @@ class DepthGather {
 
   __device__ void copy(uint32_t a) const {
     const uint32_t to[4] = {a + to_[0], a + to_[1], a + to_[2], a + to_[3]};
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      if (32 % kWarps != 0 && row0_ + 2 * i >= kBlockK) break;
-      const uint32_t at = to[i % 4] + i / 4 * 1024;
-      if (whole_) {
-        ptx::cp_async_16(at, source_[i]);
-      } else {
-        ptx::cp_async_16(at, source_[i], 2 * i >= begin_ && 2 * i < end_ ? 16 : 0);
-      }
+    if (whole_) {
+      for_each_copy([&](int i) { ptx::cp_async_16(to[i % 4] + i / 4 * 1024, source_[i]); });
+    } else {
+      for_each_copy([&](int i) {
+        const bool inside = 2 * i >= begin_ && 2 * i < end_;
+        ptx::cp_async_16(to[i % 4] + i / 4 * 1024, source_[i], inside ? 16 : 0);
+      });
     }
   }
 
  private:
+  template <class F>
+  __device__ void for_each_copy(F copy) const {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      if (32 % kWarps != 0 && row0_ + 2 * i >= kBlockK) break;
+      copy(i);
+    }
+  }
   // The tokens of this warp's rows of the k-tile that starts at row `first` with `rows` rows left.
   // No branch and no arithmetic on what is loaded: the warp would wait for it here and not at its
   // use, a k-tile later.
