@@ -238,29 +238,38 @@ def summarize(results: Results) -> dict[str, dict]:
     return summary
 
 
+def draw(axes, steps: list[int], runs: list[list[float]], **style) -> None:
+    """The mean of the runs, and a band from the lowest to the highest."""
+    columns = list(zip(*runs, strict=True))
+    (line,) = axes.plot(
+        steps, [statistics.mean(at) for at in columns], marker="o", markersize=4, **style
+    )
+    low, high = [min(at) for at in columns], [max(at) for at in columns]
+    axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
+
+
 def plot(summary: dict[str, dict], path: Path) -> None:
-    """Mean validation curve of each variant with a band from the lowest to the highest seed."""
+    """Validation curves of the variants, and below how far each seed's is from top-K's of the seed."""
     from .metrics import new_figure, save_figure
 
-    figure, axes = new_figure("validation with top-K: training with top-K and with token rounding")
-    for variant, figures in summary.items():
-        curves = figures["curve"]
-        steps = [step for step, _ in curves[0]]
-        losses = [[curve[i][1] for curve in curves] for i in range(len(steps))]
+    title = "validation with top-K: training with top-K and with token rounding"
+    figure, (curves, differences) = new_figure(title, panels=2)
+    topk = summary.get(TOPK, {}).get("curve", [])
+    for index, (variant, figures) in enumerate(summary.items()):
+        steps = [step for step, _ in figures["curve"][0]]
+        losses = [[loss for _, loss in curve] for curve in figures["curve"]]
         label = f"{variant} {figures['mean_val_loss']:.4f}"
         if variant != TOPK and "difference_percent" in figures:
             label += f" ({figures['difference_percent']:+.2f}%)"
-        (line,) = axes.plot(
-            steps, [statistics.mean(at) for at in losses], marker="o", markersize=4, label=label
-        )
-        axes.fill_between(
-            steps,
-            [min(at) for at in losses],
-            [max(at) for at in losses],
-            color=line.get_color(),
-            alpha=0.2,
-        )
-    axes.legend()
+        draw(curves, steps, losses, label=label, color=f"C{index}")
+        if topk:
+            percent = [
+                [100 * (loss / base - 1) for loss, (_, base) in zip(run, reference, strict=True)]
+                for run, reference in zip(losses, topk, strict=False)
+            ]
+            draw(differences, steps, percent, color=f"C{index}")
+    curves.legend()
+    differences.set(ylabel="difference from top-K, %")
     save_figure(figure, path)
 
 

@@ -56,16 +56,21 @@ def smoothed(values: list[float], keep: float = 0.9) -> list[float]:
     return result
 
 
-def new_figure(title: str):
+def new_figure(title: str, ylabel: str = "loss (nats per token)", panels: int = 1):
+    """The figure and its axes: one, or with more panels, stacked, an array of them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    return figure, axes
+    figure, axes = pyplot.subplots(
+        panels, sharex=True, squeeze=False, figsize=(8, 2 + 3 * panels), layout="constrained"
+    )
+    for panel in axes[:, 0]:
+        panel.grid(alpha=0.3)
+    axes[0, 0].set(title=title, ylabel=ylabel)
+    axes[-1, 0].set(xlabel="step")
+    return figure, axes[0, 0] if panels == 1 else axes[:, 0]
 
 
 def save_figure(figure, path: Path) -> None:
