@@ -8,9 +8,10 @@ cublas-bmm is the dense, balanced product of the same FLOPs alone: no gather, ac
 Figures per shape and system, the systems taking turns; with --runs the median of the runs, and
 `spread` has the least and the most:
 
-    fwd_ms, bwd_ms            wall: medians of eager forward and backward, alternating back to back
+    fwd_ms, bwd_ms            wall: medians of eager forward and backward, alternating back to back,
+                              after a rest and a settling time (--rest, --settle)
     busy_fwd_ms, busy_bwd_ms  time the GPU is busy: union of the kernels' intervals (CUPTI), of the
-                              forward and the backward of the same calls, the median call
+                              forward and the backward of the same calls, the median call (ours only)
     graph_fwd_ms, graph_bwd_ms  like wall, replaying two CUDA graphs (sonicmoe only)
 
 and once:
@@ -39,6 +40,7 @@ import gpu_compile
 import gpu_summary
 import torch
 from gpu_common import (
+    Pace,
     Problem,
     halves_ms,
     memory,
@@ -46,13 +48,12 @@ from gpu_common import (
     require_gpu,
     rounded,
     suite_entries,
+    warm_seconds,
     write_record,
 )
 from gpu_oracle import Oracle, one_routing
 from gpu_profile import busy_figures, kernel_table, profiled_halves
 from gpu_systems import SYSTEMS, Cublas, systems_named
-
-PROFILED_SECONDS = 0.1
 
 # ------------------------------------------------------------------------------------------ a figure
 
@@ -69,8 +70,8 @@ class EagerLayer:
     def backward(self, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(y, self.p.leaves, self.p.grad)
 
-    def times(self, seconds: float, prefix: str = "") -> dict[str, float]:
-        forward, backward = halves_ms(self.forward, self.backward, seconds)
+    def times(self, pace: Pace, prefix: str = "") -> dict[str, float]:
+        forward, backward = halves_ms(self.forward, self.backward, pace)
         return {f"{prefix}fwd_ms": forward, f"{prefix}bwd_ms": backward}
 
 
@@ -100,23 +101,24 @@ class ReplayedLayer(EagerLayer):
         return self.grads
 
 
-def profiled(layer: EagerLayer, call_ms: float):
-    return profiled_halves(layer.forward, layer.backward, call_ms, PROFILED_SECONDS)
+def profiled(layer: EagerLayer, call_ms: float, pace: Pace):
+    return profiled_halves(layer.forward, layer.backward, call_ms, pace)
 
 
-def figures_of_run(p: Problem, system, seconds: float) -> dict[str, float]:
+def figures_of_run(p: Problem, system, pace: Pace) -> dict[str, float]:
     """What is measured anew in every run."""
     if isinstance(system, Cublas):
         products = system.products(p)
-        times = halves_ms(products.forward, lambda _: products.backward(), seconds)
+        times = halves_ms(products.forward, lambda _: products.backward(), pace)
         return {
             name: ms * products.scale for name, ms in zip(("fwd_ms", "bwd_ms"), times, strict=True)
         }
     layer = EagerLayer(p, system)
-    figures = layer.times(seconds)
-    figures |= busy_figures(profiled(layer, figures["fwd_ms"] + figures["bwd_ms"]))
+    figures = layer.times(pace)
+    if system.profiled:
+        figures |= busy_figures(profiled(layer, figures["fwd_ms"] + figures["bwd_ms"], pace))
     if system.replayed:
-        figures |= ReplayedLayer(p, system).times(seconds, "graph_")
+        figures |= ReplayedLayer(p, system).times(pace, "graph_")
     return figures
 
 
@@ -184,7 +186,7 @@ def bench_problem(p: Problem, systems: list, arguments: argparse.Namespace) -> l
         one.measure(one.once.update, figures_once, p, one.system, oracle, routing)
     for _ in range(arguments.runs):
         for one in measured:
-            one.measure(one.runs.append, figures_of_run, p, one.system, arguments.seconds)
+            one.measure(one.runs.append, figures_of_run, p, one.system, arguments.pace)
     rows = [one.row(p) for one in measured]
     for row in rows:
         print(describe(p, row), flush=True)
@@ -219,9 +221,10 @@ def with_anchors(rows: list[dict]) -> dict:
     return rounded(gpu_summary.summary(rows, gpu_summary.load_anchors(), shapes))
 
 
-def print_kernels(p: Problem, system) -> None:
+def print_kernels(p: Problem, system, pace: Pace) -> None:
     layer = EagerLayer(p, system)
-    calls = profiled(layer, sum(layer.times(0.0).values()))
+    call_ms = 1e3 * warm_seconds(lambda: layer.backward(layer.forward()))
+    calls = profiled(layer, call_ms, pace)
     for part in ("forward", "backward"):
         print(f"{p.name} {system.name} {part}: us per call, launches per call, kernel")
         for us, launches, name in kernel_table([getattr(call, part) for call in calls]):
@@ -234,7 +237,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--suite", action="append", help="suites of bench/problems.json (paper)")
     add("--problem", action="append", help="only problems of this name")
     add("--system", action="append", choices=SYSTEMS, help="default: all")
-    add("--seconds", type=float, default=0.15, help="per timed figure and run")
+    add("--seconds", type=float, default=Pace.seconds, help="per timed figure and run")
+    add("--settle", type=float, default=Pace.settle, help="seconds of load before each figure")
+    add("--rest", type=float, default=Pace.rest, help="idle seconds before that")
     add("--runs", type=int, default=1, help="of all times; their medians are recorded")
     add("--kernels", action="store_true", help="print the kernels of sonicmoe, or of --system")
     add("--no-check", action="store_true", help="skip the float64 samples")
@@ -249,6 +254,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if min(parsed.runs, parsed.compile_workers) < 1:
         parser.error("--runs and --compile-workers start at 1")
+    parsed.pace = Pace(parsed.seconds, parsed.settle, parsed.rest)
     return parsed
 
 
@@ -277,7 +283,7 @@ def main() -> int:
         problem = Problem(entry["name"], tuple(entry["shape"]))
         if arguments.kernels:
             for system in systems:
-                print_kernels(problem, system)
+                print_kernels(problem, system, arguments.pace)
             continue
         begin = time.perf_counter()
         record["rows"] += bench_problem(problem, systems, arguments)

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,17 @@ MIB = 2**20
 SETTLE_S = 0.25  # of load before a figure, for the clock to settle at the card's power limit
 
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a figure is timed: for `seconds`, after `settle` seconds of the same load, after `rest`
+    seconds of none. The rest is there because the card remembers: behind a system that runs at the
+    power limit the next one's clock is lower for more than a second (10-15% at coarse shapes)."""
+
+    seconds: float = 0.15
+    settle: float = SETTLE_S
+    rest: float = 0.5
 
 
 class Problem:
@@ -86,13 +98,18 @@ def series_ms(call: Call, count: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
 
 
+def rest(pace: Pace) -> None:
+    torch.cuda.synchronize()
+    time.sleep(pace.rest)
+
+
 def halves_ms(
-    forward: Callable[[], object], backward: Callable[[object], object], seconds: float
+    forward: Callable[[], object], backward: Callable[[object], object], pace: Pace
 ) -> tuple[float, float]:
-    """Median milliseconds of forward() and of backward(its result), which alternate back to back for
-    `seconds`, after SETTLE_S of the same without a pause: under load the card lowers its clock."""
+    """Median milliseconds of forward() and of backward(its result), which alternate back to back."""
     each = warm_seconds(lambda: backward(forward()), 0.0)
-    for _ in range(math.ceil(SETTLE_S / each)):
+    rest(pace)
+    for _ in range(math.ceil(pace.settle / each)):
         backward(forward())
     marks = []
 
@@ -101,7 +118,7 @@ def halves_ms(
         marks[-1].record()
 
     mark()
-    for _ in range(min(200, max(5, round(seconds / each)))):
+    for _ in range(min(200, max(5, round(pace.seconds / each)))):
         result = forward()
         mark()
         backward(result)

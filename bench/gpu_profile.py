@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from gpu_common import SETTLE_S, Call
+from gpu_common import Call, Pace, rest
 
 MARK = "spin_kernel"  # what torch.cuda._sleep launches
 LEAST_CALLS, MOST_CALLS = 3, 20  # counted in a profile
@@ -90,12 +90,12 @@ def profiled_halves(
     forward: Callable[[], torch.Tensor],
     backward: Callable[[torch.Tensor], object],
     call_ms: float,
-    seconds: float,
+    pace: Pace,
 ) -> list[Halves]:
-    """The calls of the last `seconds` of one profile, whose first SETTLE_S settle the clock.
+    """The calls of the last pace.seconds of one profile, whose first pace.settle are not counted.
     call_ms: what a forward and a backward take together."""
-    settling = math.ceil(SETTLE_S * 1e3 / call_ms)
-    counted = min(MOST_CALLS, max(LEAST_CALLS, round(seconds * 1e3 / call_ms)))
+    settling = math.ceil(pace.settle * 1e3 / call_ms)
+    counted = min(MOST_CALLS, max(LEAST_CALLS, round(pace.seconds * 1e3 / call_ms)))
 
     def run() -> None:
         for _ in range(settling + counted):
@@ -104,6 +104,7 @@ def profiled_halves(
             mark()
             backward(y)
 
+    rest(pace)
     return halves_of(device_spans(run), settling + counted)[-counted:]
 
 

@@ -13,10 +13,11 @@ from gpu_common import BF16, Problem
 class SonicMoE:
     """This library; options are keywords of moe and moe_layer."""
 
-    replayed = True  # as a CUDA graph too
+    profiled = True  # busy time too
 
-    def __init__(self, name: str, **options) -> None:
-        self.name, self.options = name, options
+    def __init__(self, name: str, replayed: bool = False, **options) -> None:
+        """replayed: as a CUDA graph too."""
+        self.name, self.replayed, self.options = name, replayed, options
 
     @property
     def unknown(self) -> list[str]:
@@ -76,7 +77,7 @@ class GroupedMM:
     """torch's grouped_mm, eager but for the pointwise parts, which inductor compiles."""
 
     name = "torch-grouped_mm"
-    replayed = False
+    profiled = replayed = False
 
     def __init__(self) -> None:
         self.pointwise = tuple(torch.compile(f, dynamic=True) for f in (swiglu, weighted_sum))
@@ -93,7 +94,7 @@ class CompiledGroupedMM:
     be another compilation: the errors of this system are not measured."""
 
     name = "torch-grouped_mm-compiled"
-    replayed = False
+    profiled = replayed = False
 
     def __init__(self) -> None:
         torch._dynamo.config.recompile_limit = 64  # past it torch would silently run eagerly
@@ -135,7 +136,7 @@ class Cublas:
 
 
 SYSTEMS: dict[str, Callable] = {
-    "sonicmoe": lambda: SonicMoE("sonicmoe"),
+    "sonicmoe": lambda: SonicMoE("sonicmoe", replayed=True),
     "sonicmoe-atomic": lambda: SonicMoE("sonicmoe-atomic", deterministic=False),
     GroupedMM.name: GroupedMM,
     CompiledGroupedMM.name: CompiledGroupedMM,

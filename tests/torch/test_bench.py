@@ -189,8 +189,10 @@ def test_a_profile_counts_its_last_calls_only(monkeypatch):
 
     monkeypatch.setattr(gpu_profile, "mark", lambda: launch(MARK))
     monkeypatch.setattr(gpu_profile, "device_spans", device_spans)
-    monkeypatch.setattr(gpu_profile, "SETTLE_S", 0.1)
-    calls = gpu_profile.profiled_halves(lambda: launch("f"), lambda y: launch("b"), 20.0, 0.08)
+    monkeypatch.setattr(gpu_profile, "rest", lambda pace: launch("rest"))
+    pace = gpu_common.Pace(seconds=0.08, settle=0.1, rest=0.5)
+    calls = gpu_profile.profiled_halves(lambda: launch("f"), lambda y: launch("b"), 20.0, pace)
+    assert log.pop(0).name == "rest"
     assert len(log) == 4 * (5 + 4) and len(calls) == 4
     assert all((f.name, b.name) == ("f", "b") for (f,), (b,) in calls)
     assert calls[-1].backward == log[-1:]
@@ -225,14 +227,15 @@ def test_forward_and_backward_are_timed_apart(monkeypatch):
     monkeypatch.setattr(gpu_common.torch.cuda, "Event", Event)
     monkeypatch.setattr(gpu_common.torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(gpu_common, "warm_seconds", lambda call, seconds: 0.01)
-    monkeypatch.setattr(gpu_common, "SETTLE_S", 0.03)
+    monkeypatch.setattr(gpu_common.time, "sleep", lambda seconds: log.append(seconds))
+    pace = gpu_common.Pace(seconds=0.1, settle=0.03, rest=0.5)
 
     def backward(result):
         assert result == "f"
-        work("b", 50.0 if len(log) == 19 else 5.0)  # one outlier
+        work("b", 50.0 if len(log) == 20 else 5.0)  # one outlier
 
-    assert gpu_common.halves_ms(lambda: work("f", 2.0), backward, 0.1) == (2.0, 5.0)
-    assert log == ["f", "b"] * (3 + 10)
+    assert gpu_common.halves_ms(lambda: work("f", 2.0), backward, pace) == (2.0, 5.0)
+    assert log == [0.5] + ["f", "b"] * (3 + 10)
 
 
 def test_medians_of_runs():
