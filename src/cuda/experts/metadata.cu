@@ -5,79 +5,28 @@
 // cheaper than a launch. Integer work in a fixed order: the same bits as the host's metadata.
 // Of a pair list the same launches count the pairs of each token, scan those counts and collect a
 // token's pairs in order of arrival, which is any; a fourth puts them in input order.
-#include <cuda_bf16.h>
-
 #include "core/integers.hpp"
 #include "cuda/dependent_launch.hpp"
 #include "cuda/experts/metadata.hpp"
+#include "cuda/experts/pair_source.cuh"
+#include "cuda/experts/row_tables.cuh"
 #include "cuda/launch_check.hpp"
 #include "cuda/ptx/pdl.cuh"
 
 namespace sonicmoe::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kTableThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kPairsPerWarp = 128;
 constexpr int kBlockPairs = kWarps * kPairsPerWarp;
 constexpr int kScanThreads = 1024;
 constexpr int kScanWarps = kScanThreads / 32;
 constexpr int kScanTokens = 4 * kScanThreads;
-constexpr int kRankLanes = 8;                         // threads that rank one expert
-constexpr int kTableExperts = kThreads / kRankLanes;  // of one CTA
-// Shared bytes behind the counts: the compiler reads them ahead of its loop, past their end.
-constexpr std::size_t kReadAhead = 256;
 
 unsigned block_count(std::int64_t num_pairs) {
   return static_cast<unsigned>(ceil_div(num_pairs, kBlockPairs));
 }
-
-__host__ __device__ constexpr int table_blocks(int num_experts) {
-  return (num_experts + kTableExperts - 1) / kTableExperts;
-}
-
-// Position of a pair in the caller's routing -> expert and token; expert -1 for a dropped pair.
-struct PairSource {
-  const void* expert_ids;
-  const void* token_ids;  // null: top-K, token = position / K
-  const void* weights;    // by pair, or null
-  bool wide;              // int64 ids
-  bool weights_are_bf16;
-  int top_k;
-  std::int64_t num_tokens;
-  int num_experts;
-
-  __device__ static std::int64_t id_at(const void* ids, bool wide, std::int64_t i) {
-    return wide ? static_cast<const std::int64_t*>(ids)[i]
-                : std::int64_t{static_cast<const std::int32_t*>(ids)[i]};
-  }
-  __device__ std::int64_t token(std::int64_t pair) const {
-    if (token_ids != nullptr) return id_at(token_ids, wide, pair);
-    return static_cast<std::uint32_t>(pair) / static_cast<std::uint32_t>(top_k);  // P < 2^31
-  }
-  __device__ float weight(std::int64_t pair) const {
-    return weights_are_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(weights)[pair])
-                            : static_cast<const float*>(weights)[pair];
-  }
-  __device__ bool has_token(std::int64_t pair) const {
-    if (token_ids == nullptr) return true;
-    const std::int64_t t = token(pair);
-    return t >= 0 && t < num_tokens;
-  }
-  __device__ int expert(std::int64_t pair) const {
-    const std::int64_t e = id_at(expert_ids, wide, pair);
-    return e >= 0 && e < num_experts && has_token(pair) ? static_cast<int>(e) : -1;
-  }
-};
-
-// What a pair list needs for the rows of its tokens.
-struct TokenLists {
-  std::int32_t* counts;   // [T + 1, whole int4] cleared; null for top-K routing, as are all
-  std::int32_t* start;    // [T + 1] Metadata::token_start
-  std::int32_t* arrived;  // [P] kept pairs by token, those of a token in any order
-  std::int32_t* arrival;  // [P] how many of its token's pairs came before a pair
-  std::int64_t num_tokens;
-};
 
 // counts[block, e] = kept pairs of the block with expert e.
 __global__ void __launch_bounds__(kThreads) count_experts(PairSource source, std::int64_t num_pairs,
@@ -113,30 +62,6 @@ __global__ void __launch_bounds__(kThreads) count_experts(PairSource source, std
     counts[std::int64_t{blockIdx.x} * source.num_experts + e] = histogram[e];
   }
 }
-
-// Inclusive scan over the CTA's threads, whole warps, with an associative `combine`.
-template <class Combine>
-__device__ std::int32_t block_scan(std::int32_t value, Combine combine) {
-  __shared__ std::int32_t warp_values[32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int d = 1; d < 32; d *= 2) {
-    const std::int32_t other = __shfl_up_sync(~0u, value, d);
-    if (lane >= d) value = combine(other, value);
-  }
-  if (lane == 31) warp_values[warp] = value;
-  __syncthreads();
-  std::int32_t before = 0;
-  for (int w = 0; w < warp; ++w) before = w == 0 ? warp_values[0] : combine(before, warp_values[w]);
-  __syncthreads();
-  return warp == 0 ? value : combine(before, value);
-}
-
-struct Sum {
-  __device__ std::int32_t operator()(std::int32_t a, std::int32_t b) const { return a + b; }
-};
-struct Max {
-  __device__ std::int32_t operator()(std::int32_t a, std::int32_t b) const { return max(a, b); }
-};
 
 // The caller's ends, made non-decreasing and at most `limit`. One CTA.
 __global__ void __launch_bounds__(kScanThreads)
@@ -217,56 +142,6 @@ __global__ void __launch_bounds__(kScanThreads, 1)
     }
   }
   if (warp == kScanWarps - 1 && e < num_experts) totals[e] = start;
-}
-
-// starts [E + 1] in shared memory: exclusive sums of count(e), and their total. All threads of a
-// CTA of kThreads.
-template <class Count>
-__device__ void scan_experts(int num_experts, Count count, std::int32_t* starts) {
-  const int per_thread = (num_experts + kThreads - 1) / kThreads;
-  const int first = min(static_cast<int>(threadIdx.x) * per_thread, num_experts);
-  const int last = min(first + per_thread, num_experts);
-  std::int32_t sum = 0;
-  for (int e = first; e < last; ++e) sum += count(e);
-  std::int32_t start = block_scan(sum, Sum{}) - sum;
-  for (int e = first; e < last; ++e) {
-    starts[e] = start;
-    start += count(e);
-  }
-  if (threadIdx.x == kThreads - 1) starts[num_experts] = start;
-  __syncthreads();
-}
-
-// The tables of kTableExperts experts from `first_expert` on, by one CTA. Shared: starts [E + 1] of
-// the rows and of the tiles.
-template <class Count>
-__device__ void write_tables(int first_expert, int num_experts, Count count, std::int32_t* shared,
-                             const RowTables& tables) {
-  std::int32_t *starts = shared, *tile_starts = shared + num_experts + 1;
-  scan_experts(num_experts, count, starts);
-  scan_experts(
-      num_experts, [&](int e) { return (count(e) + kTileRows - 1) / kTileRows; }, tile_starts);
-  if (first_expert == 0) {
-    if (threadIdx.x == 0) *tables.num_tiles = tile_starts[num_experts];
-    if (threadIdx.x < 2) tables.claims[threadIdx.x] = 0;
-  }
-  const auto rows_of = [&](int e) { return starts[e + 1] - starts[e]; };
-  const int lane = threadIdx.x % kRankLanes, e = first_expert + threadIdx.x / kRankLanes;
-  const bool exists = e < num_experts;
-  const int rows = exists ? rows_of(e) : 0;
-  int rank = 0;  // experts with more rows, or as many and a lower index
-  for (int other = lane; other < num_experts; other += kRankLanes) {
-    const int others = rows_of(other);
-    rank += others > rows || (others == rows && other < e) ? 1 : 0;
-  }
-#pragma unroll
-  for (int d = kRankLanes / 2; d > 0; d /= 2) rank += __shfl_xor_sync(~0u, rank, d);
-  if (!exists) return;
-  if (lane == 0) tables.experts[rank] = {starts[e], rows, e, 0};
-  for (int first = lane * kTileRows; first < rows; first += kRankLanes * kTileRows) {
-    tables.tiles[tile_starts[e] + first / kTileRows] = {starts[e] + first,
-                                                        min(kTileRows, rows - first), e, 0};
-  }
 }
 
 // Gives every pair of a block its row. Warp w owns kPairsPerWarp consecutive pairs: the warps'
@@ -372,33 +247,6 @@ __global__ void __launch_bounds__(kThreads)
   m.token_rows[first + before] = row;
 }
 
-// ----------------------------------------------------------------------------------------- tables
-
-// The first CTAs write the tables; the others, kThreads rows each, gather the rows' weights where
-// tables.row_weight is wanted.
-__global__ void __launch_bounds__(kThreads)
-    make_tables(Metadata m, std::int64_t num_pairs, const void* weights, bool weights_are_bf16,
-                RowTables tables) {
-  extern __shared__ std::int32_t shared[];
-  const int E = static_cast<int>(m.num_experts);
-  const int block = static_cast<int>(blockIdx.x) - table_blocks(E);
-  if (block < 0) {
-    const std::int32_t* offsets = m.offsets;
-    const auto count = [offsets](int e) { return offsets[e] - (e == 0 ? 0 : offsets[e - 1]); };
-    return write_tables(blockIdx.x * kTableExperts, E, count, shared, tables);
-  }
-  const std::int64_t row = std::int64_t{block} * kThreads + threadIdx.x;
-  if (row >= num_pairs || row >= m.offsets[E - 1]) return;
-  const std::int64_t pair = m.row_pair == nullptr ? row : m.row_pair[row];
-  tables.row_weight[row] = weights_are_bf16
-                               ? __bfloat162float(static_cast<const __nv_bfloat16*>(weights)[pair])
-                               : static_cast<const float*>(weights)[pair];
-}
-
-unsigned grid_of(std::int64_t threads) {
-  return static_cast<unsigned>(ceil_div(threads, kThreads));
-}
-
 PairSource pair_source(const MoEShape& shape, const Routing& routing) {
   PairSource s{};
   s.num_tokens = shape.num_tokens;
@@ -424,15 +272,6 @@ std::size_t token_count_places(const MoEShape& shape) {
   return static_cast<std::size_t>(round_up(shape.num_tokens + 1, std::int64_t{4}));
 }
 
-// Dynamic shared memory beyond 48 KB needs the kernel's limit raised.
-template <class Kernel>
-void allow_shared(Kernel kernel, std::size_t bytes, const MoEShape& shape) {
-  if (bytes <= 48 * 1024) return;
-  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(bytes)),
-               "metadata: shared memory for this many experts", shape);
-}
-
 }  // namespace
 
 MetadataScratch carve_metadata_scratch(WorkspaceCarver& carver, const MoEShape& shape) {
@@ -447,17 +286,6 @@ MetadataScratch carve_metadata_scratch(WorkspaceCarver& carver, const MoEShape& 
     s.token_pairs = carver.take<std::int32_t>(static_cast<std::size_t>(shape.num_pairs));
   }
   return s;
-}
-
-RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape) {
-  RowTables t;
-  t.tiles = carver.take<int4>(
-      static_cast<std::size_t>(tile_capacity(shape.num_pairs, shape.num_experts)));
-  t.experts = carver.take<int4>(static_cast<std::size_t>(shape.num_experts));
-  t.num_tiles = carver.take<std::int32_t>(1);
-  t.claims = carver.take<std::uint32_t>(2);
-  t.row_weight = carver.take<float>(static_cast<std::size_t>(shape.num_pairs));
-  return t;
 }
 
 void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
@@ -503,29 +331,10 @@ void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& r
                                 scratch.expert_counts, scratch.expert_totals, m, tables, lists),
                "metadata", shape);
   if (is_list && shape.num_pairs > 0) {
-    check_launch(launch_dependent(order_pairs, grid_of(shape.num_pairs), kThreads, 0, stream,
-                                  source, lists, m),
+    const auto grid = static_cast<unsigned>(ceil_div(shape.num_pairs, kThreads));
+    check_launch(launch_dependent(order_pairs, grid, kThreads, 0, stream, source, lists, m),
                  "metadata", shape);
   }
-}
-
-void build_row_tables(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
-                      const Metadata& m, const RowTables& tables) {
-  const int E = static_cast<int>(shape.num_experts);
-  const std::size_t shared =
-      2 * sizeof(std::int32_t) * (static_cast<std::size_t>(E) + 1) + kReadAhead;
-  const ConstTensorView& weights = routing_weights(routing);
-  const unsigned gathers = tables.row_weight == nullptr ? 0 : grid_of(shape.num_pairs);
-  allow_shared(make_tables, shared, shape);
-  make_tables<<<static_cast<unsigned>(table_blocks(E)) + gathers, kThreads, shared, stream>>>(
-      m, shape.num_pairs, weights.data(), weights.defined() && weights.dtype() == DType::kBFloat16,
-      tables);
-  check_launch(cudaGetLastError(), "row tables", shape);
-}
-
-RowLists row_lists(const Metadata& metadata, const RowTables& tables) {
-  return {metadata.offsets, metadata.row_token, tables.tiles,
-          tables.num_tiles, tables.experts,     tables.claims};
 }
 
 }  // namespace sonicmoe::cuda

@@ -1,0 +1,81 @@
+// The tables that the GEMMs take their tiles from, written by some of a kernel's CTAs. Each scans
+// the experts' row counts for itself, which is cheaper than a launch.
+#pragma once
+
+#include "cuda/experts/block_scan.cuh"
+#include "cuda/experts/metadata.hpp"
+#include "cuda/launch_check.hpp"
+
+namespace sonicmoe::cuda {
+
+inline constexpr int kTableThreads = 256;
+inline constexpr int kRankLanes = 8;                              // threads that rank one expert
+inline constexpr int kTableExperts = kTableThreads / kRankLanes;  // of one CTA
+// Shared bytes behind scan_experts()'s starts: the compiler reads ahead of its loops, past their
+// end.
+inline constexpr std::size_t kReadAhead = 256;
+
+__host__ __device__ constexpr int table_blocks(int num_experts) {
+  return (num_experts + kTableExperts - 1) / kTableExperts;
+}
+
+// starts [E + 1] in shared memory: exclusive sums of count(e), and their total. All threads of a
+// CTA of kTableThreads.
+template <class Count>
+__device__ void scan_experts(int num_experts, Count count, std::int32_t* starts) {
+  const int per_thread = (num_experts + kTableThreads - 1) / kTableThreads;
+  const int first = min(static_cast<int>(threadIdx.x) * per_thread, num_experts);
+  const int last = min(first + per_thread, num_experts);
+  std::int32_t sum = 0;
+  for (int e = first; e < last; ++e) sum += count(e);
+  std::int32_t start = block_scan(sum, Sum{}) - sum;
+  for (int e = first; e < last; ++e) {
+    starts[e] = start;
+    start += count(e);
+  }
+  if (threadIdx.x == kTableThreads - 1) starts[num_experts] = start;
+  __syncthreads();
+}
+
+// The tables of kTableExperts experts from `first_expert` on, by one CTA. Shared: starts [E + 1] of
+// the rows and of the tiles.
+template <class Count>
+__device__ void write_tables(int first_expert, int num_experts, Count count, std::int32_t* shared,
+                             const RowTables& tables) {
+  std::int32_t *starts = shared, *tile_starts = shared + num_experts + 1;
+  scan_experts(num_experts, count, starts);
+  scan_experts(
+      num_experts, [&](int e) { return (count(e) + kTileRows - 1) / kTileRows; }, tile_starts);
+  if (first_expert == 0) {
+    if (threadIdx.x == 0) *tables.num_tiles = tile_starts[num_experts];
+    if (threadIdx.x < 2) tables.claims[threadIdx.x] = 0;
+  }
+  const auto rows_of = [&](int e) { return starts[e + 1] - starts[e]; };
+  const int lane = threadIdx.x % kRankLanes, e = first_expert + threadIdx.x / kRankLanes;
+  const bool exists = e < num_experts;
+  const int rows = exists ? rows_of(e) : 0;
+  int rank = 0;  // experts with more rows, or as many and a lower index
+  for (int other = lane; other < num_experts; other += kRankLanes) {
+    const int others = rows_of(other);
+    rank += others > rows || (others == rows && other < e) ? 1 : 0;
+  }
+#pragma unroll
+  for (int d = kRankLanes / 2; d > 0; d /= 2) rank += __shfl_xor_sync(~0u, rank, d);
+  if (!exists) return;
+  if (lane == 0) tables.experts[rank] = {starts[e], rows, e, 0};
+  for (int first = lane * kTileRows; first < rows; first += kRankLanes * kTileRows) {
+    tables.tiles[tile_starts[e] + first / kTileRows] = {starts[e] + first,
+                                                        min(kTileRows, rows - first), e, 0};
+  }
+}
+
+// Dynamic shared memory beyond 48 KB needs the kernel's limit raised.
+template <class Kernel>
+void allow_shared(Kernel kernel, std::size_t bytes, const MoEShape& shape) {
+  if (bytes <= 48 * 1024) return;
+  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(bytes)),
+               "metadata: shared memory for this many experts", shape);
+}
+
+}  // namespace sonicmoe::cuda
