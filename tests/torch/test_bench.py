@@ -14,6 +14,7 @@ sys.path.insert(0, str(REPOSITORY / "bench"))
 
 import bench_gpu
 import bench_gpu_cases as cases
+import compare_builds
 import gpu_common
 import gpu_compile
 import gpu_profile
@@ -424,3 +425,50 @@ def test_the_picture_shows_every_system(tmp_path):
     assert len(plot_gpu.handles_of(drawn)) == len(drawn)
     plot_gpu.plot_speeds(record, anchors, tmp_path / "speeds.png")
     assert (tmp_path / "speeds.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------------ compare_builds
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        (
+            "void a::grouped_gemm_kernel<a::HiddenGradientSpec<256, (a::ptx::Major)1, true, 2> >(P)",
+            "HiddenGradient<256, 1, true, 2>",
+        ),
+        ("void a::k<a::(anonymous namespace)::LogitsSpec<128, true> >(P)", "Logits<128, true>"),
+        (
+            "a::(anonymous namespace)::aggregate_kernel(a::(anonymous namespace)::S)",
+            "aggregate_kernel",
+        ),
+        ("void a::(anonymous namespace)::route_kernel<4, int>(a::R)", "route_kernel"),
+        ("Memset (Device)", "Memset"),
+    ],
+)
+def test_short_names_of_kernels(kernel, name):
+    assert compare_builds.short_name(kernel) == name
+
+
+def test_builds_take_turns():
+    assert compare_builds.turns(["a", "b", "c"], 3) == list("abccbaabc")
+
+
+def test_power_is_that_of_the_settled_time():
+    assert compare_builds.parse_reading("[N/A], 1980") is None
+    assert compare_builds.parse_reading("690.5, 1395\n") == (690.5, 1395.0)
+    readings = [(0.0, 100.0, 1980.0), (1.0, 600.0, 1400.0), (2.0, 700.0, 1300.0)]
+    assert compare_builds.mean_between(readings, 0.5, 2.5) == {"watts": 650.0, "mhz": 1350.0}
+    assert compare_builds.mean_between(readings, 3.0, 4.0) == {}
+
+
+def test_table_of_builds():
+    rows = {
+        "old": [{"kernels": {"up": 90.0, "tiny": 0.1}, "watts": 700.0}, {"kernels": {"up": 110.0}, "watts": 700.0}],
+        "new": [{"kernels": {"up": 80.0, "fresh": 10.0}, "watts": 600.0}] * 2,
+    }  # fmt: skip
+    lines = {line.split("  ")[1]: line.split() for line in compare_builds.table("p", rows)[1:]}
+    assert lines["up"][1:] == ["100.0", "1.000", "80.0", "0.800"]
+    assert lines["fresh"][1:] == ["-", "-"] and "tiny" not in lines
+    assert lines["sum, us per call"][-2:] == ["90.0", "0.900"]
+    assert lines["J per call"][-4:] == ["0.070", "1.000", "0.054", "0.771"]

@@ -1,0 +1,207 @@
+"""Builds of this package against each other on one GPU, under a load that lasts.
+
+At the card's power limit a short series says little: the clock follows the last second's load. Here
+every build runs the layer's forward and backward for --settle seconds and more, then the kernels of
+the next --seconds are timed (CUPTI). The builds take turns, A B C C B A, each in a process of its own. Per
+kernel: microseconds per call, the mean of the rounds, and its ratio to the first build's; and, from
+nvidia-smi while the load settles, clock, power and joules per call.
+
+    python bench/compare_builds.py old=/tmp/old new=bindings/torch --problem 7B-n256 --rounds 4
+
+NAME=FOLDER: a folder that holds sonicmoe_cpp/ with its _C.so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+Reading = tuple[float, float, float]  # seconds (monotonic), watts, MHz
+LEAST_SHARE = 0.01  # of the call, of a kernel that has a line of its own
+
+
+def short_name(kernel: str) -> str:
+    """The Spec of a grouped GEMM with its first arguments, else the function."""
+    if spec := re.search(r"(\w+)Spec<([^>]*)", kernel):
+        arguments = re.findall(r"(?:\)|^|, )\(?(-?\d+|true|false)\b", spec[2])
+        return f"{spec[1]}<{', '.join(arguments)}>"
+    function = re.sub(r"\(anonymous namespace\)::|<.*|^void |\((?!anonymous).*", "", kernel)
+    return function.split("::")[-1].strip()
+
+
+# ---------------------------------------------------------------------------------------- one build
+
+
+class PowerLog:
+    """nvidia-smi beside a measurement."""
+
+    def __init__(self, gpu: str) -> None:
+        query = ["--query-gpu=power.draw.instant,clocks.sm", "--format=csv,noheader,nounits"]
+        self.readings: list[Reading] = []
+        self.process = subprocess.Popen(
+            ["nvidia-smi", "-i", gpu, *query, "-lms", "50"], stdout=subprocess.PIPE, text=True
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            if reading := parse_reading(line):
+                self.readings.append((time.monotonic(), *reading))
+
+    def stop(self) -> list[Reading]:
+        self.process.terminate()
+        self.process.wait()
+        return self.readings
+
+
+def parse_reading(line: str) -> tuple[float, float] | None:
+    try:
+        watts, mhz = (float(part) for part in line.split(","))
+    except ValueError:  # not every card tells
+        return None
+    return watts, mhz
+
+
+def mean_between(readings: list[Reading], begin: float, end: float) -> dict[str, float]:
+    inside = [reading for reading in readings if begin <= reading[0] <= end]
+    if not inside:
+        return {}
+    _, watts, mhz = (statistics.mean(column) for column in zip(*inside, strict=True))
+    return {"watts": watts, "mhz": mhz}
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Of the package on the path: prints one JSON object per problem."""
+    import torch
+    from bench_gpu import EagerLayer
+    from gpu_common import Pace, Problem, require_gpu, suite_entries, warm_seconds
+    from gpu_profile import profiled_halves
+    from gpu_systems import systems_named
+
+    require_gpu()
+    (system,) = systems_named([arguments.system])
+    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    for entry in suite_entries(["paper", "models"], arguments.problem):
+        layer = EagerLayer(Problem(entry["name"], tuple(entry["shape"])), system)
+        call = lambda layer=layer: layer.backward(layer.forward())  # noqa: E731
+        log, begin = PowerLog(gpu), time.monotonic()
+        call_ms = 1e3 * warm_seconds(call, arguments.settle)
+        end = time.monotonic()
+        power = mean_between(log.stop(), (begin + end) / 2, end)
+        # The profiler takes a moment to start: some load again.
+        pace = Pace(arguments.seconds, arguments.settle / 3, 0.0)
+        calls = profiled_halves(layer.forward, layer.backward, call_ms, pace)
+        kernels: dict[str, float] = {}
+        for call in calls:
+            for part in call:
+                for span in part:
+                    name = short_name(span.name)
+                    kernels[name] = kernels.get(name, 0.0) + (span.end - span.start) / len(calls)
+        print("ROW " + json.dumps({"problem": entry["name"], "kernels": kernels, **power}))
+        del layer
+        torch.cuda.empty_cache()
+    return 0
+
+
+# ----------------------------------------------------------------------------------- the comparison
+
+
+def turns(names: list[str], rounds: int) -> list[str]:
+    """A B C, C B A, A B C, ...: a drift meets all alike."""
+    return [name for index in range(rounds) for name in (names if index % 2 == 0 else names[::-1])]
+
+
+def run_build(folder: Path, arguments: list[str]) -> list[dict]:
+    here = Path(__file__).resolve()
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{here.parent}"}
+    command = [sys.executable, str(here), *arguments, "--worker"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{folder}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    return [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
+
+
+def table(problem: str, rows: dict[str, list[dict]]) -> list[str]:
+    """rows: by build, those of the rounds."""
+    names = list(rows)
+    means: dict[str, dict[str, float]] = {}  # by kernel and build
+    for name, rounds in rows.items():
+        for kernel in {kernel for row in rounds for kernel in row["kernels"]}:
+            mean = statistics.mean(row["kernels"].get(kernel, 0.0) for row in rounds)
+            means.setdefault(kernel, {})[name] = mean
+    totals = {
+        name: [sum(row["kernels"].values()) for row in rounds] for name, rounds in rows.items()
+    }
+    total = {name: statistics.mean(values) for name, values in totals.items()}
+    lines = [f"{problem:44}" + "".join(f"{name:>20}" for name in names)]
+
+    def line(label: str, values: dict[str, float], digits: int = 1) -> None:
+        base = values.get(names[0])
+        cells = (
+            f"{values[name]:12.{digits}f} {values[name] / base:6.3f} " if name in values and base
+            else f"{'-':>19} "
+            for name in names
+        )  # fmt: skip
+        lines.append(f"  {label:42}" + "".join(cells))
+
+    for kernel, values in sorted(means.items(), key=lambda item: -max(item[1].values())):
+        if max(values.values()) >= LEAST_SHARE * total[names[0]]:
+            line(kernel, values)
+    line("sum, us per call", total)
+    spreads = (f"{min(v):.0f}-{max(v):.0f}" for v in totals.values())
+    lines.append(f"  {'  of the rounds':42}" + "".join(f"{spread:>20}" for spread in spreads))
+    for key, label in (("mhz", "clock, MHz"), ("watts", "power, W")):
+        values = {
+            name: statistics.mean(row[key] for row in rounds)
+            for name, rounds in rows.items()
+            if all(key in row for row in rounds)
+        }
+        line(label, values)
+        if key == "watts":
+            line("J per call", {n: watts * total[n] / 1e6 for n, watts in values.items()}, 3)
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("builds", nargs="+", metavar="NAME=FOLDER")
+    add("--problem", action="append", help="of bench/problems.json; default: 7B-n256")
+    add("--system", default="sonicmoe", help="of bench_gpu.py")
+    add("--rounds", type=int, default=2)
+    add("--settle", type=float, default=1.5, help="seconds of load before what is timed")
+    add("--seconds", type=float, default=0.3, help="timed, at most twenty calls")
+    add("--output", type=Path, help="write the rows here (JSON)")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.problem = arguments.problem or ["7B-n256"]
+    if arguments.worker:
+        return measure(arguments)
+    builds = {}
+    for build in arguments.builds:
+        name, _, folder = build.partition("=")
+        if not (Path(folder) / "sonicmoe_cpp").is_dir():
+            parser.error(f"{build}: no sonicmoe_cpp/ in {folder!r}")
+        builds[name] = Path(folder).resolve()
+    rows: dict[str, dict[str, list[dict]]] = {}
+    for name in turns(list(builds), arguments.rounds):
+        for row in run_build(builds[name], sys.argv[1:]):
+            by_build = rows.setdefault(row["problem"], {build: [] for build in builds})
+            by_build[name].append(row)
+    for problem, by_build in rows.items():
+        print("\n".join(table(problem, by_build)), flush=True)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
