@@ -1,10 +1,13 @@
 // M5: the six grouped GEMMs of the layer (src/cuda/hopper), checked against fp64 sums of the same
 // stored operands and timed one by one. Row lists are made on the host; no router, no aggregation.
+// `m5_grouped_gemm power [case]`: each one alone under lasting load, with power, clock and energy,
+// beside cuBLAS's batched product of the same FLOPs.
 #include <numeric>
 
+#include "cublas.cuh"
 #include "cuda/epilogue/activation.cuh"
 #include "cuda/experts/gemms.hpp"
-#include "harness.cuh"
+#include "power.cuh"
 
 using namespace experiment;
 using namespace sonicmoe;
@@ -449,6 +452,50 @@ void time_case(const Case& c) {
       .print();
 }
 
+void print_power(const char* product, const Case& c, const Power& power, double flops) {
+  constexpr double kFlopsPerClock = 132.0 * 4096;
+  const double rate = flops / power.ms * 1e3;
+  Row("m5_power", product)
+      .text("shape", c.name)
+      .number("ms", power.ms)
+      .number("tflops", rate * 1e-12)
+      .number("watts", power.watts)
+      .number("mhz", power.megahertz)
+      .number("tensor_busy", rate / (kFlopsPerClock * power.megahertz * 1e6))
+      .number("pj_per_flop", power.watts / rate * 1e12)
+      .print();
+}
+
+void power_case(const Case& c, const Nvml& nvml, const Cublas& cublas) {
+  constexpr double kSettle = 1.2, kSeconds = 0.8;
+  const int average = int(int64_t{c.T} * c.K / c.E);
+  {
+    Problem p(c, Fill::kNormal);
+    const double f = 2.0 * p.R() * c.n * c.d;
+    const double factor[] = {double(p.g), 1, 1, double(p.g), 1, double(p.g)};
+    const auto ops = calls(p);
+    ops[0].second();  // H and A: what the others read is no poison
+    ops[2].second();
+    for (size_t i = 0; i < ops.size(); ++i) {
+      print_power(ops[i].first, c, measure_power(nvml, ops[i].second, kSettle, kSeconds),
+                  factor[i] * f);
+    }
+  }
+  if (!cublas.available()) return;
+  const struct {
+    const char* name;
+    BmmSize size;
+    Major a, b;
+  } dense[] = {{"cuBLAS, as up", {"", c.E, average, 2 * c.n, c.d, c.E}, Major::kK, Major::kK},
+               {"cuBLAS, as dX~", {"", c.E, average, c.d, 2 * c.n, c.E}, Major::kK, Major::kMn},
+               {"cuBLAS, as dW1", {"", c.E, c.d, 2 * c.n, average, c.E}, Major::kMn, Major::kMn}};
+  for (const auto& one : dense) {
+    const BmmProblem problem(one.size, Fill::kNormal);
+    const auto launch = [&] { cublas.multiply(problem, one.a, one.b); };
+    print_power(one.name, c, measure_power(nvml, launch, kSettle, kSeconds), one.size.flops());
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -467,8 +514,8 @@ int main(int argc, char** argv) {
       {"ungated narrow", 256, 64, 64, 6, 2, A::kSiLU, L::kConcatenated, true, false, true, 3},
       {"eight wide", 100, 8, 8, 3, 2, A::kSwiGLU, L::kConcatenated, false, false, false},
   };
-  // No argument: everything. "checks": the small cases alone (for the sanitizer). Else the name of
-  // the one case to time.
+  // No argument: everything. "checks": the small cases alone (for the sanitizer). "power", perhaps
+  // with a case: above. Else the name of the one case to time.
   const std::string only = argc > 1 ? argv[1] : "";
   if (only.empty() || only == "checks") {
     for (const Case& c : small) {
@@ -481,6 +528,14 @@ int main(int argc, char** argv) {
       {"30B-n1024", 32768, 4096, 1024, 64, 4},   {"120B-n2048", 32768, 4096, 2048, 64, 4},
       {"Qwen3-Next", 32768, 2048, 512, 512, 10}, {"1.4B-n256", 40960, 768, 256, 128, 8},
   };
+  if (only == "power") {
+    const Nvml nvml;
+    const Cublas cublas;
+    for (const Case& c : timed) {
+      if (argc < 3 || std::string(argv[2]) == c.name) power_case(c, nvml, cublas);
+    }
+    return finish();
+  }
   for (const Case& c : timed) {
     if (only.empty() || only == c.name) time_case(c);
   }
