@@ -351,6 +351,7 @@ class Runs:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.record = arguments, new_record(arguments)
         self.begin, self.lock = time.monotonic(), threading.Lock()
+        self.processes: list[subprocess.Popen] = []
         self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = visible.split(",") if visible else [str(i) for i in range(arguments.gpus)]
@@ -358,9 +359,17 @@ class Runs:
             self.gpus.put(name)
 
     def run_all(self) -> None:
-        with ThreadPoolExecutor(self.gpus.qsize()) as pool:
+        pool = ThreadPoolExecutor(self.gpus.qsize())
+        try:
             for done in [pool.submit(self.run, run) for run in self.arguments.run]:
                 done.result()
+        except BaseException:  # Ctrl-C: nothing more begins, what runs ends
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in self.processes:
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown()
 
     def run(self, run: str) -> None:
         gpu = self.gpus.get()
@@ -384,26 +393,25 @@ class Runs:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
         )  # fmt: skip
-        try:
-            for line in process.stdout:
-                if line.startswith("ROW "):
-                    row = json.loads(line[4:])
-                    told = told or row["kind"] == "failed"
-                    self.add(row | ({"gpu": gpu} if self.arguments.gpus > 1 else {}))
-                else:
-                    log.append(line.rstrip())
-            code = process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
+        self.processes.append(process)
+        for line in process.stdout:
+            if line.startswith("ROW "):
+                row = json.loads(line[4:])
+                told = told or row["kind"] == "failed"
+                self.add(row, gpu)
+            else:
+                log.append(line.rstrip())
+        code = process.wait()
         if code and not told:
             reason = f"stopped after {seconds + 30:.0f} s" if code == 124 else f"exit code {code}"
             tail = " | ".join(line for line in log[-12:] if line.strip())
-            self.add(failure(system, mode, f"{reason}: {tail}"[-1500:]))
+            self.add(failure(system, mode, f"{reason}: {tail}"[-1500:]), gpu)
 
-    def add(self, row: dict) -> None:
+    def add(self, row: dict, gpu: str = "") -> None:
         from gpu_common import rounded, write_record
 
+        if gpu and self.arguments.gpus > 1:
+            row = row | {"gpu": gpu}
         with self.lock:
             self.record["rows"].append(rounded(row))
             write_record(self.record, self.arguments.output)

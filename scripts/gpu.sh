@@ -5,6 +5,7 @@
 #   scripts/gpu.sh test                   all tests that need the GPU: library, router, Python package
 #   scripts/gpu.sh bench [args...]        bench/bench_gpu.py: this library, torch grouped_mm, cuBLAS
 #   scripts/gpu.sh cases [args...]        bench/bench_gpu_cases.py: limits, skew, rounding, routing
+#   scripts/gpu.sh power [case]           energy of each product alone, beside cuBLAS (m5_grouped_gemm power)
 #   scripts/gpu.sh train DATA [args...]   bench/bench_train.py on DATA, all systems, over the GPUs there are
 # test, bench, cases and train use the binaries of `make build` (or of SONICMOE_BUILD, another build directory).
 # Output goes to $OUT if set, else build-cuda/out: one log per program and rows.jsonl, a JSON object
@@ -126,14 +127,18 @@ case "${1:-}" in
     shift
     python=$(find_python) && PYTHONPATH=bindings/torch "$python" "bench/$script" "$@"
     ;;
+  power)
+    build_one m5_grouped_gemm || exit 1
+    SONICMOE_CUBLAS=${SONICMOE_CUBLAS:-$(find_cublas)} "$build/m5_grouped_gemm" "$@"
+    ;;
   train)
     python=$(find_python) || exit 1
     data=${2:?which tokens? A .bin of pretrain.prepare: docs/training.md}
     shift 2
     mkdir -p "$out"
     gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-    "$python" bench/bench_train.py --data "$data" --gpus "$gpus" --loss-steps 200 --limit 200 --deadline 1500 \
+    "$python" bench/bench_train.py --data "$data" --gpus "$gpus" --loss-steps 200 --limit 200 --deadline 2600 \
       --output "$out/train.json" "$@" 2>&1 | tee "$out/train.log"
     ;;
-  *) sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
+  *) sed -n '2,12p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
 esac

@@ -46,7 +46,7 @@ QUALITY = {
     "save_every": 2000,
 }
 
-Results = dict[str, list[list[dict]]]  # lines of metrics by variant and seed
+Results = dict[str, dict[int, list[dict]]]  # lines of metrics by variant and seed
 
 
 @dataclasses.dataclass
@@ -153,8 +153,12 @@ def start_run(one: TrainConfig, argv: list[str], job: int, jobs: int) -> subproc
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     Path(one.runs_dir).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pretrain.compare", *argv, "--only", one.name]
-    with open(f"{one.run_dir}.log", "w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    with open(f"{one.run_dir}.log", "a") as log:
+        # A session of its own: a signal to the group would reach the run beside ours, and two end it
+        # without saving.
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
 
 
 def run_side_by_side(comparison: Comparison, argv: list[str]) -> int:
@@ -193,15 +197,14 @@ def read_results(comparison: Comparison) -> Results:
     """Of the runs that are done; a variant without one is left out."""
     from .metrics import read_metrics
 
-    results = {
-        variant: [
-            read_metrics(one.run_dir / "metrics.jsonl")
-            for one in (comparison.run(variant, seed) for seed in comparison.seeds)
-            if is_done(one)
-        ]
-        for variant in comparison.variants
-    }
-    return {variant: runs for variant, runs in results.items() if runs}
+    results: Results = {}
+    for variant in comparison.variants:
+        for seed in comparison.seeds:
+            one = comparison.run(variant, seed)
+            if is_done(one):
+                lines = read_metrics(one.run_dir / "metrics.jsonl")
+                results.setdefault(variant, {})[seed] = lines
+    return results
 
 
 def imbalance(shares: list[list[float]]) -> float:
@@ -209,11 +212,13 @@ def imbalance(shares: list[list[float]]) -> float:
     return statistics.mean(max(layer) * len(layer) / sum(layer) for layer in shares)
 
 
-def summarize_variant(runs: list[list[dict]]) -> dict:
+def summarize_variant(by_seed: dict[int, list[dict]]) -> dict:
+    runs = list(by_seed.values())
     lines = [line for run in runs for line in run]
     asked = sum(line["rows"] + line["rows_dropped"] - line["rows_added"] for line in lines)
     final = [run[-1]["val_loss"] for run in runs]
     return {
+        "trained_seeds": list(by_seed),
         "val_loss": final,
         "mean_val_loss": statistics.mean(final),
         "imbalance": statistics.mean(imbalance(run[-1]["expert_shares"]) for run in runs),
@@ -231,16 +236,21 @@ def summarize(results: Results) -> dict[str, dict]:
     summary = {variant: summarize_variant(runs) for variant, runs in results.items()}
     for variant, figures in summary.items():
         if TOPK in summary:
-            pairs = list(zip(figures["val_loss"], summary[TOPK]["val_loss"], strict=False))
-            ours, topk = (statistics.mean(part) for part in zip(*pairs, strict=True))
-            figures["difference_percent"] = 100 * (ours / topk - 1)
+            base = dict(zip(summary[TOPK]["trained_seeds"], summary[TOPK]["val_loss"], strict=True))
+            own = zip(figures["trained_seeds"], figures["val_loss"], strict=True)
+            pairs = [(loss, base[seed]) for seed, loss in own if seed in base]
             figures["seeds"] = len(pairs)
+            if pairs:
+                ours, topk = (statistics.mean(part) for part in zip(*pairs, strict=True))
+                figures["difference_percent"] = 100 * (ours / topk - 1)
     return summary
 
 
-def draw(axes, steps: list[int], runs: list[list[float]], **style) -> None:
-    """The mean of the runs, and a band from the lowest to the highest."""
-    columns = list(zip(*runs, strict=True))
+def draw(axes, curves: list[dict[int, float]], **style) -> None:
+    """The mean of the curves (value by step) at the steps all have, and a band from the lowest to the
+    highest."""
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    columns = [[curve[step] for curve in curves] for step in steps]
     (line,) = axes.plot(
         steps, [statistics.mean(at) for at in columns], marker="o", markersize=4, **style
     )
@@ -248,28 +258,37 @@ def draw(axes, steps: list[int], runs: list[list[float]], **style) -> None:
     axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
 
 
+def differences_from(curves: dict[int, dict], base: dict[int, dict]) -> list[dict[int, float]]:
+    """Percent by step, of the seeds that both have."""
+    return [
+        {step: 100 * (loss / base[seed][step] - 1) for step, loss in curve.items() if step in base[seed]}
+        for seed, curve in curves.items()
+        if seed in base
+    ]  # fmt: skip
+
+
 def plot(summary: dict[str, dict], path: Path) -> None:
     """Validation curves of the variants, and below how far each seed's is from top-K's of the seed."""
     from .metrics import new_figure, save_figure
 
     title = "validation with top-K: training with top-K and with token rounding"
-    figure, (curves, differences) = new_figure(title, panels=2)
-    topk = summary.get(TOPK, {}).get("curve", [])
+    figure, (above, below) = new_figure(title, panels=2)
+    curves = {
+        variant: {
+            seed: dict(curve)
+            for seed, curve in zip(figures["trained_seeds"], figures["curve"], strict=True)
+        }
+        for variant, figures in summary.items()
+    }
     for index, (variant, figures) in enumerate(summary.items()):
-        steps = [step for step, _ in figures["curve"][0]]
-        losses = [[loss for _, loss in curve] for curve in figures["curve"]]
         label = f"{variant} {figures['mean_val_loss']:.4f}"
         if variant != TOPK and "difference_percent" in figures:
             label += f" ({figures['difference_percent']:+.2f}%)"
-        draw(curves, steps, losses, label=label, color=f"C{index}")
-        if topk:
-            percent = [
-                [100 * (loss / base - 1) for loss, (_, base) in zip(run, reference, strict=True)]
-                for run, reference in zip(losses, topk, strict=False)
-            ]
-            draw(differences, steps, percent, color=f"C{index}")
-    curves.legend()
-    differences.set(ylabel="difference from top-K, %")
+        draw(above, list(curves[variant].values()), label=label, color=f"C{index}")
+        if percent := differences_from(curves[variant], curves.get(TOPK, {})):
+            draw(below, percent, color=f"C{index}")
+    above.legend()
+    below.set(ylabel="difference from top-K, %")
     save_figure(figure, path)
 
 

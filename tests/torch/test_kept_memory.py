@@ -53,7 +53,8 @@ def test_gradients_keep_the_layout_of_transposed_weights() -> None:
     for _ in range(2):  # in new memory, then in memory that held something else
         gradient = gradients(w1, w2)[0]
         assert gradient.stride() == w1.stride()
-        torch.testing.assert_close(gradient, expected)
+        # Another layout may mean another order of the sums.
+        assert (gradient - expected).norm() < 1e-6 * expected.norm()
         del gradient
 
 

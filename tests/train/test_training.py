@@ -4,11 +4,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from pretrain import checkpoint, trainer
 from pretrain.compare import main as compare
+from pretrain.compare import plot, summarize
 from pretrain.metrics import read_metrics
 from pretrain.train import main
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
@@ -157,6 +161,53 @@ def test_compare_side_by_side(flags, tmp_path):
             for name in ("one", "two")
         ]
         assert len(losses[0]) == 4 and losses[0] == losses[1]
+
+
+def test_a_signal_to_the_group_stops_and_saves_runs_side_by_side(flags, tmp_path):
+    argv = flags("--seeds", "1", "--jobs", "2", name="two", steps=100000, eval_every=100000)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pretrain.compare", *argv], env=environment, start_new_session=True
+    )
+    runs = [tmp_path / "runs" / "two" / run for run in ("topk-0", "nearest-0")]
+    paths = [run / "metrics.jsonl" for run in runs]
+    deadline = time.monotonic() + 120
+    while not all(path.exists() and read_metrics(path) for path in paths):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    assert process.wait(timeout=60) == 130
+    for run in runs:
+        assert "stopped and saved" in run.with_name(f"{run.name}.log").read_text()
+        saved = int((run / "checkpoint").resolve().name.removeprefix("step-"))
+        assert saved == read_metrics(run / "metrics.jsonl")[-1]["step"] > 0
+
+
+def test_compare_pairs_the_seeds_that_are_done(tmp_path):
+    def run(loss, steps=(2, 4)):
+        line = {
+            "rows": 8,
+            "rows_dropped": 0,
+            "rows_added": 0,
+            "tokens": 1,
+            "tokens_per_second": 1.0,
+        }
+        return [
+            line | {"step": step, "val_loss": loss, "expert_shares": [[0.5, 0.5]]} for step in steps
+        ]
+
+    summary = summarize(
+        {
+            "topk": {1: run(2.0)},
+            "nearest": {0: run(9.0), 1: run(2.1, (2, 4, 6))},
+            "up": {0: run(3.0)},
+        }
+    )
+    assert summary["nearest"]["difference_percent"] == pytest.approx(5.0)
+    assert summary["nearest"]["seeds"] == 1 and summary["up"]["seeds"] == 0
+    assert "difference_percent" not in summary["up"]
+    plot(summary, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 0
 
 
 def test_compare_side_by_side_reports_a_failure(flags, tmp_path, capfd):
