@@ -1,10 +1,10 @@
 """Builds of this package against each other on one GPU, under a load that lasts.
 
 At the card's power limit a short series says little: the clock follows the last second's load. Here
-every build runs the layer's forward and backward for --settle seconds and more, then the kernels of
-the next --seconds are timed (CUPTI). The builds take turns, A B C C B A, each in a process of its own. Per
-kernel: microseconds per call, the mean of the rounds, and its ratio to the first build's; and, from
-nvidia-smi while the load settles, clock, power and joules per call.
+every build runs the layer's forward and backward for --settle seconds, then for --seconds: once timed
+as a whole, with clock and power (nvidia-smi), once under the profiler. The builds take turns,
+A B C C B A, each in a process of its own. The mean of the rounds and its ratio to the first build's:
+microseconds per call of each kernel, of the call, clock, power and joules per call.
 
     python bench/compare_builds.py old=/tmp/old new=bindings/torch --problem 7B-n256 --rounds 4
 
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 Reading = tuple[float, float, float]  # seconds (monotonic), watts, MHz
@@ -78,40 +79,71 @@ def mean_between(readings: list[Reading], begin: float, end: float) -> dict[str,
     return {"watts": watts, "mhz": mhz}
 
 
+def lasting_load(call: Callable[[], object], settle: float, seconds: float) -> tuple:
+    """Milliseconds of a call, and from when to when (monotonic) they were measured. Calls are issued
+    without a pause, some milliseconds of them ahead of the GPU."""
+    import torch
+    from gpu_common import warm_seconds
+
+    batch = max(1, round(0.01 / warm_seconds(call, 0.05)))
+    marks: list[torch.cuda.Event] = []
+    start = time.monotonic()
+    begin = first = None
+    while begin is None or time.monotonic() < begin + seconds:
+        for _ in range(batch):
+            call()
+        marks.append(torch.cuda.Event(enable_timing=True))
+        marks[-1].record()
+        if len(marks) > 1:
+            marks[-2].synchronize()
+        if begin is None and time.monotonic() - start >= settle:
+            begin, first = time.monotonic(), len(marks) - 1
+    end = time.monotonic()
+    torch.cuda.synchronize()
+    calls = batch * (len(marks) - 1 - first)
+    return marks[first].elapsed_time(marks[-1]) / calls, begin, end
+
+
 def measure(arguments: argparse.Namespace) -> int:
     """Of the package on the path: prints one JSON object per problem."""
     import torch
     from bench_gpu import EagerLayer
-    from gpu_common import Pace, Problem, require_gpu, suite_entries, warm_seconds
-    from gpu_profile import profiled_halves
+    from gpu_common import Pace, Problem, require_gpu, suite_entries
+    from gpu_profile import busy_by_name, busy_us, profiled_halves
     from gpu_systems import systems_named
 
     require_gpu()
     (system,) = systems_named([arguments.system])
-    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}".replace("GPU-GPU-", "GPU-")
+    pace = Pace(arguments.seconds, arguments.settle, 0.0)
     for entry in suite_entries(["paper", "models"], arguments.problem):
         layer = EagerLayer(Problem(entry["name"], tuple(entry["shape"])), system)
-        call = lambda layer=layer: layer.backward(layer.forward())  # noqa: E731
-        log, begin = PowerLog(gpu), time.monotonic()
-        call_ms = 1e3 * warm_seconds(call, arguments.settle)
-        end = time.monotonic()
-        power = mean_between(log.stop(), (begin + end) / 2, end)
-        # The profiler takes a moment to start: some load again.
-        pace = Pace(arguments.seconds, arguments.settle / 3, 0.0)
+
+        def call(layer: EagerLayer = layer) -> object:
+            return layer.backward(layer.forward())
+
+        busy_us(call, repeats=1)  # what the first call and the first profile set up
+        log = PowerLog(gpu)
+        call_ms, begin, end = lasting_load(call, pace.settle, pace.seconds)
+        row = {"problem": entry["name"], "ms": call_ms} | mean_between(log.stop(), begin, end)
         calls = profiled_halves(layer.forward, layer.backward, call_ms, pace)
         kernels: dict[str, float] = {}
-        for call in calls:
-            for part in call:
-                for span in part:
-                    name = short_name(span.name)
-                    kernels[name] = kernels.get(name, 0.0) + (span.end - span.start) / len(calls)
-        print("ROW " + json.dumps({"problem": entry["name"], "kernels": kernels, **power}))
+        for one in calls:
+            for name, us in busy_by_name(one.forward + one.backward).items():
+                short = short_name(name)
+                kernels[short] = kernels.get(short, 0.0) + us / len(calls)
+        print("ROW " + json.dumps(row | {"kernels": kernels}))
         del layer
         torch.cuda.empty_cache()
     return 0
 
 
 # ----------------------------------------------------------------------------------- the comparison
+
+
+def known_problems() -> list[str]:
+    suites = json.loads((Path(__file__).parent / "problems.json").read_text())["suites"]
+    return [problem["name"] for suite in suites.values() for problem in suite["problems"]]
 
 
 def turns(names: list[str], rounds: int) -> list[str]:
@@ -121,7 +153,8 @@ def turns(names: list[str], rounds: int) -> list[str]:
 
 def run_build(folder: Path, arguments: list[str]) -> list[dict]:
     here = Path(__file__).resolve()
-    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{here.parent}"}
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, str(here), *arguments, "--worker"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -137,10 +170,8 @@ def table(problem: str, rows: dict[str, list[dict]]) -> list[str]:
         for kernel in {kernel for row in rounds for kernel in row["kernels"]}:
             mean = statistics.mean(row["kernels"].get(kernel, 0.0) for row in rounds)
             means.setdefault(kernel, {})[name] = mean
-    totals = {
-        name: [sum(row["kernels"].values()) for row in rounds] for name, rounds in rows.items()
-    }
-    total = {name: statistics.mean(values) for name, values in totals.items()}
+    calls = {name: [1e3 * row["ms"] for row in rounds] for name, rounds in rows.items()}
+    call = {name: statistics.mean(us) for name, us in calls.items()}
     lines = [f"{problem:44}" + "".join(f"{name:>20}" for name in names)]
 
     def line(label: str, values: dict[str, float], digits: int = 1) -> None:
@@ -153,10 +184,10 @@ def table(problem: str, rows: dict[str, list[dict]]) -> list[str]:
         lines.append(f"  {label:42}" + "".join(cells))
 
     for kernel, values in sorted(means.items(), key=lambda item: -max(item[1].values())):
-        if max(values.values()) >= LEAST_SHARE * total[names[0]]:
+        if max(values.values()) >= LEAST_SHARE * call[names[0]]:
             line(kernel, values)
-    line("sum, us per call", total)
-    spreads = (f"{min(v):.0f}-{max(v):.0f}" for v in totals.values())
+    line("call, us", call)
+    spreads = (f"{min(us):.0f}-{max(us):.0f}" for us in calls.values())
     lines.append(f"  {'  of the rounds':42}" + "".join(f"{spread:>20}" for spread in spreads))
     for key, label in (("mhz", "clock, MHz"), ("watts", "power, W")):
         values = {
@@ -166,7 +197,7 @@ def table(problem: str, rows: dict[str, list[dict]]) -> list[str]:
         }
         line(label, values)
         if key == "watts":
-            line("J per call", {n: watts * total[n] / 1e6 for n, watts in values.items()}, 3)
+            line("J per call", {name: w * call[name] / 1e6 for name, w in values.items()}, 3)
     return lines
 
 
@@ -178,13 +209,15 @@ def main() -> int:
     add("--system", default="sonicmoe", help="of bench_gpu.py")
     add("--rounds", type=int, default=2)
     add("--settle", type=float, default=1.5, help="seconds of load before what is timed")
-    add("--seconds", type=float, default=0.3, help="timed, at most twenty calls")
+    add("--seconds", type=float, default=0.5, help="measured; of the profile at most twenty calls")
     add("--output", type=Path, help="write the rows here (JSON)")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.problem = arguments.problem or ["7B-n256"]
     if arguments.worker:
         return measure(arguments)
+    if unknown := set(arguments.problem) - set(known_problems()):
+        parser.error(f"--problem {', '.join(sorted(unknown))}: not in bench/problems.json")
     builds = {}
     for build in arguments.builds:
         name, _, folder = build.partition("=")

@@ -27,8 +27,8 @@ Call = Callable[[], object]
 @dataclass(frozen=True)
 class Pace:
     """How a figure is timed: for `seconds`, after `settle` seconds of the same load, after `rest`
-    seconds of none. The rest is there because the card remembers: behind a system that runs at the
-    power limit the next one's clock is lower for more than a second (10-15% at coarse shapes)."""
+    seconds of none. The rest is there for every system to start alike: at the card's power limit a
+    figure seems to depend on the load before it (docs/performance.md, M11)."""
 
     seconds: float = 0.15
     settle: float = SETTLE_S

@@ -463,12 +463,15 @@ def test_power_is_that_of_the_settled_time():
 
 
 def test_table_of_builds():
-    rows = {
-        "old": [{"kernels": {"up": 90.0, "tiny": 0.1}, "watts": 700.0}, {"kernels": {"up": 110.0}, "watts": 700.0}],
-        "new": [{"kernels": {"up": 80.0, "fresh": 10.0}, "watts": 600.0}] * 2,
-    }  # fmt: skip
+    old = {"kernels": {"up": 90.0, "tiny": 0.1}, "watts": 700.0, "ms": 0.1}
+    new = {"kernels": {"up": 80.0, "fresh": 10.0}, "watts": 600.0, "ms": 0.09}
+    rows = {"old": [old, old | {"kernels": {"up": 110.0}}], "new": [new] * 2}
     lines = {line.split("  ")[1]: line.split() for line in compare_builds.table("p", rows)[1:]}
     assert lines["up"][1:] == ["100.0", "1.000", "80.0", "0.800"]
     assert lines["fresh"][1:] == ["-", "-"] and "tiny" not in lines
-    assert lines["sum, us per call"][-2:] == ["90.0", "0.900"]
+    assert lines["call, us"][-2:] == ["90.0", "0.900"]
     assert lines["J per call"][-4:] == ["0.070", "1.000", "0.054", "0.771"]
+
+
+def test_the_problems_of_a_comparison_exist():
+    assert {"7B-n256", "OLMoE"} <= set(compare_builds.known_problems())

@@ -56,42 +56,61 @@ struct Power {
   double watts = 0, megahertz = 0;
 };
 
-// Launches without a pause for `settle` seconds and then for `seconds`, which are measured.
+// Launches without a pause for `settle` seconds and then for `seconds`, which are measured. The
+// card's energy counter advances in steps of up to a tenth of a second: it is read where it steps.
 inline Power measure_power(const Nvml& nvml, const std::function<void()>& launch, double settle,
                            double seconds) {
   using Clock = std::chrono::steady_clock;
   const auto since = [](Clock::time_point t) {
     return std::chrono::duration<double>(Clock::now() - t).count();
   };
-  // Batches of some milliseconds, one of them always queued behind the one that runs.
-  const auto begin_one = Clock::now();
-  launch();
-  CHECK_CUDA(cudaDeviceSynchronize());
-  const int batch = std::max(1, int(0.01 / since(begin_one)));
-  cudaEvent_t done[2];
-  for (cudaEvent_t& event : done) CHECK_CUDA(cudaEventCreate(&event));
-  int64_t launches = 0;
-  double clocks = 0;
-  int readings = 0;
-  const auto run_for = [&](double time) {
-    launches = readings = 0;
-    clocks = 0;
+  const auto timed_launch = [&] {
     const auto begin = Clock::now();
-    for (int i = 0; i < 2 || since(begin) < time; ++i) {
-      if (i >= 2) CHECK_CUDA(cudaEventSynchronize(done[i % 2]));
-      for (int j = 0; j < batch; ++j) launch();
-      CHECK_CUDA(cudaEventRecord(done[i % 2]));
-      launches += batch;
-      clocks += nvml.megahertz();
-      ++readings;
-    }
+    launch();
     CHECK_CUDA(cudaDeviceSynchronize());
     return since(begin);
   };
-  run_for(settle);
-  const double joules = nvml.joules(), time = run_for(seconds);
+  timed_launch();  // and what it sets up
+  // Batches of some milliseconds, one of them always queued behind the one that runs.
+  const int batch = std::max(1, int(0.01 / timed_launch()));
+  cudaEvent_t done[2];
+  for (cudaEvent_t& event : done) CHECK_CUDA(cudaEventCreate(&event));
+  int64_t batches = 0, measured = 0;
+  double clocks = 0, first_joules = 0, first_time = 0, last_joules = 0, last_time = 0;
+  const auto begin = Clock::now();
+  double joules = nvml.joules();
+  while (since(begin) < settle + seconds) {
+    if (batches >= 2) CHECK_CUDA(cudaEventSynchronize(done[batches % 2]));
+    for (int j = 0; j < batch; ++j) launch();
+    CHECK_CUDA(cudaEventRecord(done[batches++ % 2]));
+    const double now = since(begin), reading = nvml.joules();
+    const bool stepped = reading != joules;
+    joules = reading;
+    if (now < settle) continue;
+    clocks += nvml.megahertz();
+    ++measured;
+    if (!stepped) continue;
+    if (first_time == 0) {
+      first_joules = reading;
+      first_time = now;
+    }
+    last_joules = reading;
+    last_time = now;
+  }
+  // Time per launch from events of the last batches: the same load, still settled.
+  cudaEvent_t ends[2];
+  for (cudaEvent_t& event : ends) CHECK_CUDA(cudaEventCreate(&event));
+  constexpr int kTimedBatches = 20;
+  CHECK_CUDA(cudaEventRecord(ends[0]));
+  for (int j = 0; j < kTimedBatches * batch; ++j) launch();
+  CHECK_CUDA(cudaEventRecord(ends[1]));
+  CHECK_CUDA(cudaDeviceSynchronize());
+  float ms = 0;
+  CHECK_CUDA(cudaEventElapsedTime(&ms, ends[0], ends[1]));
   for (cudaEvent_t& event : done) CHECK_CUDA(cudaEventDestroy(event));
-  return {1e3 * time / double(launches), (nvml.joules() - joules) / time, clocks / readings};
+  for (cudaEvent_t& event : ends) CHECK_CUDA(cudaEventDestroy(event));
+  return {double(ms) / (kTimedBatches * batch),
+          (last_joules - first_joules) / (last_time - first_time), clocks / double(measured)};
 }
 
 }  // namespace experiment
