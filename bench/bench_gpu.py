@@ -101,10 +101,6 @@ class ReplayedLayer(EagerLayer):
         return self.grads
 
 
-def profiled(layer: EagerLayer, call_ms: float, pace: Pace):
-    return profiled_halves(layer.forward, layer.backward, call_ms, pace)
-
-
 def figures_of_run(p: Problem, system, pace: Pace) -> dict[str, float]:
     """What is measured anew in every run."""
     if isinstance(system, Cublas):
@@ -116,7 +112,8 @@ def figures_of_run(p: Problem, system, pace: Pace) -> dict[str, float]:
     layer = EagerLayer(p, system)
     figures = layer.times(pace)
     if system.profiled:
-        figures |= busy_figures(profiled(layer, figures["fwd_ms"] + figures["bwd_ms"], pace))
+        call_ms = figures["fwd_ms"] + figures["bwd_ms"]
+        figures |= busy_figures(profiled_halves(layer.forward, layer.backward, call_ms, pace))
     if system.replayed:
         figures |= ReplayedLayer(p, system).times(pace, "graph_")
     return figures
@@ -224,7 +221,7 @@ def with_anchors(rows: list[dict]) -> dict:
 def print_kernels(p: Problem, system, pace: Pace) -> None:
     layer = EagerLayer(p, system)
     call_ms = 1e3 * warm_seconds(lambda: layer.backward(layer.forward()))
-    calls = profiled(layer, call_ms, pace)
+    calls = profiled_halves(layer.forward, layer.backward, call_ms, pace)
     for part in ("forward", "backward"):
         print(f"{p.name} {system.name} {part}: us per call, launches per call, kernel")
         for us, launches, name in kernel_table([getattr(call, part) for call in calls]):

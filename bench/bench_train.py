@@ -48,6 +48,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 from bench_common import commit  # noqa: E402
 from pretrain import footprint  # noqa: E402
 from pretrain.config import TrainConfig, UserError  # noqa: E402
+from pretrain.gpus import gpu_names  # noqa: E402
 
 PEAK_FLOPS = 989e12  # per second
 SYSTEMS = {
@@ -353,9 +354,7 @@ class Runs:
         self.begin, self.lock = time.monotonic(), threading.Lock()
         self.processes: list[subprocess.Popen] = []
         self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else [str(i) for i in range(arguments.gpus)]
-        for name in names[: arguments.gpus]:
+        for name in gpu_names(arguments.gpus):
             self.gpus.put(name)
 
     def run_all(self) -> None:

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 Reading = tuple[float, float, float]  # seconds (monotonic), watts, MHz
+SUITES = ["paper", "models"]
 LEAST_SHARE = 0.01  # of the call, of a kernel that has a line of its own
 
 
@@ -116,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> int:
     (system,) = systems_named([arguments.system])
     gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}".replace("GPU-GPU-", "GPU-")
     pace = Pace(arguments.seconds, arguments.settle, 0.0)
-    for entry in suite_entries(["paper", "models"], arguments.problem):
+    for entry in suite_entries(SUITES, arguments.problem):
         layer = EagerLayer(Problem(entry["name"], tuple(entry["shape"])), system)
 
         def call(layer: EagerLayer = layer) -> object:
@@ -142,8 +143,9 @@ def measure(arguments: argparse.Namespace) -> int:
 
 
 def known_problems() -> list[str]:
-    suites = json.loads((Path(__file__).parent / "problems.json").read_text())["suites"]
-    return [problem["name"] for suite in suites.values() for problem in suite["problems"]]
+    from gpu_common import suite_entries
+
+    return [entry["name"] for entry in suite_entries(SUITES)]
 
 
 def turns(names: list[str], rounds: int) -> list[str]:
@@ -217,7 +219,9 @@ def main() -> int:
     if arguments.worker:
         return measure(arguments)
     if unknown := set(arguments.problem) - set(known_problems()):
-        parser.error(f"--problem {', '.join(sorted(unknown))}: not in bench/problems.json")
+        parser.error(
+            f"--problem {', '.join(sorted(unknown))}: not in the suites {', '.join(SUITES)}"
+        )
     builds = {}
     for build in arguments.builds:
         name, _, folder = build.partition("=")

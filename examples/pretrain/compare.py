@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from .config import POLICIES, Request, TrainConfig, UserError, make_parser, validate
+from .gpus import gpu_names
 from .signals import Signals, Stopped
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -146,10 +147,8 @@ def start_run(one: TrainConfig, argv: list[str], job: int, jobs: int) -> subproc
     import torch
 
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    if count := torch.cuda.device_count():
-        visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else [str(i) for i in range(count)]
-        environment["CUDA_VISIBLE_DEVICES"] = names[job % count]
+    if names := gpu_names(torch.cuda.device_count()):
+        environment["CUDA_VISIBLE_DEVICES"] = names[job % len(names)]
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     Path(one.runs_dir).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pretrain.compare", *argv, "--only", one.name]

@@ -5,7 +5,6 @@
 #include <dlfcn.h>
 
 #include <chrono>
-#include <thread>
 
 #include "harness.cuh"
 
