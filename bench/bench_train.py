@@ -89,6 +89,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=int, default=0, help="0: as many as fit, within --most-parameters")
     add("--most-parameters", type=float, default=2e9)
     add("--memory-gib", type=float, default=78.0, help="what the number of layers must fit")
+    add(
+        "--cap-gib",
+        type=float,
+        default=0,
+        help="let torch hold no more, as on a smaller GPU; 0: all",
+    )
     add("--seq-len", type=int, default=4096)
     add("--vocab-size", type=int, default=16384, help="of synthetic tokens")
     add("--data", default="", help="a .bin of pretrain.prepare; else synthetic tokens")
@@ -170,7 +176,18 @@ class Worker:
         config = model_config(arguments, system)
         self.config = with_layers(arguments, config, self.vocab_size)
         self.step = Step(self.config, tokens, self.vocab_size, self.device, MODES[mode])
-        self.capacity = footprint.capacity_of(self.device.type)
+        self.capacity = self.capped(footprint.capacity_of(self.device.type))
+
+    def capped(self, capacity: int) -> int:
+        """Bytes that torch may hold of the device's."""
+        import torch
+
+        if not self.arguments.cap_gib or self.device.type != "cuda":
+            return capacity
+        cap = int(self.arguments.cap_gib * footprint.GIB)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), self.device)
+        return min(cap, capacity)
 
     def seconds_left(self) -> float:
         return self.arguments.limit - (time.monotonic() - self.begin)

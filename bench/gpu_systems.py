@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 
@@ -20,12 +21,13 @@ class SonicMoE:
         self.name, self.replayed, self.options = name, replayed, options
 
     @property
-    def unknown(self) -> list[str]:
-        """Options that the installed package does not know."""
+    def lacking(self) -> str | None:
+        """Why the installed package cannot be this system."""
         import sonicmoe_cpp
 
         known = inspect.signature(sonicmoe_cpp.moe).parameters
-        return [key for key in self.options if key not in known]
+        unknown = [key for key in self.options if key not in known]
+        return f"sonicmoe_cpp does not know {', '.join(unknown)}" if unknown else None
 
     def experts(self, p: Problem, ids, weights) -> torch.Tensor:
         import sonicmoe_cpp
@@ -38,6 +40,28 @@ class SonicMoE:
         return sonicmoe_cpp.moe_layer(
             p.x, p.router, p.w1, p.w2, p.shape[4], scoring="topk_softmax", **self.options
         )[0]
+
+
+class OfficialSonicMoE:
+    """The official CuTe-DSL layer, where its package sonic-moe is installed. It takes gate and up in
+    alternating rows of w1, so it computes another function of the same random weights: its errors are
+    not measured. Its first call at a shape compiles and tunes (QUACK_CACHE_DIR keeps what it finds)."""
+
+    name = "sonic-moe"
+    profiled, replayed = True, False
+
+    @property
+    def lacking(self) -> str | None:
+        found = importlib.util.find_spec("sonicmoe")
+        return None if found else "the package sonic-moe is not installed"
+
+    def layer(self, p: Problem) -> torch.Tensor:
+        from sonicmoe import moe_TC_softmax_topk_layer
+
+        w1, w2 = (w.permute(1, 2, 0) for w in (p.w1, p.w2))
+        stream = torch.cuda.current_stream().cuda_stream
+        top_k = p.shape[4]
+        return moe_TC_softmax_topk_layer(p.x, p.router, w1, None, w2, None, top_k, stream)[0]
 
 
 def swiglu(h: torch.Tensor) -> torch.Tensor:
@@ -138,6 +162,7 @@ class Cublas:
 SYSTEMS: dict[str, Callable] = {
     "sonicmoe": lambda: SonicMoE("sonicmoe", replayed=True),
     "sonicmoe-atomic": lambda: SonicMoE("sonicmoe-atomic", deterministic=False),
+    OfficialSonicMoE.name: OfficialSonicMoE,
     GroupedMM.name: GroupedMM,
     CompiledGroupedMM.name: CompiledGroupedMM,
     Cublas.name: Cublas,
@@ -149,8 +174,8 @@ def systems_named(names: list[str] | None) -> list:
     systems = []
     for name in names or SYSTEMS:
         system = SYSTEMS[name]()
-        if unknown := getattr(system, "unknown", None):
-            print(f"{name}: skipped, sonicmoe_cpp does not know {', '.join(unknown)}", flush=True)
+        if lacking := getattr(system, "lacking", None):
+            print(f"{name}: skipped, {lacking}", flush=True)
             continue
         systems.append(system)
     return systems

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import matplotlib
 from bench_common import REPOSITORY
-from gpu_summary import CEILING, Speed, anchored_speed, load_anchors, measured_speed
+from gpu_summary import CEILING, PEER, Speed, best_speed, load_anchors, measured_speed
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 RESULTS = REPOSITORY / "bench" / "results"
 IMAGES = REPOSITORY / "docs" / "images"
-BARS = {  # system: label, colour; * marks those of anchors.json
+BARS = {  # system: label, colour; * marks those whose better time is shown
     "sonicmoe": ("sonicmoe", "tab:blue"),
     "sonicmoe-atomic": ("sonicmoe, atomic sums", "tab:cyan"),
     "sonic-moe": ("sonic-moe 0.1.2 (official)*", "tab:orange"),
@@ -50,11 +50,20 @@ def speeds(record: dict, anchors: dict) -> dict[str, dict[str, Speed]]:
     table: dict[str, dict[str, Speed]] = {}
     for row in record["rows"]:
         if "fwd_ms" in row:
-            table.setdefault(row["shape"], {})[row["system"]] = measured_speed(row)
+            speed = best_speed if row["system"] == PEER else measured_speed
+            table.setdefault(row["shape"], {})[row["system"]] = speed(row)
     for row in anchors["rows"]:
         if row["shape"] in table and row["system"] != CEILING:  # ours is of the record's machine
-            table[row["shape"]][row["system"]] = anchored_speed(row)
+            table[row["shape"]].setdefault(row["system"], best_speed(row))
     return table
+
+
+def elsewhere(record: dict, anchors: dict) -> str:
+    """What is drawn from anchors.json, and where that was measured."""
+    here = {row["system"] for row in record["rows"]}
+    names = dict.fromkeys(row["system"] for row in anchors["rows"])
+    others = [BARS[name][0].rstrip("*") for name in names if name in BARS and name not in here]
+    return f"{', '.join(others)}: {anchors['source']}"
 
 
 def draw_group(axes, place: int, systems: dict[str, Speed], direction: int, width: float) -> None:
@@ -108,7 +117,7 @@ def plot_speeds(record: dict, anchors: dict, path: Path) -> None:
     )
     figure.supxlabel(
         f"{record['device']}, torch {record['versions']['torch']}, {record['date'][:10]}; wall time."
-        f"  * {anchors['source']}: the better of wall and busy time; no bar: not measured.",
+        f"  * the better of wall and busy time; {elsewhere(record, anchors)}; no bar: not measured.",
         fontsize=9,
     )
     figure.savefig(path, dpi=110)

@@ -289,6 +289,12 @@ def test_a_system_of_unknown_options_is_left_out(monkeypatch, capsys):
     assert "new: skipped, sonicmoe_cpp does not know no_such_option" in capsys.readouterr().out
 
 
+def test_the_official_layer_is_left_out_where_it_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_systems.importlib.util, "find_spec", lambda name: None)
+    assert gpu_systems.systems_named(["sonic-moe"]) == []
+    assert "sonic-moe: skipped, the package" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------- compile
 
 
@@ -330,7 +336,9 @@ def test_ratios_by_hand():
     ours, cublas, peer, peer_cublas = (1 / 2, 2 / 4), (1, 1), (1 / 3, 2 / 3), (1 / 2, 2)
     ratios = gpu_summary.scaled_ratios(ours, cublas, peer, peer_cublas)
     assert ratios == pytest.approx([0.75, 1.5, 1.0])
-    assert gpu_summary.anchored_speed({"wall": [100, 700], "busy": [400, 400]}) == (400, 400)
+    assert gpu_summary.best_speed({"wall": [100, 700], "busy": [400, 400]}) == (400, 400)
+    measured = layer_row("a", "sonic-moe", 9.0, 9.0, busy_fwd_ms=0.5, busy_bwd_ms=4.0)
+    assert gpu_summary.best_speed(measured) == pytest.approx((2, 0.5))
 
 
 def layer_row(shape: str, system: str, fwd_ms: float, bwd_ms: float, **more) -> dict:
@@ -373,6 +381,19 @@ def test_summary_has_the_ratios_and_their_geometric_mean():
     assert re.search(r"^mean of 2 +sonicmoe +busy 1\.414", text, re.M)
 
 
+def test_a_peer_of_the_same_run_counts_before_the_anchors():
+    """3 + 9 ms by its busy time to our 2 + 4, whatever cuBLAS takes; at `b` it failed."""
+    rows = [
+        *(layer_row(s, "cublas-bmm", 1, 2) for s in "ab"),
+        *(layer_row(s, "sonicmoe", 2, 4) for s in "ab"),
+        layer_row("a", "sonic-moe", 30, 90, busy_fwd_ms=3, busy_bwd_ms=9),
+        {"shape": "b", "system": "sonic-moe", "out_of_memory": True},
+    ]
+    table = gpu_summary.ratios_by_shape(rows, ANCHORS)
+    assert table["a"]["sonicmoe"]["wall"] == pytest.approx([1.5, 2.25, 2])
+    assert table["b"]["sonicmoe"]["wall"] == pytest.approx([1, 1, 1])
+
+
 def test_anchors_name_shapes_of_the_problems_and_hold_pairs():
     problems = json.loads((REPOSITORY / "bench" / "problems.json").read_text())["suites"]
     names = {entry["name"] for suite in problems.values() for entry in suite["problems"]}
@@ -380,7 +401,7 @@ def test_anchors_name_shapes_of_the_problems_and_hold_pairs():
     assert len({(row["shape"], row["system"]) for row in rows}) == len(rows)
     for row in rows:
         assert row["shape"] in names
-        assert all(100 < speed < 800 for speed in gpu_summary.anchored_speed(row))
+        assert all(100 < speed < 800 for speed in gpu_summary.best_speed(row))
 
 
 def test_plots_take_the_newest_record_and_the_better_of_wall_and_busy():
