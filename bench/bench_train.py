@@ -186,7 +186,7 @@ class Worker:
             return capacity
         cap = int(self.arguments.cap_gib * footprint.GIB)
         total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), self.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
         return min(cap, capacity)
 
     def seconds_left(self) -> float:
