@@ -337,14 +337,12 @@ def kernels(step) -> dict:
 
 def work(arguments: argparse.Namespace) -> int:
     """Runs in a process of its own; prints rows."""
-    import torch
-
     worker = None
     try:
         worker = Worker(arguments)
         worker.run()
-    except torch.OutOfMemoryError as error:
-        if worker is None:
+    except RuntimeError as error:
+        if worker is None or not footprint.is_out_of_memory(error):
             raise
         first_line = str(error).splitlines()[0]
         worker.emit("failed", out_of_memory=True, reason=first_line, sizes=worker.out_of_memory())

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from pretrain.config import TrainConfig
 from pretrain.data import Batches
-from pretrain.footprint import Layout
+from pretrain.footprint import Layout, is_out_of_memory
 from pretrain.model import RoutingTap, new_model
 from torch.utils.checkpoint import checkpoint
 
@@ -314,9 +314,10 @@ def fits(step: Step, sequences: int) -> bool:
             step()
         Clock(step.device).wait()
         return True
-    except torch.OutOfMemoryError:
-        pass  # outside the handler nothing holds the step's tensors any more
-    release(step)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    release(step)  # outside the handler: nothing holds the step's tensors any more
     return False
 
 

@@ -103,7 +103,9 @@ def moe_kept(config: TrainConfig, layout: Layout, tokens: int) -> int:
     element = moe_element(config, layout)
     if config.experts != "sonicmoe_cpp":
         # Gathered rows and Y [P, d]; H [P, 2n], silu and A [P, n]; orders; router's probabilities.
-        each = element * (2 * config.hidden_size + 4 * n) + 24
+        # transformers' loop: the weighted rows too, whose sizes index_add's backward asks for.
+        wide = 3 if config.experts == "eager" else 2
+        each = element * (wide * config.hidden_size + 4 * n) + 24
         return p * each + tokens * (12 * experts + 16 * config.top_k)
     if config.router == "token-rounding":
         metadata = 4 * (experts + 4 * p + tokens + 1) + 12 * p + 4 * tokens * config.top_k
@@ -117,6 +119,8 @@ def moe_transient(config: TrainConfig, layout: Layout, tokens: int) -> int:
     element = moe_element(config, layout)
     p, d, n = rows(config, tokens), config.hidden_size, config.intermediate_size
     around = 2 * tokens * d * element
+    if config.experts == "eager":  # a whole gradient of gate_up for one expert at a time, then added
+        return config.num_experts * 2 * n * d * element + around
     if config.experts != "sonicmoe_cpp":
         return p * element * (3 * d + 3 * n) + around
     return p * element * (3 * n + d) + around
@@ -246,6 +250,13 @@ def capacity_of(device_type: str) -> int:
 
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is torch's own, or what an operator of sonicmoe_cpp raises in a compiled graph."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def out_of_memory_report(

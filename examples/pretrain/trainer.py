@@ -326,7 +326,9 @@ def _out_of_memory_explained(trainer: Trainer):
     """Turns torch's error into one that names the sizes and a microbatch that fits."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not footprint.is_out_of_memory(error):
+            raise
         config = trainer.config
         raise MemoryError(
             footprint.out_of_memory_report(

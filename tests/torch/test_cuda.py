@@ -418,3 +418,25 @@ def test_kept_memory_is_h_metadata_and_output(router):
     least = pairs * 2 * 2 * n + 2 * count * d
     assert least <= kept <= most + 12 * 512, "512: the allocator's granularity, per tensor"
     assert logits.requires_grad and y.requires_grad
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_out_of_memory_is_torchs_error_or_says_so(compiled):
+    """H alone takes 64 MiB of the 32 that are left. A compiled graph cannot raise torch's class."""
+    count, d, n = 2**16, 64, 256
+    module = sm.MoE(d, n, 4, 1, device="cuda", dtype=BF16)
+    x = torch.randn(count, d, device="cuda", dtype=BF16).requires_grad_()
+    call = torch.compile(module) if compiled else module
+    call(x[:128])
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    room = torch.cuda.memory_reserved() + 2**25
+    expected = RuntimeError if compiled else torch.OutOfMemoryError
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        with pytest.raises(expected, match="CUDA out of memory. sonicmoe_cpp could not allocate"):
+            call(x)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert call(x).isfinite().all()

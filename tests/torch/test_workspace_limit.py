@@ -88,3 +88,15 @@ def test_a_thread_keeps_its_scratch_until_a_call_has_a_limit():
     assert kept >= T * K * D * 4 and left[2] == results[0].numel() * 4
     assert left[3] == left[2] - kept
     assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_out_of_memory_says_so(training):
+    """H (training) or the workspace would take 2^47 bytes, more than any address space holds."""
+    tokens, n = 2**20, 2**24
+    w1 = torch.zeros(1, 2 * n, 1)
+    w2 = torch.zeros(1, 1, n)
+    x = torch.zeros(tokens, 1, requires_grad=training)
+    ids = torch.zeros(tokens, 1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"out of memory\. sonicmoe_cpp could not allocate"):
+        sm.moe(x, w1, w2, ids, torch.ones(tokens, 1))

@@ -216,9 +216,13 @@ def test_compare_side_by_side_reports_a_failure(flags, tmp_path, capfd):
     assert "nothing" in capfd.readouterr().err
 
 
-def test_out_of_memory_names_the_sizes(flags, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "raised",
+    [torch.OutOfMemoryError("no room"), RuntimeError("CUDA out of memory. sonicmoe_cpp could not")],
+)
+def test_out_of_memory_names_the_sizes(flags, capsys, monkeypatch, raised):
     def too_large(self):
-        raise torch.OutOfMemoryError("no room")
+        raise raised
 
     monkeypatch.setattr(trainer.Trainer, "train_step", too_large)
     assert main(flags()) == 1

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <span>
+#include <stdexcept>
 #include <string>
 
 namespace sonicmoe_torch {
@@ -30,8 +31,8 @@ void* current_cuda_stream(std::int32_t device_index) {
   return stream;
 }
 
-sonicmoe::DType dtype_of(const char* operation, const char* argument, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+sonicmoe::DType dtype_of(const char* operation, const char* argument, ScalarType type) {
+  switch (type) {
     case ScalarType::Float:
       return sonicmoe::DType::kFloat32;
     case ScalarType::BFloat16:
@@ -44,18 +45,44 @@ sonicmoe::DType dtype_of(const char* operation, const char* argument, const Tens
       return sonicmoe::DType::kUInt8;
     default:
       throw sonicmoe::Error(operation, argument, "float32, bfloat16, int32, int64 or uint8",
-                            torch::headeronly::toString(tensor.scalar_type()));
+                            torch::headeronly::toString(type));
   }
 }
 
-std::span<const std::int64_t> span_of(torch::headeronly::IntHeaderOnlyArrayRef values) {
-  return {values.data(), values.size()};
+using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
+
+std::span<const std::int64_t> span_of(IntArrayRef values) { return {values.data(), values.size()}; }
+
+/// What `allocate` returns. torch's stable interface says that a call failed and not why; here it
+/// is the memory, and callers who want to shrink a batch look for these words.
+template <class Allocate>
+Tensor or_out_of_memory(const Tensor& like, IntArrayRef shape, ScalarType dtype,
+                        Allocate allocate) {
+  try {
+    return allocate();
+  } catch (const std::runtime_error&) {
+    std::string message = like.is_cuda() ? "CUDA out of memory." : "out of memory.";
+    message += " sonicmoe_cpp could not allocate [";
+    auto bytes = static_cast<double>(sonicmoe::size_of(dtype_of("new_empty", "dtype", dtype)));
+    for (std::size_t i = 0; i < shape.size(); ++i) {
+      message += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+      bytes *= static_cast<double>(shape[i]);
+    }
+    message += std::string("] ") + torch::headeronly::toString(dtype) + ", " +
+               std::to_string(bytes / 0x1p30) + " GiB. torch has written its own report to stderr.";
+    throw std::runtime_error(message);
+  }
+}
+
+Tensor new_empty(const Tensor& like, IntArrayRef shape, ScalarType dtype) {
+  return or_out_of_memory(like, shape, dtype,
+                          [&] { return torch::stable::new_empty(like, shape, dtype); });
 }
 
 }  // namespace
 
 sonicmoe::ConstTensorView Views::in(const char* argument, const Tensor& tensor) const {
-  const auto dtype = dtype_of(operation_, argument, tensor);
+  const auto dtype = dtype_of(operation_, argument, tensor.scalar_type());
   const auto shape = span_of(tensor.sizes());
   // Torch leaves any strides on a tensor without elements.
   if (tensor.numel() == 0) return {tensor.const_data_ptr(), dtype, shape};
@@ -67,7 +94,7 @@ sonicmoe::ConstTensorView Views::in(const char* argument, const OptionalTensor& 
 }
 
 sonicmoe::TensorView Views::out(const char* argument, const Tensor& tensor) const {
-  return {tensor.mutable_data_ptr(), dtype_of(operation_, argument, tensor),
+  return {tensor.mutable_data_ptr(), dtype_of(operation_, argument, tensor.scalar_type()),
           span_of(tensor.sizes()), span_of(tensor.strides())};
 }
 
@@ -85,12 +112,16 @@ Call::Call(const Tensor& tensor) {
 }
 
 Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+  return new_empty(like, IntArrayRef(shape.begin(), shape.size()), dtype);
 }
 
 Tensor new_like_contiguous(const Tensor& like, ScalarType dtype) {
-  return torch::stable::new_empty(like, like.sizes(), dtype);
+  return new_empty(like, like.sizes(), dtype);
+}
+
+Tensor new_like(const Tensor& like) {
+  return or_out_of_memory(like, like.sizes(), like.scalar_type(),
+                          [&] { return torch::stable::empty_like(like); });
 }
 
 Tensor new_bytes(const Tensor& like, std::size_t bytes) {

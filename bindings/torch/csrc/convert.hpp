@@ -46,10 +46,13 @@ class Call {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
-/// Uninitialised, on the device of `like`, from torch's allocator.
+/// Uninitialised, on the device of `like`, from torch's allocator. These throw std::runtime_error,
+/// "[CUDA ]out of memory. ...", where that has no room.
 Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype);
 /// Contiguous, of the shape of `like`.
 Tensor new_like_contiguous(const Tensor& like, ScalarType dtype);
+/// Of the shape, strides and type of `like`.
+Tensor new_like(const Tensor& like);
 /// A buffer for sizes the library states in bytes (workspace, metadata).
 Tensor new_bytes(const Tensor& like, std::size_t bytes);
 /// The workspace of one call. Memory fresh from the system costs a page fault every 4 KB, a fifth

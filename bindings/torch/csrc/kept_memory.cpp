@@ -8,6 +8,8 @@
 #include <mutex>
 #include <numeric>
 #include <span>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace sonicmoe_torch {
@@ -41,7 +43,8 @@ class FreeList {
     capacity = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     void* const data = std::aligned_alloc(kAlignment, capacity);
     if (data == nullptr) {
-      throw sonicmoe::Error("sonicmoe_cpp: no memory for " + std::to_string(bytes) + " bytes");
+      throw std::runtime_error("out of memory. sonicmoe_cpp could not allocate " +
+                               std::to_string(bytes) + " bytes");
     }
     return data;
   }
@@ -133,7 +136,7 @@ Tensor new_kept_like(const Tensor& like) {
   std::int64_t last = 0;
   for (std::size_t i = 0; i < sizes.size(); ++i) last += (sizes[i] - 1) * strides[i];
   const bool dense = last + 1 == like.numel();
-  if (!dense || !keeps(like, like.scalar_type(), bytes)) return torch::stable::empty_like(like);
+  if (!dense || !keeps(like, like.scalar_type(), bytes)) return new_like(like);
   return over_kept(shape, {strides.data(), strides.size()}, like.scalar_type(), bytes);
 }
 

@@ -1,5 +1,6 @@
 """Loads the compiled operators and gives the integers that stand for their options."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,19 @@ if not _PATH.exists():
 torch.ops.load_library(str(_PATH))
 
 ops = torch.ops.sonicmoe_cpp
+
+
+def run(operator: Callable, *arguments):
+    """The operator's result. Where torch's allocator has no room on the GPU it raises torch's own
+    error; a compiled graph calls the operator itself and raises RuntimeError of the same text."""
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        if "CUDA out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
 
 
 def _codes(kind: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ from ._library import (
     metadata_bytes,
     no_double_backward,
     ops,
+    run,
 )
 
 
@@ -69,7 +70,8 @@ def _backward(ctx, grad_out, grad_h, grad_metadata):
     x, w1, b1, w2, b2, ids, token_ids, weights, h, metadata = ctx.saved_tensors
     need = ctx.needs_input_grad
     needs = (need[0], need[1], need[2], need[3], need[4], need[8])
-    grads = ops.moe_backward(
+    grads = run(
+        ops.moe_backward,
         grad_out.contiguous(), x, w1, b1, w2, b2, ctx.form, ids, token_ids, weights, h, metadata,
         *ctx.options, *needs,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from ._library import (
     no_double_backward,
     ops,
     rounded_capacity,
+    run,
 )
 from ._moe import grad_like
 
@@ -117,7 +118,7 @@ def _backward(ctx, grad_out, grad_logits, *unused):
     saved = ctx.saved_tensors  # once: checkpointing recomputes on the first access only
     grad_out, grad_logits = _incoming(saved[0], grad_out, grad_logits)
     needs = ctx.needs_input_grad[:7]
-    grads = ops.moe_layer_backward(grad_out, grad_logits, *saved, *ctx.options, *needs)
+    grads = run(ops.moe_layer_backward, grad_out, grad_logits, *saved, *ctx.options, *needs)
     return *(g if n else None for g, n in zip(grads, needs, strict=True)), *none[7:]
 
 
@@ -136,7 +137,7 @@ class MainGradLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = ops.moe_layer_forward(*inputs)
+        output = run(ops.moe_layer_forward, *inputs)
         _save(ctx, inputs, output)
         ctx.parameters = inputs[1:7]
         return output
@@ -154,8 +155,14 @@ class MainGradLayer(torch.autograd.Function):
             _main_grad(parameter) if needed else None
             for parameter, needed in zip(ctx.parameters, needs[1:7], strict=True)
         ]
-        grad_x = ops.moe_layer_backward_accumulate(
-            grad_out, grad_logits, *saved, *ctx.options, needs[0], *buffers
+        grad_x = run(
+            ops.moe_layer_backward_accumulate,
+            grad_out,
+            grad_logits,
+            *saved,
+            *ctx.options,
+            needs[0],
+            *buffers,
         )
         dummies = [
             None if buffer is None else _mark_added(parameter)

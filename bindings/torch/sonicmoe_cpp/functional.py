@@ -15,6 +15,7 @@ from ._library import (
     SCORINGS,
     code,
     ops,
+    run,
 )
 from ._moe_layer import LayerOutput, MainGradLayer
 
@@ -74,7 +75,7 @@ def _experts(
     shape = x.shape
     x, w1, w2, b1, b2 = _autocast(_rows(x, "x"), w1, w2, b1, b2)
     save = _save_for_backward(x, w1, w2, b1, b2, weights)
-    y, _, _ = ops.moe_forward(x, w1, b1, w2, b2, form, ids, token_ids, weights, *options, save)
+    y, _, _ = run(ops.moe_forward, x, w1, b1, w2, b2, form, ids, token_ids, weights, *options, save)
     return y.reshape(shape)
 
 
@@ -346,7 +347,7 @@ def run_layer(
     )  # fmt: skip
     if main_grad and inputs[-1]:
         return LayerOutput(*MainGradLayer.apply(*inputs))
-    return LayerOutput(*ops.moe_layer_forward(*inputs))
+    return LayerOutput(*run(ops.moe_layer_forward, *inputs))
 
 
 def moe_layer(
