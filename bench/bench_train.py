@@ -20,7 +20,7 @@ and mode runs in a process of its own. Kinds of rows:
 With --gpus N the processes run side by side, each on a GPU of its own: `gpu` in the rows says which, and
 product_tflops of the row `model` what that GPU reaches in a plain product of 8192^3, bfloat16.
 
-    python bench/bench_train.py --output bench/results/train-h100.json
+    python bench/bench_train.py --output bench/results/train-h200.json
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Draws docs/images/bench-h100.png and workspace-limit.png from the newest records of
-bench/results/h100-*.json that hold such rows. Needs no GPU.
+"""Draws docs/images/bench-gpu.png and workspace-limit.png from the newest records of
+bench/results/h?00-*.json that hold such rows. Needs no GPU.
 
 Speeds are model TFLOP/s (6*T*K*n*d FLOPs forward, twice that backward). Ours and torch's are wall
 time; systems of anchors.json, timed on another H100, show the better of wall and busy time, and what
@@ -58,21 +58,21 @@ def speeds(record: dict, anchors: dict) -> dict[str, dict[str, Speed]]:
     return table
 
 
-def elsewhere(record: dict, anchors: dict) -> str:
-    """What is drawn from anchors.json, and where that was measured."""
-    here = {row["system"] for row in record["rows"]}
-    names = dict.fromkeys(row["system"] for row in anchors["rows"])
-    others = [BARS[name][0].rstrip("*") for name in names if name in BARS and name not in here]
-    return f"{', '.join(others)}: {anchors['source']}"
+def timed_here(record: dict) -> set[tuple[str, str]]:
+    """The shapes and systems that anchors.json does not stand in for."""
+    return {(row["shape"], row["system"]) for row in record["rows"] if "fwd_ms" in row}
 
 
-def draw_group(axes, place: int, systems: dict[str, Speed], direction: int, width: float) -> None:
-    """The bars of one shape side by side, and lines across them."""
+def draw_group(
+    axes, place: int, systems: dict[str, Speed], direction: int, width: float, here: set[str]
+) -> None:
+    """The bars of one shape side by side, and lines across them; hatched: not timed here."""
     shown = [system for system in BARS if system in systems]
     for i, system in enumerate(shown):
         x = place + (i - (len(shown) - 1) / 2) * width
         height = systems[system][direction]
-        axes.bar(x, height, width, color=BARS[system][1])
+        hatch = "" if system in here else "////"
+        axes.bar(x, height, width, color=BARS[system][1], hatch=hatch, edgecolor="white", lw=0)
         if system in NUMBERED:
             axes.text(x, 10, f"{height:.0f}", color="white", fontsize=9,
                       rotation=90, ha="center", va="bottom")  # fmt: skip
@@ -98,14 +98,15 @@ def handles_of(systems: set[str]) -> list:
 
 
 def plot_speeds(record: dict, anchors: dict, path: Path) -> None:
-    table = speeds(record, anchors)
+    table, here = speeds(record, anchors), timed_here(record)
     present = {system for systems in table.values() for system in systems}
     most = max(sum(system in BARS for system in systems) for systems in table.values())
     size = (max(12, 1.1 * len(table)), 9)
     figure, panels = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
     for direction, (axes, title) in enumerate(zip(panels, ("forward", "backward"), strict=True)):
-        for place, systems in enumerate(table.values()):
-            draw_group(axes, place, systems, direction, width=0.9 / max(most, 3))
+        for place, (shape, systems) in enumerate(table.items()):
+            timed = {system for system in systems if (shape, system) in here}
+            draw_group(axes, place, systems, direction, 0.9 / max(most, 3), timed)
         axes.set_ylabel(f"{title}, model TFLOP/s")
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
@@ -117,7 +118,7 @@ def plot_speeds(record: dict, anchors: dict, path: Path) -> None:
     )
     figure.supxlabel(
         f"{record['device']}, torch {record['versions']['torch']}, {record['date'][:10]}; wall time."
-        f"  * the better of wall and busy time; {elsewhere(record, anchors)}; no bar: not measured.",
+        f"  * the better of wall and busy time; hatched: {anchors['source']}; no bar: not measured.",
         fontsize=9,
     )
     figure.savefig(path, dpi=110)
@@ -162,10 +163,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the pictures")
     arguments = parser.parse_args()
-    records = [json.loads(path.read_text()) for path in arguments.results.glob("h100-*.json")]
+    records = [json.loads(path.read_text()) for path in arguments.results.glob("h?00-*.json")]
     arguments.images.mkdir(parents=True, exist_ok=True)
     if layer := newest(records, "system", "sonicmoe"):
-        plot_speeds(layer, load_anchors(), arguments.images / "bench-h100.png")
+        plot_speeds(layer, load_anchors(), arguments.images / "bench-gpu.png")
     if cases := newest(records, "case", "limit"):
         plot_limits(cases, arguments.images / "workspace-limit.png")
     return 0

@@ -1,6 +1,6 @@
 """Draws records of bench_train.py: tokens/s, largest microbatch, the step's parts and the losses.
 
-    python bench/plot_train.py bench/results/train-h100*.json --output docs/images/train-h100.png
+    python bench/plot_train.py bench/results/train-h200-2026-11-28.json --output docs/images/train-gpu.png
 
 Several records, of one machine and model, are taken together.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 WINDOW = 10  # steps of a mean of the losses
+FAR_OFF = 4  # times the median step
 
 
 def label(row: dict) -> str:
@@ -46,10 +48,14 @@ def draw_speeds(axes, rows: list[dict]) -> None:
 
 
 def draw_parts(axes, rows: list[dict]) -> None:
-    """Milliseconds of a step by kind of kernel, at the common microbatch."""
+    """Milliseconds of a step by kind of kernel, at the common microbatch. A system that takes several
+    times as long as the others is named and not drawn."""
     timing = [row for row in of_kind(rows, "timing") if "kernels" in row]
     common = min((row["microbatch"] for row in timing), default=0)
-    shown = [row for row in timing if row["microbatch"] == common]
+    timing = [row for row in timing if row["microbatch"] == common]
+    most = FAR_OFF * statistics.median([row["step_ms"] for row in timing] or [0])
+    shown = [row for row in timing if row["step_ms"] <= most]
+    far = [f"{row['system']} {row['step_ms']:.0f} ms" for row in timing if row["step_ms"] > most]
     bottom = [0.0] * len(shown)
     for kind in (*KINDS, "pointwise"):
         heights = [row["kernels"].get(kind, 0.0) for row in shown]
@@ -58,7 +64,10 @@ def draw_parts(axes, rows: list[dict]) -> None:
     axes.plot(range(len(shown)), [row["step_ms"] for row in shown], "k_", ms=14, label="step, wall")
     axes.set_xticks(range(len(shown)), map(label, shown), rotation=60, ha="right", fontsize=7)
     axes.set_ylabel("ms")
-    axes.set_title(f"GPU time of a step, {common} sequences", fontsize=9)
+    title = ", ".join(
+        [f"GPU time of a step, {common} sequences", *(f"not shown: {f}" for f in far)]
+    )
+    axes.set_title(title, fontsize=9)
     axes.legend(fontsize=6)
 
 

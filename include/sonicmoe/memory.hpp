@@ -15,7 +15,7 @@ struct MemoryEstimate {
   std::size_t kept_h = 0;              ///< P * g*n elements
   std::size_t kept_metadata = 0;       ///< indices of this library and the caller's ids and weights
   std::size_t transient_forward = 0;   ///< A and Y (or a slab of Y)
-  std::size_t transient_backward = 0;  ///< dH, A' and dX~ (or a slab of dX~)
+  std::size_t transient_backward = 0;  ///< dH, and A' or dX~ (or a slab of dX~) in its place
   std::size_t kept() const noexcept { return kept_h + kept_metadata; }
 };
 

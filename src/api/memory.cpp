@@ -13,10 +13,9 @@ std::size_t routing_bytes(const MoEShape& shape) {
   return static_cast<std::size_t>(shape.num_pairs) * per_pair;
 }
 
-// `whole` stays; the R x d buffer shrinks to what the limit leaves.
-std::size_t with_slabs(std::size_t whole, std::size_t wide, std::optional<std::size_t> limit) {
-  if (!limit || whole + wide <= *limit) return whole + wide;
-  return std::max(whole, *limit);
+// `least` stays; the R x d buffer shrinks to what the limit leaves.
+std::size_t under_limit(std::size_t least, std::size_t all, std::optional<std::size_t> limit) {
+  return limit ? std::max(least, std::min(all, *limit)) : all;
 }
 
 }  // namespace
@@ -32,8 +31,9 @@ MemoryEstimate estimate_memory(const MoEShape& shape, std::optional<std::size_t>
   MemoryEstimate estimate;
   estimate.kept_h = moe_h_bytes(shape);
   estimate.kept_metadata = moe_metadata_bytes(shape) + routing_bytes(shape);
-  estimate.transient_forward = with_slabs(rows * n * element, wide, workspace_limit);
-  estimate.transient_backward = with_slabs(rows * (h + n) * element, wide, workspace_limit);
+  const std::size_t a = rows * n * element, dh = rows * h * element;
+  estimate.transient_forward = under_limit(a, a + wide, workspace_limit);
+  estimate.transient_backward = under_limit(dh + a, dh + std::max(a, wide), workspace_limit);
   return estimate;
 }
 

@@ -2,8 +2,9 @@
 //   1 dH, A', dS from dO, W2 and the stored H
 //   2 the router's gradient (moe_layer only)
 //   3 bias gradients
-//   4 dX: the router's share, then dX~ = dH W1, summed per token slab by slab, or added at once
-//   5 dW2, dW1
+//   4 dW2, from A', whose place dX~ then takes
+//   5 dX: the router's share, then dX~ = dH W1, summed per token slab by slab, or added at once
+//   6 dW1
 #include <algorithm>
 
 #include "cuda/experts/buffers.hpp"
@@ -18,9 +19,9 @@ constexpr std::int64_t kLeastPartialColumns = 128;
 struct Buffers {
   RowTables tables;
   void* grad_h;    // [P, g*n]
-  void* scaled_a;  // [P, n]
+  void* scaled_a;  // [P, n], needed until dW2 is done
   float* partial;  // [P, ceil(n / 128)]
-  void* grad_x;    // [P, slab] dX~, where stores_rows()
+  void* grad_x;    // [P, slab] dX~ in the place of A', where stores_rows()
   router::GradientTerms terms;
 };
 
@@ -29,12 +30,11 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab)
   const std::int64_t parts = ceil_div(shape.intermediate_size, kLeastPartialColumns);
   b.tables = carve_row_tables(carver, shape);
   b.grad_h = carver.take_bytes(elements(shape.num_pairs, shape.hidden_columns()) * kElementBytes);
-  b.scaled_a =
-      carver.take_bytes(elements(shape.num_pairs, shape.intermediate_size) * kElementBytes);
+  const std::int64_t stored = stores_rows(shape) ? slab : 0;
+  b.scaled_a = carver.take_bytes(
+      elements(shape.num_pairs, std::max(shape.intermediate_size, stored)) * kElementBytes);
+  b.grad_x = b.scaled_a;
   b.partial = carver.take<float>(elements(shape.num_pairs, parts));
-  if (stores_rows(shape)) {
-    b.grad_x = carver.take_bytes(elements(shape.num_pairs, slab) * kElementBytes);
-  }
   if (shape.form != MoEShape::Form::kSorted) {
     b.terms = router::carve_share_terms(carver, shape.num_tokens, shape.num_experts);
   }
@@ -117,11 +117,11 @@ void backward(const Context& context, const MoEShape& shape, const MoEBackwardAr
     bias_gradient(call.stream, shape, m, grad_out, true, b.tables.row_weight, args.grad_b2,
                   args.accumulate);
   }
-  if (args.grad_x.defined()) input_gradients(call, args, m, b, router, plan.slab_columns);
   if (args.grad_w2.defined()) {
     SONICMOE_RUN_GEMM(call, down_weight_gradient,
                       DownWeightGradientArgs{grad_out, b.scaled_a, args.grad_w2, args.accumulate});
   }
+  if (args.grad_x.defined()) input_gradients(call, args, m, b, router, plan.slab_columns);
   if (args.grad_w1.defined()) {
     SONICMOE_RUN_GEMM(call, up_weight_gradient,
                       UpWeightGradientArgs{b.grad_h, x, args.grad_w1, args.accumulate});
