@@ -119,7 +119,7 @@ def moe_transient(config: TrainConfig, layout: Layout, tokens: int) -> int:
     element = moe_element(config, layout)
     p, d, n = rows(config, tokens), config.hidden_size, config.intermediate_size
     around = 2 * tokens * d * element
-    if config.experts == "eager":  # a whole gradient of gate_up for one expert at a time, then added
+    if config.experts == "eager":  # each expert's gradient of gate_up comes in a tensor of all
         return config.num_experts * 2 * n * d * element + around
     if config.experts != "sonicmoe_cpp":
         return p * element * (3 * d + 3 * n) + around
