@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "core/backend.hpp"
 #include "sonicmoe/sonicmoe.hpp"
 #include "support/environment.hpp"
@@ -84,7 +86,11 @@ TEST(Memory, FormulasOfThePage) {
   EXPECT_EQ(estimate.kept_h, 2u * 20 * 2 * 4);
   EXPECT_LE(estimate.kept_metadata, 32u * 20 + 4u * 3);
   EXPECT_EQ(estimate.transient_forward, 2u * 20 * (4 + 6));
-  EXPECT_EQ(estimate.transient_backward, 2u * 20 * (2 * 4 + 4 + 6));
+  EXPECT_EQ(estimate.transient_backward, 2u * 20 * (2 * 4 + 6));  // dX~ in the place of A'
+  for (const std::size_t limit : {1u, 2u * 20 * (2 * 4 + 5), 10000u}) {
+    const std::size_t least = 2u * 20 * (2 * 4 + 4), most = 2u * 20 * (2 * 4 + 6);
+    EXPECT_EQ(estimate_memory(shape, limit).transient_backward, std::clamp(limit, least, most));
+  }
   EXPECT_EQ(estimate_memory_scattermoe(shape).kept_h, 2u * 20 * (2 * 4 + 4 + 6));
   EXPECT_EQ(parameter_bytes(shape), 2u * 3 * (8 * 6 + 6 * 4));
   EXPECT_EQ(forward_flops(shape), 2.0 * 20 * 6 * 4 * 3);

@@ -551,7 +551,9 @@ TEST_P(MoELayerTest, LimitAndRepetitionChangeNoBit) {
     return bitwise_difference(a.values(), b.values());
   };
   EXPECT_EQ(same(layer.out, again.out), "");
-  if (layer.c.deterministic) EXPECT_EQ(same(layer.grad_x, again.grad_x), "");
+  if (layer.c.deterministic) {
+    EXPECT_EQ(same(layer.grad_x, again.grad_x), "");
+  }
   EXPECT_EQ(same(layer.grad_router_weight, again.grad_router_weight), "");
   if (layer.c.router_bias) {
     EXPECT_EQ(same(layer.grad_router_bias, again.grad_router_bias), "");
