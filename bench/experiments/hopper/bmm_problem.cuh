@@ -12,10 +12,11 @@ struct BmmSize {
   double flops() const { return 2.0 * experts * m * n * k; }
 };
 
-// fp64 sums of `samples` random outputs (all of them in order when samples is the output's size).
-static __global__ void reference_kernel(const bf16* a, const bf16* b, BmmSize size, bool a_k_major,
-                                        bool b_k_major, int64_t samples, bool all, uint32_t seed,
-                                        int64_t* index, double* value) {
+// `samples` random outputs (all of them in order when samples is the output's size), as d has them
+// and as fp64 sums.
+static __global__ void reference_kernel(const bf16* a, const bf16* b, const bf16* d, BmmSize size,
+                                        bool a_k_major, bool b_k_major, int64_t samples, bool all,
+                                        uint32_t seed, float* got, double* want) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < samples;
        i += int64_t{gridDim.x} * blockDim.x) {
     const int64_t total = int64_t{size.experts} * size.m * size.n;
@@ -31,8 +32,8 @@ static __global__ void reference_kernel(const bf16* a, const bf16* b, BmmSize si
           b_k_major ? b[(e * size.n + c) * size.k + k] : b[(e * size.k + k) * size.n + c];
       sum += double{__bfloat162float(x)} * double{__bfloat162float(y)};
     }
-    index[i] = at;
-    value[i] = sum;
+    got[i] = __bfloat162float(d[at]);
+    want[i] = sum;
   }
 }
 
@@ -102,44 +103,47 @@ inline double median_k_tiles(const BmmSize& s, int block_n) {
   return double(tiles / 132 + (tiles % 132 > 66 ? 1 : 0)) * (s.k / 64);
 }
 
-inline void launch(const MainloopVariant& v, const MainloopParams& p) {
+// One CTA of 384 threads per multiprocessor.
+template <class P>
+void launch_clusters(void (*kernel)(P), int shared_bytes, int cluster, const P& p) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(132);
   config.blockDim = dim3(384);
-  config.dynamicSmemBytes = v.shared_bytes;
+  config.dynamicSmemBytes = shared_bytes;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(v.shape.cluster), 1, 1};
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   config.attrs = &attribute;
-  config.numAttrs = v.shape.cluster > 1 ? 1 : 0;
-  CHECK_CUDA(cudaLaunchKernelEx(&config, v.kernel, p));
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, p));
 }
 
-// Runs the variant once on poisoned output and compares `samples` outputs with fp64: bit for bit
-// when the data is ternary and k <= 256, else within bf16's rounding. Prints the result.
-inline bool check_product(const BmmProblem& problem, const MainloopVariant& v, int64_t samples,
-                          bool exact, uint64_t* cycles) {
+inline void launch(const MainloopVariant& v, const MainloopParams& p) {
+  launch_clusters(v.kernel, v.shared_bytes, v.shape.cluster, p);
+}
+
+// Poisons the output, runs `launch` once and compares `samples` outputs with fp64: bit for bit when
+// the data is ternary and k <= 256, else within bf16's rounding. Prints the result.
+inline bool check_against_fp64(const BmmProblem& problem, const std::string& name, Major a_major,
+                               Major b_major, int64_t samples, bool exact,
+                               const std::function<void()>& launch) {
   CHECK_CUDA(cudaMemset(problem.d.data(), 0xff, problem.d.bytes()));
-  MainloopParams params = make_params(problem, v, cycles);
-  params.store_direct = true;
-  launch(v, params);
+  launch();
   CHECK_CUDA(cudaDeviceSynchronize());
   const bool all = samples == static_cast<int64_t>(problem.d.size());
-  DeviceBuffer<int64_t> index(samples);
-  DeviceBuffer<double> value(samples);
-  reference_kernel<<<132 * 8, 128>>>(problem.a.data(), problem.b.data(), problem.size,
-                                     v.shape.a == Major::kK, v.shape.b == Major::kK, samples, all,
-                                     5, index.data(), value.data());
+  DeviceBuffer<float> got_buffer(samples);
+  DeviceBuffer<double> want_buffer(samples);
+  reference_kernel<<<132 * 8, 128>>>(problem.a.data(), problem.b.data(), problem.d.data(),
+                                     problem.size, a_major == Major::kK, b_major == Major::kK,
+                                     samples, all, 5, got_buffer.data(), want_buffer.data());
   CHECK_CUDA(cudaGetLastError());
-  const std::vector<int64_t> at = index.to_host();
-  const std::vector<double> want = value.to_host();
-  const std::vector<bf16> got = problem.d.to_host();
+  const std::vector<float> got = got_buffer.to_host();
+  const std::vector<double> want = want_buffer.to_host();
   double error = 0, norm = 0, worst = 0;
   int64_t wrong = 0;
   for (int64_t i = 0; i < samples; ++i) {
-    const double g = __bfloat162float(got[at[i]]);
-    if (exact) wrong += !(g == want[i]);
-    const double difference = std::isfinite(g) ? g - want[i] : INFINITY;
+    if (exact) wrong += !(got[i] == want[i]);
+    const double difference = std::isfinite(got[i]) ? got[i] - want[i] : INFINITY;
     error += difference * difference;
     norm += want[i] * want[i];
     worst = std::max(worst, std::abs(difference));
@@ -147,8 +151,16 @@ inline bool check_product(const BmmProblem& problem, const MainloopVariant& v, i
   const double relative = std::sqrt(error / norm);
   const bool ok = exact ? wrong == 0 : relative < 3e-3;
   return expect(ok, format("%s, %s: relative error %.2e, max %.3g, wrong %lld of %lld",
-                           problem.size.name, v.name.c_str(), relative, worst,
+                           problem.size.name, name.c_str(), relative, worst,
                            static_cast<long long>(wrong), static_cast<long long>(samples)));
+}
+
+inline bool check_product(const BmmProblem& problem, const MainloopVariant& v, int64_t samples,
+                          bool exact, uint64_t* cycles) {
+  MainloopParams params = make_params(problem, v, cycles);
+  params.store_direct = true;
+  return check_against_fp64(problem, v.name, v.shape.a, v.shape.b, samples, exact,
+                            [&] { launch(v, params); });
 }
 
 }  // namespace experiment
