@@ -1,9 +1,9 @@
-// M7: pingpong against cooperative math warpgroups, for the products without a gather (down and
+// M13: pingpong against cooperative math warpgroups, for the products without a gather (down and
 // dX~ of the layer) as dense batched products of equal experts. M3 found that the dump costs 11% at
 // a reduction of 256 and that two cooperating warpgroups do not hide it from each other; official
 // sonic-moe's tuner picks pingpong here.
-// `m7_pingpong`: checks, times, and the power of a few variants at 7B-n256.
-// `m7_pingpong power [case]`: the power of all variants under lasting load.
+// `m13_pingpong`: checks, times, and the power of a few variants at 7B-n256.
+// `m13_pingpong power [case]`: the power of all variants under lasting load.
 //
 // Expected on an H200 at its power limit (some 1.3 GHz, M3), ms of down / dX~:
 //                            1.4B-n256    7B-n256      30B-n256     30B-n1024
@@ -125,7 +125,7 @@ void time_all(const BmmProblem& problem, const std::vector<Candidate>& all, int 
     launches.push_back(all[i].bind(problem, cycles[i].data()));
   const std::vector<Timing> timings = time_interleaved(launches, rounds);
   for (size_t i = 0; i < all.size(); ++i) {
-    Row row("m7_pingpong", all[i].name);
+    Row row("m13_pingpong", all[i].name);
     row.text("size", s.name)
         .timing(timings[i])
         .number("tflops", s.flops() / timings[i].median * 1e-9);
