@@ -115,6 +115,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path)
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if arguments.cap_gib < 0:
+        parser.error("--cap-gib starts at 0")
     for run in arguments.run:
         if run.partition(":")[0] not in SYSTEMS:
             parser.error(f"--run {run}: expected one of {', '.join(SYSTEMS)} before the colon")

@@ -97,8 +97,11 @@ def geometric_means(table: dict, shapes: Iterable[str]) -> dict[str, dict]:
 
 
 def summary(rows: list[dict], anchors: dict, shapes: list[str]) -> dict:
-    """shapes: of the geometric mean, as far as the peer was measured there."""
+    """shapes: of the geometric mean, as far as the peer was measured there: in this run, if it was in
+    this run anywhere."""
     table = ratios_by_shape(rows, anchors)
+    timed = {row["shape"] for row in rows if row["system"] == PEER and "fwd_ms" in row}
+    shapes = [shape for shape in shapes if shape in timed] or shapes
     return {
         "about": f"time of {PEER} over ours, each over {CEILING} of its run, by {', '.join(PARTS)}; "
         f"{PEER}: the better of its wall and busy time, where this run lacks it {anchors['source']}",

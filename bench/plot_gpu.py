@@ -2,8 +2,8 @@
 bench/results/h?00-*.json that hold such rows. Needs no GPU.
 
 Speeds are model TFLOP/s (6*T*K*n*d FLOPs forward, twice that backward). Ours and torch's are wall
-time; systems of anchors.json, timed on another H100, show the better of wall and busy time, and what
-the paper printed is a line.
+time; the official layer, of the same record or of anchors.json, and the other systems of the latter
+show the better of wall and busy time, and what the paper printed is a line.
 """
 
 from __future__ import annotations

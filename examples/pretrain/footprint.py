@@ -253,7 +253,8 @@ def capacity_of(device_type: str) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is torch's own, or what an operator of sonicmoe_cpp raises in a compiled graph."""
+    """Whether it is torch's own, or says so: an operator of sonicmoe_cpp in a compiled graph, or on the
+    CPU."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

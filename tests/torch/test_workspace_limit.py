@@ -96,8 +96,8 @@ def test_a_thread_keeps_its_scratch_until_a_call_has_a_limit():
 )
 @pytest.mark.parametrize("training", [False, True])
 def test_out_of_memory_says_so(training):
-    """H (training) or the workspace would take 2^47 bytes, more than any address space holds."""
-    tokens, n = 2**20, 2**24
+    """H (training) would take 2^49 bytes, the workspace 2^48: more than the address space holds."""
+    tokens, n = 2**22, 2**24
     w1 = torch.zeros(1, 2 * n, 1)
     w2 = torch.zeros(1, 1, n)
     x = torch.zeros(tokens, 1, requires_grad=training)

@@ -146,7 +146,7 @@ void measure_all(const BmmProblem& problem, const std::vector<Candidate>& all, b
   for (const Candidate& c : all) {
     if (!every && !c.lasting) continue;
     const Power power = measure_power(nvml, c.bind(problem, cycles.data()), 0.5, 0.6);
-    Row("m7_power", c.name)
+    Row("m13_power", c.name)
         .text("size", s.name)
         .number("ms", power.ms)
         .number("tflops", s.flops() / power.ms * 1e-9)

@@ -53,14 +53,28 @@ using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
 
 std::span<const std::int64_t> span_of(IntArrayRef values) { return {values.data(), values.size()}; }
 
-/// What `allocate` returns. torch's stable interface says that a call failed and not why; here it
-/// is the memory, and callers who want to shrink a batch look for these words.
+/// Why torch's last call through the stable interface failed; empty before torch 2.13, which tells
+/// it on stderr alone.
+std::string torch_reason() {
+  using GetWhat = const char* (*)();
+  static const auto get_what =
+      reinterpret_cast<GetWhat>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  return get_what == nullptr ? "" : get_what();
+}
+
+/// What `allocate` returns. A failure is taken for a lack of memory unless torch says otherwise;
+/// callers who want to shrink a batch look for these words.
 template <class Allocate>
 Tensor or_out_of_memory(const Tensor& like, IntArrayRef shape, ScalarType dtype,
                         Allocate allocate) {
   try {
     return allocate();
   } catch (const std::runtime_error&) {
+    const std::string reason = torch_reason();
+    const auto says = [&](const char* words) { return reason.find(words) != std::string::npos; };
+    if (!reason.empty() && !says("out of memory") && !says("allocate memory")) {
+      throw std::runtime_error(reason);
+    }
     std::string message = like.is_cuda() ? "CUDA out of memory." : "out of memory.";
     message += " sonicmoe_cpp could not allocate [";
     auto bytes = static_cast<double>(sonicmoe::size_of(dtype_of("new_empty", "dtype", dtype)));
@@ -69,7 +83,8 @@ Tensor or_out_of_memory(const Tensor& like, IntArrayRef shape, ScalarType dtype,
       bytes *= static_cast<double>(shape[i]);
     }
     message += std::string("] ") + torch::headeronly::toString(dtype) + ", " +
-               std::to_string(bytes / 0x1p30) + " GiB. torch has written its own report to stderr.";
+               std::to_string(bytes / 0x1p30) + " GiB. ";
+    message += reason.empty() ? "torch has written its own report to stderr." : reason;
     throw std::runtime_error(message);
   }
 }

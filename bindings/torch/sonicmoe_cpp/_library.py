@@ -26,6 +26,7 @@ def run(operator: Callable, *arguments):
         return operator(*arguments)
     except RuntimeError as error:
         if "CUDA out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.mem_get_info()  # raises if an earlier kernel's error is what failed
             raise torch.OutOfMemoryError(str(error)) from error
         raise
 

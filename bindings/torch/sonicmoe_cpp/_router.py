@@ -2,7 +2,7 @@
 
 import torch
 
-from ._library import no_double_backward, ops, rounded_capacity
+from ._library import no_double_backward, ops, rounded_capacity, run
 
 # ------------------------------------------------------------------------------------------- route
 
@@ -36,7 +36,7 @@ def _route_backward(ctx, grad_ids, grad_weights):
         return None, *none
     logits, topk_ids, selection_bias = ctx.saved_tensors
     grad = grad_weights.contiguous()
-    return ops.route_backward(grad, logits, topk_ids, selection_bias, *ctx.options), *none
+    return run(ops.route_backward, grad, logits, topk_ids, selection_bias, *ctx.options), *none
 
 
 torch.library.register_autograd(
@@ -83,7 +83,8 @@ def _round_tokens_backward(ctx, grad_tokens, grad_experts, grad_weights, *unused
     if grad_weights is None:
         return None, *none
     logits, topk_ids, token_ids, expert_ids, selection_bias = ctx.saved_tensors
-    grad_logits = ops.round_tokens_backward(
+    grad_logits = run(
+        ops.round_tokens_backward,
         grad_weights.contiguous(), logits, topk_ids, token_ids, expert_ids, selection_bias,
         *ctx.options,
     )  # fmt: skip
@@ -117,8 +118,11 @@ def _balancing_setup_context(ctx, inputs, output):
 
 
 def _balancing_backward(ctx, grad_loss):
-    grad = ops.load_balancing_loss_backward(
-        grad_loss.contiguous(), *ctx.saved_tensors, *ctx.options
+    grad = run(
+        ops.load_balancing_loss_backward,
+        grad_loss.contiguous(),
+        *ctx.saved_tensors,
+        *ctx.options,
     )
     return grad, None, None, None
 
@@ -146,7 +150,7 @@ def _z_loss_setup_context(ctx, inputs, output):
 
 
 def _z_loss_backward(ctx, grad_loss):
-    return ops.router_z_loss_backward(grad_loss.contiguous(), *ctx.saved_tensors)
+    return run(ops.router_z_loss_backward, grad_loss.contiguous(), *ctx.saved_tensors)
 
 
 torch.library.register_autograd(

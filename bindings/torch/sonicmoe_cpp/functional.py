@@ -232,7 +232,7 @@ def route(
     index. The gradient of the weights flows to the logits.
     """
     options = _router_options(top_k, scoring, renormalize, num_groups, top_groups, scale)
-    ids, weights = ops.route_forward(_logits(logits), bias, *options)
+    ids, weights = run(ops.route_forward, _logits(logits), bias, *options)
     shape = (*logits.shape[:-1], top_k)
     return ids.reshape(shape), weights.reshape(shape)
 
@@ -257,7 +257,8 @@ def round_tokens(
     """
     number, tensor = _seed(seed)
     options = _router_options(top_k, scoring, renormalize, num_groups, top_groups, scale)
-    token_ids, expert_ids, pair_weights, *_ = ops.round_tokens_forward(
+    token_ids, expert_ids, pair_weights, *_ = run(
+        ops.round_tokens_forward,
         _logits(logits),
         bias,
         tensor,
@@ -279,15 +280,19 @@ def load_balancing_loss(
 
     Uniform routing gives 1. Hugging Face's value is top_k times this.
     """
-    loss = ops.load_balancing_loss_forward(
-        _logits(logits), rows_per_expert, top_k, code(SCORINGS, "scoring", scoring)
+    loss = run(
+        ops.load_balancing_loss_forward,
+        _logits(logits),
+        rows_per_expert,
+        top_k,
+        code(SCORINGS, "scoring", scoring),
     )
     return loss.reshape(())
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
     """Mean over the tokens of logsumexp(logits)^2 (a scalar)."""
-    return ops.router_z_loss_forward(_logits(logits)).reshape(())
+    return run(ops.router_z_loss_forward, _logits(logits)).reshape(())
 
 
 def update_expert_bias_(bias: Tensor, rows_per_expert: Tensor, rate: float) -> Tensor:

@@ -30,7 +30,7 @@ bool in_order(const OperandParams& o, std::int64_t items, std::int64_t grid) {
 
 /// Whether stages are handed back early when data is short, from measurements on an H100: 2-6%
 /// faster where reductions are short and the ring runs dry at every tile, 2-5% slower where the
-/// loaders nearly keep up. Never in weight gradients: 1-4% slower on an H200 under lasting load.
+/// loaders nearly keep up. Never in weight gradients: 1-3% slower on an H200 under lasting load.
 template <class Spec>
 bool early_release(const OperandParams& o) {
   if (Spec::shape.grouping == Grouping::kDepth) return false;
