@@ -178,10 +178,10 @@ class Worker:
         config = model_config(arguments, system)
         self.config = with_layers(arguments, config, self.vocab_size)
         self.step = Step(self.config, tokens, self.vocab_size, self.device, MODES[mode])
-        self.capacity = self.capped(footprint.capacity_of(self.device.type))
+        self.capacity = self.cap_memory(footprint.capacity_of(self.device.type))
 
-    def capped(self, capacity: int) -> int:
-        """Bytes that torch may hold of the device's."""
+    def cap_memory(self, capacity: int) -> int:
+        """Holds torch to --cap-gib; the bytes that are then left of the capacity."""
         import torch
 
         if not self.arguments.cap_gib or self.device.type != "cuda":

@@ -108,8 +108,6 @@ Candidate cublas_candidate(const Cublas& cublas, Major b) {
           }};
 }
 
-constexpr double kFlopsPerClock = 132.0 * 4096;
-
 // Of the FLOPs asked for: what tiles waste at the edges counts as idle.
 double busy(const BmmSize& s, double clocks) { return s.flops() / (kFlopsPerClock * clocks); }
 
@@ -141,19 +139,12 @@ void time_all(const BmmProblem& problem, const std::vector<Candidate>& all, int 
 
 void measure_all(const BmmProblem& problem, const std::vector<Candidate>& all, bool every,
                  const Nvml& nvml) {
-  const BmmSize& s = problem.size;
   DeviceBuffer<uint64_t> cycles(132);
   for (const Candidate& c : all) {
     if (!every && !c.lasting) continue;
-    const Power power = measure_power(nvml, c.bind(problem, cycles.data()), 0.5, 0.6);
-    Row("m13_power", c.name)
-        .text("size", s.name)
-        .number("ms", power.ms)
-        .number("tflops", s.flops() / power.ms * 1e-9)
-        .number("watts", power.watts)
-        .number("mhz", power.megahertz)
-        .number("tensor_busy", busy(s, power.ms * power.megahertz * 1e3))
-        .print();
+    print_power("m13_power", c.name, problem.size.name,
+                measure_power(nvml, c.bind(problem, cycles.data()), 0.5, 0.6),
+                problem.size.flops());
   }
 }
 

@@ -452,22 +452,6 @@ void time_case(const Case& c) {
       .print();
 }
 
-void print_power(const char* product, const Case& c, const Power& power, double flops) {
-  constexpr double kFlopsPerClock = 132.0 * 4096;
-  const double rate = flops / power.ms * 1e3;
-  if (!expect(std::isfinite(power.watts), format("m5 power %s: energy is counted", product)))
-    return;
-  Row("m5_power", product)
-      .text("shape", c.name)
-      .number("ms", power.ms)
-      .number("tflops", rate * 1e-12)
-      .number("watts", power.watts)
-      .number("mhz", power.megahertz)
-      .number("tensor_busy", rate / (kFlopsPerClock * power.megahertz * 1e6))
-      .number("pj_per_flop", power.watts / rate * 1e12)
-      .print();
-}
-
 __global__ void scale_kernel(bf16* values, size_t count, float factor) {
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
        i += size_t{gridDim.x} * blockDim.x) {
@@ -494,8 +478,8 @@ void power_case(const Case& c, const Nvml& nvml, const Cublas& cublas) {
     scale(p.w2.data, 1 / std::sqrt(c.n));
     for (int i : {0, 2}) ops[i].second();  // H, A, dH and A', which the others read
     for (size_t i = 0; i < ops.size(); ++i) {
-      print_power(ops[i].first, c, measure_power(nvml, ops[i].second, kSettle, kSeconds),
-                  factor[i] * f);
+      print_power("m5_power", ops[i].first, c.name,
+                  measure_power(nvml, ops[i].second, kSettle, kSeconds), factor[i] * f);
     }
   }
   if (!cublas.available()) return;
@@ -509,7 +493,8 @@ void power_case(const Case& c, const Nvml& nvml, const Cublas& cublas) {
   for (const auto& one : dense) {
     const BmmProblem problem(one.size, Fill::kNormal);
     const auto launch = [&] { cublas.multiply(problem, one.a, one.b); };
-    print_power(one.name, c, measure_power(nvml, launch, kSettle, kSeconds), one.size.flops());
+    print_power("m5_power", one.name, c.name, measure_power(nvml, launch, kSettle, kSeconds),
+                one.size.flops());
   }
 }
 

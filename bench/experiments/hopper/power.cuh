@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 
 #include <chrono>
+#include <cmath>
 
 #include "harness.cuh"
 
@@ -110,6 +111,26 @@ inline Power measure_power(const Nvml& nvml, const std::function<void()>& launch
   for (cudaEvent_t& event : ends) CHECK_CUDA(cudaEventDestroy(event));
   return {double(ms) / (kTimedBatches * batch),
           (last_joules - first_joules) / (last_time - first_time), clocks / double(measured)};
+}
+
+inline constexpr double kFlopsPerClock = 132.0 * 4096;  // dense bf16, of all multiprocessors
+
+// The row of a product of `flops`.
+inline void print_power(const char* experiment, const std::string& product, const char* shape,
+                        const Power& power, double flops) {
+  const double rate = flops / power.ms * 1e3;
+  if (!expect(std::isfinite(power.watts),
+              format("%s %s: energy is counted", experiment, product.c_str())))
+    return;
+  Row(experiment, product)
+      .text("shape", shape)
+      .number("ms", power.ms)
+      .number("tflops", rate * 1e-12)
+      .number("watts", power.watts)
+      .number("mhz", power.megahertz)
+      .number("tensor_busy", rate / (kFlopsPerClock * power.megahertz * 1e6))
+      .number("pj_per_flop", power.watts / rate * 1e12)
+      .print();
 }
 
 }  // namespace experiment
