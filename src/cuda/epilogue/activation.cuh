@@ -26,15 +26,14 @@ struct ValueAndSlope {
   float value, slope;
 };
 
-// sigmoid(x) and 1 - sigmoid(x), the latter without cancellation. The argument of exp is bounded so
-// that 0 * infinity cannot arise for a large negative x.
+// sigmoid(x) and 1 - sigmoid(x). What cancels in the latter is at most 2^-24, beside the sigmoid to
+// which the slopes add it.
 struct Sigmoid {
   float value, complement;
 };
 SONICMOE_DEVICE Sigmoid sigmoid_pair(float x) {
-  const float e = ptx::exp2_approx(fminf(-x * kLog2E, 126.0f));
-  const float s = ptx::reciprocal_approx(1.0f + e);
-  return {s, e * s};
+  const float s = ptx::reciprocal_approx(1.0f + ptx::exp2_approx(-x * kLog2E));
+  return {s, 1.0f - s};
 }
 SONICMOE_DEVICE float sigmoid(float x) {
   return ptx::reciprocal_approx(1.0f + ptx::exp2_approx(-x * kLog2E));
@@ -43,7 +42,8 @@ SONICMOE_DEVICE float sigmoid(float x) {
 SONICMOE_DEVICE float silu(float x) { return x * sigmoid(x); }
 SONICMOE_DEVICE ValueAndSlope silu_pair(float x) {
   const Sigmoid s = sigmoid_pair(x);
-  return {x * s.value, s.value * (1.0f + x * s.complement)};
+  const float value = x * s.value;
+  return {value, s.value + value * s.complement};
 }
 
 SONICMOE_DEVICE float gelu(float x) { return 0.5f * x * (1.0f + erff(x * kInvSqrt2)); }

@@ -40,10 +40,18 @@ SONICMOE_DEVICE void visit_activation(Activation kind, F f) {
 #undef SONICMOE_CASE
 }
 
+// Calls f with whether gate and up are halves of a row of H (else they alternate), at compile time.
+template <bool kGated, class F>
+SONICMOE_DEVICE void visit_halves(HiddenLayout layout, F f) {
+  if (kGated && layout == HiddenLayout::kConcatenated) return f(std::true_type{});
+  f(std::false_type{});
+}
+
 // Gate and up of eight hidden units from two vectors of H: one each, or eight pairs.
-SONICMOE_DEVICE void unpack_gate_up(bool halves, const uint4& first, const uint4& second,
-                                    float (&g)[8], float (&u)[8]) {
-  if (halves) {
+template <bool kHalves>
+SONICMOE_DEVICE void unpack_gate_up(const uint4& first, const uint4& second, float (&g)[8],
+                                    float (&u)[8]) {
+  if constexpr (kHalves) {
     unpack(first, g);
     unpack(second, u);
   } else {
@@ -97,48 +105,61 @@ class UpEpilogue {
 
   __device__ void store(uint32_t half) {
     visit_activation<kGated>(p_.activation.kind, [&](auto kind) {
-      const ActivationParams activation{kind.value, p_.activation.limit};
-      for (int i = 0; i < kGroups; ++i) {
-        const int row = rows_.row(i);
-        const float weight = weights_.of(w_, i);
-        if (!rows_.valid(i)) continue;
-#pragma unroll
-        for (int block = 0; block < kUnits / 64; ++block) {
-          const int chunk = block * 8 + (rows_.lane & 7), unit = n_tile_ * kUnits + chunk * 8;
-          if (unit < p_.n) store_chunk(half, activation, row, weight, chunk, unit);
-        }
-      }
+      visit_halves<kGated>(p_.layout, [&](auto halves) {
+        const ActivationParams activation{kind.value, p_.activation.limit};
+        const int groups = rows_.groups();
+        for (int i = 0; i < groups; ++i) store_group<halves.value>(half, activation, i);
+      });
     });
   }
 
  private:
-  __device__ void store_chunk(uint32_t half, const ActivationParams& activation, int row,
-                              float weight, int chunk, int unit) const {
-    const int64_t r = rows_.row0 + row;
-    float g[8], a[8];
+  // Of this lane's row, eight units of every 64.
+  template <bool kHalves>
+  __device__ void store_group(uint32_t half, const ActivationParams& activation, int i) const {
+    const float weight = weights_.of(w_, i);
+    const int row = rows_.row(i), lane = rows_.lane & 7;
+    const int unit = n_tile_ * kUnits + lane * 8;
+    const int left = rows_.valid(i) ? p_.n - unit : 0;
+    const int64_t at = int64_t{rows_.row0 + row} * p_.n + unit;
+    bf16* a_row = p_.a + at;
     if constexpr (!kGated) {
-      const uint4 v = ptx::load_shared_v4(half + tile::dump_offset(row, chunk));
-      if (p_.h != nullptr) ptx::store_global_streaming_v4(p_.h + r * p_.n + unit, v);
-      unpack(v, g);
+      bf16* h_row = p_.h == nullptr ? nullptr : p_.h + at;
+      const uint32_t from = half + tile::dump_offset(row, lane);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) a[i] = weight * plain(activation, g[i]);
-    } else {
-      const bool halves = p_.layout == HiddenLayout::kConcatenated;
-      const int first = halves ? chunk : 2 * chunk,
-                second = halves ? chunk + kUnits / 8 : first + 1;
-      const uint4 v0 = ptx::load_shared_v4(half + tile::dump_offset(row, first));
-      const uint4 v1 = ptx::load_shared_v4(half + tile::dump_offset(row, second));
-      if (p_.h != nullptr) {
-        bf16* h = p_.h + r * (2 * p_.n);
-        ptx::store_global_streaming_v4(h + (halves ? unit : 2 * unit), v0);
-        ptx::store_global_streaming_v4(h + (halves ? p_.n + unit : 2 * unit + 8), v1);
+      for (int block = 0; block < kUnits / 64; ++block) {
+        const uint4 v = ptx::load_shared_v4(from + block * tile::kBlockBytes);
+        float h[8], a[8];
+        unpack(v, h);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) a[j] = weight * plain(activation, h[j]);
+        const bool inside = block * 64 < left;
+        if (inside && h_row != nullptr) ptx::store_global_streaming_v4(h_row + block * 64, v);
+        if (inside) ptx::store_global_v4(a_row + block * 64, pack(a));
       }
-      float u[8];
-      unpack_gate_up(halves, v0, v1, g, u);
+    } else {
+      // Gate and up, or halves of eight pairs: in the dump, and in H.
+      constexpr int kStep = kHalves ? 1 : 2;
+      const uint32_t first = half + tile::dump_offset(row, kStep * lane);
+      const uint32_t second = kHalves ? first + kUnits / 64 * tile::kBlockBytes : first ^ 16;
+      bf16* h_row = p_.h == nullptr ? nullptr : p_.h + 2 * at - (kHalves ? unit : 0);
+      const int64_t to_second = kHalves ? p_.n : 8;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) a[i] = weight * gated(activation, g[i], u[i]);
+      for (int block = 0; block < kUnits / 64; ++block) {
+        const uint4 v0 = ptx::load_shared_v4(first + block * kStep * tile::kBlockBytes);
+        const uint4 v1 = ptx::load_shared_v4(second + block * kStep * tile::kBlockBytes);
+        float g[8], u[8], a[8];
+        unpack_gate_up<kHalves>(v0, v1, g, u);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) a[j] = weight * gated(activation, g[j], u[j]);
+        const bool inside = block * 64 < left;
+        if (inside && h_row != nullptr) {
+          ptx::store_global_streaming_v4(h_row + block * kStep * 64, v0);
+          ptx::store_global_streaming_v4(h_row + block * kStep * 64 + to_second, v1);
+        }
+        if (inside) ptx::store_global_v4(a_row + block * 64, pack(a));
+      }
     }
-    ptx::store_global_v4(p_.a + r * p_.n + unit, pack(a));
   }
 
   const Params& p_;
@@ -173,88 +194,102 @@ class HiddenGradientEpilogue {
 
   __device__ void store(uint32_t half) {
     visit_activation<kGated>(p_.activation.kind, [&](auto kind) {
-      const ActivationParams activation{kind.value, p_.activation.limit};
-      for (int i = 0; i < rows_.groups(); ++i) {
-        const float weight = input_.weight(w_, i);
-        float sum = 0.0f;
-#pragma unroll
-        for (int batch = 0; batch < State::kBatches; ++batch) {
-          typename State::Vectors h;
-          input_.take(h);
-          sum += store_batch(half, activation, i, batch, h, weight);
-        }
-#pragma unroll
-        for (int distance = 4; distance > 0; distance /= 2) {
-          sum += __shfl_xor_sync(~0u, sum, distance);
-        }
-        if (rows_.valid(i) && (rows_.lane & 7) == 0) {
-          p_.partial[int64_t{rows_.row0 + rows_.row(i)} * p_.parts + n_tile_] = sum;
-        }
-      }
+      visit_halves<kGated>(p_.layout, [&](auto halves) {
+        const ActivationParams activation{kind.value, p_.activation.limit};
+        const int groups = rows_.groups();
+        for (int i = 0; i < groups; ++i) store_group<halves.value>(half, activation, i);
+      });
     });
   }
 
  private:
-  __device__ int unit(int block) const {
-    return n_tile_ * kBlockN + block * 64 + (rows_.lane & 7) * 8;
-  }
-
-  __device__ float store_batch(uint32_t half, const ActivationParams& activation, int i, int batch,
-                               const typename State::Vectors& h, float weight) const {
+  // Of this lane's row, eight units of every 64. Units past n add nothing to dS: there dA' and H
+  // are zero.
+  template <bool kHalves>
+  __device__ void store_group(uint32_t half, const ActivationParams& activation, int i) const {
+    const float weight = input_.weight(w_, i);
+    const int row = rows_.row(i), lane = rows_.lane & 7;
+    const int unit = n_tile_ * kBlockN + lane * 8;
+    const int left = rows_.valid(i) ? p_.n - unit : 0;
+    const int64_t r = rows_.row0 + row, at = r * p_.n + unit;
+    const uint32_t from = half + tile::dump_offset(row, lane);
+    bf16* a_row = p_.scaled_a + at;
+    bf16* h_row = p_.grad_h + (kGated ? 2 : 1) * at - (kHalves ? unit : 0);
     float sum = 0.0f;
 #pragma unroll
-    for (int b = 0; b < State::kBlocks; ++b) {
-      const int block = batch * State::kBlocks + b;
-      if (!rows_.valid(i) || unit(block) >= p_.n) continue;
-      sum += store_chunk(half, activation, rows_.row(i), block, h.first[b],
-                         h.second[kGated ? b : 0], weight);
+    for (int batch = 0; batch < State::kBatches; ++batch) {
+      typename State::Vectors h;
+      input_.take(h);
+#pragma unroll
+      for (int b = 0; b < State::kBlocks; ++b) {
+        const int block = batch * State::kBlocks + b;
+        float da[8], a[8];
+        unpack(ptx::load_shared_v4(from + block * tile::kBlockBytes), da);
+        uint4 first, second;  // of dH
+        if constexpr (kGated) {
+          gated_chunk<kHalves>(activation, h.first[b], h.second[b], da, weight, first, second, a);
+        } else {
+          plain_chunk(activation, h.first[b], da, weight, first, a);
+        }
+        // dS with A rounded as forward stored it, where the sum took the weight.
+        float stored_a[8];
+        unpack(pack(a), stored_a);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          sum += da[j] * stored_a[j];
+          a[j] *= weight;
+        }
+        if (block * 64 < left) {
+          ptx::store_global_v4(h_row + block * (kGated && !kHalves ? 128 : 64), first);
+          if constexpr (kGated) {
+            const int64_t to_second = kHalves ? p_.n : 8;
+            ptx::store_global_v4(h_row + block * (kHalves ? 64 : 128) + to_second, second);
+          }
+          ptx::store_global_v4(a_row + block * 64, pack(a));
+        }
+      }
     }
-    return sum;
+#pragma unroll
+    for (int distance = 4; distance > 0; distance /= 2) {
+      sum += __shfl_xor_sync(~0u, sum, distance);
+    }
+    if (rows_.valid(i) && lane == 0) p_.partial[r * p_.parts + n_tile_] = sum;
   }
 
-  // Returns this chunk's share of dS.
-  __device__ float store_chunk(uint32_t half, const ActivationParams& activation, int row,
-                               int block, const uint4& first, const uint4& second, float s) const {
-    const int j = unit(block);
-    const int64_t r = rows_.row0 + row;
-    float da[8], g[8], a[8], sum = 0.0f;
-    unpack(ptx::load_shared_v4(half + tile::dump_offset(row, block * 8 + (rows_.lane & 7))), da);
-    if constexpr (!kGated) {
-      unpack(first, g);
+  // dH of eight units, as two vectors of gate and up or halves of eight pairs, and A.
+  template <bool kHalves>
+  static __device__ void gated_chunk(const ActivationParams& activation, const uint4& h_first,
+                                     const uint4& h_second, const float (&da)[8], float weight,
+                                     uint4& first, uint4& second, float (&a)[8]) {
+    float g[8], u[8];
+    unpack_gate_up<kHalves>(h_first, h_second, g, u);
 #pragma unroll
-      for (int v = 0; v < 8; ++v) {
-        float dg;
-        plain_gradient(activation, g[v], s * da[v], dg, a[v]);
-        g[v] = dg;
-      }
-      ptx::store_global_v4(p_.grad_h + r * p_.n + j, pack(g));
+    for (int j = 0; j < 8; ++j) {
+      float dg, du;
+      gated_gradient(activation, g[j], u[j], weight * da[j], dg, du, a[j]);
+      g[j] = dg;
+      u[j] = du;
+    }
+    if constexpr (kHalves) {
+      first = pack(g);
+      second = pack(u);
     } else {
-      const bool halves = p_.layout == HiddenLayout::kConcatenated;
-      float u[8];
-      unpack_gate_up(halves, first, second, g, u);
-#pragma unroll
-      for (int v = 0; v < 8; ++v) {
-        float dg, du;
-        gated_gradient(activation, g[v], u[v], s * da[v], dg, du, a[v]);
-        g[v] = dg;
-        u[v] = du;
-      }
-      bf16* grad_h = p_.grad_h + r * (2 * p_.n);
-      uint4 low = pack(g), high = pack(u);
-      if (!halves) pack_pairs(g, u, low, high);
-      ptx::store_global_v4(grad_h + (halves ? j : 2 * j), low);
-      ptx::store_global_v4(grad_h + (halves ? p_.n + j : 2 * j + 8), high);
+      pack_pairs(g, u, first, second);
     }
-    // dS with A rounded as forward stored it, where the sum took the weight.
-    float stored_a[8];
-    unpack(pack(a), stored_a);
+  }
+
+  static __device__ void plain_chunk(const ActivationParams& activation, const uint4& h,
+                                     const float (&da)[8], float weight, uint4& first,
+                                     float (&a)[8]) {
+    float x[8];
+    unpack(h, x);
 #pragma unroll
-    for (int v = 0; v < 8; ++v) {
-      sum += da[v] * stored_a[v];
-      a[v] *= s;
+    for (int j = 0; j < 8; ++j) {
+      float dx;
+      plain_gradient(activation, x[j], weight * da[j], dx, a[j]);
+      x[j] = dx;
     }
-    ptx::store_global_v4(p_.scaled_a + r * p_.n + j, pack(a));
-    return sum;
+    first = pack(x);
   }
 
   const Params& p_;

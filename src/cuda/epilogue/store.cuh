@@ -140,16 +140,20 @@ class StoreRows {
   // Calls visit(address, eight values); out_row(i): row of out for row group i, by all lanes.
   template <class OutRow, class Visit>
   __device__ void for_each_chunk(uint32_t half, OutRow out_row, Visit visit) {
+    constexpr int kBlocks = kBlockN / 64;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      bf16* out = p_.out + int64_t{out_row(i)} * p_.ld;
-      if (!rows_.valid(i)) continue;
+      const int row = rows_.row(i), left = rows_.valid(i) ? p_.columns - column0_ : 0;
+      bf16* out = p_.out + int64_t{out_row(i)} * p_.ld + column0_;
+      const uint32_t from = half + tile::dump_offset(row, rows_.lane & 7);
+      uint4 v[kBlocks];
 #pragma unroll
-      for (int block = 0; block < kBlockN / 64; ++block) {
-        const int column = column0_ + block * 64;
-        const uint4 v = ptx::load_shared_v4(
-            half + tile::dump_offset(rows_.row(i), block * 8 + (rows_.lane & 7)));
-        if (column < p_.columns) visit(out + column, v);
+      for (int block = 0; block < kBlocks; ++block) {
+        v[block] = ptx::load_shared_v4(from + block * tile::kBlockBytes);
+      }
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        if (block * 64 < left) visit(out + block * 64, v[block]);
       }
     }
   }

@@ -76,8 +76,8 @@ inline constexpr int kBlockK = 64;
 inline constexpr int kLoaderWarp = 8;
 // 2 * math + helper = 504 = 3 * 168, exactly what 384 threads are launched with; a larger sum
 // hangs.
-inline constexpr int kMathRegisters = 192;
-inline constexpr int kHelperRegisters = 120;
+inline constexpr int kMathRegisters = 184;
+inline constexpr int kHelperRegisters = 136;
 static_assert(2 * kMathRegisters + kHelperRegisters == 504);
 
 inline constexpr int kSharedLimit = 232448;
