@@ -141,8 +141,10 @@ class StoreRows {
   template <class OutRow, class Visit>
   __device__ void for_each_chunk(uint32_t half, OutRow out_row, Visit visit) {
     constexpr int kBlocks = kBlockN / 64;
+    const int groups = rows_.groups();
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
+      if (i >= groups) break;
       const int row = rows_.row(i), left = rows_.valid(i) ? p_.columns - column0_ : 0;
       bf16* out = p_.out + int64_t{out_row(i)} * p_.ld + column0_;
       const uint32_t from = half + tile::dump_offset(row, rows_.lane & 7);
