@@ -1,5 +1,5 @@
-# The CUDA backend, where a CUDA compiler is found. A spill, or registers that setmaxnreg cannot
-# move, fail the build.
+# The CUDA backend, where a CUDA compiler is found. A spill, registers that setmaxnreg cannot move, or
+# products that ptxas serialises fail the build.
 include(CheckLanguage)
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # sm_90a is given below; CMake's own names do not reach every version
 check_language(CUDA)
@@ -15,7 +15,8 @@ file(GLOB SONICMOE_CUDA_SOURCES CONFIGURE_DEPENDS
   ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*/*.cu)
 target_sources(sonicmoe PRIVATE ${SONICMOE_CUDA_SOURCES})
 target_compile_definitions(sonicmoe PRIVATE SONICMOE_HAS_CUDA)
-set_target_properties(sonicmoe PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_ARCHITECTURES OFF)
+set_target_properties(sonicmoe PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_ARCHITECTURES OFF
+  CUDA_COMPILER_LAUNCHER "${CMAKE_CURRENT_SOURCE_DIR}/cuda/strict_nvcc.sh")
 target_compile_options(sonicmoe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
   -std=c++20 -gencode=arch=compute_90a,code=sm_90a -Xptxas=--warn-on-spills,--warning-as-error>)
 if(SONICMOE_CUDA_STRESS)  # tile/pipeline.cuh
