@@ -103,7 +103,7 @@ int choose_gated_block_n(std::int64_t n) { return choose_block_n(2 * n); }
 int choose_hidden_loaders(std::int64_t hidden_size) {
   const int forced = number_from_environment("SONICMOE_CUDA_HIDDEN_LOADERS");
   if (forced == 1 || forced == 2) return forced;
-  return hidden_size < 2048 ? 1 : 2;
+  return hidden_size < 3072 ? 1 : 2;
 }
 
 int choose_add_group(std::int64_t num_tokens, std::int64_t depth, int n_tiles, int block_n) {
