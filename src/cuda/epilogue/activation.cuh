@@ -26,8 +26,8 @@ struct ValueAndSlope {
   float value, slope;
 };
 
-// sigmoid(x) and 1 - sigmoid(x). What cancels in the latter is at most 2^-24, beside the sigmoid to
-// which the slopes add it.
+// sigmoid(x) and 1 - sigmoid(x). The latter is off by 2^-23 at most, and by nothing from x = 17 on,
+// where the sigmoid is 1: a slope, which takes it times x, by 4e-6.
 struct Sigmoid {
   float value, complement;
 };
@@ -116,10 +116,11 @@ SONICMOE_DEVICE void gated_gradient(const ActivationParams& p, float gate, float
     const Sigmoid s = sigmoid_pair(kClampedSlope * g);
     const bool gate_inside = !(gate > p.limit);
     const bool up_inside = !(up > p.limit) && !(up < -p.limit);
-    const float slope = s.value * (1.0f + kClampedSlope * g * s.complement);
+    const float value = g * s.value;
+    const float slope = s.value + kClampedSlope * value * s.complement;
     d_gate = gate_inside ? d_out * (u + 1.0f) * slope : 0.0f;
-    d_up = up_inside ? d_out * g * s.value : 0.0f;
-    a = (u + 1.0f) * g * s.value;
+    d_up = up_inside ? d_out * value : 0.0f;
+    a = (u + 1.0f) * value;
     return;
   }
   const ValueAndSlope f = gate_pair(p.kind, gate);

@@ -10,7 +10,7 @@
 
 namespace sonicmoe::cuda::hopper {
 
-// Calls f with the activation as a compile-time constant: one branch for eight values.
+// Calls f with the activation as a compile-time constant: one branch for a half.
 template <bool kGated, class F>
 SONICMOE_DEVICE void visit_activation(Activation kind, F f) {
 #define SONICMOE_CASE(name) \
@@ -40,10 +40,13 @@ SONICMOE_DEVICE void visit_activation(Activation kind, F f) {
 #undef SONICMOE_CASE
 }
 
-// Calls f with whether gate and up are halves of a row of H (else they alternate), at compile time.
+// Calls f with whether gate and up are halves of a row of H, at compile time. Else they alternate,
+// or there is no gate.
 template <bool kGated, class F>
 SONICMOE_DEVICE void visit_halves(HiddenLayout layout, F f) {
-  if (kGated && layout == HiddenLayout::kConcatenated) return f(std::true_type{});
+  if constexpr (kGated) {
+    if (layout == HiddenLayout::kConcatenated) return f(std::true_type{});
+  }
   f(std::false_type{});
 }
 
@@ -63,7 +66,6 @@ SONICMOE_DEVICE void unpack_gate_up(const uint4& first, const uint4& second, flo
 template <int kBlockN, bool kGated, int kWarps>
 class UpEpilogue {
  public:
-  static constexpr int kGroups = HalfRows<kWarps>::kGroups;
   static constexpr int kUnits = kGated ? kBlockN / 2 : kBlockN;
   struct Params {
     bf16* h;                  // [P, g*n] or null
@@ -118,14 +120,14 @@ class UpEpilogue {
   template <bool kHalves>
   __device__ void store_group(uint32_t half, const ActivationParams& activation, int i) const {
     const float weight = weights_.of(w_, i);
-    const int row = rows_.row(i), lane = rows_.lane & 7;
-    const int unit = n_tile_ * kUnits + lane * 8;
+    const int row = rows_.row(i), chunk = rows_.lane & 7;
+    const int unit = n_tile_ * kUnits + chunk * 8;
     const int left = rows_.valid(i) ? p_.n - unit : 0;
     const int64_t at = int64_t{rows_.row0 + row} * p_.n + unit;
     bf16* a_row = p_.a + at;
     if constexpr (!kGated) {
       bf16* h_row = p_.h == nullptr ? nullptr : p_.h + at;
-      const uint32_t from = half + tile::dump_offset(row, lane);
+      const uint32_t from = half + tile::dump_offset(row, chunk);
 #pragma unroll
       for (int block = 0; block < kUnits / 64; ++block) {
         const uint4 v = ptx::load_shared_v4(from + block * tile::kBlockBytes);
@@ -140,7 +142,7 @@ class UpEpilogue {
     } else {
       // Gate and up, or halves of eight pairs: in the dump, and in H.
       constexpr int kStep = kHalves ? 1 : 2;
-      const uint32_t first = half + tile::dump_offset(row, kStep * lane);
+      const uint32_t first = half + tile::dump_offset(row, kStep * chunk);
       const uint32_t second = kHalves ? first + kUnits / 64 * tile::kBlockBytes : first ^ 16;
       bf16* h_row = p_.h == nullptr ? nullptr : p_.h + 2 * at - (kHalves ? unit : 0);
       const int64_t to_second = kHalves ? p_.n : 8;
@@ -203,18 +205,20 @@ class HiddenGradientEpilogue {
   }
 
  private:
-  // Of this lane's row, eight units of every 64. Units past n add nothing to dS: there dA' and H
-  // are zero.
+  // Of this lane's row, eight units of every 64.
   template <bool kHalves>
   __device__ void store_group(uint32_t half, const ActivationParams& activation, int i) const {
     const float weight = input_.weight(w_, i);
-    const int row = rows_.row(i), lane = rows_.lane & 7;
-    const int unit = n_tile_ * kBlockN + lane * 8;
+    const int row = rows_.row(i), chunk = rows_.lane & 7;
+    const int unit = n_tile_ * kBlockN + chunk * 8;
     const int left = rows_.valid(i) ? p_.n - unit : 0;
     const int64_t r = rows_.row0 + row, at = r * p_.n + unit;
-    const uint32_t from = half + tile::dump_offset(row, lane);
-    bf16* a_row = p_.scaled_a + at;
+    const uint32_t from = half + tile::dump_offset(row, chunk);
+    // Gate and up, or halves of eight pairs.
+    constexpr int kStep = kGated && !kHalves ? 2 : 1;
     bf16* h_row = p_.grad_h + (kGated ? 2 : 1) * at - (kHalves ? unit : 0);
+    const int64_t to_second = kHalves ? p_.n : 8;
+    bf16* a_row = p_.scaled_a + at;
     float sum = 0.0f;
 #pragma unroll
     for (int batch = 0; batch < State::kBatches; ++batch) {
@@ -232,18 +236,19 @@ class HiddenGradientEpilogue {
           plain_chunk(activation, h.first[b], da, weight, first, a);
         }
         // dS with A rounded as forward stored it, where the sum took the weight.
-        float stored_a[8];
+        float stored_a[8], share = 0.0f;
         unpack(pack(a), stored_a);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          sum += da[j] * stored_a[j];
+          share += da[j] * stored_a[j];
           a[j] *= weight;
         }
-        if (block * 64 < left) {
-          ptx::store_global_v4(h_row + block * (kGated && !kHalves ? 128 : 64), first);
+        const bool inside = block * 64 < left;
+        sum += inside ? share : 0.0f;
+        if (inside) {
+          ptx::store_global_v4(h_row + block * kStep * 64, first);
           if constexpr (kGated) {
-            const int64_t to_second = kHalves ? p_.n : 8;
-            ptx::store_global_v4(h_row + block * (kHalves ? 64 : 128) + to_second, second);
+            ptx::store_global_v4(h_row + block * kStep * 64 + to_second, second);
           }
           ptx::store_global_v4(a_row + block * 64, pack(a));
         }
@@ -253,7 +258,7 @@ class HiddenGradientEpilogue {
     for (int distance = 4; distance > 0; distance /= 2) {
       sum += __shfl_xor_sync(~0u, sum, distance);
     }
-    if (rows_.valid(i) && lane == 0) p_.partial[r * p_.parts + n_tile_] = sum;
+    if (rows_.valid(i) && chunk == 0) p_.partial[r * p_.parts + n_tile_] = sum;
   }
 
   // dH of eight units, as two vectors of gate and up or halves of eight pairs, and A.

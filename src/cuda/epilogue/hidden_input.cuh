@@ -17,7 +17,8 @@ enum class HiddenLayout : int {
 // gate and up. The warp fills its slots itself, in the order in which it takes them, so that one
 // barrier a slot is enough: full, 1 expect_tx. Of every row group with at least one row both slots
 // are filled and taken, also where they lie past column n: HalfRows::groups() alone says how many.
-// Rows past the end of the tile arrive too (of other experts, or zeros) and are not used.
+// Rows past the end of the tile arrive too (of other experts, or zeros); nothing computed from them
+// is stored.
 template <int kBlockN, bool kGated, int kWarps>
 class HiddenInput {
  public:
