@@ -164,6 +164,28 @@ TEST_P(Hazards, PartialTilesOfColumns) {  // widths on both sides of 128 and 256
   }
 }
 
+// The sum of a token's rows: numbers of them around those loaded together and around the 32 that a
+// warp looks up at a time, widths around those of a warp.
+TEST_P(Hazards, AnyNumberOfRowsOfAToken) {
+  struct Sum {
+    std::int64_t top_k, width;
+  };
+  for (const Sum& sum :
+       {Sum{1, 264}, Sum{2, 760}, Sum{2, 1544}, Sum{3, 520}, Sum{4, 264}, Sum{4, 520}, Sum{5, 72},
+        Sum{7, 264}, Sum{9, 520}, Sum{10, 264}, Sum{17, 72}, Sum{33, 264}, Sum{40, 72}}) {
+    MoECase c = small_case();
+    c.num_tokens = 9;
+    c.num_experts = sum.top_k + 2;
+    c.top_k = sum.top_k;
+    c.hidden_size = sum.width;
+    c.drop_probability = 0.3;
+    expect_correct(c);
+    c.form = Form::kPairs;  // as many rows in all, not the same number for every token
+    c.num_pairs = c.num_tokens * sum.top_k;
+    expect_correct(c);
+  }
+}
+
 TEST_P(Hazards, PoisonedNeighboursOfTheReduction) {  // rows past the last hold NaN
   for (const std::int64_t tail : {1, 63, 100}) {
     MoECase c = one_expert(150 + tail);
