@@ -10,7 +10,7 @@
 
 namespace sonicmoe::cuda::hopper {
 
-// Calls f with the activation as a compile-time constant: one branch for a half.
+// Calls f with the activation as a compile-time constant.
 template <bool kGated, class F>
 SONICMOE_DEVICE void visit_activation(Activation kind, F f) {
 #define SONICMOE_CASE(name) \
@@ -48,6 +48,19 @@ SONICMOE_DEVICE void visit_halves(HiddenLayout layout, F f) {
     if (layout == HiddenLayout::kConcatenated) return f(std::true_type{});
   }
   f(std::false_type{});
+}
+
+// Calls f(halves, activation, i) for every row group i of `rows`: one branch for all of them.
+template <bool kGated, class Rows, class F>
+SONICMOE_DEVICE void visit_groups(const ActivationParams& params, HiddenLayout layout,
+                                  const Rows& rows, F f) {
+  visit_activation<kGated>(params.kind, [&](auto kind) {
+    visit_halves<kGated>(layout, [&](auto halves) {
+      const ActivationParams activation{kind.value, params.limit};
+      const int groups = rows.groups();
+      for (int i = 0; i < groups; ++i) f(halves, activation, i);
+    });
+  });
 }
 
 // Gate and up of eight hidden units from two vectors of H: one each, or eight pairs.
@@ -106,13 +119,10 @@ class UpEpilogue {
       : p_(p), rows_(t, w, warp, lane), n_tile_(t.n), w_(w), weights_(weights) {}
 
   __device__ void store(uint32_t half) {
-    visit_activation<kGated>(p_.activation.kind, [&](auto kind) {
-      visit_halves<kGated>(p_.layout, [&](auto halves) {
-        const ActivationParams activation{kind.value, p_.activation.limit};
-        const int groups = rows_.groups();
-        for (int i = 0; i < groups; ++i) store_group<halves.value>(half, activation, i);
-      });
-    });
+    visit_groups<kGated>(p_.activation, p_.layout, rows_,
+                         [&](auto halves, const ActivationParams& activation, int i) {
+                           store_group<halves.value>(half, activation, i);
+                         });
   }
 
  private:
@@ -124,42 +134,47 @@ class UpEpilogue {
     const int unit = n_tile_ * kUnits + chunk * 8;
     const int left = rows_.valid(i) ? p_.n - unit : 0;
     const int64_t at = int64_t{rows_.row0 + row} * p_.n + unit;
+    // Gate and up, or halves of eight pairs: in the dump, and in H.
+    constexpr int kStep = kGated && !kHalves ? 2 : 1;
+    const uint32_t first = half + tile::dump_offset(row, kStep * chunk);
+    const uint32_t second = kHalves ? first + kUnits / 64 * tile::kBlockBytes : first ^ 16;
+    bf16* h_row = p_.h == nullptr ? nullptr : p_.h + (kGated ? 2 : 1) * at - (kHalves ? unit : 0);
+    const int64_t to_second = kHalves ? p_.n : 8;
     bf16* a_row = p_.a + at;
-    if constexpr (!kGated) {
-      bf16* h_row = p_.h == nullptr ? nullptr : p_.h + at;
-      const uint32_t from = half + tile::dump_offset(row, chunk);
 #pragma unroll
-      for (int block = 0; block < kUnits / 64; ++block) {
-        const uint4 v = ptx::load_shared_v4(from + block * tile::kBlockBytes);
-        float h[8], a[8];
-        unpack(v, h);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) a[j] = weight * plain(activation, h[j]);
-        const bool inside = block * 64 < left;
-        if (inside && h_row != nullptr) ptx::store_global_streaming_v4(h_row + block * 64, v);
-        if (inside) ptx::store_global_v4(a_row + block * 64, pack(a));
-      }
-    } else {
-      // Gate and up, or halves of eight pairs: in the dump, and in H.
-      constexpr int kStep = kHalves ? 1 : 2;
-      const uint32_t first = half + tile::dump_offset(row, kStep * chunk);
-      const uint32_t second = kHalves ? first + kUnits / 64 * tile::kBlockBytes : first ^ 16;
-      bf16* h_row = p_.h == nullptr ? nullptr : p_.h + 2 * at - (kHalves ? unit : 0);
-      const int64_t to_second = kHalves ? p_.n : 8;
-#pragma unroll
-      for (int block = 0; block < kUnits / 64; ++block) {
-        const uint4 v0 = ptx::load_shared_v4(first + block * kStep * tile::kBlockBytes);
-        const uint4 v1 = ptx::load_shared_v4(second + block * kStep * tile::kBlockBytes);
-        float g[8], u[8], a[8];
-        unpack_gate_up<kHalves>(v0, v1, g, u);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) a[j] = weight * gated(activation, g[j], u[j]);
-        const bool inside = block * 64 < left;
-        if (inside && h_row != nullptr) {
-          ptx::store_global_streaming_v4(h_row + block * kStep * 64, v0);
+    for (int block = 0; block < kUnits / 64; ++block) {
+      const uint4 v0 = ptx::load_shared_v4(first + block * kStep * tile::kBlockBytes);
+      uint4 v1{};
+      if constexpr (kGated) v1 = ptx::load_shared_v4(second + block * kStep * tile::kBlockBytes);
+      float a[8];
+      activate<kHalves>(activation, v0, v1, weight, a);
+      const bool inside = block * 64 < left;
+      if (inside && h_row != nullptr) {
+        ptx::store_global_streaming_v4(h_row + block * kStep * 64, v0);
+        if constexpr (kGated) {
           ptx::store_global_streaming_v4(h_row + block * kStep * 64 + to_second, v1);
         }
-        if (inside) ptx::store_global_v4(a_row + block * 64, pack(a));
+      }
+      if (inside) ptx::store_global_v4(a_row + block * 64, pack(a));
+    }
+  }
+
+  // weight * act of eight units, of which v1 holds the second half of gate and up.
+  template <bool kHalves>
+  static __device__ void activate(const ActivationParams& activation, const uint4& v0,
+                                  const uint4& v1, float weight, float (&a)[8]) {
+    float g[8], u[8];
+    if constexpr (kGated) {
+      unpack_gate_up<kHalves>(v0, v1, g, u);
+    } else {
+      unpack(v0, g);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if constexpr (kGated) {
+        a[j] = weight * gated(activation, g[j], u[j]);
+      } else {
+        a[j] = weight * plain(activation, g[j]);
       }
     }
   }
@@ -195,13 +210,10 @@ class HiddenGradientEpilogue {
       : p_(p), rows_(t, w, warp, lane), w_(w), n_tile_(t.n), input_(input) {}
 
   __device__ void store(uint32_t half) {
-    visit_activation<kGated>(p_.activation.kind, [&](auto kind) {
-      visit_halves<kGated>(p_.layout, [&](auto halves) {
-        const ActivationParams activation{kind.value, p_.activation.limit};
-        const int groups = rows_.groups();
-        for (int i = 0; i < groups; ++i) store_group<halves.value>(half, activation, i);
-      });
-    });
+    visit_groups<kGated>(p_.activation, p_.layout, rows_,
+                         [&](auto halves, const ActivationParams& activation, int i) {
+                           store_group<halves.value>(half, activation, i);
+                         });
   }
 
  private:

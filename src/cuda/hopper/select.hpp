@@ -19,7 +19,7 @@ int choose_gated_block_n(std::int64_t n);
 
 /// Loader warps of dH (its other helper warps store): 2 where the reduction is so long that the
 /// gather sets the pace, 1 where the epilogue does. On an H200 one is 13% faster at 2048, two are
-/// 5% faster at 4096. SONICMOE_CUDA_HIDDEN_LOADERS forces one.
+/// 4% faster at 4096. SONICMOE_CUDA_HIDDEN_LOADERS forces one.
 int choose_hidden_loaders(std::int64_t hidden_size);
 
 /// For a product that adds its rows to out [num_tokens, n_tiles * block_n]: column tiles that all
