@@ -15,7 +15,13 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kChunk = 256;  // columns of one warp
+constexpr int kVector = 8;           // bf16 values in 16 bytes
+constexpr int kSpan = 32 * kVector;  // columns of a warp's load
+
+// CTAs for `count` items, `per_block` each.
+unsigned grid_of(std::int64_t count, std::int64_t per_block) {
+  return static_cast<unsigned>(ceil_div(count, per_block));
+}
 
 struct Sources {
   const bf16* rows;
@@ -25,9 +31,9 @@ struct Sources {
   bf16* out;
   std::int64_t out_ld;
   bool add_to_out;
-  std::int64_t num_tokens;
-  int columns, chunks, top_k;  // top_k 0: pair list
-  bool vector_out;             // out rows start at multiples of 16 bytes
+  int num_tokens, columns, top_k;  // top_k 0: pair list
+  int chunks;                      // warps that share a token's columns
+  bool vector_out;                 // out rows start at multiples of 16 bytes
 
   __device__ float weight(std::int64_t pair) const {
     if (weights == nullptr) return 1.0f;
@@ -36,23 +42,25 @@ struct Sources {
   }
 };
 
-// The rows of one token: where they lie in `rows` and their weights, for up to 32 at a time, one
-// per lane; at -1: nothing there.
-struct TokenRows {
+// 32 slots of a token, one per lane: where its rows lie in `rows` (-1: nowhere) and their weights.
+struct Slots {
+  int count;  // of the token, all of them
   int at;
   float weight;
 };
-__device__ TokenRows rows_of_token(const Sources& s, const Metadata& m, std::int64_t t, int first,
-                                   int count, int lane) {
+template <bool kLists>
+__device__ Slots slots_of_token(const Sources& s, const Metadata& m, int t, int first, int lane) {
   const int i = first + lane;
-  if (i >= count) return {-1, 0.0f};
-  if (s.top_k > 0) {
-    const std::int64_t pair = t * s.top_k + i;
-    const int row = m.pair_row[pair];
-    return row < 0 ? TokenRows{-1, 0.0f} : TokenRows{row, s.weight(pair)};
+  if constexpr (kLists) {
+    const int start = m.token_start[t], count = m.token_start[t + 1] - start;
+    if (i >= count) return {count, -1, 0.0f};
+    const int row = m.token_rows[start + i];
+    return {count, row, s.weight(m.row_pair[row])};
+  } else {
+    if (i >= s.top_k) return {s.top_k, -1, 0.0f};
+    const std::int64_t pair = std::int64_t{t} * s.top_k + i;
+    return {s.top_k, m.pair_row[pair], s.weight(pair)};
   }
-  const int row = m.token_rows[m.token_start[t] + i];
-  return {row, s.weight(m.row_pair[row])};
 }
 
 __device__ void add_vector(float (&sum)[8], const uint4& value, float weight) {
@@ -62,77 +70,134 @@ __device__ void add_vector(float (&sum)[8], const uint4& value, float weight) {
   for (int i = 0; i < 8; ++i) sum[i] += weight * v[i];
 }
 
-// Adds the rows of kRows slots of the token, from `first` on; bits of `present`: slots that have
-// one. The loads are in flight together. They have no predicates, with which the compiler would
-// make each wait for the one whose registers it shares: a slot without a row has the place of one
-// that has.
-template <int kRows>
-__device__ void add_rows(const Sources& s, const TokenRows& mine, unsigned present, int first,
-                         int column, float (&sum)[8]) {
-  uint4 values[kRows];
+// What one lane sums: in each of kVectors spans of columns, eight that lie side by side.
+template <int kVectors>
+struct Columns {
+  int first;  // column of the first span's eight
+  float sum[kVectors][kVector];
+
+  __device__ Columns(int chunk, int lane) : first(chunk * kVectors * kSpan + lane * kVector) {
+#pragma unroll
+    for (int i = 0; i < kVectors * kVector; ++i) sum[i / kVector][i % kVector] = 0.0f;
+  }
+  __device__ int column(int v) const { return first + v * kSpan; }
+  __device__ bool inside(const Sources& s, int v) const { return column(v) < s.columns; }
+  // To read from, past the last column too.
+  __device__ int readable(const Sources& s, int v) const { return inside(s, v) ? column(v) : 0; }
+};
+
+// Adds the rows of slots first to first + kRows - 1; bits of `present`: slots that have one. The
+// loads are in flight together. They have no predicates, with which the compiler would make each
+// wait for the one whose registers it shares: a slot without a row has the place of one that has.
+template <int kRows, int kVectors>
+__device__ void add_rows(const Sources& s, const Slots& slots, unsigned present, int first,
+                         Columns<kVectors>& columns) {
+  uint4 values[kRows][kVectors];
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
-    const int at = __shfl_sync(~0u, mine.at, (first + j) & 31);
-    values[j] = ptx::load_global_nc_v4(s.rows + std::int64_t{at} * s.rows_ld + column);
+    const int at = __shfl_sync(~0u, slots.at, (first + j) & 31);
+    const bf16* row = s.rows + std::int64_t{at} * s.rows_ld;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      values[j][v] = ptx::load_global_nc_v4(row + columns.readable(s, v));
+    }
   }
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
-    const float weight = __shfl_sync(~0u, mine.weight, (first + j) & 31);
-    if (((present >> ((first + j) & 31)) & 1u) != 0) add_vector(sum, values[j], weight);
+    const float weight = __shfl_sync(~0u, slots.weight, (first + j) & 31);
+    if (first + j >= 32 || ((present >> (first + j)) & 1u) == 0) continue;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) add_vector(columns.sum[v], values[j][v], weight);
   }
 }
 
-// One warp per token and kChunk columns, the chunks of a token side by side: a row is fetched from
-// DRAM in one piece (chunk after chunk in one warp measured 1.4 times slower).
-__global__ void __launch_bounds__(kThreads) aggregate_kernel(Sources s, Metadata m) {
-  const int lane = threadIdx.x % 32;
-  const std::int64_t warp = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  const std::int64_t t = warp / s.chunks;
-  if (t >= s.num_tokens) return;
-  const int wanted = static_cast<int>(warp % s.chunks) * kChunk + lane * 8;
-  const bool inside = wanted < s.columns;
-  const int column = inside ? wanted : 0;
-  const int count = s.top_k > 0 ? s.top_k : m.token_start[t + 1] - m.token_start[t];
-  bf16* out = s.out + t * s.out_ld + column;
-  uint4 before{};
-  if (s.add_to_out && s.vector_out && inside) before = ptx::load_global_v4(out);
-  float sum[8] = {};
-  TokenRows mine{-1, 0.0f};
-  unsigned present = 0;
-  for (int first = 0; first < count;) {
-    if (first % 32 == 0) {
-      mine = rows_of_token(s, m, t, first, count, lane);
-      present = __ballot_sync(~0u, mine.at >= 0);
-      const int any = __shfl_sync(~0u, mine.at, max(__ffs(present) - 1, 0));
-      if (mine.at < 0) mine.at = any;
-    }
-    const int left = count - first;
-    if (present == 0) {
-      first += 32;
-    } else if (left >= 8) {
-      add_rows<8>(s, mine, present, first, column, sum);
-      first += 8;
-    } else if (left >= 4) {
-      add_rows<4>(s, mine, present, first, column, sum);
-      first += 4;
-    } else if (left >= 2) {
-      add_rows<2>(s, mine, present, first, column, sum);
-      first += 2;
-    } else {
-      add_rows<1>(s, mine, present, first, column, sum);
-      first += 1;
-    }
+// Adds 32 slots, of which `count` are the token's.
+template <int kRows, int kVectors>
+__device__ void add_slots(const Sources& s, Slots slots, int count, Columns<kVectors>& columns) {
+  const unsigned present = __ballot_sync(~0u, slots.at >= 0);
+  if (present == 0) return;
+  const int any = __shfl_sync(~0u, slots.at, __ffs(present) - 1);
+  if (slots.at < 0) slots.at = any;
+#pragma unroll 1
+  for (int first = 0; first < count; first += kRows) {
+    add_rows<kRows>(s, slots, present, first, columns);
   }
-  if (!inside) return;
-  if (s.vector_out) {
-    if (s.add_to_out) add_vector(sum, before, 1.0f);
-    ptx::store_global_streaming_v4(out, pack(sum));
-  } else {
+}
+
+// Eight values of out, which need not start at a multiple of 16 bytes.
+__device__ uint4 load_eight(const Sources& s, const bf16* out) {
+  if (s.vector_out) return ptx::load_global_v4(out);
+  const auto* half = reinterpret_cast<const unsigned short*>(out);
+  const auto word = [half](int i) { return half[2 * i] | unsigned{half[2 * i + 1]} << 16; };
+  return {word(0), word(1), word(2), word(3)};
+}
+__device__ void store_eight(const Sources& s, bf16* out, const uint4& values) {
+  if (s.vector_out) return ptx::store_global_streaming_v4(out, values);
+  auto* half = reinterpret_cast<unsigned short*>(out);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      out[i] = __float2bfloat16(sum[i] + (s.add_to_out ? __bfloat162float(out[i]) : 0.0f));
-    }
+  for (int i = 0; i < kVector; ++i) {
+    half[i] = static_cast<unsigned short>(word_of(values, i / 2) >> 16 * (i % 2));
   }
+}
+
+// CTAs on a multiprocessor. DRAM is far away: how many bytes are in flight sets the pace, so what a
+// warp's loads and sums do not need goes to more warps.
+constexpr int resident_blocks(int rows, int vectors) {
+  if (vectors == 1) return rows <= 4 ? 5 : 4;
+  return rows * vectors <= 4 ? 4 : 3;
+}
+
+// One warp per token and kVectors spans of columns, those of a token side by side: a row is fetched
+// from DRAM in one piece (one after the other in one warp measured 1.4 times slower).
+template <int kRows, int kVectors, bool kLists>
+__global__ void __launch_bounds__(kThreads, resident_blocks(kRows, kVectors))
+    aggregate_kernel(Sources s, Metadata m) {
+  const int lane = threadIdx.x % 32;
+  const unsigned warp = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int t = static_cast<int>(warp / s.chunks);
+  if (t >= s.num_tokens) return;
+  Columns<kVectors> columns(static_cast<int>(warp % s.chunks), lane);
+  bf16* out = s.out + t * s.out_ld;
+  if (s.add_to_out) {  // one more row, the last
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) ptx::prefetch_l2(out + columns.readable(s, v));
+  }
+  int count = 1;
+#pragma unroll 1
+  for (int first = 0; first < count; first += 32) {
+    const Slots slots = slots_of_token<kLists>(s, m, t, first, lane);
+    count = slots.count;
+    add_slots<kRows>(s, slots, min(count - first, 32), columns);
+  }
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (!columns.inside(s, v)) continue;
+    bf16* to = out + columns.column(v);
+    if (s.add_to_out) add_vector(columns.sum[v], load_eight(s, to), 1.0f);
+    store_eight(s, to, pack(columns.sum[v]));
+  }
+}
+
+template <int kRows, int kVectors, bool kLists>
+void launch_aggregate(cudaStream_t stream, const MoEShape& shape, Sources s, const Metadata& m) {
+  s.chunks = static_cast<int>(ceil_div(s.columns, kSpan * kVectors));
+  aggregate_kernel<kRows, kVectors, kLists>
+      <<<grid_of(std::int64_t{s.num_tokens} * s.chunks, kWarps), kThreads, 0, stream>>>(s, m);
+  check_launch(cudaGetLastError(), "aggregate", shape);
+}
+
+// Of few rows a warp sums several spans, as many as divide the columns.
+template <int kRows>
+void launch_top_k(cudaStream_t stream, const MoEShape& shape, const Sources& s, const Metadata& m) {
+  constexpr int kMost = 8;  // loads in flight
+  const auto spans = ceil_div(s.columns, kSpan);
+  if constexpr (3 * kRows <= kMost) {
+    if (spans % 3 == 0) return launch_aggregate<kRows, 3, false>(stream, shape, s, m);
+  }
+  if constexpr (2 * kRows <= kMost) {
+    if (spans % 2 == 0) return launch_aggregate<kRows, 2, false>(stream, shape, s, m);
+  }
+  launch_aggregate<kRows, 1, false>(stream, shape, s, m);
 }
 
 __global__ void zero_tail_kernel(Metadata m, std::int64_t num_rows, bf16* out, std::int64_t ld,
@@ -224,11 +289,6 @@ __global__ void bias_gradient_kernel(Metadata m, const bf16* values, std::int64_
   }
 }
 
-// CTAs for `count` items, `per_block` each.
-unsigned grid_of(std::int64_t count, std::int64_t per_block) {
-  return static_cast<unsigned>(ceil_div(count, per_block));
-}
-
 }  // namespace
 
 void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata,
@@ -242,16 +302,32 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
   s.out = static_cast<bf16*>(args.out.data);
   s.out_ld = args.out.ld;
   s.add_to_out = args.add_to_out;
-  s.num_tokens = shape.num_tokens;
+  s.num_tokens = static_cast<int>(shape.num_tokens);
   s.columns = static_cast<int>(args.columns);
-  s.chunks = ceil_div(s.columns, kChunk);
   s.top_k = shape.form == MoEShape::Form::kTopK
                 ? static_cast<int>(shape.num_pairs / shape.num_tokens)
                 : 0;
   s.vector_out = args.out.has_aligned_rows();
-  aggregate_kernel<<<grid_of(shape.num_tokens * s.chunks, kWarps), kThreads, 0, stream>>>(s,
-                                                                                          metadata);
-  check_launch(cudaGetLastError(), "aggregate", shape);
+  constexpr int kMost = 8;  // rows in flight: all up to 8, else equal parts
+  if (s.top_k == 0) return launch_aggregate<4, 1, true>(stream, shape, s, metadata);
+  switch (ceil_div(s.top_k, ceil_div(s.top_k, kMost))) {
+    case 1:
+      return launch_top_k<1>(stream, shape, s, metadata);
+    case 2:
+      return launch_top_k<2>(stream, shape, s, metadata);
+    case 3:
+      return launch_top_k<3>(stream, shape, s, metadata);
+    case 4:
+      return launch_top_k<4>(stream, shape, s, metadata);
+    case 5:
+      return launch_top_k<5>(stream, shape, s, metadata);
+    case 6:
+      return launch_top_k<6>(stream, shape, s, metadata);
+    case 7:
+      return launch_top_k<7>(stream, shape, s, metadata);
+    default:
+      return launch_top_k<8>(stream, shape, s, metadata);
+  }
 }
 
 void zero_rows(cudaStream_t stream, const MoEShape& shape, Matrix out) {

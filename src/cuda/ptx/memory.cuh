@@ -66,6 +66,11 @@ SONICMOE_DEVICE uint4 load_global_v4(const void* address) {
   return v;
 }
 
+// Asks L2 for the line at a global address.
+SONICMOE_DEVICE void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // 16 bytes to global memory.
 SONICMOE_DEVICE void store_global_v4(void* address, const uint4& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
