@@ -169,12 +169,18 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kRows, kVectors))
     count = slots.count;
     add_slots<kRows>(s, slots, min(count - first, 32), columns);
   }
+  if (s.add_to_out) {
+    uint4 before[kVectors]{};
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (columns.inside(s, v)) before[v] = load_eight(s, out + columns.column(v));
+    }
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) add_vector(columns.sum[v], before[v], 1.0f);
+  }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    if (!columns.inside(s, v)) continue;
-    bf16* to = out + columns.column(v);
-    if (s.add_to_out) add_vector(columns.sum[v], load_eight(s, to), 1.0f);
-    store_eight(s, to, pack(columns.sum[v]));
+    if (columns.inside(s, v)) store_eight(s, out + columns.column(v), pack(columns.sum[v]));
   }
 }
 
