@@ -3,6 +3,9 @@
 //
 // Interface of an epilogue, called by grouped_gemm.cuh:
 //   finish(params, item, acc, warp, lane)   math warps, before rounding (bias, fp32 stores)
+// and where the math warps store the dump tile themselves (GemmShape::bulk_stores())
+//   store(params, item, w, half)            one thread, half w of the item
+// else
 //   State(params, layout, warp, lane)       what epilogue warp `warp` (0..2) keeps over its items
 //     .begin(item, w)                       announces each half in turn, ahead of its constructor
 //   constructor(params, item, w, warp, lane, state)   half w of the item
@@ -171,12 +174,9 @@ class StoreRows {
 
 // Weight gradients: out[e, r, c] with strides (expert, row, column), r of d, one of the last two
 // strides 1. bf16 through the dump by TMA (kRows: unit column stride, kTransposed: unit row
-// stride): stores of a single warp would compete with the gather for the load-store unit. float32
-// straight from the accumulators, added to what is there with `accumulate`.
-template <int kBlockN, Dump kDump, int kWarps>
-class StoreWeightGradient {
- public:
-  using State = NoState;
+// stride). float32 straight from the accumulators, added to what is there with `accumulate`.
+template <int kBlockN, Dump kDump>
+struct StoreWeightGradient {
   struct Params {
     void* out;
     int64_t expert_stride, row_stride, column_stride;
@@ -212,32 +212,22 @@ class StoreWeightGradient {
     }
   }
 
-  __device__ StoreWeightGradient(const Params& p, const Item& t, int w, int, int lane, State&)
-      : p_(p), t_(t), w_(w), lane_(lane) {}
-
-  // One thread: boxes of the half by TMA, clipped to the expert's gradient. The half is free once
-  // they have been read.
-  __device__ void store(uint32_t half) {
-    if (lane_ != 0) return;
-    const int row = t_.m * kBlockM + 64 * w_, column = t_.n * kBlockN;
+  // One thread: half w of the item by TMA, in boxes clipped to the expert's gradient, in the
+  // thread's open bulk group.
+  static __device__ void store(const Params& p, const Item& t, int w, uint32_t half) {
+    const int row = t.m * kBlockM + 64 * w, column = t.n * kBlockN;
     if constexpr (kDump == Dump::kRows) {
 #pragma unroll
       for (int block = 0; block < kBlockN / 64; ++block) {
-        if (column + 64 * block >= p_.columns) break;
-        ptx::tma_store(&p_.map, half + block * tile::kBlockBytes, column + 64 * block, row,
-                       t_.expert);
+        if (column + 64 * block >= p.columns) break;
+        ptx::tma_store(&p.map, half + block * tile::kBlockBytes, column + 64 * block, row,
+                       t.expert);
       }
-    } else if constexpr (kDump == Dump::kTransposed) {
-      ptx::tma_store(&p_.map, half, row, column, t_.expert);
+    } else {
+      static_assert(kDump == Dump::kTransposed);
+      ptx::tma_store(&p.map, half, row, column, t.expert);
     }
-    ptx::bulk_commit_group();
-    ptx::bulk_wait_group_read<0>();
   }
-
- private:
-  const Params& p_;
-  Item t_;
-  int w_, lane_;
 };
 
 }  // namespace sonicmoe::cuda::hopper

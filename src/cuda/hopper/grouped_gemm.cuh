@@ -7,7 +7,8 @@
 //           B 64 rows x block_n of the sorted operand; the number of k-tiles varies by expert
 //
 // Roles       warps 0-3, 4-7 math (tile rows 0-63, 64-127)
-//             warps 8-11 one to four loaders, the rest epilogue
+//             warps 8-11 one to four loaders, the rest epilogue; without epilogue warps the math
+//             warps store what they computed
 // Pipelines   full[s]: 1 expect_tx (+ 1 per gathering lane) · empty[s]: 1 per math warp
 //             dump_full[w]: 4 warps of math warpgroup w · dump_empty[w]: 1 per epilogue warp
 //             item_full[i]: 1, the first loader warp · item_empty[i]: 1 per other warp
@@ -30,6 +31,7 @@
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -59,15 +61,20 @@ struct GemmShape {
   int loader_warps = 1;  // of the helper warpgroup; the others are epilogue warps
   int extra_bytes = 0;   // shared memory of the epilogue warps' own, behind the dump tile
 
-  __host__ __device__ constexpr int epilogue_warps() const { return 4 - loader_warps; }
-  // The dump tile leaves by TMA: the async proxy reads what the math warps wrote.
+  __host__ __device__ constexpr int epilogue_warps() const {
+    return dump == Dump::kDirect ? 0 : 4 - loader_warps;
+  }
+  // The dump tile leaves by TMA, which a math thread issues: stores of 16 bytes would compete with
+  // the gather for the load-store unit.
   __host__ __device__ constexpr bool bulk_stores() const {
     return grouping == Grouping::kDepth && dump != Dump::kDirect;
   }
-  // Arrivals that fill a stage: expect_tx, and every gathering lane's copies.
-  __host__ __device__ constexpr int full_arrivals() const {
-    return 1 + (gather ? 32 * loader_warps : 0);
+  // The first loader warp issues TMA; in kDepth that is all it does.
+  __host__ __device__ constexpr int gather_warps() const {
+    return !gather ? 0 : grouping == Grouping::kRows ? loader_warps : loader_warps - 1;
   }
+  // Arrivals that fill a stage: expect_tx, and every gathering lane's copies.
+  __host__ __device__ constexpr int full_arrivals() const { return 1 + 32 * gather_warps(); }
 };
 
 inline constexpr int kThreads = 384;
@@ -101,7 +108,7 @@ __host__ __device__ constexpr int shared_bytes(GemmShape s) {
 // What loader and math need, whatever the epilogue.
 struct OperandParams {
   CUtensorMap a;  // A by TMA: [P, depth], boxes of 64 rows x 64
-  CUtensorMap b;  // kRows: weights, 4-D (inner, outer, part, expert); kDepth: [P, N] boxes 64 x 64
+  CUtensorMap b;  // kRows: weights; kDepth: [P, N]
 
   const bf16* gathered;           // X or dO [T, depth of d]
   uint32_t gathered_ld;           // elements, a multiple of 8
@@ -115,6 +122,9 @@ struct OperandParams {
   int num_rows;
   const std::int32_t* num_entries;  // on the device, or null: max_entries
   int max_entries;
+  // MN-major B: a box of b is the whole tile, in blocks of 64 columns; else each block is a box. A
+  // TMA instruction takes the loader some 100 clocks.
+  bool whole_boxes;
   bool early_release;     // hand a stage back before the next has come (math.cuh)
   std::uint32_t* claims;  // tile counters (schedule.cuh), or null: strided
   int m_tiles;            // kDepth: ceil(d / 128); else 1
@@ -155,6 +165,13 @@ __device__ SharedLayout shared_layout(uint32_t base) {
   l.dump = l.ring + stage_count(s) * stage_bytes(s);
   l.extra = l.dump + 2 * half_dump_bytes(s);
   return l;
+}
+
+__device__ inline uint32_t a_of_stage(const SharedLayout& l, GemmShape s, uint32_t stage) {
+  return l.ring + stage * stage_bytes(s);
+}
+__device__ inline uint32_t b_of_stage(const SharedLayout& l, GemmShape s, uint32_t stage) {
+  return a_of_stage(l, s, stage) + kBlockM * kBlockK * 2;
 }
 
 // One tile of the product.
@@ -221,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::mbarrier_init(l.item_full + 8 * i, 1);
       ptx::mbarrier_init(l.item_empty + 8 * i, item_readers(shape));
     }
-    for (int w = 0; w < 2 && shape.dump != Dump::kDirect; ++w) {
+    for (int w = 0; w < 2 && shape.epilogue_warps() > 0; ++w) {
       ptx::mbarrier_init(l.dump_full + 8 * w, 4);
       ptx::mbarrier_init(l.dump_empty + 8 * w, shape.epilogue_warps());
     }
@@ -235,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::setmaxnreg_decrease<kHelperRegisters>();
     if (warp < kLoaderWarp + shape.loader_warps) {
       load_role<Spec>(p.operands, l, warp - kLoaderWarp, lane);
-    } else if constexpr (shape.dump != Dump::kDirect) {
+    } else if constexpr (shape.epilogue_warps() > 0) {
       epilogue_role<Spec>(p, l, warp - kLoaderWarp - shape.loader_warps, lane);
     }
   }

@@ -11,7 +11,7 @@ void launch_hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& ar
   const MoEShape& s = call.shape;
   Params<Spec> p{};
   p.operands = row_operands(call, s.hidden_size, s.intermediate_size, kBlockN);
-  p.operands.b = map_of_weight(args.w2, 2, 1, kBlockN, Spec::shape.b);
+  set_weight(p.operands, args.w2, 2, 1, kBlockN, Spec::shape.b);
   set_gather(p.operands, args.grad_out);
   const HiddenLayout layout = hidden_layout(call);
   p.epilogue = {.h = map_of_hidden(args.h, s.num_pairs, s.intermediate_size, layout, kBlockN),

@@ -14,15 +14,16 @@
 namespace sonicmoe::cuda::hopper {
 
 /// Whether a product's tiles are handed out in order or strided (schedule.cuh), from measurements
-/// on an H100. Gathering products gain up to 20% in order (neighbours share their rows); of the
-/// others only `down` with few k-tiles and so many tiles that the CTAs would drift far apart, and
-/// products with weights larger than L2, which CTAs apart from each other fetch again and again.
+/// on H100s and H200s. Gathering products gain up to 20% in order (neighbours share their rows); of
+/// the others `down` with few k-tiles and so many tiles that the CTAs would drift far apart, and
+/// products with large weights, which CTAs at different experts fetch again and again: 1-4% at 8 MB
+/// and more, while at 1.5 MB the same order costs 1-2%.
 /// Products that add their rows to out (n_group > 0) work on one part of out at a time; strided
 /// they took up to 1.5 times as long.
 template <class Spec>
 bool in_order(const OperandParams& o, std::int64_t items, std::int64_t grid) {
   if (Spec::shape.grouping == Grouping::kDepth) return false;
-  constexpr std::int64_t kMostWeight = 40 << 20;  // bytes of an expert; L2 has 50 MB
+  constexpr std::int64_t kMostWeight = 6 << 20;  // bytes of an expert; L2 has 50 MB
   const std::int64_t weight = std::int64_t{2} * o.depth * o.n_tiles * Spec::shape.block_n;
   return Spec::shape.gather || o.n_group > 0 || weight > kMostWeight ||
          (o.depth <= 256 && items > 256 * grid);
@@ -85,6 +86,11 @@ inline void set_gather(OperandParams& o, const Matrix& m) {
   o.gathered_ld = static_cast<std::uint32_t>(m.ld);
 }
 
+/// Whether `columns` columns can be loaded in boxes of several blocks of 64.
+inline bool whole_blocks(std::int64_t columns, std::int64_t first_column = 0) {
+  return columns % 64 == 0 && first_column % 64 == 0;
+}
+
 /// A [P, columns] contiguous, loaded in boxes of 64 rows x 64 columns.
 inline CUtensorMap map_of_rows(const void* data, std::int64_t num_rows, std::int64_t columns) {
   return make_tensor_map(data, {columns, num_rows}, {columns}, {64, 64});
@@ -108,24 +114,34 @@ inline CUtensorMap map_of_hidden(const void* h, std::int64_t num_rows, std::int6
                          CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
-/// Map of a weight [E, outer, inner] for the B operand of a block_n wide tile. `outer` is the
-/// product's column index, `inner` its reduction. K-major when the reduction has unit stride, else
-/// MN-major. parts = 2 splits `outer` into two halves, gate and up, so that columns past the end of
-/// the first arrive as zeros and not as the second.
-inline CUtensorMap map_of_weight(const ConstTensorView& w, int column_dim, int parts, int block_n,
-                                 Major major) {
+/// The B operand of a kRows product: a weight [E, outer, inner], of which `column_dim` is the
+/// product's column index and the other its reduction, from column `first_column`. K-major when the
+/// reduction has unit stride, else MN-major. parts = 2 splits the columns into two halves, gate and
+/// up, a tile into columns of either, so that columns past the end of the first arrive as zeros and
+/// not as the second.
+inline void set_weight(OperandParams& o, const ConstTensorView& w, int column_dim, int parts,
+                       int block_n, Major major, std::int64_t first_column = 0) {
   const int depth_dim = 3 - column_dim;
   const std::int64_t columns = w.size(column_dim) / parts, depth = w.size(depth_dim);
   const std::int64_t column_stride = w.stride(column_dim), depth_stride = w.stride(depth_dim);
   constexpr std::int64_t kUnused = 64;  // of a dimension of one element; must still be legal
   const std::int64_t part_stride = parts == 1 ? kUnused : columns * column_stride;
   const std::int64_t expert_stride = w.size(0) == 1 ? kUnused : w.stride(0);
+  o.paired = parts == 2;
+  o.first_column = static_cast<int>(first_column);
+  o.whole_boxes = whole_blocks(columns, first_column);
   if (major == Major::kK) {
-    return make_tensor_map(w.data(), {depth, columns, parts, w.size(0)},
-                           {column_stride, part_stride, expert_stride}, {64, block_n / 2, 1, 1});
+    o.b = make_tensor_map(w.data(), {depth, columns, parts, w.size(0)},
+                          {column_stride, part_stride, expert_stride},
+                          {64, block_n / parts, parts, 1});
+  } else if (o.whole_boxes) {
+    o.b = make_tensor_map(w.data(), {64, depth, columns / 64, parts, w.size(0)},
+                          {depth_stride, 64, part_stride, expert_stride},
+                          {64, 64, block_n / 64 / parts, parts, 1});
+  } else {
+    o.b = make_tensor_map(w.data(), {columns, depth, parts, w.size(0)},
+                          {depth_stride, part_stride, expert_stride}, {64, 64, 1, 1});
   }
-  return make_tensor_map(w.data(), {columns, depth, parts, w.size(0)},
-                         {depth_stride, part_stride, expert_stride}, {64, 64, 1, 1});
 }
 
 }  // namespace sonicmoe::cuda::hopper

@@ -8,13 +8,13 @@ namespace sonicmoe::cuda::hopper {
 // costs products. So everything that does not depend on the stage is computed before that wait
 // (prepare), and a k-tile without rows or columns to leave out takes a path without predicates.
 
-// kRows: lane l of loader warp v copies chunk l % 8 of tile rows 4i + l / 8, for its share of
+// kRows: lane l of gather warp v copies chunk l % 8 of tile rows 4i + l / 8, for its share of
 // i = 0..31. The rows' offsets stay in registers for the whole tile: a shared load in front of each
 // copy would cost its latency.
 template <int kWarps>
 class RowGather {
  public:
-  static constexpr int kCopies = (32 + kWarps - 1) / kWarps;
+  static constexpr int kCopies = 32 / kWarps;
   static_assert(32 % kWarps == 0);
   __device__ RowGather(int warp, int lane) : first_(warp * kCopies), chunk_(lane & 7) {
     const int row = 4 * first_ + lane / 8;
@@ -81,95 +81,92 @@ struct DepthTile {
       : first(min(k * kBlockK, max(t.rows - kBlockK, 0))), repeated(k * kBlockK - first) {}
 };
 
-// kDepth: 64 rows of the expert x 128 columns of d. Lane l of loader warp v copies chunk l % 16 of
-// rows 2i + l / 16, for its share of i = 0..31. The tokens of the next 64 rows are loaded one
-// k-tile ahead, also across items, and passed between lanes by shuffles.
+// kDepth: 64 rows of the expert x 128 columns of d. Lane l of gather warp v copies chunk l % 8 of
+// rows 4i + l / 8, for its share of i = 0..15, in both blocks of 64 columns. Tokens are loaded two
+// k-tiles ahead, also across items (under load they take longer to come than one), and passed
+// between lanes by shuffles: few, since they queue for the load-store unit behind the copies.
 template <int kWarps>
 class DepthGather {
  public:
-  static constexpr int kCopies = (32 + kWarps - 1) / kWarps;
-  static constexpr int kTokens = (2 * kCopies + 31) / 32;  // per lane
-  __device__ DepthGather(int warp, int lane) : row0_(warp * 2 * kCopies), lane_(lane) {
-    const int chunk = lane & 15;
+  static constexpr int kGroups = (16 + kWarps - 1) / kWarps;  // of four rows
+  static_assert(4 * kGroups <= 32);                           // a lane holds one token of a k-tile
+  __device__ DepthGather(int warp, int lane) : row0_(warp * 4 * kGroups), lane_(lane) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      to_[j] =
-          chunk / 8 * tile::kBlockBytes + tile::chunk_offset(row0_ + 2 * j + lane / 16, chunk % 8);
-    }
+    for (int j = 0; j < 2; ++j) to_[j] = tile::chunk_offset(row0_ + 4 * j + lane / 8, lane & 7);
   }
 
-  __device__ void begin_tile(const OperandParams& p, const Item& t) {
-    if (!fetched_ && t.rows > 0) fetch(p, t.row0, t.rows);
+  __device__ void begin_tile(const OperandParams& p, const Item& t, const Item& next) {
+    if (t.k_tiles == 0) return;
+    if (!fetched_) {
+      token_[0] = fetch(p, t, 0);
+      token_[1] = fetch(p, t, 1);
+    }
+    if (t.k_tiles == 1) token_[1] = fetch(p, next, 0);
   }
 
   __device__ void prepare(const OperandParams& p, const Item& t, const Item& next, int k) {
-    const int column = t.m * kBlockM + (lane_ & 15) * 8;
-    const bool inside = column < p.depth;
-    const bf16* source = p.gathered + (inside ? column : 0);
+    const int column = t.m * kBlockM + (lane_ & 7) * 8;
+    inside_[0] = column < p.depth;
+    inside_[1] = column + 64 < p.depth;
+    const auto* source = reinterpret_cast<const char*>(p.gathered + (inside_[0] ? column : 0));
+    const uint32_t row_bytes = 2 * p.gathered_ld;
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const uint32_t token = __shfl_sync(~0u, token_[i / 16], (2 * i + lane_ / 16) & 31);
-      source_[i] = source + uint64_t{token} * p.gathered_ld;
+    for (int i = 0; i < kGroups; ++i) {
+      const uint32_t token = __shfl_sync(~0u, token_[0], 4 * i + lane_ / 8);
+      source_[i] = source + uint64_t{token} * row_bytes;
     }
     const DepthTile tile(t, k);
-    begin_ = tile.repeated - row0_ - lane_ / 16;
-    end_ = inside ? t.rows - tile.first - row0_ - lane_ / 16 : 0;
+    begin_ = tile.repeated - row0_ - lane_ / 8;
+    end_ = t.rows - tile.first - row0_ - lane_ / 8;
     whole_ = tile.repeated == 0 && t.rows - tile.first >= kBlockK && (t.m + 1) * kBlockM <= p.depth;
-    const bool last = k + 1 == t.k_tiles;
-    fetched_ = last && next.k_tiles > 0;
-    const int first = last ? 0 : DepthTile(t, k + 1).first;
-    fetch(p, (last ? next.row0 : t.row0) + first, (last ? next.rows : t.rows) - first);
+    token_[0] = token_[1];
+    const bool ours = k + 2 < t.k_tiles;
+    token_[1] = fetch(p, ours ? t : next, ours ? k + 2 : k + 2 - t.k_tiles);
+    fetched_ = next.k_tiles > 0;
   }
 
   __device__ void copy(uint32_t a) const {
-    const uint32_t to[4] = {a + to_[0], a + to_[1], a + to_[2], a + to_[3]};
+    const uint32_t to[2] = {a + to_[0], a + to_[1]};
     if (whole_) {
-      for_each_copy([&](int i) { ptx::cp_async_16(to[i % 4] + i / 4 * 1024, source_[i]); });
+      for_each_group([&](int i) {
+        const uint32_t at = to[i % 2] + i / 2 * 1024;
+        ptx::cp_async_16(at, source_[i]);
+        ptx::cp_async_16(at + tile::kBlockBytes, source_[i] + 128);
+      });
     } else {
-      for_each_copy([&](int i) {
-        const bool inside = 2 * i >= begin_ && 2 * i < end_;
-        ptx::cp_async_16(to[i % 4] + i / 4 * 1024, source_[i], inside ? 16 : 0);
+      for_each_group([&](int i) {
+        const uint32_t at = to[i % 2] + i / 2 * 1024;
+        const bool inside = 4 * i >= begin_ && 4 * i < end_;
+        ptx::cp_async_16(at, source_[i], inside && inside_[0] ? 16 : 0);
+        ptx::cp_async_16(at + tile::kBlockBytes, source_[i] + (inside_[1] ? 128 : 0),
+                         inside && inside_[1] ? 16 : 0);
       });
     }
   }
 
  private:
   template <class F>
-  __device__ void for_each_copy(F copy) const {
+  __device__ void for_each_group(F visit) const {
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      if (32 % kWarps != 0 && row0_ + 2 * i >= kBlockK) break;
-      copy(i);
+    for (int i = 0; i < kGroups; ++i) {
+      if (16 % kWarps != 0 && row0_ + 4 * i >= kBlockK) break;
+      visit(i);
     }
   }
-  // The tokens of this warp's rows of the k-tile that starts at row `first` with `rows` rows left.
-  // No branch and no arithmetic on what is loaded: the warp would wait for it here and not at its
-  // use, a k-tile later.
-  __device__ void fetch(const OperandParams& p, int first, int rows) {
-#pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
-      const int row = max(first + min(row0_ + 32 * j + lane_, rows - 1), 0);
-      token_[j] = p.row_token == nullptr ? row : __ldg(p.row_token + row);
-    }
+  // The token of this lane's row of k-tile k, of the last row where the item ends before. No branch
+  // and no arithmetic on what is loaded: the warp would wait for it here and not at its use.
+  __device__ uint32_t fetch(const OperandParams& p, const Item& t, int k) const {
+    const int row = max(t.row0 + min(DepthTile(t, k).first + row0_ + lane_, t.rows - 1), 0);
+    return p.row_token == nullptr ? row : __ldg(p.row_token + row);
   }
   int row0_, lane_, begin_ = 0, end_ = 0;
-  bool fetched_ = false;  // token_ is of the next item's first k-tile already
+  bool fetched_ = false;  // token_ is of the item's first two k-tiles already
   bool whole_ = false;
-  uint32_t to_[4];           // offsets in the stage of the first four rows
-  uint32_t token_[kTokens];  // of the next k-tile's rows
-  const bf16* source_[kCopies];
+  bool inside_[2] = {};  // columns of the two blocks
+  uint32_t to_[2];       // offsets in the stage of the first two groups' rows
+  uint32_t token_[2];    // of the next two k-tiles' rows
+  const char* source_[kGroups];
 };
-
-// Box i of the B tile: which part (gate, up) and first column it holds.
-struct Box {
-  int part, column;
-};
-template <int kBoxes, int kColumns>
-__device__ Box box_of_b(const OperandParams& p, int n, int i) {
-  if (!p.paired) return {0, (n * kBoxes + i) * kColumns};
-  constexpr int half = kBoxes / 2;
-  return {i / half, (n * half + i % half) * kColumns};
-}
 
 // kRows: A (unless gathered) and B of one k-tile. One thread.
 template <class Spec>
@@ -186,21 +183,18 @@ __device__ void load_boxes(const OperandParams& p, const Item& t, uint32_t a, ui
     ptx::tma_load(a, &p.a, full, depth, t.row0);
     if (both) ptx::tma_load(a + tile::kBlockBytes, &p.a, full, depth, t.row0 + 64);
   }
+  const int columns = p.paired ? s.block_n / 2 : s.block_n;  // of a part
+  const int column = p.first_column + t.n * columns;
   if constexpr (s.b == Major::kK) {
-    constexpr int columns = s.block_n / 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Box box = box_of_b<2, columns>(p, t.n, i);
-      ptx::tma_load(b + i * columns * 128, &p.b, full, depth, p.first_column + box.column, box.part,
-                    t.expert);
-    }
+    ptx::tma_load(b, &p.b, full, depth, column, 0, t.expert);
+  } else if (p.whole_boxes) {
+    ptx::tma_load(b, &p.b, full, 0, depth, column / 64, 0, t.expert);
   } else {
-    constexpr int boxes = s.block_n / 64;
 #pragma unroll
-    for (int i = 0; i < boxes; ++i) {
-      const Box box = box_of_b<boxes, 64>(p, t.n, i);
-      ptx::tma_load(b + i * tile::kBlockBytes, &p.b, full, p.first_column + box.column, depth,
-                    box.part, t.expert);
+    for (int i = 0; i < s.block_n / 64; ++i) {
+      const int part = 64 * i / columns;
+      ptx::tma_load(b + i * tile::kBlockBytes, &p.b, full, column + 64 * i - part * columns, depth,
+                    part, t.expert);
     }
   }
 }
@@ -209,23 +203,27 @@ __device__ void load_boxes(const OperandParams& p, const Item& t, uint32_t a, ui
 template <class Spec>
 __device__ void load_depth_boxes(const OperandParams& p, const Item& t, uint32_t b, uint32_t full,
                                  int k) {
-  constexpr GemmShape s = Spec::shape;
-  ptx::mbarrier_arrive_expect_tx(full, s.block_n * kBlockK * 2);
+  constexpr int kBlocks = Spec::shape.block_n / 64;
+  ptx::mbarrier_arrive_expect_tx(full, kBlocks * tile::kBlockBytes);
+  const int row = t.row0 + DepthTile(t, k).first;
+  if (p.whole_boxes) {
+    ptx::tma_load(b, &p.b, full, 0, row, t.n * kBlocks);
+    return;
+  }
 #pragma unroll
-  for (int i = 0; i < s.block_n / 64; ++i) {
-    ptx::tma_load(b + i * tile::kBlockBytes, &p.b, full, t.n * s.block_n + i * 64,
-                  t.row0 + DepthTile(t, k).first);
+  for (int i = 0; i < kBlocks; ++i) {
+    ptx::tma_load(b + i * tile::kBlockBytes, &p.b, full, (t.n * kBlocks + i) * 64, row);
   }
 }
 
-// kDepth: B of an expert with fewer rows than a k-tile, by all loader warps: rows past its end
-// arrive as zeros.
+// kDepth: B of an expert with fewer rows than a k-tile, by the gather warps: rows past its
+// end arrive as zeros.
 template <class Spec>
 __device__ void copy_depth_tail(const OperandParams& p, const Item& t, uint32_t b, int k, int warp,
                                 int lane) {
   constexpr int kBlocks = Spec::shape.block_n / 64;
   const int rows = t.rows - k * kBlockK, chunk = lane & 7;
-  for (int block = warp; block < kBlocks; block += Spec::shape.loader_warps) {
+  for (int block = warp; block < kBlocks; block += Spec::shape.gather_warps()) {
     const int column = t.n * Spec::shape.block_n + block * 64 + chunk * 8;
 #pragma unroll 4
     for (int i = 0; i < 16; ++i) {
@@ -260,7 +258,7 @@ __device__ void load_rows(const OperandParams& p, const SharedLayout& l, Items i
       const uint32_t full = l.full + 8 * ring.stage;
       tile::wait(l.empty + 8 * ring.stage, ring.parity ^ 1, Role::kLoader, Slot::kEmpty,
                  ring.stage);
-      const uint32_t a = l.ring + ring.stage * stage_bytes(s), b = a + kBlockM * kBlockK * 2;
+      const uint32_t a = a_of_stage(l, s, ring.stage), b = b_of_stage(l, s, ring.stage);
       if (leader) load_boxes<Spec>(p, t, a, b, full, k);
       __syncwarp();
       if constexpr (s.gather) {
@@ -274,37 +272,56 @@ __device__ void load_rows(const OperandParams& p, const SharedLayout& l, Items i
   }
 }
 
-// kDepth. Knows its next item while it loads one, so that no item starts with a wait for its rows'
-// tokens.
+// kDepth, first loader warp: TMA alone. A warp that gathers too would hold up its copies behind it:
+// the TMA unit takes some 500 clocks for 32 KB, and accepts one instruction after the other.
 template <class Spec, class Items>
-__device__ void load_depth(const OperandParams& p, const SharedLayout& l, Items items, int warp,
-                           int lane) {
+__device__ void load_depth_b(const OperandParams& p, const SharedLayout& l, Items items, int lane) {
+  constexpr GemmShape s = Spec::shape;
+  if (lane == 0) ptx::prefetch_tensormap(&p.b);
+  tile::RingState<stage_count(s)> ring;
+  Item t, next;
+  for (bool more = items.next(t); more; t = next) {
+    more = items.next(next);  // before t is loaded: the gather warps begin no item without the next
+    for (int k = 0; k < t.k_tiles; ++k) {
+      const uint32_t full = l.full + 8 * ring.stage;
+      tile::wait(l.empty + 8 * ring.stage, ring.parity ^ 1, Role::kLoader, Slot::kEmpty,
+                 ring.stage);
+      if (lane == 0) {
+        if (t.rows >= kBlockK) {
+          load_depth_boxes<Spec>(p, t, b_of_stage(l, s, ring.stage), full, k);
+        } else {
+          ptx::mbarrier_arrive(full);  // gathered
+        }
+      }
+      __syncwarp();
+      ring.advance();
+    }
+  }
+}
+
+// kDepth, gather warp `warp`. Knows its next item while it loads one, so that no item starts with a
+// wait for its rows' tokens.
+template <class Spec, class Items>
+__device__ void load_depth_a(const OperandParams& p, const SharedLayout& l, Items items, int warp,
+                             int lane) {
   constexpr GemmShape s = Spec::shape;
   static_assert(s.gather);
-  const bool leader = warp == 0 && lane == 0;  // issues TMA
-  if (leader) ptx::prefetch_tensormap(&p.b);
   tile::RingState<stage_count(s)> ring;
-  DepthGather<s.loader_warps> gather(warp, lane);
+  DepthGather<s.gather_warps()> gather(warp, lane);
   Item t{}, next{};
   for (bool more = items.next(t); more; t = next) {
     more = items.next(next);
     if (!more) next.rows = next.k_tiles = 0;
-    gather.begin_tile(p, t);
+    gather.begin_tile(p, t, next);
     for (int k = 0; k < t.k_tiles; ++k) {
       gather.prepare(p, t, next, k);
       const uint32_t full = l.full + 8 * ring.stage;
       tile::wait(l.empty + 8 * ring.stage, ring.parity ^ 1, Role::kLoader, Slot::kEmpty,
                  ring.stage);
-      const uint32_t a = l.ring + ring.stage * stage_bytes(s), b = a + kBlockM * kBlockK * 2;
-      if (t.rows >= kBlockK) {
-        if (leader) load_depth_boxes<Spec>(p, t, b, full, k);
-        __syncwarp();
-      } else {
-        if (leader) ptx::mbarrier_arrive(full);
-        __syncwarp();
-        copy_depth_tail<Spec>(p, t, b, k, warp, lane);
+      gather.copy(a_of_stage(l, s, ring.stage));
+      if (t.rows < kBlockK) {
+        copy_depth_tail<Spec>(p, t, b_of_stage(l, s, ring.stage), k, warp, lane);
       }
-      gather.copy(a);
       ptx::cp_async_mbarrier_arrive_noinc(full);
       __syncwarp();
       ring.advance();
@@ -312,22 +329,19 @@ __device__ void load_depth(const OperandParams& p, const SharedLayout& l, Items 
   }
 }
 
-template <class Spec, class Items>
-__device__ void load_items(const OperandParams& p, const SharedLayout& l, Items items, int warp,
-                           int lane) {
-  if constexpr (Spec::shape.grouping == Grouping::kRows) {
-    load_rows<Spec>(p, l, items, warp, lane);
-  } else {
-    load_depth<Spec>(p, l, items, warp, lane);
-  }
-}
-
 template <class Spec>
 __device__ void load_role(const OperandParams& p, const SharedLayout& l, int warp, int lane) {
-  if (warp == 0) {
-    load_items<Spec>(p, l, ItemSource<Spec>(p, l, lane), warp, lane);
-  } else if constexpr (Spec::shape.loader_warps > 1) {
-    load_items<Spec>(p, l, ItemSink<Spec>(p, l, lane, Role::kLoader), warp, lane);
+  constexpr GemmShape s = Spec::shape;
+  if constexpr (s.grouping == Grouping::kRows) {
+    if (warp == 0) {
+      load_rows<Spec>(p, l, ItemSource<Spec>(p, l, lane), warp, lane);
+    } else if constexpr (s.loader_warps > 1) {
+      load_rows<Spec>(p, l, ItemSink<Spec>(p, l, lane, Role::kLoader), warp, lane);
+    }
+  } else if (warp == 0) {
+    load_depth_b<Spec>(p, l, ItemSource<Spec>(p, l, lane), lane);
+  } else {
+    load_depth_a<Spec>(p, l, ItemSink<Spec>(p, l, lane, Role::kLoader), warp - 1, lane);
   }
 }
 

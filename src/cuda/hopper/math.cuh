@@ -31,7 +31,7 @@ class MathPipes {
  public:
   static constexpr GemmShape s = Spec::shape;
   __device__ MathPipes(const SharedLayout& l, int warp, int lane)
-      : l_(l), w_(warp / 4), lane_(lane) {}
+      : l_(l), w_(warp / 4), lane_(lane), stores_(s.bulk_stores() && warp % 4 == 0 && lane == 0) {}
 
   __device__ uint32_t stage() const { return ring_.stage; }
   __device__ void wait_full() {
@@ -53,23 +53,60 @@ class MathPipes {
   __device__ void release(uint32_t stage) {
     if (lane_ == 0) ptx::mbarrier_arrive(l_.empty + 8 * stage);
   }
+  // The half of the dump tile is free: the epilogue warps, or this warpgroup's own store, have read
+  // it.
   __device__ void wait_dump_empty() {
-    tile::wait(l_.dump_empty + 8 * w_, dump_parity_, Role::kMath, Slot::kDumpEmpty, w_);
-    dump_parity_ ^= 1;
+    if constexpr (s.bulk_stores()) {
+      finish_stores();
+      ptx::named_barrier_sync(1 + w_, 128);
+    } else {
+      tile::wait(l_.dump_empty + 8 * w_, dump_parity_, Role::kMath, Slot::kDumpEmpty, w_);
+      dump_parity_ ^= 1;
+    }
   }
-  __device__ void arrive_dump_full() {
-    if constexpr (s.bulk_stores()) ptx::fence_proxy_async_shared();
-    __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(l_.dump_full + 8 * w_);
+  // The half is written: store() by one thread, or the epilogue warps' turn.
+  template <class Store>
+  __device__ void hand_over_dump(Store store) {
+    if constexpr (s.bulk_stores()) {
+      ptx::fence_proxy_async_shared();
+      ptx::named_barrier_sync(1 + w_, 128);
+      if (!stores_) return;
+      store();
+      ptx::bulk_commit_group();
+    } else {
+      __syncwarp();
+      if (lane_ == 0) ptx::mbarrier_arrive(l_.dump_full + 8 * w_);
+    }
+  }
+  // Shared memory may be overwritten, or given back.
+  __device__ void finish_stores() {
+    if (stores_) ptx::bulk_wait_group_read<0>();
   }
   __device__ uint32_t half() const { return l_.dump + w_ * half_dump_bytes(s); }
 
  private:
   const SharedLayout& l_;
   int w_, lane_;
+  bool stores_;  // this thread issues the warpgroup's stores
   tile::RingState<stage_count(s)> ring_;
   uint32_t dump_parity_ = 1;
 };
+
+// Rounds the sums into the dump tile and passes it on.
+template <class Spec, int kCount>
+__device__ void dump_half(const Params<Spec>& p, const Item& t, const float (&acc)[kCount],
+                          MathPipes<Spec>& pipes, int warp, int lane) {
+  constexpr GemmShape s = Spec::shape;
+  if constexpr (s.dump != Dump::kDirect) {
+    pipes.wait_dump_empty();
+    dump_accumulators<s.dump>(acc, pipes.half(), warp, lane);
+    pipes.hand_over_dump([&] {
+      if constexpr (Spec::shape.bulk_stores()) {
+        Spec::Epilogue::store(p.epilogue, t, warp / 4, pipes.half());
+      }
+    });
+  }
+}
 
 // A half without products: a dead warpgroup (nothing will read its dump) or, along the depth, an
 // expert without rows, whose gradient is zero and still written.
@@ -82,15 +119,14 @@ __device__ void skip_item(const Params<Spec>& p, const Item& t, MathPipes<Spec>&
     pipes.release(pipes.stage());
     pipes.advance();
   }
-  if constexpr (s.dump != Dump::kDirect) pipes.wait_dump_empty();
   if constexpr (s.grouping == Grouping::kDepth) {
     float zeros[s.block_n / 2] = {};
     Spec::Epilogue::finish(p.epilogue, t, zeros, warp, lane);
-    if constexpr (s.dump != Dump::kDirect) {
-      dump_accumulators<s.dump>(zeros, pipes.half(), warp, lane);
-    }
+    dump_half<Spec>(p, t, zeros, pipes, warp, lane);
+  } else if constexpr (s.dump != Dump::kDirect) {
+    pipes.wait_dump_empty();
+    pipes.hand_over_dump([] {});
   }
-  if constexpr (s.dump != Dump::kDirect) pipes.arrive_dump_full();
 }
 
 template <class Spec>
@@ -143,12 +179,9 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
     ptx::fence_accumulators(acc);
     pipes.release(previous);  // of the last k-tile, which is never handed back early
     Spec::Epilogue::finish(p.epilogue, t, acc, warp, lane);
-    if constexpr (s.dump != Dump::kDirect) {
-      pipes.wait_dump_empty();
-      dump_accumulators<s.dump>(acc, pipes.half(), warp, lane);
-      pipes.arrive_dump_full();
-    }
+    dump_half<Spec>(p, t, acc, pipes, warp, lane);
   }
+  pipes.finish_stores();
 }
 
 }  // namespace sonicmoe::cuda::hopper

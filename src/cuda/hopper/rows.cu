@@ -17,8 +17,7 @@ void launch_down(const ExpertCall& call, const DownArgs& args) {
   Params<Spec> p{};
   p.operands = row_operands(call, s.intermediate_size, args.num_columns, kBlockN);
   p.operands.a = map_of_rows(args.a, s.num_pairs, s.intermediate_size);
-  p.operands.b = map_of_weight(args.w2, 1, 1, kBlockN, kMajor);
-  p.operands.first_column = static_cast<int>(args.first_column);
+  set_weight(p.operands, args.w2, 1, 1, kBlockN, kMajor, args.first_column);
   if (args.add_rows) set_add_group(p.operands, s.num_tokens, kBlockN);
   p.epilogue = {.out = static_cast<bf16*>(args.out.data),
                 .ld = args.out.ld,
@@ -37,8 +36,7 @@ void launch_input_gradient(const ExpertCall& call, const InputGradientArgs& args
   Params<Spec> p{};
   p.operands = row_operands(call, s.hidden_columns(), args.num_columns, kBlockN);
   p.operands.a = map_of_rows(args.grad_h, s.num_pairs, s.hidden_columns());
-  p.operands.b = map_of_weight(args.w1, 2, 1, kBlockN, kMajor);
-  p.operands.first_column = static_cast<int>(args.first_column);
+  set_weight(p.operands, args.w1, 2, 1, kBlockN, kMajor, args.first_column);
   if (args.add_rows) set_add_group(p.operands, s.num_tokens, kBlockN);
   p.epilogue = {.out = static_cast<bf16*>(args.out.data),
                 .ld = args.out.ld,

@@ -20,9 +20,9 @@ inline constexpr int kItemSlots = 4;
 // under way.
 inline constexpr int kClaimLane = 31;
 
-// Warps that read an item: all but the first loader warp (and epilogue warps that do not exist).
+// Warps that read an item: all that have a role but the first loader warp.
 __host__ __device__ constexpr int item_readers(GemmShape s) {
-  return 8 + (s.loader_warps - 1) + (s.dump == Dump::kDirect ? 0 : s.epilogue_warps());
+  return kLoaderWarp + s.loader_warps - 1 + s.epilogue_warps();
 }
 
 // {first row, rows (-1: no more tiles), expert, tile within the entry}

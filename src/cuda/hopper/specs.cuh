@@ -42,7 +42,7 @@ struct HiddenGradientSpec {
 };
 
 // dW2 = dO[token]^T A' and dW1 = X[token]^T dH: gathers along the reduction. The gather is the
-// bottleneck: three loader warps, or four where the math warps store by themselves.
+// bottleneck: three warps copy, a fourth issues TMA, the math warps store by themselves.
 template <int kBlockN, Dump kDump>
 struct WeightGradientSpec {
   static constexpr const char* name = "weight_gradient";
@@ -51,8 +51,8 @@ struct WeightGradientSpec {
                                       .a = Major::kMn,
                                       .b = Major::kMn,
                                       .dump = kDump,
-                                      .loader_warps = kDump == Dump::kDirect ? 4 : 3};
-  using Epilogue = StoreWeightGradient<kBlockN, kDump, shape.epilogue_warps()>;
+                                      .loader_warps = 4};
+  using Epilogue = StoreWeightGradient<kBlockN, kDump>;
 };
 
 // Calls f.operator()<block_n, major>() for a runtime choice.

@@ -13,8 +13,7 @@ void launch_up(const ExpertCall& call, const UpArgs& args) {
   const bool halves = layout == HiddenLayout::kConcatenated;
   Params<Spec> p{};
   p.operands = row_operands(call, s.hidden_size, s.intermediate_size, Spec::Epilogue::kUnits);
-  p.operands.b = map_of_weight(args.w1, 1, halves ? 2 : 1, kBlockN, kMajor);
-  p.operands.paired = halves;
+  set_weight(p.operands, args.w1, 1, halves ? 2 : 1, kBlockN, kMajor);
   set_gather(p.operands, args.x);
   p.epilogue = {.h = static_cast<bf16*>(args.h),
                 .a = static_cast<bf16*>(args.a),

@@ -30,10 +30,17 @@ void launch_weight_gradient(const ExpertCall& call, const WeightGradient& g) {
   const MoEShape& s = call.shape;
   Params<Spec> p{};
   OperandParams& o = p.operands;
-  // Without any row the gradient is still written (zeros) and nothing is loaded; a tensor map needs
-  // at least one row and an address.
-  o.b = s.num_pairs == 0 ? map_of_rows(g.out.data(), 1, g.columns)
-                         : map_of_rows(g.rows, s.num_pairs, g.columns);
+  o.whole_boxes = whole_blocks(g.columns);
+  if (s.num_pairs == 0) {
+    // The gradient is still written (zeros) and nothing is loaded; a tensor map needs at least one
+    // row and an address.
+    o.b = map_of_rows(g.out.data(), 1, g.columns);
+  } else if (o.whole_boxes) {
+    o.b = make_tensor_map(g.rows, {64, s.num_pairs, g.columns / 64}, {g.columns, 64},
+                          {64, kBlockK, kBlockN / 64});
+  } else {
+    o.b = map_of_rows(g.rows, s.num_pairs, g.columns);
+  }
   o.row_token = call.rows.row_token;
   o.b_rows = static_cast<const bf16*>(g.rows);
   o.b_rows_ld = g.columns;

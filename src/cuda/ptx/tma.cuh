@@ -43,6 +43,15 @@ SONICMOE_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint
       : "memory");
 }
 
+SONICMOE_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier,
+                              int c0, int c1, int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
 // The same with an L2 eviction policy from create_policy_*() (memory.cuh).
 SONICMOE_DEVICE void tma_load_hinted(uint32_t destination, const CUtensorMap* map, uint32_t barrier,
                                      uint64_t policy, int c0, int c1, int c2) {

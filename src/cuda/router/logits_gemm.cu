@@ -58,7 +58,7 @@ void launch_logits(const ExpertCall& call, const ConstTensorView& x, const Const
   Params<LogitsSpec<kBlockN>> p{};
   OperandParams& o = p.operands;
   o.a = make_tensor_map(x.data(), {d, num_tokens}, {x.stride(0)}, {64, 64});
-  o.b = map_of_weight({weight.data(), DType::kBFloat16, sizes, strides}, 1, 1, kBlockN, Major::kK);
+  set_weight(o, {weight.data(), DType::kBFloat16, sizes, strides}, 1, 1, kBlockN, Major::kK);
   o.num_rows = static_cast<int>(num_tokens);
   o.max_entries = static_cast<int>(ceil_div(num_tokens, kBlockM));
   o.m_tiles = 1;
