@@ -63,13 +63,6 @@ class RowValues {
   T values_[2];
 };
 
-// The state of an epilogue that keeps none.
-struct NoState {
-  template <class Params>
-  __device__ NoState(const Params&, const SharedLayout&, int, int) {}
-  __device__ void begin(const Item&, int) {}
-};
-
 // acc += weight of the row * bias of the column, for one 64 x block_n half in the wgmma layout, of
 // which a lane has two rows.
 template <int kCount, class BiasAt>
