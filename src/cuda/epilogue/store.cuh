@@ -6,12 +6,12 @@
 // and where the math warps store the dump tile themselves (GemmShape::bulk_stores())
 //   store(params, item, w, half)            one thread, half w of the item
 // else
-//   State(params, layout, warp, lane)       what epilogue warp `warp` (0..2) keeps over its items
+//   State(params, layout, warp, lane)       what epilogue warp `warp` keeps over its items
 //     .begin(item, w)                       announces each half in turn, ahead of its constructor
 //   constructor(params, item, w, warp, lane, state)   half w of the item
 //   store(half)                             reads the dumped half and stores it
-// Eight lanes take eight 16-byte chunks (64 columns) of a row, a warp four rows; warp v takes every
-// third group of four rows.
+// Eight lanes take eight 16-byte chunks (64 columns) of a row, a warp four rows; warp v of kWarps
+// takes every kWarps-th group of four rows.
 #pragma once
 
 #include "cuda/epilogue/vector8.cuh"

@@ -10,7 +10,8 @@
 //             warps 8-11 one to four loaders, the rest epilogue; without epilogue warps the math
 //             warps store what they computed
 // Pipelines   full[s]: 1 expect_tx (+ 1 per gathering lane) · empty[s]: 1 per math warp
-//             dump_full[w]: 4 warps of math warpgroup w · dump_empty[w]: 1 per epilogue warp
+//             dump_full[w]: 4 warps of math warpgroup w · dump_empty[w]: 1 per epilogue warp (named
+//             barrier 1 + w where the math warps store)
 //             item_full[i]: 1, the first loader warp · item_empty[i]: 1 per other warp
 // Schedule    tiles are handed out in order as CTAs become free (schedule.cuh)
 // Timeline    load: [per k] rows' addresses → wait empty → TMA, cp.async → arrive
@@ -58,7 +59,7 @@ struct GemmShape {
   Major b = Major::kK;
   bool gather = true;  // A by cp.async, row by row
   Dump dump = Dump::kRows;
-  int loader_warps = 1;  // of the helper warpgroup; the others are epilogue warps
+  int loader_warps = 1;  // of the helper warpgroup; the others are epilogue warps (kDirect: none)
   int extra_bytes = 0;   // shared memory of the epilogue warps' own, behind the dump tile
 
   __host__ __device__ constexpr int epilogue_warps() const {
@@ -113,7 +114,7 @@ struct OperandParams {
   const bf16* gathered;           // X or dO [T, depth of d]
   uint32_t gathered_ld;           // elements, a multiple of 8
   const std::int32_t* row_token;  // [P] or null: row r is token r
-  const bf16* b_rows;             // kDepth: B [P, N] itself, for the last k-tile of an expert
+  const bf16* b_rows;  // kDepth: B [P, N] itself, for experts of fewer rows than a k-tile
   int64_t b_rows_ld;
 
   // Tile table or expert list: {first row, rows, expert, 0}. Null: the tiles of one group of
@@ -122,8 +123,8 @@ struct OperandParams {
   int num_rows;
   const std::int32_t* num_entries;  // on the device, or null: max_entries
   int max_entries;
-  // MN-major B: a box of b is the whole tile, in blocks of 64 columns; else each block is a box. A
-  // TMA instruction takes the loader some 100 clocks.
+  // MN-major B: a box of b is the whole tile, in blocks of 64 columns; else each block is a box,
+  // and each instruction takes the loader some 100 clocks.
   bool whole_boxes;
   bool early_release;     // hand a stage back before the next has come (math.cuh)
   std::uint32_t* claims;  // tile counters (schedule.cuh), or null: strided
@@ -196,7 +197,7 @@ __device__ void epilogue_role(const Params<Spec>& p, const SharedLayout& l, int 
   uint32_t parity = 0;
   ItemSink<Spec> items(p.operands, l, lane, Role::kEpilogue);
   typename Spec::Epilogue::State state(p.epilogue, l, warp, lane);
-  Item t, following;
+  Item t{}, following{};
   bool more = items.next(t);
   if (more) state.begin(t, 0);
   while (more) {

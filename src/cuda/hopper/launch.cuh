@@ -14,8 +14,8 @@
 namespace sonicmoe::cuda::hopper {
 
 /// Whether a product's tiles are handed out in order or strided (schedule.cuh), from measurements
-/// on H100s and H200s. Gathering products gain up to 20% in order (neighbours share their rows); of
-/// the others `down` with few k-tiles and so many tiles that the CTAs would drift far apart, and
+/// on H100s and H200s. Up and dH gain up to 20% in order (neighbours share the rows they gather);
+/// of the others `down` with few k-tiles and so many tiles that the CTAs would drift far apart, and
 /// products with large weights, which CTAs at different experts fetch again and again: 1-4% at 8 MB
 /// and more, while at 1.5 MB the same order costs 1-2%.
 /// Products that add their rows to out (n_group > 0) work on one part of out at a time; strided
@@ -23,7 +23,7 @@ namespace sonicmoe::cuda::hopper {
 template <class Spec>
 bool in_order(const OperandParams& o, std::int64_t items, std::int64_t grid) {
   if (Spec::shape.grouping == Grouping::kDepth) return false;
-  constexpr std::int64_t kMostWeight = 6 << 20;  // bytes of an expert; L2 has 50 MB
+  constexpr std::int64_t kMostWeight = 6 << 20;  // bytes of an expert
   const std::int64_t weight = std::int64_t{2} * o.depth * o.n_tiles * Spec::shape.block_n;
   return Spec::shape.gather || o.n_group > 0 || weight > kMostWeight ||
          (o.depth <= 256 && items > 256 * grid);

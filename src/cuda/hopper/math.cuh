@@ -70,6 +70,7 @@ class MathPipes {
     if constexpr (s.bulk_stores()) {
       ptx::fence_proxy_async_shared();
       ptx::named_barrier_sync(1 + w_, 128);
+      tile::pause(Role::kEpilogue, Slot::kDumpFull, w_);
       if (!stores_) return;
       store();
       ptx::bulk_commit_group();

@@ -74,6 +74,14 @@ SONICMOE_DEVICE void dawdle(Role role, Slot slot, uint32_t stage) {
 }
 #endif
 
+// SONICMOE_STRESS: dawdles where a hand-over goes without wait(). Called by whole warps.
+SONICMOE_DEVICE void pause([[maybe_unused]] Role role, [[maybe_unused]] Slot slot,
+                           [[maybe_unused]] uint32_t stage) {
+#ifdef SONICMOE_STRESS
+  dawdle(role, slot, stage);
+#endif
+}
+
 // SONICMOE_STRESS: fills the CTA's shared memory with NaN patterns. All threads; what is written
 // next needs no further barrier.
 SONICMOE_DEVICE void poison_shared([[maybe_unused]] void* shared, [[maybe_unused]] int bytes) {
