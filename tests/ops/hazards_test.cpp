@@ -12,11 +12,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <iterator>
 #include <limits>
+#include <utility>
 
 #include "support/compare.hpp"
 #include "support/environment.hpp"
 #include "support/moe_run.hpp"
+#include "support/naive.hpp"
+#include "support/random.hpp"
 
 namespace sonicmoe::testing {
 namespace {
@@ -45,45 +49,109 @@ MoECase small_case() {
   return c;
 }
 
-// Results of a call on inputs that a test filled by itself.
-struct ForwardAndBackward {
-  std::vector<double> out, grad_x;
+// Forward and backward on inputs that a test filled by itself; every row of h is used.
+RunResult run_inputs(const Target& target, const MoEInputs& inputs) {
+  const Context context = target.context();
+  const MoECase& c = inputs.description;
+  const MoEShape shape = inputs.shape();
+  const GuardedBuffer workspace(target, std::max(moe_forward_workspace(context, shape).bytes,
+                                                 moe_backward_workspace(context, shape).bytes));
+  const GuardedBuffer metadata(target, moe_metadata_bytes(shape));
+  const auto like = [&](const Tensor& tensor, DType dtype, Strides strides) {
+    if (!tensor.defined()) return Tensor();
+    const auto extents = tensor.view().shape();
+    return Tensor(target, dtype, {extents.begin(), extents.end()}, strides);
+  };
+  const auto contiguous = Strides::kContiguous;
+  const Tensor h(target, c.dtype, {c.pairs(), c.hidden_columns()});
+  const Tensor out = like(inputs.x, c.dtype, c.x_strides);
+  const Tensor grad_x = like(inputs.x, c.dtype, c.x_strides);
+  const Tensor grad_w1 = like(inputs.w1, c.dtype, c.w1_strides);
+  const Tensor grad_b1 = like(inputs.b1, c.dtype, contiguous);
+  const Tensor grad_w2 = like(inputs.w2, c.dtype, c.w2_strides);
+  const Tensor grad_b2 = like(inputs.b2, c.dtype, contiguous);
+  const Tensor grad_weights = like(inputs.routing_weights, DType::kFloat32, contiguous);
+  MoEForwardArgs forward;
+  forward.options = c.options();
+  forward.x = inputs.x.view();
+  forward.weights = inputs.weights();
+  forward.routing = inputs.routing();
+  forward.out = out.view();
+  forward.h = h.view();
+  forward.metadata = metadata.view();
+  forward.workspace = workspace.view();
+  moe_forward(context, forward);
+  MoEBackwardArgs backward;
+  backward.options = c.options();
+  backward.grad_out = inputs.grad_out.view();
+  backward.x = inputs.x.view();
+  backward.weights = inputs.weights();
+  backward.routing = inputs.routing();
+  backward.h = h.view();
+  backward.metadata = metadata.view();
+  backward.grad_x = grad_x.view();
+  backward.grad_w1 = grad_w1.view();
+  backward.grad_b1 = grad_b1.view();
+  backward.grad_w2 = grad_w2.view();
+  backward.grad_b2 = grad_b2.view();
+  backward.grad_routing_weights = grad_weights.view();
+  backward.workspace = workspace.view();
+  moe_backward(context, backward);
 
-  ForwardAndBackward(const Target& target, const MoEInputs& inputs) {
-    const Context context = target.context();
-    const MoECase& c = inputs.description;
-    const MoEShape shape = inputs.shape();
-    const GuardedBuffer workspace(target, std::max(moe_forward_workspace(context, shape).bytes,
-                                                   moe_backward_workspace(context, shape).bytes));
-    const GuardedBuffer metadata(target, moe_metadata_bytes(shape));
-    const Tensor h(target, c.dtype, {c.pairs(), c.hidden_columns()});
-    const Tensor o(target, c.dtype, {c.tokens(), c.hidden_size}),
-        dx(target, c.dtype, {c.tokens(), c.hidden_size});
-    MoEForwardArgs forward;
-    forward.options = c.options();
-    forward.x = inputs.x.view();
-    forward.weights = inputs.weights();
-    forward.routing = inputs.routing();
-    forward.out = o.view();
-    forward.h = h.view();
-    forward.metadata = metadata.view();
-    forward.workspace = workspace.view();
-    moe_forward(context, forward);
-    MoEBackwardArgs backward;
-    backward.options = c.options();
-    backward.grad_out = inputs.grad_out.view();
-    backward.x = inputs.x.view();
-    backward.weights = inputs.weights();
-    backward.routing = inputs.routing();
-    backward.h = h.view();
-    backward.metadata = metadata.view();
-    backward.grad_x = dx.view();
-    backward.workspace = workspace.view();
-    moe_backward(context, backward);
-    out = o.values();
-    grad_x = dx.values();
-  }
-};
+  RunResult result;
+  result.violations = inputs.violations();
+  const auto collect = [&](const char* name, const Tensor& tensor) {
+    if (!tensor.defined()) return std::vector<double>();
+    const std::string violation = tensor.violation_as_output();
+    if (!violation.empty()) result.violations.push_back(std::string(name) + ": " + violation);
+    return tensor.values();
+  };
+  if (!workspace.guards_intact()) result.violations.push_back("workspace: wrote outside");
+  if (!metadata.guards_intact()) result.violations.push_back("metadata: wrote outside");
+  result.out = collect("out", out);
+  result.h = collect("h", h);
+  result.grad_x = collect("grad_x", grad_x);
+  result.grad_w1 = collect("grad_w1", grad_w1);
+  result.grad_b1 = collect("grad_b1", grad_b1);
+  result.grad_w2 = collect("grad_w2", grad_w2);
+  result.grad_b2 = collect("grad_b2", grad_b2);
+  result.grad_routing_weights = collect("grad_routing_weights", grad_weights);
+  return result;
+}
+
+// check_run for such a run; `inputs` lie on the host.
+void expect_as_oracle(const MoEInputs& inputs, const RunResult& run) {
+  const oracle::Problem problem = inputs.problem();
+  const DType dtype = inputs.description.dtype;
+  const oracle::ForwardResult forward = oracle::forward(problem), naive = naive_forward(problem);
+  ASSERT_EQ(run.h.size(), forward.h.size());
+  const ConstTensorView grad_out = inputs.grad_out.view();
+  const oracle::BackwardResult backward = oracle::backward(problem, forward.rows, run.h, grad_out);
+  const oracle::BackwardResult naive_gradients =
+      naive_backward(problem, forward.rows, run.h, grad_out, dtype);
+  for (const std::string& violation : run.violations) ADD_FAILURE() << violation;
+  const auto expect = [](const char* name, DType stored_as, const std::vector<double>& actual,
+                         const std::vector<double>& expected, const std::vector<double>& naively) {
+    const Comparison result =
+        compare(actual, expected, naively, relative_floor(stored_as) * max_abs(expected));
+    EXPECT_TRUE(result.passed()) << name << ": error " << result.error << " > tolerance "
+                                 << result.tolerance << " beside " << result.scale;
+    EXPECT_TRUE(result.scale > 0 && !result.vacuous()) << name << ": zeros would pass";
+  };
+  expect("out", dtype, run.out, forward.out, naive.out);
+  expect("h", dtype, run.h, forward.h, naive.h);
+  const auto expect_gradient = [&](const char* name, DType stored_as, auto of_run, auto of_oracle) {
+    expect(name, stored_as, run.*of_run, backward.*of_oracle, naive_gradients.*of_oracle);
+  };
+  using Oracle = oracle::BackwardResult;
+  expect_gradient("grad_x", dtype, &RunResult::grad_x, &Oracle::grad_x);
+  expect_gradient("grad_w1", dtype, &RunResult::grad_w1, &Oracle::grad_w1);
+  expect_gradient("grad_b1", dtype, &RunResult::grad_b1, &Oracle::grad_b1);
+  expect_gradient("grad_w2", dtype, &RunResult::grad_w2, &Oracle::grad_w2);
+  expect_gradient("grad_b2", dtype, &RunResult::grad_b2, &Oracle::grad_b2);
+  expect_gradient("grad_routing_weights", DType::kFloat32, &RunResult::grad_routing_weights,
+                  &Oracle::grad_routing_weights);
+}
 
 // `rows` rows of one expert.
 MoECase one_expert(std::int64_t rows) {
@@ -283,6 +351,88 @@ TEST_P(Hazards, EveryLegalSpec) {
   }
 }
 
+// Gate and up boxes of several blocks of 64 columns: n of 3 and 7 blocks, so that the last boxes
+// have blocks past the end. Weights are read with and without unit stride along the reduction.
+TEST_P(Hazards, BoxesOfSeveralBlocksOfColumns) {
+  for (const char* block_n : {"128", "256", ""}) {
+    const ForcedSpec spec({block_n, ""});
+    for (const std::int64_t width : {192, 448}) {
+      for (const Strides w1 : {Strides::kContiguous, Strides::kTransposed}) {
+        for (const Strides w2 : {Strides::kContiguous, Strides::kTransposed}) {
+          MoECase c = small_case();
+          c.num_tokens = 45;
+          c.num_experts = 3;
+          c.hidden_size = 192;
+          c.intermediate_size = width;
+          c.w1_strides = w1;
+          c.w2_strides = w2;
+          c.seed = static_cast<std::uint64_t>(1100 + width);
+          expect_correct(c);
+        }
+      }
+    }
+  }
+}
+
+// Rows of each expert: reductions over 0 to 4 k-tiles, whole and partial, that follow each other.
+constexpr std::int64_t kRowsOfExperts[] = {0, 1, 63, 64,  65, 128, 129, 0,
+                                           0, 2, 64, 200, 1,  1,   130, 64};
+
+// Routes inputs whose every token is used: as many rows to each expert as kRowsOfExperts says.
+void route_as_wanted(MoEInputs& inputs) {
+  const MoECase& c = inputs.description;
+  std::vector<std::int64_t> experts, ends;
+  for (std::size_t e = 0; e < std::size(kRowsOfExperts); ++e) {
+    experts.insert(experts.end(), static_cast<std::size_t>(kRowsOfExperts[e]),
+                   static_cast<std::int64_t>(e));
+    ends.push_back(static_cast<std::int64_t>(experts.size()));
+  }
+  ASSERT_EQ(c.pairs(), ends.back());
+  ASSERT_EQ(c.num_experts, static_cast<std::int64_t>(ends.size()));
+  if (c.form == Form::kSorted) return inputs.offsets.fill_ids(ends);
+  Random random(c.seed);
+  for (std::size_t i = experts.size(); i > 1; --i) {
+    const std::int64_t other = random.integer(0, static_cast<std::int64_t>(i) - 1);
+    std::swap(experts[i - 1], experts[static_cast<std::size_t>(other)]);
+  }
+  (c.form == Form::kTopK ? inputs.topk_ids : inputs.expert_ids).fill_ids(experts);
+}
+
+// The reductions of the weight gradients, tile after tile of one CTA: three column tiles of X and
+// one or several of H, with the k-tiles of one expert behind those of another.
+TEST_P(Hazards, ExpertsOfEveryNumberOfKTiles) {
+  struct Wanted {
+    Form form;
+    std::int64_t width;
+  };
+  for (const Wanted& wanted :
+       {Wanted{Form::kTopK, 72}, Wanted{Form::kTopK, 328}, Wanted{Form::kPairs, 72},
+        Wanted{Form::kSorted, 72}, Wanted{Form::kSorted, 328}}) {
+    MoECase c = small_case();
+    c.form = wanted.form;
+    c.num_experts = static_cast<std::int64_t>(std::size(kRowsOfExperts));
+    c.num_pairs = 912;
+    c.num_tokens = 456;
+    c.top_k = 2;
+    c.hidden_size = 320;
+    c.intermediate_size = wanted.width;
+    c.seed = static_cast<std::uint64_t>(1200 + wanted.width);
+    c = fitted(GetParam(), c);
+    SCOPED_TRACE(c.describe());
+    MoEInputs inputs(GetParam(), c), host(host_target(), c);
+    ASSERT_NO_FATAL_FAILURE(route_as_wanted(inputs));
+    ASSERT_NO_FATAL_FAILURE(route_as_wanted(host));
+    const RunResult whole = run_inputs(GetParam(), inputs);
+    ASSERT_NO_FATAL_FAILURE(expect_as_oracle(host, whole));
+    for (const char* grid : {"1", "2"}) {
+      const Environment environment("SONICMOE_CUDA_GRID", grid);
+      const RunResult other = run_inputs(GetParam(), inputs);
+      EXPECT_EQ(bitwise_difference(whole, other), "") << "SONICMOE_CUDA_GRID=" << grid;
+      EXPECT_TRUE(other.violations.empty()) << other.violations.front();
+    }
+  }
+}
+
 TEST_P(Hazards, EveryGridGivesTheSameBits) {
   const MoECase c = fitted(GetParam(), many_tiles());
   expect_correct(c);
@@ -389,7 +539,7 @@ TEST_P(Hazards, EveryBfloat16Gate) {
     inputs.w1.fill(w1);
     inputs.w2.fill(w2);
     inputs.routing_weights.fill_constant(1.0);
-    const ForwardAndBackward actual(GetParam(), inputs);
+    const RunResult actual = run_inputs(GetParam(), inputs);
     for (std::size_t t = 0; t < gates.size(); ++t) {
       const auto expected = oracle::activate(c.options(), gates[t], 1.0);
       const double floor = 1e-5 * std::max(1.0, std::abs(expected.value));
