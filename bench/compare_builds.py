@@ -212,6 +212,8 @@ def main() -> int:
     add("--rounds", type=int, default=2)
     add("--settle", type=float, default=1.5, help="seconds of load before what is timed")
     add("--seconds", type=float, default=0.5, help="measured; of the profile at most twenty calls")
+    add("--deadline", type=float, default=float("inf"),
+        help="seconds; no turn begins that would end later by the longest so far")  # fmt: skip
     add("--output", type=Path, help="write the rows here (JSON)")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -229,10 +231,16 @@ def main() -> int:
             parser.error(f"{build}: no sonicmoe_cpp/ in {folder!r}")
         builds[name] = Path(folder).resolve()
     rows: dict[str, dict[str, list[dict]]] = {}
-    for name in turns(list(builds), arguments.rounds):
+    start, longest = time.monotonic(), 0.0
+    order = turns(list(builds), arguments.rounds)
+    for turn, name in enumerate(order):
+        began = time.monotonic()
+        if began - start + longest > arguments.deadline:
+            print(f"{turn} of {len(order)} turns, {began - start:.0f} s", flush=True)
+            break
         for row in run_build(builds[name], sys.argv[1:]):
-            by_build = rows.setdefault(row["problem"], {build: [] for build in builds})
-            by_build[name].append(row)
+            rows.setdefault(row["problem"], {}).setdefault(name, []).append(row)
+        longest = max(longest, time.monotonic() - began)
     for problem, by_build in rows.items():
         print("\n".join(table(problem, by_build)), flush=True)
     if arguments.output:
