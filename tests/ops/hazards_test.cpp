@@ -308,10 +308,10 @@ MoECase many_tiles() {
   return c;
 }
 
-// Forces tile width and loader warps of dH; "" leaves the choice to select.cpp.
+// Forces tile width and who stores dH; "" leaves the choice to select.cpp.
 struct Forced {
   const char* block_n;
-  const char* loaders;
+  const char* storers;
 };
 // What to force: all of `values` on a GPU; other backends do not read them and run the first alone.
 std::vector<const char*> of_cuda(const Target& target, std::vector<const char*> values) {
@@ -319,19 +319,20 @@ std::vector<const char*> of_cuda(const Target& target, std::vector<const char*> 
   return values;
 }
 
-constexpr Forced kForced[] = {{"128", "1"}, {"128", "2"}, {"256", "1"}, {"256", "2"}};
+constexpr Forced kForced[] = {{"128", "math"}, {"128", "three"}, {"128", "two"},
+                              {"256", "math"}, {"256", "three"}, {"256", "two"}};
 
 class ForcedSpec {
  public:
   explicit ForcedSpec(const Forced& f)
       : block_n_("SONICMOE_CUDA_BLOCK_N", f.block_n),
-        loaders_("SONICMOE_CUDA_HIDDEN_LOADERS", f.loaders),
+        storers_("SONICMOE_CUDA_HIDDEN_STORERS", f.storers),
         trace_(__FILE__, __LINE__,
                std::string("SONICMOE_CUDA_BLOCK_N=") + f.block_n +
-                   " SONICMOE_CUDA_HIDDEN_LOADERS=" + f.loaders) {}
+                   " SONICMOE_CUDA_HIDDEN_STORERS=" + f.storers) {}
 
  private:
-  Environment block_n_, loaders_;
+  Environment block_n_, storers_;
   ::testing::ScopedTrace trace_;
 };
 
@@ -452,6 +453,31 @@ TEST_P(Hazards, EveryGridGivesTheSameBits) {
       const Environment environment("SONICMOE_CUDA_GRID", grid);
       EXPECT_EQ(bitwise_difference(expected, run_moe(GetParam(), c)), "")
           << "SONICMOE_CUDA_GRID=" << grid;
+    }
+  }
+}
+
+// Who stores dH changes nothing in the results: tiles of every height, gated in both layouts and
+// not.
+TEST_P(Hazards, RowsThatTheMathWarpsStore) {
+  std::vector<MoECase> cases;
+  for (const std::int64_t rows : {1, 4, 5, 12, 13, 16, 29, 47, 64, 65, 77, 113, 128, 190}) {
+    cases.push_back(one_expert(rows));
+  }
+  MoECase interleaved = many_tiles();
+  interleaved.gate_up_layout = sonicmoe::GateUpLayout::kInterleaved;
+  MoECase ungated = many_tiles();
+  ungated.activation = Activation::kGELU;
+  cases.insert(cases.end(), {many_tiles(), interleaved, ungated});
+  for (const MoECase& wanted : cases) {
+    const MoECase c = fitted(GetParam(), wanted);
+    SCOPED_TRACE(c.describe());
+    for (const char* block_n : of_cuda(GetParam(), {"128", "256"})) {
+      const auto run = [&](const char* storers) {
+        const ForcedSpec spec({block_n, storers});
+        return run_moe(GetParam(), c);
+      };
+      EXPECT_EQ(bitwise_difference(run("three"), run("math")), "");
     }
   }
 }

@@ -79,6 +79,7 @@ SONICMOE_DEVICE void unpack_gate_up(const uint4& first, const uint4& second, flo
 template <int kBlockN, bool kGated, int kWarps>
 class UpEpilogue {
  public:
+  using Rows = HalfRows<kWarps>;
   static constexpr int kUnits = kGated ? kBlockN / 2 : kBlockN;
   struct Params {
     bf16* h;                  // [P, g*n] or null
@@ -92,9 +93,9 @@ class UpEpilogue {
   };
 
   // The rows' weights.
-  struct State : RowValues<float, kWarps> {
+  struct State : RowValues<float, Rows> {
     __device__ State(const Params& p, const SharedLayout&, int warp, int lane)
-        : RowValues<float, kWarps>(p.row_weight, 1.0f, warp, lane) {}
+        : RowValues<float, Rows>(p.row_weight, 1.0f, warp, lane) {}
   };
 
   template <int kCount>
@@ -180,27 +181,31 @@ class UpEpilogue {
   }
 
   const Params& p_;
-  HalfRows<kWarps> rows_;
+  Rows rows_;
   int n_tile_, w_;
   const State& weights_;
 };
 
+struct HiddenGradientParams {
+  CUtensorMap h_map;        // of H [P, g*n], by map_of_hidden()
+  const bf16* h;            // the same
+  bf16* grad_h;             // [P, g*n]
+  bf16* scaled_a;           // [P, n]
+  const float* row_weight;  // [P] or null
+  float* partial;           // [P, parts]
+  int n, parts;
+  HiddenLayout layout;
+  ActivationParams activation;
+};
+
 // acc is dA' of kBlockN hidden units. With s = row_weight[r] and H read back:
 //   dH = act'(H) (s dA'), A' = s act(H), partial[r, n tile] = sum over the tile of dA' act(H)
-template <int kBlockN, bool kGated, int kWarps>
+// Input: HiddenInput or OwnHiddenInput.
+template <int kBlockN, bool kGated, class Input>
 class HiddenGradientEpilogue {
  public:
-  using State = HiddenInput<kBlockN, kGated, kWarps>;
-  struct Params {
-    CUtensorMap h;            // of [P, g*n], by map_of_hidden()
-    bf16* grad_h;             // [P, g*n]
-    bf16* scaled_a;           // [P, n]
-    const float* row_weight;  // [P] or null
-    float* partial;           // [P, parts]
-    int n, parts;
-    HiddenLayout layout;
-    ActivationParams activation;
-  };
+  using State = Input;
+  using Params = HiddenGradientParams;
 
   template <int kCount>
   static __device__ void finish(const Params&, const Item&, float (&)[kCount], int, int) {}
@@ -310,7 +315,7 @@ class HiddenGradientEpilogue {
   }
 
   const Params& p_;
-  HalfRows<kWarps> rows_;
+  typename Input::Rows rows_;
   int w_, n_tile_;
   State& input_;
 };

@@ -1,5 +1,6 @@
-// What the epilogue of the backward reads besides the product: H, by TMA through shared memory of
-// its own, and the row weights. Loads of H through L1 would queue behind the loader's gathers.
+// What the epilogue of the backward reads besides the product: H and the row weights. The epilogue
+// warps take H by TMA through shared memory of their own (their loads through L1 would queue behind
+// the loader's gathers), the math warps the little they need from global memory.
 #pragma once
 
 #include "cuda/epilogue/store.cuh"
@@ -13,15 +14,23 @@ enum class HiddenLayout : int {
   kInterleaved,   // 2j and 2j + 1, in the tile too
 };
 
+// Eight units of every block of 64 for one lane: vectors of gate and up, or halves of eight pairs.
+template <int kBlocks, bool kGated>
+struct HiddenVectors {
+  uint4 first[kBlocks];
+  uint4 second[kGated ? kBlocks : 1];
+};
+
 // One epilogue warp's ring. A slot is one box of H: a group of four rows x kUnits hidden units with
 // gate and up. The warp fills its slots itself, in the order in which it takes them, so that one
 // barrier a slot is enough: full, 1 expect_tx. Of every row group with at least one row both slots
 // are filled and taken, also where they lie past column n: HalfRows::groups() alone says how many.
 // Rows past the end of the tile arrive too (of other experts, or zeros); nothing computed from them
 // is stored.
-template <int kBlockN, bool kGated, int kWarps>
+template <int kBlockN, bool kGated, int kWarps, int kOwn>
 class HiddenInput {
  public:
+  using Rows = HalfRows<kWarps, kOwn>;
   static constexpr int kBatches = 2;                 // slots of a row group
   static constexpr int kUnits = kBlockN / kBatches;  // of a slot
   static constexpr int kBlocks = kUnits / 64;
@@ -31,18 +40,14 @@ class HiddenInput {
   static constexpr int kSlots = 6144 / kSlotBytes;
   static constexpr int kBytes = kSlots * kSlotBytes;  // of shared memory, a warp
   static_assert(kSlotBytes % 128 == 0 && kWarps * kSlots * 8 <= 640);
-  static_assert(HalfRows<kWarps>::kGroups <= 8, "a lane holds one row's weight of a half");
+  static_assert(Rows::kGroups <= 8, "a lane holds one row's weight of a half");
 
-  // One lane's share of a slot: vectors of gate and up, or halves of eight pairs.
-  struct Vectors {
-    uint4 first[kBlocks];
-    uint4 second[kGated ? kBlocks : 1];
-  };
+  using Vectors = HiddenVectors<kBlocks, kGated>;  // one lane's share of a slot
 
-  // Params: h (a map by map_of_hidden()), row_weight, layout.
+  // Params: h_map (by map_of_hidden()), row_weight, layout.
   template <class Params>
   __device__ HiddenInput(const Params& p, const SharedLayout& l, int warp, int lane)
-      : map_(&p.h),
+      : map_(&p.h_map),
         weights_(p.row_weight, 1.0f, warp, lane),
         slots_(l.extra + warp * kBytes),
         barriers_(l.extra_barriers + warp * kSlots * 8),
@@ -60,8 +65,9 @@ class HiddenInput {
   // Announces half w of item t, after the one before has been announced and the one before that
   // taken to its end. Its first loads start as soon as slots are free.
   __device__ void begin(const Item& t, int w) {
-    const HalfRows<kWarps> rows(t, w, warp_, lane_);
-    next_ = {.row = rows.row0 + 4 * warp_,
+    const Rows rows(t, w, warp_, lane_);
+    next_ = {.row0 = rows.row0,
+             .group = 0,
              .column = t.n * kBlockN * (interleaved_ ? 2 : 1),
              .slots = kBatches * rows.groups()};
     weights_.begin(t, w);
@@ -102,7 +108,7 @@ class HiddenInput {
  private:
   // The slots of a half that are still to be filled.
   struct Cursor {
-    int row, column;  // of the next row group's boxes in the map
+    int row0, group, column;  // of the next boxes in the map
     int slots;
   };
 
@@ -119,10 +125,11 @@ class HiddenInput {
         const uint32_t barrier = barriers_ + 8 * fill_stage_;
         ptx::mbarrier_arrive_expect_tx(barrier, kSlotBytes);
         ptx::tma_load(slots_ + fill_stage_ * kSlotBytes, map_, barrier,
-                      now_.column + batch * kUnits * (interleaved_ ? 2 : 1), 0, now_.row);
+                      now_.column + batch * kUnits * (interleaved_ ? 2 : 1), 0,
+                      now_.row0 + 4 * Rows::group(warp_, now_.group));
       }
       __syncwarp();
-      if (batch == kBatches - 1) now_.row += 4 * kWarps;
+      if (batch == kBatches - 1) ++now_.group;
       --now_.slots;
       if (++fill_stage_ == kSlots) fill_stage_ = 0;
       ++filled_;
@@ -130,7 +137,7 @@ class HiddenInput {
   }
 
   const CUtensorMap* map_;
-  RowValues<float, kWarps> weights_;
+  RowValues<float, Rows> weights_;
   uint32_t slots_, barriers_;
   int warp_, lane_;
   bool interleaved_;
@@ -138,6 +145,44 @@ class HiddenInput {
   tile::RingState<kSlots> ring_;  // the slot to take next
   uint32_t fill_stage_ = 0;       // the slot to fill next
   int filled_ = 0;                // slots filled and not yet taken
+};
+
+// The same for a math warp's own four rows: loads that have the time of the last products.
+template <int kBlockN, bool kGated>
+class OwnHiddenInput {
+ public:
+  using Rows = OwnRows;
+  static constexpr int kBatches = 1;
+  static constexpr int kBlocks = kBlockN / 64;
+  using Vectors = HiddenVectors<kBlocks, kGated>;
+
+  // Params: h, n, row_weight, layout.
+  template <class Params>
+  __device__ OwnHiddenInput(const Params& p, const Item& t, int w, int warp, int lane) {
+    const Rows rows(t, w, warp, lane);
+    // Nothing computed from rows and units past the end is stored: any will do.
+    const int64_t row = rows.row0 + min(rows.row(0), rows.rows - 1);
+    weight_ = p.row_weight == nullptr ? 1.0f : __ldg(p.row_weight + row);
+    const bool interleaved = p.layout == HiddenLayout::kInterleaved;
+    const bf16* from = p.h + row * (kGated ? 2 : 1) * p.n;
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      const int wanted = t.n * kBlockN + block * 64 + (lane & 7) * 8;
+      const int unit = wanted < p.n ? wanted : 0;
+      const bf16* first = from + (interleaved ? 2 : 1) * unit;
+      h_.first[block] = ptx::load_global_nc_v4(first);
+      if constexpr (kGated) {
+        h_.second[block] = ptx::load_global_nc_v4(first + (interleaved ? 8 : p.n));
+      }
+    }
+  }
+
+  __device__ float weight(int, int) const { return weight_; }
+  __device__ void take(Vectors& to) const { to = h_; }
+
+ private:
+  float weight_;
+  Vectors h_;
 };
 
 }  // namespace sonicmoe::cuda::hopper

@@ -10,8 +10,12 @@
 //     .begin(item, w)                       announces each half in turn, ahead of its constructor
 //   constructor(params, item, w, warp, lane, state)   half w of the item
 //   store(half)                             reads the dumped half and stores it
-// Eight lanes take eight 16-byte chunks (64 columns) of a row, a warp four rows; warp v of kWarps
-// takes every kWarps-th group of four rows.
+// Eight lanes take eight 16-byte chunks (64 columns) of a row, a warp four rows: a half is sixteen
+// groups of four rows, of which each math warp dumps four. Where reductions are short the tensor
+// cores wait for the epilogue warps; there, a Spec has besides Epilogue an OwnEpilogue, by which
+// each math warp stores the last of its four groups itself. Of the interface above:
+//   State(params, item, w, warp, lane)      for one half, before its last products have come
+//   constructor, store(half)                the same, by all lanes of math warp `warp` of 4
 #pragma once
 
 #include "cuda/epilogue/vector8.cuh"
@@ -19,23 +23,44 @@
 
 namespace sonicmoe::cuda::hopper {
 
-// Position of a lane in the half: the row of its i-th group of four, i < kGroups, when kWarps
-// epilogue warps share the sixteen groups.
-template <int kWarps>
+// Position of a lane in the half: the row of its i-th group of four, i < kGroups. kWarps epilogue
+// warps take the groups in turn, without those that the math warps keep (`kOwn` of each four).
+template <int kWarps, int kOwn = 0>
 struct HalfRows {
-  static constexpr int kGroups = (16 + kWarps - 1) / kWarps;
+  static constexpr int kShared = 4 - kOwn;  // of a math warp's groups
+  static constexpr int kGroups = (4 * kShared + kWarps - 1) / kWarps;
   __device__ HalfRows(const Item& t, int w, int warp, int lane)
       : row0(t.row0 + 64 * w), rows(min(t.rows - 64 * w, 64)), warp(warp), lane(lane) {}
-  __device__ int row(int i) const { return 4 * (warp + i * kWarps) + lane / 8; }
+  // Epilogue warp `warp`'s i-th group.
+  static __device__ int group(int warp, int i) {
+    const int nth = warp + i * kWarps;
+    return nth + nth / kShared * kOwn;
+  }
+  __device__ int row(int i) const { return 4 * group(warp, i) + lane / 8; }
   __device__ bool valid(int i) const { return row(i) < rows; }
   // Groups of this warp with at least one row; the same for all lanes.
-  __device__ int groups() const { return max((rows + 3) / 4 - warp + kWarps - 1, 0) / kWarps; }
+  __device__ int groups() const {
+    const int all = (max(rows, 0) + 3) / 4;
+    const int shared = all / 4 * kShared + min(all % 4, kShared);
+    return max(shared - warp + kWarps - 1, 0) / kWarps;
+  }
+  int row0, rows, warp, lane;
+};
+
+// The same for the one group that math warp `warp` (0..3 of its warpgroup) keeps.
+struct OwnRows {
+  __device__ OwnRows(const Item& t, int w, int warp, int lane)
+      : row0(t.row0 + 64 * w), rows(min(t.rows - 64 * w, 64)), warp(warp), lane(lane) {}
+  __device__ int row(int) const { return 16 * warp + 12 + lane / 8; }
+  __device__ bool valid(int i) const { return row(i) < rows; }
+  __device__ int groups() const { return rows > 16 * warp + 12 ? 1 : 0; }
   int row0, rows, warp, lane;
 };
 
 // One value per row out of global memory, loaded when a half is announced, a half ahead of its use:
 // an epilogue that waited for its loads would hold up the math warps where reductions are short.
-template <class T, int kWarps>
+// Rows: a HalfRows.
+template <class T, class Rows>
 class RowValues {
  public:
   // by_row [P], or null: every row has `otherwise`.
@@ -44,9 +69,9 @@ class RowValues {
 
   // Lane l loads row l % 4 of row group l / 4.
   __device__ void begin(const Item& t, int w) {
-    static_assert(HalfRows<kWarps>::kGroups <= 8);
-    const HalfRows<kWarps> rows(t, w, warp_, lane_);
-    const int row = 4 * (warp_ + lane_ / 4 * kWarps) + lane_ % 4;
+    static_assert(Rows::kGroups <= 8);
+    const Rows rows(t, w, warp_, lane_);
+    const int row = 4 * Rows::group(warp_, lane_ / 4) + lane_ % 4;
     T& value = w == 0 ? values_[0] : values_[1];
     value = by_row_ == nullptr || row >= rows.rows ? otherwise_ : __ldg(by_row_ + rows.row0 + row);
   }
@@ -83,7 +108,7 @@ __device__ void add_bias(float (&acc)[kCount], int lane, const float (&weights)[
 template <int kBlockN, int kWarps>
 class StoreRows {
  public:
-  static constexpr int kGroups = HalfRows<kWarps>::kGroups;
+  using Rows = HalfRows<kWarps>;
   struct Params {
     bf16* out;  // [*, ld]
     int64_t ld;
@@ -95,9 +120,9 @@ class StoreRows {
   };
 
   // The rows' tokens.
-  struct State : RowValues<std::int32_t, kWarps> {
+  struct State : RowValues<std::int32_t, Rows> {
     __device__ State(const Params& p, const SharedLayout&, int warp, int lane)
-        : RowValues<std::int32_t, kWarps>(p.row_token, 0, warp, lane) {}
+        : RowValues<std::int32_t, Rows>(p.row_token, 0, warp, lane) {}
   };
 
   template <int kCount>
@@ -139,7 +164,7 @@ class StoreRows {
     constexpr int kBlocks = kBlockN / 64;
     const int groups = rows_.groups();
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
+    for (int i = 0; i < Rows::kGroups; ++i) {
       if (i >= groups) break;
       const int row = rows_.row(i), left = rows_.valid(i) ? p_.columns - column0_ : 0;
       bf16* out = p_.out + int64_t{out_row(i)} * p_.ld + column0_;
@@ -160,7 +185,7 @@ class StoreRows {
     return p.row_weight == nullptr || row >= t.rows ? 1.0f : __ldg(p.row_weight + t.row0 + row);
   }
   const Params& p_;
-  HalfRows<kWarps> rows_;
+  Rows rows_;
   int column0_, w_;
   const State& tokens_;
 };

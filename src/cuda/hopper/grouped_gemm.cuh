@@ -8,7 +8,7 @@
 //
 // Roles       warps 0-3, 4-7 math (tile rows 0-63, 64-127)
 //             warps 8-11 one to four loaders, the rest epilogue; without epilogue warps the math
-//             warps store what they computed
+//             warps store what they computed, with OwnEpilogue (store.cuh) a quarter of it
 // Pipelines   full[s]: 1 expect_tx (+ 1 per gathering lane) · empty[s]: 1 per math warp
 //             dump_full[w]: 4 warps of math warpgroup w · dump_empty[w]: 1 per epilogue warp (named
 //             barrier 1 + w where the math warps store)

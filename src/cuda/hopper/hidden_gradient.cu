@@ -14,7 +14,8 @@ void launch_hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& ar
   set_weight(p.operands, args.w2, 2, 1, kBlockN, Spec::shape.b);
   set_gather(p.operands, args.grad_out);
   const HiddenLayout layout = hidden_layout(call);
-  p.epilogue = {.h = map_of_hidden(args.h, s.num_pairs, s.intermediate_size, layout, kBlockN),
+  p.epilogue = {.h_map = map_of_hidden(args.h, s.num_pairs, s.intermediate_size, layout, kBlockN),
+                .h = static_cast<const bf16*>(args.h),
                 .grad_h = static_cast<bf16*>(args.grad_h),
                 .scaled_a = static_cast<bf16*>(args.scaled_a),
                 .row_weight = args.row_weight,
@@ -27,8 +28,21 @@ void launch_hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& ar
 }
 
 template <class F>
-void visit_flag(bool flag, F f) {
-  flag ? f(std::true_type{}) : f(std::false_type{});
+void visit_gated(bool gated, F f) {
+  gated ? f(std::true_type{}) : f(std::false_type{});
+}
+
+template <class F>
+void visit_storers(HiddenStorers storers, F f) {
+  switch (storers) {
+#define SONICMOE_CASE(name) \
+  case HiddenStorers::name: \
+    return f(std::integral_constant<HiddenStorers, HiddenStorers::name>{})
+    SONICMOE_CASE(kThreeAndMath);
+    SONICMOE_CASE(kThree);
+    SONICMOE_CASE(kTwo);
+#undef SONICMOE_CASE
+  }
 }
 
 }  // namespace
@@ -37,11 +51,10 @@ void hidden_gradient(const ExpertCall& call, const HiddenGradientArgs& args) {
   if (call.shape.num_pairs == 0) return;
   const Major major = depth_has_unit_stride(args.w2, 1) ? Major::kK : Major::kMn;
   visit_tile(partial_columns(call.shape), major, [&]<int kBlockN, Major kMajor>() {
-    visit_flag(is_gated(call.shape.activation), [&](auto gated) {
-      visit_flag(choose_hidden_loaders(call.shape.hidden_size) == 2, [&](auto two) {
-        constexpr int kLoaders = two.value ? 2 : 1;
-        launch_hidden_gradient<HiddenGradientSpec<kBlockN, kMajor, gated.value, kLoaders>>(call,
-                                                                                           args);
+    visit_gated(is_gated(call.shape.activation), [&](auto gated) {
+      visit_storers(choose_hidden_storers(call.shape.hidden_size), [&](auto storers) {
+        launch_hidden_gradient<HiddenGradientSpec<kBlockN, kMajor, gated.value, storers.value>>(
+            call, args);
       });
     });
   });

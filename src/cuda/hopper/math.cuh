@@ -109,6 +109,43 @@ __device__ void dump_half(const Params<Spec>& p, const Item& t, const float (&ac
   }
 }
 
+// What this math warp stores of a half itself (store.cuh), if anything: only rows that it dumped,
+// so that no other warp has to be waited for.
+template <class Spec>
+struct OwnStores {
+  __device__ OwnStores(const Params<Spec>&, const Item&, int, int) {}
+  template <int kCount>
+  __device__ void store(uint32_t, float (&)[kCount]) {}
+};
+
+template <class Spec>
+  requires(!std::is_void_v<typename Spec::OwnEpilogue>)
+class OwnStores<Spec> {
+ public:
+  __device__ OwnStores(const Params<Spec>& p, const Item& t, int warp, int lane)
+      : p_(p.epilogue),
+        item_(t),
+        warp_(warp),
+        lane_(lane),
+        state_(p_, t, warp / 4, warp % 4, lane) {}
+
+  // After the dump; `acc` is not needed any more.
+  template <int kCount>
+  __device__ void store(uint32_t half, float (&acc)[kCount]) {
+    tile::pause(Role::kMath, Slot::kDumpFull, warp_ / 4);
+    Epilogue(p_, item_, warp_ / 4, warp_ % 4, lane_, state_).store(half);
+    __syncwarp();  // the half has been read
+    ptx::clear_accumulators(acc);
+  }
+
+ private:
+  using Epilogue = typename Spec::OwnEpilogue;
+  const typename Epilogue::Params& p_;
+  const Item& item_;
+  int warp_, lane_;
+  typename Epilogue::State state_;
+};
+
 // A half without products: a dead warpgroup (nothing will read its dump) or, along the depth, an
 // expert without rows, whose gradient is zero and still written.
 template <class Spec>
@@ -176,11 +213,13 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
         pending = false;
       }
     }
+    OwnStores<Spec> own(p, t, warp, lane);
     ptx::wgmma_wait_group<0>();
     ptx::fence_accumulators(acc);
     pipes.release(previous);  // of the last k-tile, which is never handed back early
     Spec::Epilogue::finish(p.epilogue, t, acc, warp, lane);
     dump_half<Spec>(p, t, acc, pipes, warp, lane);
+    own.store(pipes.half(), acc);
   }
   pipes.finish_stores();
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <string_view>
 
 namespace sonicmoe::cuda::hopper {
 namespace {
@@ -100,10 +101,14 @@ int choose_block_n(std::int64_t columns) {
 
 int choose_gated_block_n(std::int64_t n) { return choose_block_n(2 * n); }
 
-int choose_hidden_loaders(std::int64_t hidden_size) {
-  const int forced = number_from_environment("SONICMOE_CUDA_HIDDEN_LOADERS");
-  if (forced == 1 || forced == 2) return forced;
-  return hidden_size < 3072 ? 1 : 2;
+HiddenStorers choose_hidden_storers(std::int64_t hidden_size) {
+  const char* text = std::getenv("SONICMOE_CUDA_HIDDEN_STORERS");
+  const std::string_view forced = text == nullptr ? "" : text;
+  if (forced == "math") return HiddenStorers::kThreeAndMath;
+  if (forced == "three") return HiddenStorers::kThree;
+  if (forced == "two") return HiddenStorers::kTwo;
+  if (hidden_size >= 3072) return HiddenStorers::kTwo;
+  return hidden_size < 2048 ? HiddenStorers::kThreeAndMath : HiddenStorers::kThree;
 }
 
 int choose_add_group(std::int64_t num_tokens, std::int64_t depth, int n_tiles, int block_n) {

@@ -3,9 +3,12 @@
 // inside a namespace.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/epilogue/glu.cuh"
 #include "cuda/epilogue/store.cuh"
 #include "cuda/hopper/grouped_gemm.cuh"
+#include "cuda/hopper/select.hpp"
 
 namespace sonicmoe::cuda::hopper {
 
@@ -27,16 +30,19 @@ struct RowsSpec {
 };
 
 // dA' = dO[token] W2, with dH, A' and dS in the epilogue: gathers dO. Gather and epilogue both want
-// a third warp: the epilogue's time is that of a tile, the gather's grows with the reduction
-// (choose_hidden_loaders()).
-template <int kBlockN, Major kMajor, bool kGated, int kLoaders>
+// a third warp: the epilogue's time is that of a tile, the gather's grows with the reduction.
+template <int kBlockN, Major kMajor, bool kGated, HiddenStorers kStorers>
 struct HiddenGradientSpec {
   static constexpr const char* name = "hidden_gradient";
-  static constexpr int kWarps = 4 - kLoaders;
-  using Epilogue = HiddenGradientEpilogue<kBlockN, kGated, kWarps>;
+  static constexpr int kWarps = kStorers == HiddenStorers::kTwo ? 2 : 3;
+  static constexpr int kOwn = kStorers == HiddenStorers::kThreeAndMath ? 1 : 0;
+  using Epilogue =
+      HiddenGradientEpilogue<kBlockN, kGated, HiddenInput<kBlockN, kGated, kWarps, kOwn>>;
+  using OwnEpilogue = std::conditional_t<
+      kOwn != 0, HiddenGradientEpilogue<kBlockN, kGated, OwnHiddenInput<kBlockN, kGated>>, void>;
   static constexpr GemmShape shape = {.block_n = kBlockN,
                                       .b = kMajor,
-                                      .loader_warps = kLoaders,
+                                      .loader_warps = 4 - kWarps,
                                       .extra_bytes = kWarps * Epilogue::State::kBytes};
   static_assert(kBlockN != 256 || stage_count(shape) == 3, "the ring of H costs a stage");
 };
