@@ -179,8 +179,9 @@ def table(problem: str, rows: dict[str, list[dict]]) -> list[str]:
     def line(label: str, values: dict[str, float], digits: int = 1) -> None:
         base = values.get(names[0])
         cells = (
-            f"{values[name]:12.{digits}f} {values[name] / base:6.3f} " if name in values and base
-            else f"{'-':>19} "
+            f"{'-':>19} " if name not in values
+            else f"{values[name]:12.{digits}f} {values[name] / base:6.3f} " if base
+            else f"{values[name]:12.{digits}f} {'':6} "
             for name in names
         )  # fmt: skip
         lines.append(f"  {label:42}" + "".join(cells))

@@ -27,7 +27,7 @@ struct HiddenVectors {
 // are filled and taken, also where they lie past column n: HalfRows::groups() alone says how many.
 // Rows past the end of the tile arrive too (of other experts, or zeros); nothing computed from them
 // is stored.
-template <int kBlockN, bool kGated, int kWarps, int kOwn>
+template <int kBlockN, bool kGated, int kWarps, bool kOwn>
 class HiddenInput {
  public:
   using Rows = HalfRows<kWarps, kOwn>;
@@ -147,7 +147,7 @@ class HiddenInput {
   int filled_ = 0;                // slots filled and not yet taken
 };
 
-// The same for a math warp's own four rows: loads that have the time of the last products.
+// The same for a math warp's own four rows, by plain loads when it is made.
 template <int kBlockN, bool kGated>
 class OwnHiddenInput {
  public:

@@ -13,9 +13,10 @@
 // Eight lanes take eight 16-byte chunks (64 columns) of a row, a warp four rows: a half is sixteen
 // groups of four rows, of which each math warp dumps four. Where reductions are short the tensor
 // cores wait for the epilogue warps; there, a Spec has besides Epilogue an OwnEpilogue, by which
-// each math warp stores the last of its four groups itself. Of the interface above:
-//   State(params, item, w, warp, lane)      for one half, before its last products have come
-//   constructor, store(half)                the same, by all lanes of math warp `warp` of 4
+// each math warp stores the last of its four groups itself. It has Epilogue's Params and
+//   State(params, item, w, warp, lane)      for one half, while its last products still run: math
+//                                           warp `warp` of the half's four; no begin()
+//   constructor, store(half)                as above
 #pragma once
 
 #include "cuda/epilogue/vector8.cuh"
@@ -24,37 +25,39 @@
 namespace sonicmoe::cuda::hopper {
 
 // Position of a lane in the half: the row of its i-th group of four, i < kGroups. kWarps epilogue
-// warps take the groups in turn, without those that the math warps keep (`kOwn` of each four).
-template <int kWarps, int kOwn = 0>
+// warps take the groups in turn, with kOwn without every fourth, which the math warps keep.
+template <int kWarps, bool kOwn = false>
 struct HalfRows {
-  static constexpr int kShared = 4 - kOwn;  // of a math warp's groups
+  static constexpr int kShared = kOwn ? 3 : 4;  // of a math warp's groups
   static constexpr int kGroups = (4 * kShared + kWarps - 1) / kWarps;
   __device__ HalfRows(const Item& t, int w, int warp, int lane)
       : row0(t.row0 + 64 * w), rows(min(t.rows - 64 * w, 64)), warp(warp), lane(lane) {}
   // Epilogue warp `warp`'s i-th group.
   static __device__ int group(int warp, int i) {
     const int nth = warp + i * kWarps;
-    return nth + nth / kShared * kOwn;
+    return kOwn ? nth + nth / kShared : nth;
   }
   __device__ int row(int i) const { return 4 * group(warp, i) + lane / 8; }
   __device__ bool valid(int i) const { return row(i) < rows; }
   // Groups of this warp with at least one row; the same for all lanes.
   __device__ int groups() const {
-    const int all = (max(rows, 0) + 3) / 4;
-    const int shared = all / 4 * kShared + min(all % 4, kShared);
+    const int all = (rows + 3) / 4, shared = kOwn ? all - all / 4 : all;
     return max(shared - warp + kWarps - 1, 0) / kWarps;
   }
   int row0, rows, warp, lane;
 };
 
-// The same for the one group that math warp `warp` (0..3 of its warpgroup) keeps.
+// The same for the one group that math warp `warp` of the half's four keeps.
 struct OwnRows {
   __device__ OwnRows(const Item& t, int w, int warp, int lane)
       : row0(t.row0 + 64 * w), rows(min(t.rows - 64 * w, 64)), warp(warp), lane(lane) {}
-  __device__ int row(int) const { return 16 * warp + 12 + lane / 8; }
+  __device__ int row(int) const { return first() + lane / 8; }
   __device__ bool valid(int i) const { return row(i) < rows; }
-  __device__ int groups() const { return rows > 16 * warp + 12 ? 1 : 0; }
+  __device__ int groups() const { return first() < rows ? 1 : 0; }
   int row0, rows, warp, lane;
+
+ private:
+  __device__ int first() const { return 4 * (4 * warp + 3); }
 };
 
 // One value per row out of global memory, loaded when a half is announced, a half ahead of its use:

@@ -7,16 +7,16 @@
 //           B 64 rows x block_n of the sorted operand; the number of k-tiles varies by expert
 //
 // Roles       warps 0-3, 4-7 math (tile rows 0-63, 64-127)
-//             warps 8-11 one to four loaders, the rest epilogue; without epilogue warps the math
-//             warps store what they computed, with OwnEpilogue (store.cuh) a quarter of it
+//             warps 8-11 one to four loaders, the rest epilogue. Without epilogue warps the math
+//             warps store what they computed, with an OwnEpilogue (store.cuh) a quarter of it
 // Pipelines   full[s]: 1 expect_tx (+ 1 per gathering lane) · empty[s]: 1 per math warp
 //             dump_full[w]: 4 warps of math warpgroup w · dump_empty[w]: 1 per epilogue warp (named
-//             barrier 1 + w where the math warps store)
+//             barrier 1 + w where there are none)
 //             item_full[i]: 1, the first loader warp · item_empty[i]: 1 per other warp
 // Schedule    tiles are handed out in order as CTAs become free (schedule.cuh)
 // Timeline    load: [per k] rows' addresses → wait empty → TMA, cp.async → arrive
 //             math: [per k] wait full → fence → 4 wgmma → release k-1, and k when k+1 is late;
-//                   then round, dump, arrive
+//                   then round, dump, arrive (OwnEpilogue: store a quarter)
 //             epilogue: [per half] wait dump_full → activation, stores → release
 // Rows past a tile's end only spoil their own accumulator rows, which no epilogue stores. A
 // warpgroup without rows ("dead") releases every stage and issues no wgmma: a tail of at most 64

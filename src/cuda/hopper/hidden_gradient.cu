@@ -34,14 +34,14 @@ void visit_gated(bool gated, F f) {
 
 template <class F>
 void visit_storers(HiddenStorers storers, F f) {
+  using enum HiddenStorers;
   switch (storers) {
-#define SONICMOE_CASE(name) \
-  case HiddenStorers::name: \
-    return f(std::integral_constant<HiddenStorers, HiddenStorers::name>{})
-    SONICMOE_CASE(kThreeAndMath);
-    SONICMOE_CASE(kThree);
-    SONICMOE_CASE(kTwo);
-#undef SONICMOE_CASE
+    case kThreeAndMath:
+      return f(std::integral_constant<HiddenStorers, kThreeAndMath>{});
+    case kThree:
+      return f(std::integral_constant<HiddenStorers, kThree>{});
+    case kTwo:
+      return f(std::integral_constant<HiddenStorers, kTwo>{});
   }
 }
 

@@ -109,13 +109,14 @@ __device__ void dump_half(const Params<Spec>& p, const Item& t, const float (&ac
   }
 }
 
-// What this math warp stores of a half itself (store.cuh), if anything: only rows that it dumped,
-// so that no other warp has to be waited for.
+// What this math warp stores of a half itself (store.cuh), if anything. It dumped these rows and
+// will overwrite them, so no barrier counts it. Made while the last products still run.
 template <class Spec>
-struct OwnStores {
+class OwnStores {
+ public:
   __device__ OwnStores(const Params<Spec>&, const Item&, int, int) {}
   template <int kCount>
-  __device__ void store(uint32_t, float (&)[kCount]) {}
+  __device__ void store(const Params<Spec>&, const Item&, uint32_t, int, int, float (&)[kCount]) {}
 };
 
 template <class Spec>
@@ -123,27 +124,22 @@ template <class Spec>
 class OwnStores<Spec> {
  public:
   __device__ OwnStores(const Params<Spec>& p, const Item& t, int warp, int lane)
-      : p_(p.epilogue),
-        item_(t),
-        warp_(warp),
-        lane_(lane),
-        state_(p_, t, warp / 4, warp % 4, lane) {}
+      : state_(p.epilogue, t, warp / 4, warp % 4, lane) {}
 
-  // After the dump; `acc` is not needed any more.
+  // After the dump. Zeroes `acc`: the next tile's fence_accumulators() would else keep the old sums
+  // in their registers.
   template <int kCount>
-  __device__ void store(uint32_t half, float (&acc)[kCount]) {
-    tile::pause(Role::kMath, Slot::kDumpFull, warp_ / 4);
-    Epilogue(p_, item_, warp_ / 4, warp_ % 4, lane_, state_).store(half);
-    __syncwarp();  // the half has been read
-    ptx::clear_accumulators(acc);
+  __device__ void store(const Params<Spec>& p, const Item& t, uint32_t half, int warp, int lane,
+                        float (&acc)[kCount]) {
+    tile::pause(Role::kMath, Slot::kDumpFull, warp / 4);
+    typename Spec::OwnEpilogue(p.epilogue, t, warp / 4, warp % 4, lane, state_).store(half);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) acc[i] = 0.0f;
   }
 
  private:
-  using Epilogue = typename Spec::OwnEpilogue;
-  const typename Epilogue::Params& p_;
-  const Item& item_;
-  int warp_, lane_;
-  typename Epilogue::State state_;
+  typename Spec::OwnEpilogue::State state_;
 };
 
 // A half without products: a dead warpgroup (nothing will read its dump) or, along the depth, an
@@ -219,7 +215,7 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
     pipes.release(previous);  // of the last k-tile, which is never handed back early
     Spec::Epilogue::finish(p.epilogue, t, acc, warp, lane);
     dump_half<Spec>(p, t, acc, pipes, warp, lane);
-    own.store(pipes.half(), acc);
+    own.store(p, t, pipes.half(), warp, lane, acc);
   }
   pipes.finish_stores();
 }

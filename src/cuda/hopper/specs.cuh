@@ -35,11 +35,11 @@ template <int kBlockN, Major kMajor, bool kGated, HiddenStorers kStorers>
 struct HiddenGradientSpec {
   static constexpr const char* name = "hidden_gradient";
   static constexpr int kWarps = kStorers == HiddenStorers::kTwo ? 2 : 3;
-  static constexpr int kOwn = kStorers == HiddenStorers::kThreeAndMath ? 1 : 0;
+  static constexpr bool kOwn = kStorers == HiddenStorers::kThreeAndMath;
   using Epilogue =
       HiddenGradientEpilogue<kBlockN, kGated, HiddenInput<kBlockN, kGated, kWarps, kOwn>>;
   using OwnEpilogue = std::conditional_t<
-      kOwn != 0, HiddenGradientEpilogue<kBlockN, kGated, OwnHiddenInput<kBlockN, kGated>>, void>;
+      kOwn, HiddenGradientEpilogue<kBlockN, kGated, OwnHiddenInput<kBlockN, kGated>>, void>;
   static constexpr GemmShape shape = {.block_n = kBlockN,
                                       .b = kMajor,
                                       .loader_warps = 4 - kWarps,

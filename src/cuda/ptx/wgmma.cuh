@@ -35,14 +35,6 @@ SONICMOE_DEVICE void fence_accumulators(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Zeroes the accumulators: from their last use to here their registers are free. (Left undefined,
-// ptxas would keep them.)
-template <int kCount>
-SONICMOE_DEVICE void clear_accumulators(float (&d)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));
-}
-
 // Wgmma<N, A, B>::mma(d, a, b, accumulate): d = A·B (+ d when accumulate), 64 x N x 16, with matrix
 // descriptors a and b (tile/swizzle.cuh). Asynchronous: read d only after wgmma_wait_group.
 template <int kN, Major kMajorA, Major kMajorB>
