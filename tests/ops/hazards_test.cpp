@@ -13,13 +13,12 @@
 #include <cmath>
 #include <cstdlib>
 #include <iterator>
-#include <limits>
+#include <string>
 #include <utility>
 
 #include "support/compare.hpp"
 #include "support/environment.hpp"
 #include "support/moe_run.hpp"
-#include "support/naive.hpp"
 #include "support/random.hpp"
 
 namespace sonicmoe::testing {
@@ -29,13 +28,15 @@ using Form = MoEShape::Form;
 
 class Hazards : public ::testing::TestWithParam<Target> {
  protected:
-  void expect_correct(const MoECase& wanted, const RunOptions& options = {}) const {
+  /// Holds a run of the fitted case against the oracle, and returns it.
+  RunResult expect_correct(const MoECase& wanted, const RunOptions& options = {}) const {
     const MoECase c = fitted(GetParam(), wanted);
     SCOPED_TRACE(c.describe());
-    for (const std::string& problem :
-         check_run(c, options, run_moe(GetParam(), c, options), Strictness::kRealistic)) {
+    RunResult result = run_moe(GetParam(), c, options);
+    for (const std::string& problem : check_run(c, options, result, Strictness::kRealistic)) {
       ADD_FAILURE() << problem;
     }
+    return result;
   }
 };
 INSTANTIATE_TEST_SUITE_P(Backends, Hazards, ::testing::ValuesIn(targets()),
@@ -47,110 +48,6 @@ MoECase small_case() {
   c.hidden_size = 72;
   c.intermediate_size = 40;
   return c;
-}
-
-// Forward and backward on inputs that a test filled by itself; every row of h is used.
-RunResult run_inputs(const Target& target, const MoEInputs& inputs) {
-  const Context context = target.context();
-  const MoECase& c = inputs.description;
-  const MoEShape shape = inputs.shape();
-  const GuardedBuffer workspace(target, std::max(moe_forward_workspace(context, shape).bytes,
-                                                 moe_backward_workspace(context, shape).bytes));
-  const GuardedBuffer metadata(target, moe_metadata_bytes(shape));
-  const auto like = [&](const Tensor& tensor, DType dtype, Strides strides) {
-    if (!tensor.defined()) return Tensor();
-    const auto extents = tensor.view().shape();
-    return Tensor(target, dtype, {extents.begin(), extents.end()}, strides);
-  };
-  const auto contiguous = Strides::kContiguous;
-  const Tensor h(target, c.dtype, {c.pairs(), c.hidden_columns()});
-  const Tensor out = like(inputs.x, c.dtype, c.x_strides);
-  const Tensor grad_x = like(inputs.x, c.dtype, c.x_strides);
-  const Tensor grad_w1 = like(inputs.w1, c.dtype, c.w1_strides);
-  const Tensor grad_b1 = like(inputs.b1, c.dtype, contiguous);
-  const Tensor grad_w2 = like(inputs.w2, c.dtype, c.w2_strides);
-  const Tensor grad_b2 = like(inputs.b2, c.dtype, contiguous);
-  const Tensor grad_weights = like(inputs.routing_weights, DType::kFloat32, contiguous);
-  MoEForwardArgs forward;
-  forward.options = c.options();
-  forward.x = inputs.x.view();
-  forward.weights = inputs.weights();
-  forward.routing = inputs.routing();
-  forward.out = out.view();
-  forward.h = h.view();
-  forward.metadata = metadata.view();
-  forward.workspace = workspace.view();
-  moe_forward(context, forward);
-  MoEBackwardArgs backward;
-  backward.options = c.options();
-  backward.grad_out = inputs.grad_out.view();
-  backward.x = inputs.x.view();
-  backward.weights = inputs.weights();
-  backward.routing = inputs.routing();
-  backward.h = h.view();
-  backward.metadata = metadata.view();
-  backward.grad_x = grad_x.view();
-  backward.grad_w1 = grad_w1.view();
-  backward.grad_b1 = grad_b1.view();
-  backward.grad_w2 = grad_w2.view();
-  backward.grad_b2 = grad_b2.view();
-  backward.grad_routing_weights = grad_weights.view();
-  backward.workspace = workspace.view();
-  moe_backward(context, backward);
-
-  RunResult result;
-  result.violations = inputs.violations();
-  const auto collect = [&](const char* name, const Tensor& tensor) {
-    if (!tensor.defined()) return std::vector<double>();
-    const std::string violation = tensor.violation_as_output();
-    if (!violation.empty()) result.violations.push_back(std::string(name) + ": " + violation);
-    return tensor.values();
-  };
-  if (!workspace.guards_intact()) result.violations.push_back("workspace: wrote outside");
-  if (!metadata.guards_intact()) result.violations.push_back("metadata: wrote outside");
-  result.out = collect("out", out);
-  result.h = collect("h", h);
-  result.grad_x = collect("grad_x", grad_x);
-  result.grad_w1 = collect("grad_w1", grad_w1);
-  result.grad_b1 = collect("grad_b1", grad_b1);
-  result.grad_w2 = collect("grad_w2", grad_w2);
-  result.grad_b2 = collect("grad_b2", grad_b2);
-  result.grad_routing_weights = collect("grad_routing_weights", grad_weights);
-  return result;
-}
-
-// check_run for such a run; `inputs` lie on the host.
-void expect_as_oracle(const MoEInputs& inputs, const RunResult& run) {
-  const oracle::Problem problem = inputs.problem();
-  const DType dtype = inputs.description.dtype;
-  const oracle::ForwardResult forward = oracle::forward(problem), naive = naive_forward(problem);
-  ASSERT_EQ(run.h.size(), forward.h.size());
-  const ConstTensorView grad_out = inputs.grad_out.view();
-  const oracle::BackwardResult backward = oracle::backward(problem, forward.rows, run.h, grad_out);
-  const oracle::BackwardResult naive_gradients =
-      naive_backward(problem, forward.rows, run.h, grad_out, dtype);
-  for (const std::string& violation : run.violations) ADD_FAILURE() << violation;
-  const auto expect = [](const char* name, DType stored_as, const std::vector<double>& actual,
-                         const std::vector<double>& expected, const std::vector<double>& naively) {
-    const Comparison result =
-        compare(actual, expected, naively, relative_floor(stored_as) * max_abs(expected));
-    EXPECT_TRUE(result.passed()) << name << ": error " << result.error << " > tolerance "
-                                 << result.tolerance << " beside " << result.scale;
-    EXPECT_TRUE(result.scale > 0 && !result.vacuous()) << name << ": zeros would pass";
-  };
-  expect("out", dtype, run.out, forward.out, naive.out);
-  expect("h", dtype, run.h, forward.h, naive.h);
-  const auto expect_gradient = [&](const char* name, DType stored_as, auto of_run, auto of_oracle) {
-    expect(name, stored_as, run.*of_run, backward.*of_oracle, naive_gradients.*of_oracle);
-  };
-  using Oracle = oracle::BackwardResult;
-  expect_gradient("grad_x", dtype, &RunResult::grad_x, &Oracle::grad_x);
-  expect_gradient("grad_w1", dtype, &RunResult::grad_w1, &Oracle::grad_w1);
-  expect_gradient("grad_b1", dtype, &RunResult::grad_b1, &Oracle::grad_b1);
-  expect_gradient("grad_w2", dtype, &RunResult::grad_w2, &Oracle::grad_w2);
-  expect_gradient("grad_b2", dtype, &RunResult::grad_b2, &Oracle::grad_b2);
-  expect_gradient("grad_routing_weights", DType::kFloat32, &RunResult::grad_routing_weights,
-                  &Oracle::grad_routing_weights);
 }
 
 // `rows` rows of one expert.
@@ -424,17 +321,13 @@ TEST_P(Hazards, ExpertsOfEveryNumberOfKTiles) {
     c.hidden_size = 320;
     c.intermediate_size = wanted.width;
     c.seed = static_cast<std::uint64_t>(1200 + wanted.width);
-    c = fitted(GetParam(), c);
-    SCOPED_TRACE(c.describe());
-    MoEInputs inputs(GetParam(), c), host(host_target(), c);
-    ASSERT_NO_FATAL_FAILURE(route_as_wanted(inputs));
-    ASSERT_NO_FATAL_FAILURE(route_as_wanted(host));
-    const RunResult whole = run_inputs(GetParam(), inputs);
-    ASSERT_NO_FATAL_FAILURE(expect_as_oracle(host, whole));
+    c.fill = route_as_wanted;
+    const RunResult whole = expect_correct(c);
     for (const char* grid : of_cuda(GetParam(), {"1", "2"})) {
       const Environment environment("SONICMOE_CUDA_GRID", grid);
-      const RunResult other = run_inputs(GetParam(), inputs);
-      EXPECT_EQ(bitwise_difference(whole, other), "") << "SONICMOE_CUDA_GRID=" << grid;
+      SCOPED_TRACE(c.describe() + " SONICMOE_CUDA_GRID=" + grid);
+      const RunResult other = run_moe(GetParam(), c);
+      EXPECT_EQ(bitwise_difference(whole, other), "");
       EXPECT_TRUE(other.violations.empty()) << other.violations.front();
     }
   }
@@ -529,24 +422,27 @@ TEST_P(Hazards, EveryBfloat16Gate) {
   c.num_experts = c.top_k = 1;
   c.biases = false;
   c.limit = 7.0f;
-  for (const Activation activation : all_activations()) {
-    c.activation = activation;
-    const bool gated = is_gated(activation);
+  c.fill = [&](MoEInputs& inputs) {
+    const MoECase& filled = inputs.description;
     std::vector<double> x(gates.size() * 8, 0.0), grad_out(x.size(), 0.0);
     for (std::size_t t = 0; t < gates.size(); ++t) {
       x[t * 8] = gates[t];
       x[t * 8 + 1] = grad_out[t * 8] = 1.0;
     }
-    std::vector<double> w1(static_cast<std::size_t>(c.hidden_columns()) * 8, 0.0), w2(64, 0.0);
+    std::vector<double> w1(static_cast<std::size_t>(filled.hidden_columns()) * 8, 0.0), w2(64, 0.0);
     w1[0] = w2[0] = 1.0;
-    if (gated) w1[8 * 8 + 1] = 1.0;
-    MoEInputs inputs(GetParam(), c);
+    if (is_gated(filled.activation)) w1[8 * 8 + 1] = 1.0;
     inputs.x.fill(x);
     inputs.grad_out.fill(grad_out);
     inputs.w1.fill(w1);
     inputs.w2.fill(w2);
     inputs.routing_weights.fill_constant(1.0);
-    const RunResult actual = run_inputs(GetParam(), inputs);
+  };
+  for (const Activation activation : all_activations()) {
+    c.activation = activation;
+    const bool gated = is_gated(activation);
+    const RunResult actual = run_moe(GetParam(), c);
+    ASSERT_TRUE(actual.violations.empty()) << actual.violations.front();
     for (std::size_t t = 0; t < gates.size(); ++t) {
       const auto expected = oracle::activate(c.options(), gates[t], 1.0);
       const double floor = 1e-5 * std::max(1.0, std::abs(expected.value));
