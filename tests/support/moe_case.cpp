@@ -123,7 +123,8 @@ std::string MoECase::describe() const {
       << " x=" << name_of(x_strides) << " w1=" << name_of(w1_strides)
       << " w2=" << name_of(w2_strides) << " load=" << static_cast<int>(load)
       << " drop=" << drop_probability << (deterministic ? "" : " any order")
-      << (values == Values::kIntegers ? " integers" : "") << " seed=" << seed;
+      << (values == Values::kIntegers ? " integers" : "") << " seed=" << seed
+      << (fill ? " filled by the test" : "");
   return out.str();
 }
 
@@ -139,6 +140,7 @@ MoEInputs::MoEInputs(const Target& target, const MoECase& test_case) : descripti
   }
   fill_routing(target);
   fill_values();
+  if (c.fill) c.fill(*this);
 }
 
 void MoEInputs::fill_routing(const Target& target) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,8 @@ enum class Load : std::uint8_t {
   kOneExpert,  ///< one expert takes all rows
   kSomeEmpty,  ///< only every third expert has rows
 };
+
+struct MoEInputs;
 
 struct MoECase {
   std::int64_t num_tokens = 13;         ///< T (form B: follows from num_pairs)
@@ -47,6 +50,9 @@ struct MoECase {
   double drop_probability = 0.0;  ///< of a slot or pair, forms A and C
   Values values = Values::kRealistic;
   std::uint64_t seed = 1;
+  /// Unless empty, called last on all inputs of the case, on the target and on the host alike, to
+  /// overwrite them with a test's own; `description` there is the fitted case.
+  std::function<void(MoEInputs&)> fill;
 
   std::int64_t hidden_columns() const { return gate_factor(activation) * intermediate_size; }
   /// Rows of x and of the output.
@@ -64,8 +70,8 @@ struct MoECase {
 /// widths that are multiples of 8 and rows that start at multiples of 16 bytes.
 MoECase fitted(const Target& target, MoECase test_case);
 
-/// The inputs of a case on a target: a pure function of the case. Rows of x and grad_out that no
-/// pair uses hold NaN.
+/// The inputs of a case on a target: a pure function of the case. Before fill, rows of x and
+/// grad_out that no pair uses hold NaN.
 struct MoEInputs {
   MoEInputs(const Target& target, const MoECase& test_case);
 

@@ -89,8 +89,10 @@ void Run::forward() {
 
 // Rows of H at and past R must still be poison; they are cut off.
 void Run::cut_h_tail() {
-  const MoEInputs host(host_target(), case_);
-  const auto rows = oracle::sorted_rows(host.routing(), case_.tokens(), case_.num_experts).size();
+  std::optional<MoEInputs> copy;  // the oracle reads host memory
+  if (target_.device.type != DeviceType::kCpu) copy.emplace(host_target(), case_);
+  const Routing routing = (copy ? *copy : inputs_).routing();
+  const auto rows = oracle::sorted_rows(routing, case_.tokens(), case_.num_experts).size();
   const std::size_t used = rows * static_cast<std::size_t>(case_.hidden_columns());
   std::vector<double>& h = result_.h;
   for (std::size_t i = used; i < h.size(); ++i) {

@@ -1,0 +1,218 @@
+// Every configuration of the Hopper kernels, not only the one that select.cpp picks: tile widths,
+// who stores dH, boxes and grids are forced through the environment, which other backends do not
+// read. Poison and SONICMOE_CUDA_STRESS are as in hazards_test.cpp.
+#include <gtest/gtest.h>
+
+#include <iterator>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ops/hazards.hpp"
+#include "support/environment.hpp"
+#include "support/random.hpp"
+
+namespace sonicmoe::testing {
+namespace {
+
+class Specs : public Hazards {};
+INSTANTIATE_TEST_SUITE_P(Backends, Specs, ::testing::ValuesIn(targets()),
+                         [](const auto& test) { return test.param.backend; });
+
+// Forces tile width and who stores dH; "" leaves the choice to select.cpp.
+struct Forced {
+  const char* block_n;
+  const char* storers;
+};
+const std::vector<Forced> kForced = {{"128", "math"}, {"128", "three"}, {"128", "two"},
+                                     {"256", "math"}, {"256", "three"}, {"256", "two"}};
+
+class ForcedSpec {
+ public:
+  explicit ForcedSpec(const Forced& f)
+      : block_n_("SONICMOE_CUDA_BLOCK_N", f.block_n),
+        storers_("SONICMOE_CUDA_HIDDEN_STORERS", f.storers),
+        trace_(__FILE__, __LINE__,
+               std::string("SONICMOE_CUDA_BLOCK_N=") + f.block_n +
+                   " SONICMOE_CUDA_HIDDEN_STORERS=" + f.storers) {}
+
+ private:
+  Environment block_n_, storers_;
+  ::testing::ScopedTrace trace_;
+};
+
+// What to force: all of `values` on a GPU; other backends do not read them and run the first alone.
+template <class T = const char*>
+std::vector<T> of_cuda(const Target& target, std::vector<T> values) {
+  if (target.backend != "cuda") values.resize(1);
+  return values;
+}
+
+// Tile width, who stores dH, K-major and MN-major weights, gated or not, and the three ways a
+// weight gradient leaves: every configuration that specs.cuh allows, not only select.cpp's choice.
+TEST_P(Specs, EveryLegalSpec) {
+  for (const Forced& forced : of_cuda(GetParam(), kForced)) {
+    const ForcedSpec spec(forced);
+    for (const Activation activation : {Activation::kSwiGLU, Activation::kGELU}) {
+      for (const Strides strides : {Strides::kContiguous, Strides::kTransposed}) {
+        for (const DType gradient : {DType::kBFloat16, DType::kFloat32}) {
+          SCOPED_TRACE("gradients " + std::string(sonicmoe::name_of(gradient)));
+          MoECase c = many_tiles();
+          c.num_tokens = 150;
+          c.activation = activation;
+          c.w1_strides = c.w2_strides = strides;
+          RunOptions options;
+          options.gradient_dtype = gradient;
+          expect_correct(c, options);
+        }
+      }
+    }
+  }
+}
+
+// Gate and up boxes of several blocks of 64 columns: n of 3 and 7 blocks, so that the last boxes
+// have blocks past the end. Weights are read with and without unit stride along the reduction.
+TEST_P(Specs, BoxesOfSeveralBlocksOfColumns) {
+  for (const char* block_n : of_cuda(GetParam(), {"", "128", "256"})) {
+    const ForcedSpec spec({block_n, ""});
+    for (const std::int64_t width : {192, 448}) {
+      for (const Strides w1 : {Strides::kContiguous, Strides::kTransposed}) {
+        for (const Strides w2 : {Strides::kContiguous, Strides::kTransposed}) {
+          MoECase c = small_case();
+          c.num_tokens = 45;
+          c.num_experts = 3;
+          c.hidden_size = 192;
+          c.intermediate_size = width;
+          c.w1_strides = w1;
+          c.w2_strides = w2;
+          c.seed = static_cast<std::uint64_t>(1100 + width);
+          expect_correct(c);
+        }
+      }
+    }
+  }
+}
+
+// Rows of each expert: reductions over 0 to 4 k-tiles, whole and partial, that follow each other.
+constexpr std::int64_t kRowsOfExperts[] = {0, 1, 63, 64,  65, 128, 129, 0,
+                                           0, 2, 64, 200, 1,  1,   130, 64};
+
+// Routes inputs whose every token is used: as many rows to each expert as kRowsOfExperts says.
+void route_as_wanted(MoEInputs& inputs) {
+  const MoECase& c = inputs.description;
+  std::vector<std::int64_t> experts, ends;
+  for (std::size_t e = 0; e < std::size(kRowsOfExperts); ++e) {
+    experts.insert(experts.end(), static_cast<std::size_t>(kRowsOfExperts[e]),
+                   static_cast<std::int64_t>(e));
+    ends.push_back(static_cast<std::int64_t>(experts.size()));
+  }
+  ASSERT_EQ(c.pairs(), ends.back());
+  ASSERT_EQ(c.num_experts, static_cast<std::int64_t>(ends.size()));
+  if (c.form == Form::kSorted) return inputs.offsets.fill_ids(ends);
+  Random random(c.seed);
+  for (std::size_t i = experts.size(); i > 1; --i) {
+    const std::int64_t other = random.integer(0, static_cast<std::int64_t>(i) - 1);
+    std::swap(experts[i - 1], experts[static_cast<std::size_t>(other)]);
+  }
+  (c.form == Form::kTopK ? inputs.topk_ids : inputs.expert_ids).fill_ids(experts);
+}
+
+// The reductions of the weight gradients, tile after tile of one CTA: three column tiles of X and
+// one or several of H, with the k-tiles of one expert behind those of another.
+TEST_P(Specs, ExpertsOfEveryNumberOfKTiles) {
+  struct Wanted {
+    Form form;
+    std::int64_t width;
+  };
+  for (const Wanted& wanted :
+       {Wanted{Form::kTopK, 72}, Wanted{Form::kTopK, 328}, Wanted{Form::kPairs, 72},
+        Wanted{Form::kSorted, 72}, Wanted{Form::kSorted, 328}}) {
+    if (wanted.width > 72 && GetParam().backend != "cuda") continue;  // several column tiles
+    MoECase c = small_case();
+    c.form = wanted.form;
+    c.num_experts = static_cast<std::int64_t>(std::size(kRowsOfExperts));
+    c.num_pairs = 912;
+    c.num_tokens = 456;
+    c.top_k = 2;
+    c.hidden_size = 320;
+    c.intermediate_size = wanted.width;
+    c.seed = static_cast<std::uint64_t>(1200 + wanted.width);
+    c.fill = route_as_wanted;
+    const RunResult whole = expect_correct(c);
+    for (const char* grid : of_cuda(GetParam(), {"1", "2"})) {
+      const Environment environment("SONICMOE_CUDA_GRID", grid);
+      SCOPED_TRACE(c.describe() + " SONICMOE_CUDA_GRID=" + grid);
+      const RunResult other = run_moe(GetParam(), c);
+      EXPECT_EQ(bitwise_difference(whole, other), "");
+      EXPECT_TRUE(other.violations.empty()) << other.violations.front();
+    }
+  }
+}
+
+TEST_P(Specs, EveryGridGivesTheSameBits) {
+  const MoECase c = fitted(GetParam(), many_tiles());
+  expect_correct(c);
+  const RunResult whole = run_moe(GetParam(), c);
+  EXPECT_EQ(bitwise_difference(whole, run_moe(GetParam(), c)), "");
+  for (const Forced& forced : of_cuda(GetParam(), kForced)) {
+    const ForcedSpec spec(forced);
+    const RunResult expected = run_moe(GetParam(), c);
+    for (const char* grid : {"1", "2", "7", "131"}) {
+      const Environment environment("SONICMOE_CUDA_GRID", grid);
+      EXPECT_EQ(bitwise_difference(expected, run_moe(GetParam(), c)), "")
+          << "SONICMOE_CUDA_GRID=" << grid;
+    }
+  }
+}
+
+// Who stores dH changes nothing in the results: tiles of every height, gated in both layouts and
+// not.
+TEST_P(Specs, RowsThatTheMathWarpsStore) {
+  if (GetParam().backend != "cuda") GTEST_SKIP() << "nothing else reads what this test forces";
+  std::vector<MoECase> cases;
+  for (const std::int64_t rows : {1, 4, 5, 12, 13, 16, 29, 47, 64, 65, 77, 113, 128, 190}) {
+    cases.push_back(one_expert(rows));
+  }
+  MoECase interleaved = many_tiles();
+  interleaved.gate_up_layout = sonicmoe::GateUpLayout::kInterleaved;
+  MoECase ungated = many_tiles();
+  ungated.activation = Activation::kGELU;
+  cases.insert(cases.end(), {many_tiles(), interleaved, ungated});
+  for (const MoECase& wanted : cases) {
+    const MoECase c = fitted(GetParam(), wanted);
+    SCOPED_TRACE(c.describe());
+    for (const char* block_n : {"128", "256"}) {
+      const auto run = [&](const char* storers) {
+        const ForcedSpec spec({block_n, storers});
+        return run_moe(GetParam(), c);
+      };
+      EXPECT_EQ(bitwise_difference(run("three"), run("math")), "");
+    }
+  }
+}
+
+// The kernels of a SONICMOE_CUDA_STRESS build slow one role of every CTA down, another one each
+// 131 us: whatever waits for too little then reads too early in some call.
+TEST_P(Specs, DelaysInEveryRoleChangeNoBit) {
+#if !defined(SONICMOE_STRESS)
+  GTEST_SKIP() << "configure with -DSONICMOE_CUDA_STRESS=ON";
+#endif
+  MoECase ungated = many_tiles();
+  ungated.activation = Activation::kGELU;
+  for (const MoECase& wanted :
+       {one_expert(65), one_expert(129), one_expert(321), many_tiles(), ungated}) {
+    for (const Forced& forced : of_cuda(GetParam(), kForced)) {
+      const ForcedSpec spec(forced);
+      const MoECase c = fitted(GetParam(), wanted);
+      SCOPED_TRACE(c.describe());
+      expect_correct(c);
+      const RunResult first = run_moe(GetParam(), c);
+      for (int i = 0; i < repeats(); ++i) {
+        ASSERT_EQ(bitwise_difference(first, run_moe(GetParam(), c)), "") << "call " << i;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sonicmoe::testing
