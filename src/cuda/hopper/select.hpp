@@ -23,7 +23,7 @@ enum class HiddenStorers { kThreeAndMath, kThree, kTwo };
 
 /// The longer the reduction (`hidden_size`), the more time a tile leaves for storing and the more
 /// the gather has to do, so the fewer store. On an H200 the math warps' quarter makes dH 15% faster
-/// at 768, 5-10% at 1536, 5% slower at 2048; three are 13% faster than two at 2048, 4% slower at
+/// at 768, 5% at 1536, 5% slower at 2048; three are 13% faster than two at 2048, 4% slower at
 /// 4096. SONICMOE_CUDA_HIDDEN_STORERS=math, three or two forces one.
 HiddenStorers choose_hidden_storers(std::int64_t hidden_size);
 
