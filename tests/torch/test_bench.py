@@ -491,7 +491,7 @@ def test_table_of_builds():
     rows = {"old": [old, old | {"kernels": {"up": 110.0}}], "new": [new] * 2}
     lines = {line.split("  ")[1]: line.split() for line in compare_builds.table("p", rows)[1:]}
     assert lines["up"][1:] == ["100.0", "1.000", "80.0", "0.800"]
-    assert lines["fresh"][1:] == ["-", "-"] and "tiny" not in lines
+    assert lines["fresh"][1:] == ["-", "10.0"] and "tiny" not in lines
     assert lines["call, us"][-2:] == ["90.0", "0.900"]
     assert lines["J per call"][-4:] == ["0.070", "1.000", "0.054", "0.771"]
 
