@@ -63,7 +63,7 @@ SONICMOE_DEVICE void visit_groups(const ActivationParams& params, HiddenLayout l
   });
 }
 
-// Gate and up of eight hidden units from two vectors of H: one each, or eight pairs.
+// Gate and up of a lane's eight hidden units from two vectors of H: one each, or four pairs each.
 template <bool kHalves>
 SONICMOE_DEVICE void unpack_gate_up(const uint4& first, const uint4& second, float (&g)[8],
                                     float (&u)[8]) {
@@ -130,18 +130,19 @@ class UpEpilogue {
   // Of this lane's row, eight units of every 64.
   template <bool kHalves>
   __device__ void store_group(uint32_t half, const ActivationParams& activation, int i) const {
+    constexpr bool kPairs = kGated && !kHalves;
+    constexpr int kStep = kPairs ? 2 : 1;
     const float weight = weights_.of(w_, i);
-    const int row = rows_.row(i), chunk = rows_.lane & 7;
-    const int unit = n_tile_ * kUnits + chunk * 8;
-    const int left = rows_.valid(i) ? p_.n - unit : 0;
+    const int row = rows_.row(i), chunk = rows_.lane & 7, unit = n_tile_ * kUnits;
+    const LaneUnits<kPairs> units(chunk, rows_.valid(i) ? p_.n - unit : 0);
     const int64_t at = int64_t{rows_.row0 + row} * p_.n + unit;
-    // Gate and up, or halves of eight pairs: in the dump, and in H.
-    constexpr int kStep = kGated && !kHalves ? 2 : 1;
-    const uint32_t first = half + tile::dump_offset(row, kStep * chunk);
-    const uint32_t second = kHalves ? first + kUnits / 64 * tile::kBlockBytes : first ^ 16;
-    bf16* h_row = p_.h == nullptr ? nullptr : p_.h + (kGated ? 2 : 1) * at - (kHalves ? unit : 0);
-    const int64_t to_second = kHalves ? p_.n : 8;
-    bf16* a_row = p_.a + at;
+    // Gate and up, or the pairs of two runs: in the dump, and in H.
+    const uint32_t first = half + tile::dump_offset(row, chunk);
+    const uint32_t second = first + (kHalves ? kUnits / 64 : 1) * tile::kBlockBytes;
+    bf16* h_row =
+        p_.h == nullptr ? nullptr : p_.h + (kGated ? 2 : 1) * at - (kHalves ? unit : 0) + 8 * chunk;
+    const int64_t to_second = kHalves ? p_.n : 64;
+    bf16* a_row = p_.a + at + units.first;
 #pragma unroll
     for (int block = 0; block < kUnits / 64; ++block) {
       const uint4 v0 = ptx::load_shared_v4(first + block * kStep * tile::kBlockBytes);
@@ -149,14 +150,19 @@ class UpEpilogue {
       if constexpr (kGated) v1 = ptx::load_shared_v4(second + block * kStep * tile::kBlockBytes);
       float a[8];
       activate<kHalves>(activation, v0, v1, weight, a);
-      const bool inside = block * 64 < left;
-      if (inside && h_row != nullptr) {
-        ptx::store_global_streaming_v4(h_row + block * kStep * 64, v0);
-        if constexpr (kGated) {
-          ptx::store_global_streaming_v4(h_row + block * kStep * 64 + to_second, v1);
+      const auto store = [&]<int kRun>() {
+        if (!units.inside(block, kRun)) return;
+        if (h_row != nullptr) {
+          bf16* h_block = h_row + block * kStep * 64;
+          if constexpr (kRun == 0) ptx::store_global_streaming_v4(h_block, v0);
+          if constexpr (kPairs ? kRun == 1 : kGated) {
+            ptx::store_global_streaming_v4(h_block + to_second, v1);
+          }
         }
-      }
-      if (inside) ptx::store_global_v4(a_row + block * 64, pack(a));
+        units.template store<kRun>(a_row + block * 64, pack(a));
+      };
+      store.template operator()<0>();
+      if constexpr (kPairs) store.template operator()<1>();
     }
   }
 
@@ -225,17 +231,16 @@ class HiddenGradientEpilogue {
   // Of this lane's row, eight units of every 64.
   template <bool kHalves>
   __device__ void store_group(uint32_t half, const ActivationParams& activation, int i) const {
+    constexpr bool kPairs = kGated && !kHalves;
+    constexpr int kStep = kPairs ? 2 : 1;
     const float weight = input_.weight(w_, i);
-    const int row = rows_.row(i), chunk = rows_.lane & 7;
-    const int unit = n_tile_ * kBlockN + chunk * 8;
-    const int left = rows_.valid(i) ? p_.n - unit : 0;
+    const int row = rows_.row(i), chunk = rows_.lane & 7, unit = n_tile_ * kBlockN;
+    const LaneUnits<kPairs> units(chunk, rows_.valid(i) ? p_.n - unit : 0);
     const int64_t r = rows_.row0 + row, at = r * p_.n + unit;
-    const uint32_t from = half + tile::dump_offset(row, chunk);
-    // Gate and up, or halves of eight pairs.
-    constexpr int kStep = kGated && !kHalves ? 2 : 1;
-    bf16* h_row = p_.grad_h + (kGated ? 2 : 1) * at - (kHalves ? unit : 0);
-    const int64_t to_second = kHalves ? p_.n : 8;
-    bf16* a_row = p_.scaled_a + at;
+    // Gate and up, or the pairs of two runs.
+    bf16* h_row = p_.grad_h + (kGated ? 2 : 1) * at - (kHalves ? unit : 0) + 8 * chunk;
+    const int64_t to_second = kHalves ? p_.n : 64;
+    bf16* a_row = p_.scaled_a + at + units.first;
     float sum = 0.0f;
 #pragma unroll
     for (int batch = 0; batch < State::kBatches; ++batch) {
@@ -245,7 +250,7 @@ class HiddenGradientEpilogue {
       for (int b = 0; b < State::kBlocks; ++b) {
         const int block = batch * State::kBlocks + b;
         float da[8], a[8];
-        unpack(ptx::load_shared_v4(from + block * tile::kBlockBytes), da);
+        unpack(units.load(half, row, block), da);
         uint4 first, second;  // of dH
         if constexpr (kGated) {
           gated_chunk<kHalves>(activation, h.first[b], h.second[b], da, weight, first, second, a);
@@ -253,22 +258,26 @@ class HiddenGradientEpilogue {
           plain_chunk(activation, h.first[b], da, weight, first, a);
         }
         // dS with A rounded as forward stored it, where the sum took the weight.
-        float stored_a[8], share = 0.0f;
+        float stored_a[8], shares[2] = {};
         unpack(pack(a), stored_a);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          share += da[j] * stored_a[j];
+          shares[kPairs ? j / 4 : 0] += da[j] * stored_a[j];
           a[j] *= weight;
         }
-        const bool inside = block * 64 < left;
-        sum += inside ? share : 0.0f;
-        if (inside) {
-          ptx::store_global_v4(h_row + block * kStep * 64, first);
-          if constexpr (kGated) {
-            ptx::store_global_v4(h_row + block * kStep * 64 + to_second, second);
+        sum += units.inside(block) ? shares[0] : 0.0f;
+        if constexpr (kPairs) sum += units.inside(block, 1) ? shares[1] : 0.0f;
+        const auto store = [&]<int kRun>() {
+          if (!units.inside(block, kRun)) return;
+          bf16* h_block = h_row + block * kStep * 64;
+          if constexpr (kRun == 0) ptx::store_global_v4(h_block, first);
+          if constexpr (kPairs ? kRun == 1 : kGated) {
+            ptx::store_global_v4(h_block + to_second, second);
           }
-          ptx::store_global_v4(a_row + block * 64, pack(a));
-        }
+          units.template store<kRun>(a_row + block * 64, pack(a));
+        };
+        store.template operator()<0>();
+        if constexpr (kPairs) store.template operator()<1>();
       }
     }
 #pragma unroll
@@ -278,7 +287,7 @@ class HiddenGradientEpilogue {
     if (rows_.valid(i) && chunk == 0) p_.partial[r * p_.parts + n_tile_] = sum;
   }
 
-  // dH of eight units, as two vectors of gate and up or halves of eight pairs, and A.
+  // dH of a lane's eight units, as vectors of gate and up or of the pairs of two runs, and A.
   template <bool kHalves>
   static __device__ void gated_chunk(const ActivationParams& activation, const uint4& h_first,
                                      const uint4& h_second, const float (&da)[8], float weight,

@@ -14,7 +14,36 @@ enum class HiddenLayout : int {
   kInterleaved,   // 2j and 2j + 1, in the tile too
 };
 
-// Eight units of every block of 64 for one lane: vectors of gate and up, or halves of eight pairs.
+// The eight of a row's 64 hidden units that a lane takes, `chunk` of eight lanes: a run of eight;
+// with kPairs, where gate and up alternate in H, runs of four at 4 chunk and 32 + 4 chunk, so that
+// here too the lanes' vectors of H lie side by side: with gaps between them every sector would be
+// written twice.
+template <bool kPairs>
+struct LaneUnits {
+  static constexpr int kRun = kPairs ? 4 : 8;
+  // num_units: of the row, from the tile's first unit on.
+  __device__ LaneUnits(int chunk, int num_units)
+      : first(kRun * chunk), left(num_units - kRun * chunk) {}
+  // Whether the run (0, or 1 with kPairs) of block `block` lies in the row.
+  __device__ bool inside(int block, int run = 0) const { return 64 * block + 32 * run < left; }
+  // From row `row` of the dump at `half`, block `block`.
+  __device__ uint4 load(uint32_t half, int row, int block) const {
+    const uint32_t at =
+        half + tile::dump_offset(row, first / 8) + first % 8 * 2 + block * tile::kBlockBytes;
+    if constexpr (!kPairs) return ptx::load_shared_v4(at);
+    const uint2 low = ptx::load_shared_v2(at), high = ptx::load_shared_v2(at ^ 64);
+    return {low.x, low.y, high.x, high.y};
+  }
+  // One run of `v` to the row whose run 0 of the block lies at `to`.
+  template <int kWhich>
+  __device__ void store(bf16* to, const uint4& v) const {
+    if constexpr (!kPairs) return ptx::store_global_v4(to, v);
+    ptx::store_global_v2(to + 32 * kWhich, kWhich == 0 ? v.x : v.z, kWhich == 0 ? v.y : v.w);
+  }
+  int first, left;
+};
+
+// A lane's units of every block of 64: vectors of gate and up, or of the pairs of its two runs.
 template <int kBlocks, bool kGated>
 struct HiddenVectors {
   uint4 first[kBlocks];
@@ -82,9 +111,9 @@ class HiddenInput {
   __device__ void take(Vectors& to) {
     tile::wait(barriers_ + 8 * ring_.stage, ring_.parity, Role::kEpilogue, Slot::kHidden,
                ring_.stage);
-    const int scale = interleaved_ ? 2 : 1, second = interleaved_ ? 16 : kUnits * 2;
+    const int scale = interleaved_ ? 2 : 1, second = interleaved_ ? 128 : kUnits * 2;
     const uint32_t from =
-        slots_ + ring_.stage * kSlotBytes + lane_ / 8 * kRowBytes + (lane_ & 7) * 16 * scale;
+        slots_ + ring_.stage * kSlotBytes + lane_ / 8 * kRowBytes + (lane_ & 7) * 16;
     uint32_t last = 0;  // of each load one register: the four of a load come together
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -164,16 +193,14 @@ class OwnHiddenInput {
     const int64_t row = rows.row0 + min(rows.row(0), rows.rows - 1);
     weight_ = p.row_weight == nullptr ? 1.0f : __ldg(p.row_weight + row);
     const bool interleaved = p.layout == HiddenLayout::kInterleaved;
+    const int scale = interleaved ? 2 : 1, last = scale * p.n - 8;
     const bf16* from = p.h + row * (kGated ? 2 : 1) * p.n;
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      const int wanted = t.n * kBlockN + block * 64 + (lane & 7) * 8;
-      const int unit = wanted < p.n ? wanted : 0;
-      const bf16* first = from + (interleaved ? 2 : 1) * unit;
-      h_.first[block] = ptx::load_global_nc_v4(first);
-      if constexpr (kGated) {
-        h_.second[block] = ptx::load_global_nc_v4(first + (interleaved ? 8 : p.n));
-      }
+      const int first = scale * (t.n * kBlockN + block * 64) + (lane & 7) * 8;
+      const int second = interleaved ? min(first + 64, last) : p.n + min(first, last);
+      h_.first[block] = ptx::load_global_nc_v4(from + min(first, last));
+      if constexpr (kGated) h_.second[block] = ptx::load_global_nc_v4(from + second);
     }
   }
 

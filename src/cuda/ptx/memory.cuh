@@ -35,6 +35,13 @@ SONICMOE_DEVICE uint32_t load_shared(uint32_t address) {
   return v;
 }
 
+// 8 bytes.
+SONICMOE_DEVICE uint2 load_shared_v2(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
 // 16 bytes to shared memory.
 SONICMOE_DEVICE void store_shared_v4(uint32_t address, const uint4& v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
@@ -78,7 +85,12 @@ SONICMOE_DEVICE void store_global_v4(void* address, const uint4& v) {
                : "memory");
 }
 
-// The same for data this kernel does not read again (evict first).
+// 8 bytes to global memory.
+SONICMOE_DEVICE void store_global_v2(void* address, uint32_t x, uint32_t y) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(x), "r"(y) : "memory");
+}
+
+// store_global_v4 for data this kernel does not read again (evict first).
 SONICMOE_DEVICE void store_global_streaming_v4(void* address, const uint4& v) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
