@@ -13,7 +13,7 @@ Figures per shape and system, the systems taking turns; with --runs the median o
                               after a rest and a settling time (--rest, --settle)
     busy_fwd_ms, busy_bwd_ms  time the GPU is busy: union of the kernels' intervals (CUPTI), of the
                               forward and the backward of the same calls, the median call (not of torch's)
-    graph_fwd_ms, graph_bwd_ms  like wall, replaying two CUDA graphs (sonicmoe only)
+    graph_fwd_ms, graph_bwd_ms  like wall, replaying two CUDA graphs (sonicmoe and sonic-moe)
 
 and once:
 

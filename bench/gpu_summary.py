@@ -1,8 +1,10 @@
 """Ours beside the official layer: of the same run, else of anchors.json, timed in another one.
 
 A ratio is the peer's time over ours, each in units of cuBLAS's time in its run (machines differ by a
-few percent): above 1 ours is faster. The peer's figures are the better of its wall and busy time, by
-forward and backward together. Needs neither torch nor a GPU.
+few percent): above 1 ours is faster. Beside our wall and busy time stands the better of the peer's two,
+by forward and backward together; beside our CUDA graphs the peer's, where it was replayed too. Busy time
+flatters a system that leaves the GPU idle between its kernels: the pauses let the clock rise. Needs
+neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from bench_common import REPOSITORY
 ANCHORS = REPOSITORY / "bench" / "anchors.json"
 PEER, CEILING = "sonic-moe", "cublas-bmm"
 OURS = ("sonicmoe", "sonicmoe-atomic")
-KINDS = {"busy": "busy_", "wall": ""}  # of our figures, and the prefix of their keys
+KINDS = {"busy": "busy_", "wall": "", "graph": "graph_"}  # of our figures, the prefix of their keys
 PARTS = ("forward", "backward", "both")
 
 Speed = tuple[float, float]  # model TFLOP/s forward and backward
@@ -35,8 +37,15 @@ def measured_speed(row: dict, prefix: str = "") -> Speed:
 def best_speed(row: dict) -> Speed:
     """Of what a row of anchors.json or of bench_gpu.py has, the pair that takes less time in all."""
     pairs = [tuple(row[kind]) for kind in ("wall", "busy", "published") if kind in row]
-    pairs += [measured_speed(row, prefix) for prefix in KINDS.values() if f"{prefix}fwd_ms" in row]
+    pairs += [measured_speed(row, prefix) for prefix in ("busy_", "") if f"{prefix}fwd_ms" in row]
     return min(pairs, key=lambda pair: times(pair)[2])
+
+
+def peer_speed(row: dict, kind: str) -> Speed | None:
+    """What stands beside our figures of that kind."""
+    if kind != "graph":
+        return best_speed(row)
+    return measured_speed(row, "graph_") if "graph_fwd_ms" in row else None
 
 
 def times(speed: Speed) -> tuple[float, float, float]:
@@ -68,11 +77,12 @@ def ratios_by_shape(
         needed = (here.get((shape, CEILING)), there.get((shape, PEER)), there.get((shape, CEILING)))
         if system not in OURS or not all(needed) or "fwd_ms" not in needed[0]:
             continue
-        peers = (measured_speed(needed[0]), *map(best_speed, needed[1:]))
+        ours_cublas, peer, peer_cublas = needed
+        units = measured_speed(ours_cublas), best_speed(peer_cublas)
         kinds = {
-            kind: scaled_ratios(measured_speed(row, prefix), *peers)
+            kind: scaled_ratios(measured_speed(row, prefix), units[0], theirs, units[1])
             for kind, prefix in KINDS.items()
-            if f"{prefix}fwd_ms" in row
+            if f"{prefix}fwd_ms" in row and (theirs := peer_speed(peer, kind))
         }
         if kinds:
             table.setdefault(shape, {})[system] = kinds
@@ -80,19 +90,14 @@ def ratios_by_shape(
 
 
 def geometric_means(table: dict, shapes: Iterable[str]) -> dict[str, dict]:
-    """By our system: the number of those shapes that have ratios, and their mean by kind."""
+    """By our system and kind: the number of those shapes that have ratios, and their mean."""
     means: dict[str, dict] = {}
     for system in OURS:
         found = [table[s][system] for s in shapes if system in table.get(s, {})]
-        found = [kinds for kinds in found if len(kinds) == len(KINDS)]
-        if found:
-            means[system] = {"shapes": len(found)} | {
-                kind: [
-                    statistics.geometric_mean(column)
-                    for column in zip(*(f[kind] for f in found), strict=True)
-                ]
-                for kind in KINDS
-            }
+        for kind in KINDS:
+            if ratios := [kinds[kind] for kinds in found if kind in kinds]:
+                mean = [statistics.geometric_mean(column) for column in zip(*ratios, strict=True)]
+                means.setdefault(system, {})[kind] = {"shapes": len(ratios), "ratios": mean}
     return means
 
 
@@ -104,7 +109,8 @@ def summary(rows: list[dict], anchors: dict, shapes: list[str]) -> dict:
     shapes = [shape for shape in shapes if shape in timed] or shapes
     return {
         "about": f"time of {PEER} over ours, each over {CEILING} of its run, by {', '.join(PARTS)}; "
-        f"{PEER}: the better of its wall and busy time, where this run lacks it {anchors['source']}",
+        f"{PEER}: the better of its wall and busy time, or as CUDA graphs, where this run lacks it "
+        f"{anchors['source']}",
         "geometric_means": geometric_means(table, shapes),
         "shapes": table,
     }
@@ -125,5 +131,7 @@ def describe(summed: dict) -> str:
     for shape, systems in summed["shapes"].items():
         lines += [line(shape, system, kinds) for system, kinds in systems.items()]
     for system, kinds in summed["geometric_means"].items():
-        lines.append(line(f"mean of {kinds['shapes']}", system, kinds))
+        for count in sorted({mean["shapes"] for mean in kinds.values()}):
+            means = {k: mean["ratios"] for k, mean in kinds.items() if mean["shapes"] == count}
+            lines.append(line(f"mean of {count}", system, means))
     return "\n".join(lines)

@@ -375,9 +375,9 @@ def test_summary_has_the_ratios_and_their_geometric_mean():
     assert summed["shapes"]["a"]["sonicmoe"]["busy"] == pytest.approx([2, 2, 2])
     assert summed["shapes"]["b"]["sonicmoe"]["wall"] == pytest.approx([0.625] * 3)
     mean = summed["geometric_means"]["sonicmoe"]
-    assert mean["shapes"] == 2
-    assert mean["busy"] == pytest.approx([2**0.5] * 3)
-    assert mean["wall"] == pytest.approx([(1.25 * 0.625) ** 0.5] * 3)
+    assert set(mean) == {"busy", "wall"} and mean["busy"]["shapes"] == mean["wall"]["shapes"] == 2
+    assert mean["busy"]["ratios"] == pytest.approx([2**0.5] * 3)
+    assert mean["wall"]["ratios"] == pytest.approx([(1.25 * 0.625) ** 0.5] * 3)
     text = gpu_summary.describe(bench_gpu.rounded(summed))
     assert re.search(r"^b +sonicmoe +busy 1\.000  1\.000  1\.000  wall 0\.625", text, re.M)
     assert re.search(r"^mean of 2 +sonicmoe +busy 1\.414", text, re.M)
@@ -394,6 +394,23 @@ def test_a_peer_of_the_same_run_counts_before_the_anchors():
     table = gpu_summary.ratios_by_shape(rows, ANCHORS)
     assert table["a"]["sonicmoe"]["wall"] == pytest.approx([1.5, 2.25, 2])
     assert table["b"]["sonicmoe"]["wall"] == pytest.approx([1, 1, 1])
+
+
+def test_graphs_stand_beside_graphs():
+    """At `a` the peer's take 3 + 9 ms to our 2 + 4, at `b` it was not replayed."""
+    rows = [
+        *(layer_row(s, "cublas-bmm", 1, 2) for s in "ab"),
+        *(layer_row(s, "sonicmoe", 8, 8, graph_fwd_ms=2, graph_bwd_ms=4) for s in "ab"),
+        layer_row("a", "sonic-moe", 8, 8, graph_fwd_ms=3, graph_bwd_ms=9),
+        layer_row("b", "sonic-moe", 8, 8),
+    ]
+    summed = gpu_summary.summary(rows, ANCHORS, ["a", "b"])
+    assert summed["shapes"]["a"]["sonicmoe"]["graph"] == pytest.approx([1.5, 2.25, 2])
+    assert set(summed["shapes"]["b"]["sonicmoe"]) == {"wall"}
+    mean = summed["geometric_means"]["sonicmoe"]
+    assert (mean["wall"]["shapes"], mean["graph"]["shapes"]) == (2, 1)
+    text = gpu_summary.describe(summed)
+    assert re.search(r"^mean of 1 +sonicmoe +graph 1\.500  2\.250  2\.000$", text, re.M)
 
 
 def test_anchors_name_shapes_of_the_problems_and_hold_pairs():
@@ -427,6 +444,10 @@ def test_plots_take_the_newest_record_and_the_better_of_wall_and_busy():
     assert plot_gpu.speeds(new, anchors) == {
         "a": {"sonicmoe": pytest.approx((6e-4, 3e-4)), "peer": (400, 400)}
     }
+    replayed = {"shape": "a", "system": "sonic-moe", "graph_fwd_ms": 2.0, "graph_bwd_ms": 2.0}
+    graphs = {"rows": [row | replayed, row | replayed | {"shape": "c"}]}
+    drawn = plot_gpu.speeds(new, anchors, graphs)
+    assert set(drawn) == {"a"} and drawn["a"]["sonic-moe"] == pytest.approx((3e-4, 6e-4))
 
 
 def test_the_picture_shows_every_system(tmp_path):
