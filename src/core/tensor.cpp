@@ -55,6 +55,7 @@ std::size_t ConstTensorView::nbytes() const noexcept {
 }
 
 bool ConstTensorView::is_contiguous() const noexcept {
+  if (numel() == 0) return true;
   std::int64_t step = 1;
   for (int i = rank_ - 1; i >= 0; --i) {
     if (size(i) > 1 && stride(i) != step) return false;

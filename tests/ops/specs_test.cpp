@@ -48,18 +48,26 @@ std::vector<T> of_cuda(const Target& target, std::vector<T> values) {
   return values;
 }
 
+// The three layouts of a row of H.
+constexpr std::pair<Activation, GateUpLayout> kHiddenLayouts[] = {
+    {Activation::kSwiGLU, GateUpLayout::kConcatenated},
+    {Activation::kSwiGLU, GateUpLayout::kInterleaved},
+    {Activation::kGELU, GateUpLayout::kConcatenated},
+};
+
 // Tile width, who stores dH, K-major and MN-major weights, gated or not, and the three ways a
 // weight gradient leaves: every configuration that specs.cuh allows, not only select.cpp's choice.
 TEST_P(Specs, EveryLegalSpec) {
   for (const Forced& forced : of_cuda(GetParam(), kForced)) {
     const ForcedSpec spec(forced);
-    for (const Activation activation : {Activation::kSwiGLU, Activation::kGELU}) {
+    for (const auto& [activation, layout] : kHiddenLayouts) {
       for (const Strides strides : {Strides::kContiguous, Strides::kTransposed}) {
         for (const DType gradient : {DType::kBFloat16, DType::kFloat32}) {
           SCOPED_TRACE("gradients " + std::string(sonicmoe::name_of(gradient)));
           MoECase c = many_tiles();
           c.num_tokens = 150;
           c.activation = activation;
+          c.gate_up_layout = layout;
           c.w1_strides = c.w2_strides = strides;
           RunOptions options;
           options.gradient_dtype = gradient;
@@ -71,11 +79,13 @@ TEST_P(Specs, EveryLegalSpec) {
 }
 
 // Gate and up boxes of several blocks of 64 columns: n of 3 and 7 blocks, so that the last boxes
-// have blocks past the end. Weights are read with and without unit stride along the reduction.
+// have blocks past the end; interleaved, the last block ends
+// within the lanes' second runs. Weights are
+// read with and without unit stride along the reduction.
 TEST_P(Specs, BoxesOfSeveralBlocksOfColumns) {
   for (const char* block_n : of_cuda(GetParam(), {"", "128", "256"})) {
     const ForcedSpec spec({block_n, ""});
-    for (const std::int64_t width : {192, 448}) {
+    for (const std::int64_t width : {192, 168, 448}) {
       for (const Strides w1 : {Strides::kContiguous, Strides::kTransposed}) {
         for (const Strides w2 : {Strides::kContiguous, Strides::kTransposed}) {
           MoECase c = small_case();
@@ -86,6 +96,7 @@ TEST_P(Specs, BoxesOfSeveralBlocksOfColumns) {
           c.w1_strides = w1;
           c.w2_strides = w2;
           c.seed = static_cast<std::uint64_t>(1100 + width);
+          if (width % 64 != 0) c.gate_up_layout = GateUpLayout::kInterleaved;
           expect_correct(c);
         }
       }
@@ -173,11 +184,11 @@ TEST_P(Specs, RowsThatTheMathWarpsStore) {
   for (const std::int64_t rows : {1, 4, 5, 12, 13, 16, 29, 47, 64, 65, 77, 113, 128, 190}) {
     cases.push_back(one_expert(rows));
   }
-  MoECase interleaved = many_tiles();
-  interleaved.gate_up_layout = sonicmoe::GateUpLayout::kInterleaved;
-  MoECase ungated = many_tiles();
-  ungated.activation = Activation::kGELU;
-  cases.insert(cases.end(), {many_tiles(), interleaved, ungated});
+  for (const auto& [activation, layout] : kHiddenLayouts) {
+    cases.push_back(many_tiles());
+    cases.back().activation = activation;
+    cases.back().gate_up_layout = layout;
+  }
   for (const MoECase& wanted : cases) {
     const MoECase c = fitted(GetParam(), wanted);
     SCOPED_TRACE(c.describe());
@@ -197,10 +208,11 @@ TEST_P(Specs, DelaysInEveryRoleChangeNoBit) {
 #if !defined(SONICMOE_STRESS)
   GTEST_SKIP() << "configure with -DSONICMOE_CUDA_STRESS=ON";
 #endif
-  MoECase ungated = many_tiles();
+  MoECase interleaved = many_tiles(), ungated = many_tiles();
+  interleaved.gate_up_layout = GateUpLayout::kInterleaved;
   ungated.activation = Activation::kGELU;
   for (const MoECase& wanted :
-       {one_expert(65), one_expert(129), one_expert(321), many_tiles(), ungated}) {
+       {one_expert(65), one_expert(129), one_expert(321), many_tiles(), interleaved, ungated}) {
     for (const Forced& forced : of_cuda(GetParam(), kForced)) {
       const ForcedSpec spec(forced);
       const MoECase c = fitted(GetParam(), wanted);

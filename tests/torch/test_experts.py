@@ -268,6 +268,17 @@ def test_inference_keeps_nothing_and_gives_the_same_bits():
         assert torch.equal(sm.moe(x, w1, w2, ids, weights), y)
 
 
+def test_no_slots_give_zeros():
+    x, w1, w2, _, _ = inputs()
+    ids, weights = torch.zeros(T, 0, dtype=torch.int64), torch.zeros(T, 0, requires_grad=True)
+    y = sm.moe(x, w1, w2, ids, weights)
+    assert y.shape == x.shape and not y.any()
+    y.sum().backward()
+    for given in (x, w1, w2):
+        assert given.grad.shape == given.shape and not given.grad.any()
+    assert weights.grad.shape == (T, 0)
+
+
 def test_only_the_gradients_asked_for():
     x, w1, w2, _, _ = inputs()
     (ids,), weights = routing("topk")
@@ -307,6 +318,7 @@ def test_autocast_casts_x_and_the_weights():
         ({"x": torch.randn(T, D).half()}, "x: expected"),
         ({"ids": torch.zeros(T + 1, K, dtype=torch.int64)}, "topk_ids"),
         ({"ids": torch.zeros(T, K)}, "topk_ids"),
+        ({"ids": torch.tensor(0)}, "topk_ids: expected \\[\\.\\.\\., size\\], got a scalar"),
         ({"activation": "sigmoid"}, "activation: expected one of swiglu"),
         ({"gate_up_layout": "swapped"}, "gate_up_layout: expected one of concatenated"),
         ({"limit": -1.0, "activation": "swiglu_clamped"}, "limit"),

@@ -139,7 +139,8 @@ def moe(
     deterministic=False lets the GPU add a token's rows to y and to x's gradient in any order, each
     sum rounded to bfloat16: faster and with less scratch, but the last bits change from run to run.
     """
-    ids, weights = (t.reshape(-1, t.shape[-1]).contiguous() for t in (topk_ids, topk_weights))
+    ids = _rows(topk_ids, "topk_ids").contiguous()
+    weights = _rows(topk_weights, "topk_weights").contiguous()
     routing = (FORM_TOP_K, ids, None, weights)
     options = (activation, gate_up_layout, limit, deterministic, workspace_limit)
     return _experts(x, w1, w2, b1, b2, routing, *options)

@@ -166,7 +166,7 @@ class UpEpilogue {
     }
   }
 
-  // weight * act of eight units, of which v1 holds the second half of gate and up.
+  // weight * act of a lane's eight units; v0, v1: as unpack_gate_up() takes them, or v0 alone.
   template <bool kHalves>
   static __device__ void activate(const ActivationParams& activation, const uint4& v0,
                                   const uint4& v1, float weight, float (&a)[8]) {

@@ -14,17 +14,18 @@ enum class HiddenLayout : int {
   kInterleaved,   // 2j and 2j + 1, in the tile too
 };
 
-// The eight of a row's 64 hidden units that a lane takes, `chunk` of eight lanes: a run of eight;
-// with kPairs, where gate and up alternate in H, runs of four at 4 chunk and 32 + 4 chunk, so that
-// here too the lanes' vectors of H lie side by side: with gaps between them every sector would be
-// written twice.
+// Which eight of every 64 hidden units lane `chunk` (of eight a row) takes: those from 8 chunk on.
+// With kPairs, where gate and up alternate in H, the four from 4 chunk on and the four 32 further,
+// so that one store of the eight lanes is 128 bytes of H in one piece; with runs of eight each
+// store would write half of every sector.
 template <bool kPairs>
 struct LaneUnits {
-  static constexpr int kRun = kPairs ? 4 : 8;
-  // num_units: of the row, from the tile's first unit on.
+  static constexpr int kRunLength = kPairs ? 4 : 8;
+  // num_units: of the row, from the tile's first unit on; 0 for a row past the end.
   __device__ LaneUnits(int chunk, int num_units)
-      : first(kRun * chunk), left(num_units - kRun * chunk) {}
-  // Whether the run (0, or 1 with kPairs) of block `block` lies in the row.
+      : first(kRunLength * chunk), left(num_units - kRunLength * chunk) {}
+  // Whether the run (0, or 1 with kPairs) of block `block` lies in the row: all of it, since n is a
+  // multiple of 8.
   __device__ bool inside(int block, int run = 0) const { return 64 * block + 32 * run < left; }
   // From row `row` of the dump at `half`, block `block`.
   __device__ uint4 load(uint32_t half, int row, int block) const {
@@ -34,16 +35,17 @@ struct LaneUnits {
     const uint2 low = ptx::load_shared_v2(at), high = ptx::load_shared_v2(at ^ 64);
     return {low.x, low.y, high.x, high.y};
   }
-  // One run of `v` to the row whose run 0 of the block lies at `to`.
-  template <int kWhich>
+  // Run kRun of `v` to the row whose run 0 of the block lies at `to`.
+  template <int kRun>
   __device__ void store(bf16* to, const uint4& v) const {
     if constexpr (!kPairs) return ptx::store_global_v4(to, v);
-    ptx::store_global_v2(to + 32 * kWhich, kWhich == 0 ? v.x : v.z, kWhich == 0 ? v.y : v.w);
+    ptx::store_global_v2(to + 32 * kRun, kRun == 0 ? v.x : v.z, kRun == 0 ? v.y : v.w);
   }
   int first, left;
 };
 
-// A lane's units of every block of 64: vectors of gate and up, or of the pairs of its two runs.
+// A lane's units of every block of 64: vectors of gate and up, or of the pairs of its two runs;
+// without gate `first` alone.
 template <int kBlocks, bool kGated>
 struct HiddenVectors {
   uint4 first[kBlocks];

@@ -22,7 +22,7 @@ SONICMOE_DEVICE uint4 pack(const float (&v)[8]) {
           ptx::pack_bf16x2(v[6], v[7])};
 }
 
-// Sixteen values g0 u0 g1 u1 ... in two vectors, as the interleaved layout stores them.
+// Eight pairs g0 u0 g1 u1 ..., four in either vector.
 SONICMOE_DEVICE void unpack_pairs(const uint4& low, const uint4& high, float (&g)[8],
                                   float (&u)[8]) {
 #pragma unroll

@@ -195,12 +195,12 @@ void launch_aggregate(cudaStream_t stream, const MoEShape& shape, Sources s, con
 // Of few rows a warp sums several spans, as many as divide the columns.
 template <int kRows>
 void launch_top_k(cudaStream_t stream, const MoEShape& shape, const Sources& s, const Metadata& m) {
-  constexpr int kMost = 8;  // loads in flight
+  constexpr int kLoads = 8;  // in flight
   const auto spans = ceil_div(s.columns, kSpan);
-  if constexpr (3 * kRows <= kMost) {
+  if constexpr (3 * kRows <= kLoads) {
     if (spans % 3 == 0) return launch_aggregate<kRows, 3, false>(stream, shape, s, m);
   }
-  if constexpr (2 * kRows <= kMost) {
+  if constexpr (2 * kRows <= kLoads) {
     if (spans % 2 == 0) return launch_aggregate<kRows, 2, false>(stream, shape, s, m);
   }
   launch_aggregate<kRows, 1, false>(stream, shape, s, m);
@@ -314,9 +314,9 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
                 ? static_cast<int>(shape.num_pairs / shape.num_tokens)
                 : 0;
   s.vector_out = args.out.has_aligned_rows();
-  constexpr int kMost = 8;  // rows in flight: all up to 8, else equal parts
+  constexpr int kMostRows = 8;  // in flight: all up to 8, else equal parts
   if (s.top_k == 0) return launch_aggregate<4, 1, true>(stream, shape, s, metadata);
-  switch (ceil_div(s.top_k, ceil_div(s.top_k, kMost))) {
+  switch (ceil_div(s.top_k, ceil_div(s.top_k, kMostRows))) {
     case 1:
       return launch_top_k<1>(stream, shape, s, metadata);
     case 2:
