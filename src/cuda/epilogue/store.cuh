@@ -13,8 +13,8 @@
 // Eight lanes take 64 columns of a row in chunks of 16 bytes (but LaneUnits in hidden_input.cuh), a
 // warp four rows: a half is sixteen groups of four rows, of which each math warp dumps four. Where
 // reductions are short the tensor cores wait for the epilogue warps; there, a Spec has besides
-// Epilogue an OwnEpilogue, by which each math warp stores the last of its four groups itself. It has
-// Epilogue's Params and
+// Epilogue an OwnEpilogue, by which each math warp stores the last of its four groups itself. It
+// has Epilogue's Params and
 //   State(params, item, w, warp, lane)      for one half, while its last products still run: math
 //                                           warp `warp` of the half's four; no begin()
 //   constructor, store(half)                as above
