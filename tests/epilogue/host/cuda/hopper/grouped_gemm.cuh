@@ -25,9 +25,10 @@ struct Copy {
   int column, row;
 };
 inline std::array<uint8_t, 1 << 17> shared;
+// What load_global_nc_v4() may read.
 inline struct {
   const __nv_bfloat16 *begin, *end;
-} readable;                       // of global memory
+} readable;
 inline std::vector<Copy> copies;  // of one warp and half, in order
 inline bool records_copies;       // else they are known already
 inline std::size_t waits;         // since the half began
