@@ -109,8 +109,8 @@ def summary(rows: list[dict], anchors: dict, shapes: list[str]) -> dict:
     shapes = [shape for shape in shapes if shape in timed] or shapes
     return {
         "about": f"time of {PEER} over ours, each over {CEILING} of its run, by {', '.join(PARTS)}; "
-        f"{PEER}: the better of its wall and busy time, or as CUDA graphs, where this run lacks it "
-        f"{anchors['source']}",
+        f"{PEER}: the better of its wall and busy time, beside our graphs its graphs; "
+        f"where this run lacks it {anchors['source']}",
         "geometric_means": geometric_means(table, shapes),
         "shapes": table,
     }

@@ -46,6 +46,17 @@ def newest(records: list[dict], key: str, value: str) -> dict | None:
     return max(fitting, key=lambda r: r["date"], default=None)
 
 
+def peer_graphs(record: dict, graphs: dict | None) -> dict[str, Speed]:
+    """The official layer as CUDA graphs, by the record's shapes: its own, else of `graphs`."""
+    shapes = {row["shape"] for row in record["rows"] if "fwd_ms" in row}
+    rows = (graphs["rows"] if graphs else []) + record["rows"]
+    return {
+        row["shape"]: measured_speed(row, "graph_")
+        for row in rows
+        if row["shape"] in shapes and row["system"] == PEER and "graph_fwd_ms" in row
+    }
+
+
 def speeds(record: dict, anchors: dict, graphs: dict | None = None) -> dict[str, dict[str, Speed]]:
     """Speeds by shape and system; the record's shapes, in its order."""
     table: dict[str, dict[str, Speed]] = {}
@@ -53,9 +64,8 @@ def speeds(record: dict, anchors: dict, graphs: dict | None = None) -> dict[str,
         if "fwd_ms" in row:
             speed = best_speed if row["system"] == PEER else measured_speed
             table.setdefault(row["shape"], {})[row["system"]] = speed(row)
-    for row in graphs["rows"] if graphs else []:
-        if row["shape"] in table and row["system"] == PEER and "graph_fwd_ms" in row:
-            table[row["shape"]][PEER] = measured_speed(row, "graph_")
+    for shape, speed in peer_graphs(record, graphs).items():
+        table[shape][PEER] = speed
     for row in anchors["rows"]:
         if row["shape"] in table and row["system"] != CEILING:  # ours is of the record's machine
             table[row["shape"]].setdefault(row["system"], best_speed(row))
@@ -103,6 +113,9 @@ def handles_of(systems: set[str]) -> list:
 
 def plot_speeds(record: dict, anchors: dict, path: Path, graphs: dict | None = None) -> None:
     table, here = speeds(record, anchors, graphs), timed_here(record)
+    replayed = peer_graphs(record, graphs)
+    here |= {(shape, PEER) for shape in replayed}
+    of_graphs = f", of {PEER} at {', '.join(replayed)} as CUDA graphs" if replayed else ""
     present = {system for systems in table.values() for system in systems}
     most = max(sum(system in BARS for system in systems) for systems in table.values())
     size = (max(12, 1.1 * len(table)), 9)
@@ -122,8 +135,8 @@ def plot_speeds(record: dict, anchors: dict, path: Path, graphs: dict | None = N
     )
     figure.supxlabel(
         f"{record['device']}, torch {record['versions']['torch']}, {record['date'][:10]}; wall time."
-        f"  * the better of wall and busy time, of sonic-moe at 1.4B and 7B as CUDA graphs;"
-        f" hatched: {anchors['source']}; no bar: not measured.",
+        f"  * the better of wall and busy time{of_graphs}; hatched: {anchors['source']};"
+        " no bar: not measured.",
         fontsize=9,
     )
     figure.savefig(path, dpi=110)
@@ -175,7 +188,8 @@ def main() -> int:
     records = read("h?00-*.json")
     arguments.images.mkdir(parents=True, exist_ok=True)
     if layer := newest(records, "system", "sonicmoe"):
-        graphs = newest(read("graphs-h?00-*.json"), "system", PEER)
+        same_device = [r for r in read("graphs-h?00-*.json") if r["device"] == layer["device"]]
+        graphs = newest(same_device, "system", PEER)
         plot_speeds(layer, load_anchors(), arguments.images / "bench-gpu.png", graphs)
     if cases := newest(records, "case", "limit"):
         plot_limits(cases, arguments.images / "workspace-limit.png")

@@ -45,8 +45,8 @@ class SONICMOE_API ConstTensorView {
   std::int64_t numel() const noexcept;
   /// numel() * size_of(dtype()).
   std::size_t nbytes() const noexcept;
-  /// Row-major without gaps; extents of 1 put no condition on their stride, and no elements none at
-  /// all.
+  /// Row-major without gaps. Extents of 1 put no condition on their stride; a tensor without
+  /// elements is contiguous.
   bool is_contiguous() const noexcept;
   /// "bfloat16[8, 256, 64]", for messages.
   std::string describe() const;

@@ -55,8 +55,9 @@ constexpr std::pair<Activation, GateUpLayout> kHiddenLayouts[] = {
     {Activation::kGELU, GateUpLayout::kConcatenated},
 };
 
-// Tile width, who stores dH, K-major and MN-major weights, gated or not, and the three ways a
-// weight gradient leaves: every configuration that specs.cuh allows, not only select.cpp's choice.
+// Tile width, who stores dH, K-major and MN-major weights, the three layouts of H, and the three
+// ways a weight gradient leaves: every configuration that specs.cuh allows, not only select.cpp's
+// choice.
 TEST_P(Specs, EveryLegalSpec) {
   for (const Forced& forced : of_cuda(GetParam(), kForced)) {
     const ForcedSpec spec(forced);
@@ -79,9 +80,8 @@ TEST_P(Specs, EveryLegalSpec) {
 }
 
 // Gate and up boxes of several blocks of 64 columns: n of 3 and 7 blocks, so that the last boxes
-// have blocks past the end; interleaved, the last block ends
-// within the lanes' second runs. Weights are
-// read with and without unit stride along the reduction.
+// have blocks past the end; and n = 168, interleaved, where the last block ends within the lanes'
+// second runs. Weights are read with and without unit stride along the reduction.
 TEST_P(Specs, BoxesOfSeveralBlocksOfColumns) {
   for (const char* block_n : of_cuda(GetParam(), {"", "128", "256"})) {
     const ForcedSpec spec({block_n, ""});
