@@ -4,6 +4,8 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -24,14 +26,15 @@ struct Copy {
   const CUtensorMap* map;
   int column, row;
 };
-inline std::array<uint8_t, 1 << 17> shared;
+inline std::array<uint8_t, 1 << 20> shared;
+inline std::vector<Copy> copies;  // of one warp, in order
+inline std::size_t waits;         // of one lane
+
 // What load_global_nc_v4() may read.
-inline struct {
+struct Readable {
   const __nv_bfloat16 *begin, *end;
-} readable;
-inline std::vector<Copy> copies;  // of one warp and half, in order
-inline bool records_copies;       // else they are known already
-inline std::size_t waits;         // since the half began
+};
+inline Readable readable;
 
 // Zeros where the box is past the end.
 inline void make_copy(const Copy& copy) {
@@ -85,7 +88,7 @@ inline void store_global_streaming_v4(void* address, const uint4& v) { host::sto
 inline void store_global_v2(void* address, uint32_t x, uint32_t y) {
   host::store(address, uint2{x, y});
 }
-inline void reduce_add_bf16x2_v4(void*, const uint4&) {}
+inline void reduce_add_bf16x2_v4(void*, const uint4&) {}  // store.cuh names it; not called here
 inline void await_value(uint32_t) {}
 
 inline void mbarrier_init(uint32_t, int) {}
@@ -93,9 +96,9 @@ inline void mbarrier_arrive_expect_tx(uint32_t, int) {}
 inline void fence_mbarrier_init() {}
 inline void prefetch_tensormap(const CUtensorMap*) {}
 inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t, int column, int, int row) {
-  if (host::records_copies) host::copies.push_back({to, map, column, row});
+  host::copies.push_back({to, map, column, row});  // lane 0 issues them for all lanes
 }
-inline void tma_store(const CUtensorMap*, uint32_t, int, int, int) {}
+inline void tma_store(const CUtensorMap*, uint32_t, int, int, int) {}  // likewise
 
 }  // namespace sonicmoe::ptx
 
@@ -122,7 +125,7 @@ using tile::Slot;
 enum class Dump { kRows, kTransposed, kDirect };
 inline constexpr int kBlockM = 128;
 struct SharedLayout {
-  uint32_t dump = 0, extra = 1 << 16, extra_barriers = 0;  // barriers are not read
+  uint32_t extra = 0, extra_barriers = 0;  // barriers are not read
 };
 struct Item {
   int row0, rows, expert, m, n, k_tiles;
