@@ -5,13 +5,6 @@
 
 namespace sonicmoe::ptx {
 
-// tanh, max relative error 2^-11: below bf16's rounding.
-SONICMOE_DEVICE float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // 2^x, max relative error 2^-22; subnormal results are flushed.
 SONICMOE_DEVICE float exp2_approx(float x) {
   float y;

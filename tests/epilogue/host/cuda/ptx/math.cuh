@@ -6,7 +6,6 @@
 namespace sonicmoe::ptx {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
-inline float tanh_approx(float x) { return std::tanh(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 inline uint32_t round_to_bf16(float x) {  // to nearest even
