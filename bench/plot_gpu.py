@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib
 from bench_common import REPOSITORY
-from gpu_summary import CEILING, PEER, Speed, best_speed, load_anchors, measured_speed
+from gpu_summary import CEILING, PEER, Speed, best_speed, load_anchors, measured_speed, peer_speed
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -51,9 +51,9 @@ def peer_graphs(record: dict, graphs: dict | None) -> dict[str, Speed]:
     shapes = {row["shape"] for row in record["rows"] if "fwd_ms" in row}
     rows = (graphs["rows"] if graphs else []) + record["rows"]
     return {
-        row["shape"]: measured_speed(row, "graph_")
+        row["shape"]: speed
         for row in rows
-        if row["shape"] in shapes and row["system"] == PEER and "graph_fwd_ms" in row
+        if row["shape"] in shapes and row["system"] == PEER and (speed := peer_speed(row, "graph"))
     }
 
 
