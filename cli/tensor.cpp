@@ -22,7 +22,7 @@ Tensor::Tensor(DType dtype, std::vector<std::int64_t> shape, Device device) {
   fill_bytes(device, buffer_->data(), kGuardValue, kGuardBytes);
   fill_bytes(device, data, kUnwritten, bytes);
   fill_bytes(device, data + bytes, kGuardValue, kGuardBytes);
-  view_ = TensorView(data, dtype, shape);
+  view_ = TensorView(data, dtype, shape, device);
 }
 
 Tensor Tensor::stored_transposed(DType dtype, std::vector<std::int64_t> shape, Device device) {
@@ -94,6 +94,12 @@ float Tensor::at(std::size_t i) const {
       return static_cast<float>(as<std::int64_t>()[i]);
     case DType::kUInt8:
       return static_cast<float>(as<std::uint8_t>()[i]);
+    case DType::kFloat16:
+    case DType::kFloat64:
+    case DType::kInt8:
+    case DType::kInt16:
+    case DType::kBool:
+      break;  // no operation takes these
   }
   return 0.0f;
 }

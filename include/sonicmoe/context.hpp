@@ -1,17 +1,11 @@
-// Where and how an operation runs.
+// How an operation runs.
 #pragma once
 
-#include <cstdint>
 #include <string_view>
 
+#include "sonicmoe/device.hpp"
+
 namespace sonicmoe {
-
-enum class DeviceType : std::uint8_t { kCpu, kCuda };
-
-struct Device {
-  DeviceType type = DeviceType::kCpu;
-  int index = 0;  // ordinal of a CUDA device; 0 for the CPU
-};
 
 /// An opaque stream: a cudaStream_t on CUDA, unused on the CPU. Null is the default stream.
 struct Stream {
@@ -21,6 +15,7 @@ struct Stream {
 /// Passed to every operation. Operations are thread-safe: the library has no mutable global state
 /// that a result depends on.
 struct Context {
+  /// Every tensor of the call has to lie there.
   Device device;
   Stream stream;
   /// CPU threads of one call; 0 takes OpenMP's default. Results do not depend on it, bit for bit.

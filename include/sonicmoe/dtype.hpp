@@ -8,25 +8,43 @@
 
 namespace sonicmoe {
 
-enum class DType : std::uint8_t { kFloat32, kBFloat16, kInt32, kInt64, kUInt8 };
+enum class DType : std::uint8_t {
+  kFloat32,
+  kBFloat16,
+  kInt32,
+  kInt64,
+  kUInt8,
+  // No argument of any operation takes these. They exist so that a view of such memory can be made
+  // and the error can name what was given.
+  kFloat16,
+  kFloat64,
+  kInt8,
+  kInt16,
+  kBool,
+};
 
-/// Bytes of one element.
+/// Bytes of one element; 0 for a value that is no enumerator.
 constexpr std::size_t size_of(DType dtype) noexcept {
   switch (dtype) {
     case DType::kFloat32:
     case DType::kInt32:
       return 4;
     case DType::kBFloat16:
+    case DType::kFloat16:
+    case DType::kInt16:
       return 2;
     case DType::kInt64:
+    case DType::kFloat64:
       return 8;
     case DType::kUInt8:
+    case DType::kInt8:
+    case DType::kBool:
       return 1;
   }
   return 0;
 }
 
-/// "float32", "bfloat16", "int32", "int64" or "uint8".
+/// "float32", "bfloat16", ...; "?" for a value that is no enumerator.
 constexpr std::string_view name_of(DType dtype) noexcept {
   switch (dtype) {
     case DType::kFloat32:
@@ -39,6 +57,16 @@ constexpr std::string_view name_of(DType dtype) noexcept {
       return "int64";
     case DType::kUInt8:
       return "uint8";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kFloat64:
+      return "float64";
+    case DType::kInt8:
+      return "int8";
+    case DType::kInt16:
+      return "int16";
+    case DType::kBool:
+      return "bool";
   }
   return "?";
 }

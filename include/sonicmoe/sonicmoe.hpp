@@ -4,6 +4,7 @@
 #include "sonicmoe/activation.hpp"
 #include "sonicmoe/backend.hpp"
 #include "sonicmoe/context.hpp"
+#include "sonicmoe/device.hpp"
 #include "sonicmoe/dtype.hpp"
 #include "sonicmoe/error.hpp"
 #include "sonicmoe/memory.hpp"

@@ -9,6 +9,7 @@
 #include <string>
 #include <type_traits>
 
+#include "sonicmoe/device.hpp"
 #include "sonicmoe/dtype.hpp"
 #include "sonicmoe/export.hpp"
 
@@ -16,25 +17,33 @@ namespace sonicmoe {
 
 inline constexpr int kMaxRank = 4;
 
-/// A read-only strided tensor: pointer, dtype, shape and strides (in elements, not bytes).
+/// A read-only strided tensor: pointer, dtype, shape, strides (in elements, not bytes) and the
+/// device that the memory belongs to.
 /// A default-constructed view is *absent* (`defined() == false`): the way to leave out an optional
 /// argument. A tensor with a zero extent may have a null pointer and is still defined.
 class SONICMOE_API ConstTensorView {
  public:
   ConstTensorView() = default;
 
-  /// Row-major contiguous. Throws Error when the rank is not 1..kMaxRank or an extent is negative.
-  ConstTensorView(const void* data, DType dtype, std::initializer_list<std::int64_t> shape)
-      : ConstTensorView(data, dtype, std::span(shape.begin(), shape.size())) {}
-  ConstTensorView(const void* data, DType dtype, std::span<const std::int64_t> shape);
-
-  /// With explicit strides in elements; `strides.size() == shape.size()`.
+  /// Row-major contiguous. Throws Error when the rank is not 1..kMaxRank, an extent is negative,
+  /// the pointer is null although there are elements, `dtype` is no enumerator, or the bytes from
+  /// the first to the last element do not fit 2^63.
+  ConstTensorView(const void* data, DType dtype, std::initializer_list<std::int64_t> shape,
+                  Device device = {})
+      : ConstTensorView(data, dtype, std::span(shape.begin(), shape.size()), device) {}
   ConstTensorView(const void* data, DType dtype, std::span<const std::int64_t> shape,
-                  std::span<const std::int64_t> strides);
+                  Device device = {});
+
+  /// With explicit strides in elements, each >= 0; `strides.size() == shape.size()`. 0 repeats an
+  /// element, which an operation's outputs must not do.
+  ConstTensorView(const void* data, DType dtype, std::span<const std::int64_t> shape,
+                  std::span<const std::int64_t> strides, Device device = {});
 
   bool defined() const noexcept { return rank_ > 0; }
   int rank() const noexcept { return rank_; }
   DType dtype() const noexcept { return dtype_; }
+  /// Given by whoever made the view; every operation compares it with its context's.
+  Device device() const noexcept { return device_; }
   std::int64_t size(int dim) const noexcept { return shape_[static_cast<std::size_t>(dim)]; }
   std::int64_t stride(int dim) const noexcept { return strides_[static_cast<std::size_t>(dim)]; }
   std::span<const std::int64_t> shape() const noexcept {
@@ -45,6 +54,8 @@ class SONICMOE_API ConstTensorView {
   std::int64_t numel() const noexcept;
   /// numel() * size_of(dtype()).
   std::size_t nbytes() const noexcept;
+  /// Bytes from the first element to behind the last, gaps included; 0 without elements.
+  std::size_t span_bytes() const noexcept;
   /// Row-major without gaps. Extents of 1 put no condition on their stride; a tensor without
   /// elements is contiguous.
   bool is_contiguous() const noexcept;
@@ -60,6 +71,7 @@ class SONICMOE_API ConstTensorView {
 
  protected:
   const void* data_ = nullptr;
+  Device device_;
   DType dtype_ = DType::kFloat32;
   int rank_ = 0;
   std::array<std::int64_t, kMaxRank> shape_{};
@@ -70,13 +82,13 @@ class SONICMOE_API ConstTensorView {
 class SONICMOE_API TensorView : public ConstTensorView {
  public:
   TensorView() = default;
-  TensorView(void* data, DType dtype, std::initializer_list<std::int64_t> shape)
-      : ConstTensorView(data, dtype, shape) {}
-  TensorView(void* data, DType dtype, std::span<const std::int64_t> shape)
-      : ConstTensorView(data, dtype, shape) {}
+  TensorView(void* data, DType dtype, std::initializer_list<std::int64_t> shape, Device device = {})
+      : ConstTensorView(data, dtype, shape, device) {}
+  TensorView(void* data, DType dtype, std::span<const std::int64_t> shape, Device device = {})
+      : ConstTensorView(data, dtype, shape, device) {}
   TensorView(void* data, DType dtype, std::span<const std::int64_t> shape,
-             std::span<const std::int64_t> strides)
-      : ConstTensorView(data, dtype, shape, strides) {}
+             std::span<const std::int64_t> strides, Device device = {})
+      : ConstTensorView(data, dtype, shape, strides, device) {}
 
   void* data() const noexcept { return const_cast<void*>(data_); }
   template <class T>
@@ -98,7 +110,7 @@ View transposed(const View& view, int a, int b) {
   }
   const auto rank = static_cast<std::size_t>(view.rank());
   return View(view.data(), view.dtype(), std::span<const std::int64_t>(shape.data(), rank),
-              std::span<const std::int64_t>(strides.data(), rank));
+              std::span<const std::int64_t>(strides.data(), rank), view.device());
 }
 
 }  // namespace sonicmoe

@@ -1,9 +1,8 @@
 // Validation and dispatch of moe_forward and moe_backward.
 #include "sonicmoe/moe.hpp"
 
-#include <limits>
-
-#include "api/moe_checks.hpp"
+#include "api/arguments.hpp"
+#include "api/checks.hpp"
 #include "core/backend.hpp"
 #include "core/check.hpp"
 #include "core/metadata.hpp"
@@ -81,6 +80,7 @@ MoEShape checked_shape(const Check& check, const ExpertOptions& options, const C
   check.dtype("x", x, {DType::kFloat32, DType::kBFloat16});
   check.unit_stride("x", x, 1);
   check.rank("w2", weights.w2, 3);
+  check_expert_options(check, options);
   MoEShape shape;
   shape.num_tokens = x.size(0);
   shape.hidden_size = x.size(1);
@@ -100,12 +100,7 @@ MoEShape checked_shape(const Check& check, const ExpertOptions& options, const C
   if (const auto* sorted = std::get_if<SortedRouting>(&routing)) {
     check.shape("offsets", sorted->offsets, {shape.num_experts});
   }
-  constexpr std::int64_t kMaxRows = std::numeric_limits<std::int32_t>::max() - 1;
-  check.that(shape.num_pairs <= kMaxRows, "routing", "fewer than 2^31 - 1 pairs",
-             std::to_string(shape.num_pairs));
-  check.that(shape.num_tokens <= kMaxRows, "x", "fewer than 2^31 - 1 tokens", x.describe());
-  check.that(options.activation != Activation::kSwiGLUClamped || options.limit > 0.0f, "limit",
-             "a positive limit", std::to_string(options.limit));
+  check_shape(check, shape);
   return shape;
 }
 
@@ -115,22 +110,6 @@ void check_saved(const Check& check, const MoEShape& shape, const ConstTensorVie
   check.dtype("h", h, {shape.dtype});
   check.contiguous("h", h);
   check.buffer("metadata", metadata, moe_metadata_bytes(shape), kMetadataAlignment);
-}
-
-void check_parameter_gradient(const Check& check, const char* name, const ConstTensorView& grad,
-                              const ConstTensorView& parameter, bool accumulate) {
-  if (!grad.defined()) return;
-  check.shape_like(name, grad, parameter);
-  if (accumulate) {
-    check.dtype(name, grad, {DType::kFloat32});
-  } else {
-    check.dtype(name, grad, {parameter.dtype(), DType::kFloat32});
-  }
-  if (grad.rank() == 3) {
-    check.unit_stride_in_a_matrix_dim(name, grad);
-  } else {
-    check.unit_stride(name, grad, grad.rank() - 1);
-  }
 }
 
 void check_bias_gradient(const Check& check, const char* name, const ConstTensorView& grad,
@@ -162,16 +141,69 @@ void check_gradients(const Check& check, const MoEBackwardArgs& args) {
 
 }  // namespace
 
+void check_expert_options(const Check& check, const ExpertOptions& options) {
+  check.enumerator("activation", options.activation);
+  check.enumerator("gate_up_layout", options.gate_up_layout);
+  check.that(options.activation != Activation::kSwiGLUClamped || options.limit > 0.0f, "limit",
+             "a positive limit", std::to_string(options.limit));
+}
+
+void check_shape(const Check& check, const MoEShape& s) {
+  constexpr std::int64_t kMostColumns = (std::int64_t{1} << 31) - 1;
+  check.enumerator("activation", s.activation);
+  check.that(s.form <= MoEShape::Form::kPairs, "form", "an enumerator",
+             std::to_string(static_cast<int>(s.form)));
+  check.that(s.dtype == DType::kFloat32 || s.dtype == DType::kBFloat16, "dtype",
+             "float32 or bfloat16", std::string(name_of(s.dtype)));
+  check.between("num_tokens", s.num_tokens, 0, kMostRows);
+  check.between("hidden_size", s.hidden_size, 1, kMostColumns);
+  check.between("intermediate_size", s.intermediate_size, 1, kMostColumns);
+  check.between("num_experts", s.num_experts, 1, kMostColumns);
+  check.between("num_pairs", s.num_pairs, 0, kMostRows);
+  if (s.form == MoEShape::Form::kSorted) {
+    check.that(s.num_pairs == s.num_tokens, "num_pairs",
+               std::to_string(s.num_tokens) + ", num_tokens of sorted rows",
+               std::to_string(s.num_pairs));
+  } else if (s.form == MoEShape::Form::kTopK) {
+    check.that(s.num_tokens == 0 ? s.num_pairs == 0 : s.num_pairs % s.num_tokens == 0, "num_pairs",
+               "a multiple of num_tokens, " + std::to_string(s.num_tokens),
+               std::to_string(s.num_pairs));
+  }
+  check.product("num_pairs * hidden_size", {s.num_pairs, s.hidden_size});
+  check.product("num_pairs * g * intermediate_size", {s.num_pairs, s.hidden_columns()});
+  check.product("num_tokens * num_experts", {s.num_tokens, s.num_experts});
+  check.product("num_experts * g * intermediate_size * hidden_size",
+                {s.num_experts, s.hidden_columns(), s.hidden_size});
+}
+
+void check_parameter_gradient(const Check& check, const char* name, const ConstTensorView& grad,
+                              const ConstTensorView& parameter, bool accumulate) {
+  if (!grad.defined()) return;
+  check.shape_like(name, grad, parameter);
+  if (accumulate) {
+    check.dtype(name, grad, {DType::kFloat32});
+  } else {
+    check.dtype(name, grad, {parameter.dtype(), DType::kFloat32});
+  }
+  if (grad.rank() == 3) {
+    check.unit_stride_in_a_matrix_dim(name, grad);
+  } else {
+    check.unit_stride(name, grad, grad.rank() - 1);
+  }
+}
+
 MoEShape moe_shape(const ExpertOptions& options, ConstTensorView x, const ExpertWeights& weights,
                    const Routing& routing) {
-  return checked_shape(Check("moe_shape"), options, x, weights, routing);
+  return checked_shape(Check("moe_shape", x.device()), options, x, weights, routing);
 }
 
 std::size_t moe_h_bytes(const MoEShape& shape) {
+  check_shape(Check("moe_h_bytes", Device{}), shape);
   return static_cast<std::size_t>(shape.num_pairs * shape.hidden_columns()) * size_of(shape.dtype);
 }
 
 std::size_t moe_metadata_bytes(const MoEShape& shape) {
+  check_shape(Check("moe_metadata_bytes", Device{}), shape);
   std::int64_t entries = shape.num_experts;
   if (shape.form == MoEShape::Form::kTopK) entries += 3 * shape.num_pairs;
   if (shape.form == MoEShape::Form::kPairs) entries += 4 * shape.num_pairs + shape.num_tokens + 1;
@@ -180,18 +212,19 @@ std::size_t moe_metadata_bytes(const MoEShape& shape) {
 
 WorkspacePlan moe_forward_workspace(const Context& context, const MoEShape& shape, bool inference,
                                     std::optional<std::size_t> workspace_limit) {
+  check_shape(Check("moe_forward_workspace", context), shape);
   return choose_backend(context, "moe_forward_workspace")
       .moe_forward_workspace(context, shape, inference, workspace_limit);
 }
 
 WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
                                      std::optional<std::size_t> workspace_limit) {
+  check_shape(Check("moe_backward_workspace", context), shape);
   return choose_backend(context, "moe_backward_workspace")
       .moe_backward_workspace(context, shape, workspace_limit);
 }
 
-void moe_forward(const Context& context, const MoEForwardArgs& args) {
-  const Check check("moe_forward");
+MoEShape check_moe_forward(const Check& check, const MoEForwardArgs& args) {
   const MoEShape shape = checked_shape(check, args.options, args.x, args.weights, args.routing);
   check.shape_like("out", args.out, args.x);
   check.dtype("out", args.out, {shape.dtype});
@@ -200,11 +233,18 @@ void moe_forward(const Context& context, const MoEForwardArgs& args) {
   check.that(inference == !args.metadata.defined(), inference ? "h" : "metadata",
              "h and metadata together, or neither", "only one of them");
   if (!inference) check_saved(check, shape, args.h, args.metadata);
+  return shape;
+}
+
+void moe_forward(const Context& context, const MoEForwardArgs& args) {
+  const Check check("moe_forward", context);
+  const MoEShape shape = check_moe_forward(check, args);
   const Backend& backend = choose_backend(context, "moe_forward");
   const WorkspacePlan plan =
-      backend.moe_forward_workspace(context, shape, inference, args.workspace_limit);
+      backend.moe_forward_workspace(context, shape, !args.h.defined(), args.workspace_limit);
   check.buffer("workspace", args.workspace, plan.bytes, 64);
-  backend.moe_forward(context, shape, args);
+  check_memory(check, args);
+  run_backend(check, [&] { backend.moe_forward(context, shape, args); });
 }
 
 MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args) {
@@ -218,12 +258,13 @@ MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args) {
 }
 
 void moe_backward(const Context& context, const MoEBackwardArgs& args) {
-  const Check check("moe_backward");
+  const Check check("moe_backward", context);
   const MoEShape shape = check_moe_backward(check, args);
   const Backend& backend = choose_backend(context, "moe_backward");
   const WorkspacePlan plan = backend.moe_backward_workspace(context, shape, args.workspace_limit);
   check.buffer("workspace", args.workspace, plan.bytes, 64);
-  backend.moe_backward(context, shape, args, nullptr);
+  check_memory(check, args);
+  run_backend(check, [&] { backend.moe_backward(context, shape, args, nullptr); });
 }
 
 }  // namespace sonicmoe

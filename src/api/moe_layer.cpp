@@ -3,9 +3,9 @@
 
 #include <algorithm>
 
-#include "api/moe_checks.hpp"
+#include "api/arguments.hpp"
+#include "api/checks.hpp"
 #include "core/backend.hpp"
-#include "core/check.hpp"
 #include "core/workspace.hpp"
 
 namespace sonicmoe {
@@ -58,7 +58,7 @@ LayerWorkspace carve(void* base, const Backend& backend, const Context& context,
 }
 
 template <class ExpertPlan>
-WorkspacePlan plan_layer(const Backend& backend, const Context& context,
+WorkspacePlan plan_layer(const Check& check, const Backend& backend, const Context& context,
                          const MoELayerOptions& options, const MoEShape& shape, bool forward,
                          std::optional<std::size_t> limit, ExpertPlan expert_plan) {
   const std::size_t outer = carve(nullptr, backend, context, options, shape, forward, 0).used;
@@ -66,8 +66,8 @@ WorkspacePlan plan_layer(const Backend& backend, const Context& context,
     const WorkspacePlan whole = expert_plan(std::nullopt);
     const std::size_t minimum = outer + whole.minimum_bytes;
     if (*limit < minimum) {
-      throw Error("moe_layer", "workspace_limit", "at least " + std::to_string(minimum) + " bytes",
-                  std::to_string(*limit));
+      check.fail("workspace_limit", "at least " + std::to_string(minimum) + " bytes",
+                 std::to_string(*limit));
     }
     *limit -= outer;
   }
@@ -77,18 +77,18 @@ WorkspacePlan plan_layer(const Backend& backend, const Context& context,
   return plan;
 }
 
-WorkspacePlan forward_plan(const Backend& backend, const Context& context,
+WorkspacePlan forward_plan(const Check& check, const Backend& backend, const Context& context,
                            const MoELayerOptions& options, const MoEShape& shape, bool inference,
                            std::optional<std::size_t> limit) {
-  return plan_layer(backend, context, options, shape, true, limit, [&](auto expert_limit) {
+  return plan_layer(check, backend, context, options, shape, true, limit, [&](auto expert_limit) {
     return backend.moe_forward_workspace(context, shape, inference, expert_limit);
   });
 }
 
-WorkspacePlan backward_plan(const Backend& backend, const Context& context,
+WorkspacePlan backward_plan(const Check& check, const Backend& backend, const Context& context,
                             const MoELayerOptions& options, const MoEShape& shape,
                             std::optional<std::size_t> limit) {
-  return plan_layer(backend, context, options, shape, false, limit, [&](auto expert_limit) {
+  return plan_layer(check, backend, context, options, shape, false, limit, [&](auto expert_limit) {
     return backend.moe_backward_workspace(context, shape, expert_limit);
   });
 }
@@ -98,8 +98,8 @@ Routing routing_of(const MoELayerOptions& options, const MoELayerSaved& saved) {
   return TopKRouting{saved.topk_ids, saved.pair_weights};
 }
 
-TensorView bytes_view(void* data, std::size_t bytes) {
-  return TensorView(data, DType::kUInt8, {static_cast<std::int64_t>(bytes)});
+TensorView bytes_view(void* data, std::size_t bytes, const Device& device) {
+  return TensorView(data, DType::kUInt8, {static_cast<std::int64_t>(bytes)}, device);
 }
 
 void check_router(const Check& check, const ConstTensorView& x, const ConstTensorView& weight,
@@ -119,10 +119,42 @@ void check_router(const Check& check, const ConstTensorView& x, const ConstTenso
   check.contiguous("logits", logits);
 }
 
+RouteForwardArgs topk_args(const MoELayerForwardArgs& args) {
+  return {args.options.router, args.logits, args.saved.topk_ids, args.saved.pair_weights,
+          args.rows_per_expert};
+}
+
+RoundTokensForwardArgs rounding_args(const MoELayerForwardArgs& args) {
+  return {.options = args.options.router,
+          .rounding = *args.options.rounding,
+          .logits = args.logits,
+          .token_ids = args.saved.token_ids,
+          .expert_ids = args.saved.expert_ids,
+          .pair_weights = args.saved.pair_weights,
+          .topk_ids = args.saved.topk_ids,
+          .rows_per_expert = args.rows_per_expert,
+          .rows_per_expert_before = {},
+          .workspace = {}};
+}
+
+// The expert half of the layer's forward, without its workspace.
+MoEForwardArgs expert_args(const MoELayerForwardArgs& args) {
+  return {.options = args.options.experts,
+          .x = args.x,
+          .weights = args.weights,
+          .routing = routing_of(args.options, args.saved),
+          .out = args.out,
+          .h = args.saved.h,
+          .metadata = args.saved.metadata,
+          .workspace = {},
+          .workspace_limit = {}};
+}
+
 // The expert half of the layer's backward, as moe_backward's arguments.
 MoEBackwardArgs expert_args(const MoELayerBackwardArgs& args, const LayerWorkspace& workspace,
                             std::size_t expert_bytes, std::int64_t num_pairs,
                             std::optional<std::size_t> limit) {
+  const Device device = args.x.device();
   MoEBackwardArgs experts;
   experts.options = args.options.experts;
   experts.grad_out = args.grad_out;
@@ -137,33 +169,38 @@ MoEBackwardArgs expert_args(const MoELayerBackwardArgs& args, const LayerWorkspa
   experts.grad_w2 = args.grad_w2;
   experts.grad_b2 = args.grad_b2;
   experts.accumulate = args.accumulate;
-  experts.workspace = bytes_view(workspace.experts, expert_bytes);
+  experts.workspace = bytes_view(workspace.experts, expert_bytes, device);
   experts.workspace_limit = limit;
   void* weights = workspace.grad_pair_weights;
   if (args.options.rounding) {
-    experts.grad_routing_weights = TensorView(weights, DType::kFloat32, {num_pairs});
+    experts.grad_routing_weights = TensorView(weights, DType::kFloat32, {num_pairs}, device);
   } else {
     const ConstTensorView& ids = args.saved.topk_ids;
-    experts.grad_routing_weights = TensorView(weights, DType::kFloat32, ids.shape());
+    experts.grad_routing_weights = TensorView(weights, DType::kFloat32, ids.shape(), device);
   }
   return experts;
 }
 
-void check_router_gradient(const Check& check, const char* name, const ConstTensorView& grad,
-                           const ConstTensorView& parameter, bool accumulate) {
+// The gradient of a bias that backward does not see: of its weight's dtype or float32.
+void check_router_bias_gradient(const Check& check, const ConstTensorView& grad,
+                                const ConstTensorView& weight, bool accumulate) {
   if (!grad.defined()) return;
-  check.shape_like(name, grad, parameter);
-  if (accumulate) check.dtype(name, grad, {DType::kFloat32});
-  check.dtype(name, grad, {parameter.dtype(), DType::kFloat32});
-  check.unit_stride(name, grad, grad.rank() - 1);
+  check.shape("grad_router_bias", grad, {weight.size(0)});
+  if (accumulate) check.dtype("grad_router_bias", grad, {DType::kFloat32});
+  check.dtype("grad_router_bias", grad, {weight.dtype(), DType::kFloat32});
+  check.unit_stride("grad_router_bias", grad, 0);
 }
 
-}  // namespace
+void check_layer_options(const Check& check, const MoELayerOptions& options,
+                         std::int64_t num_experts) {
+  check_expert_options(check, options.experts);
+  check_router_options(check, options.router, num_experts);
+}
 
-MoEShape moe_layer_shape(const MoELayerOptions& options, ConstTensorView x,
-                         const ExpertWeights& weights) {
-  const Check check("moe_layer_shape");
+MoEShape checked_shape(const Check& check, const MoELayerOptions& options, const ConstTensorView& x,
+                       const ExpertWeights& weights) {
   check.rank("x", x, 2);
+  check.dtype("x", x, {DType::kFloat32, DType::kBFloat16});
   check.rank("w2", weights.w2, 3);
   MoEShape shape;
   shape.num_tokens = x.size(0);
@@ -173,104 +210,147 @@ MoEShape moe_layer_shape(const MoELayerOptions& options, ConstTensorView x,
   shape.activation = options.experts.activation;
   shape.deterministic = options.experts.deterministic;
   shape.dtype = x.dtype();
-  check.that(options.router.top_k >= 1 && options.router.top_k <= shape.num_experts, "top_k",
-             "1.." + std::to_string(shape.num_experts), std::to_string(options.router.top_k));
+  check.that(shape.hidden_size > 0, "x", "hidden_size > 0", x.describe());
+  check.that(shape.num_experts > 0, "w2", "at least one expert", weights.w2.describe());
+  check_layer_options(check, options, shape.num_experts);
+  check_router_sizes(check, shape.num_tokens, shape.num_experts, options.router.top_k);
   shape.form = options.rounding ? MoEShape::Form::kPairs : MoEShape::Form::kTopK;
-  shape.num_pairs = options.rounding ? rounded_capacity(shape.num_tokens, shape.num_experts,
+  shape.num_pairs = options.rounding ? checked_capacity(check, shape.num_tokens, shape.num_experts,
                                                         options.router.top_k, *options.rounding)
                                      : shape.num_tokens * options.router.top_k;
+  check_shape(check, shape);
   return shape;
+}
+
+// What forward saved of the routing, under the names it has there.
+void check_saved_routing(const Check& check, const MoELayerBackwardArgs& args,
+                         const MoEShape& shape) {
+  const auto vector = [&](const char* name, const ConstTensorView& view, DType dtype) {
+    check.shape(name, view, {shape.num_pairs});
+    check.dtype(name, view, {dtype});
+    check.contiguous(name, view);
+  };
+  const auto matrix = [&](const char* name, const ConstTensorView& view, DType dtype) {
+    check.shape(name, view, {shape.num_tokens, args.options.router.top_k});
+    check.dtype(name, view, {dtype});
+    check.contiguous(name, view);
+  };
+  matrix("topk_ids", args.saved.topk_ids, DType::kInt32);
+  if (!args.options.rounding)
+    return matrix("pair_weights", args.saved.pair_weights, DType::kFloat32);
+  vector("token_ids", args.saved.token_ids, DType::kInt32);
+  vector("expert_ids", args.saved.expert_ids, DType::kInt32);
+  vector("pair_weights", args.saved.pair_weights, DType::kFloat32);
+}
+
+// A shape handed back by a caller, who may have changed it, against the options.
+void check_planned(const Check& check, const MoELayerOptions& options, const MoEShape& shape) {
+  check_shape(check, shape);
+  check_layer_options(check, options, shape.num_experts);
+  check.that((shape.form == MoEShape::Form::kPairs) == options.rounding.has_value() &&
+                 shape.form != MoEShape::Form::kSorted,
+             "form",
+             options.rounding ? "pairs with token rounding" : "top-K without token rounding",
+             std::to_string(static_cast<int>(shape.form)));
+}
+
+}  // namespace
+
+MoEShape moe_layer_shape(const MoELayerOptions& options, ConstTensorView x,
+                         const ExpertWeights& weights) {
+  return checked_shape(Check("moe_layer_shape", x.device()), options, x, weights);
 }
 
 WorkspacePlan moe_layer_forward_workspace(const Context& context, const MoELayerOptions& options,
                                           const MoEShape& shape, bool inference,
                                           std::optional<std::size_t> workspace_limit) {
-  return forward_plan(choose_backend(context, "moe_layer_forward_workspace"), context, options,
-                      shape, inference, workspace_limit);
+  const Check check("moe_layer_forward_workspace", context);
+  check_planned(check, options, shape);
+  return forward_plan(check, choose_backend(context, check.operation()), context, options, shape,
+                      inference, workspace_limit);
 }
 
 WorkspacePlan moe_layer_backward_workspace(const Context& context, const MoELayerOptions& options,
                                            const MoEShape& shape,
                                            std::optional<std::size_t> workspace_limit) {
-  return backward_plan(choose_backend(context, "moe_layer_backward_workspace"), context, options,
-                       shape, workspace_limit);
+  const Check check("moe_layer_backward_workspace", context);
+  check_planned(check, options, shape);
+  return backward_plan(check, choose_backend(context, check.operation()), context, options, shape,
+                       workspace_limit);
 }
 
 void moe_layer_forward(const Context& context, const MoELayerForwardArgs& args) {
-  const Check check("moe_layer_forward");
-  const MoEShape shape = moe_layer_shape(args.options, args.x, args.weights);
+  const Check check("moe_layer_forward", context);
+  const MoEShape shape = checked_shape(check, args.options, args.x, args.weights);
   check_router(check, args.x, args.router_weight, args.router_bias, args.logits, shape.num_experts);
-  const Backend& backend = choose_backend(context, "moe_layer_forward");
-  Context forced = context;
-  forced.backend = backend.name();
-  const bool inference = !args.saved.h.defined();
-  const WorkspacePlan plan =
-      forward_plan(backend, context, args.options, shape, inference, args.workspace_limit);
+  if (args.options.rounding) {
+    check_round_tokens_forward(check, rounding_args(args));
+  } else {
+    check_route_forward(check, topk_args(args), "pair_weights");
+  }
+  check.defined("rows_per_expert", args.rows_per_expert);
+  MoEForwardArgs experts = expert_args(args);
+  check_moe_forward(check, experts);
+
+  const Backend& backend = choose_backend(context, check.operation());
+  const WorkspacePlan plan = forward_plan(check, backend, context, args.options, shape,
+                                          !args.saved.h.defined(), args.workspace_limit);
   check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
+  check_memory(check, args);
   const std::size_t outer = carve(nullptr, backend, context, args.options, shape, true, 0).used;
   const LayerWorkspace workspace =
       carve(args.workspace.data(), backend, context, args.options, shape, true, plan.bytes - outer);
 
-  const TensorView router_scratch = bytes_view(workspace.router, workspace.router_bytes);
-  backend.router_logits(context, args.x, args.router_weight, args.router_bias, args.logits,
-                        router_scratch);
-  if (args.options.rounding) {
-    RoundTokensForwardArgs round;
-    round.options = args.options.router;
-    round.rounding = *args.options.rounding;
-    round.logits = args.logits;
-    round.token_ids = args.saved.token_ids;
-    round.expert_ids = args.saved.expert_ids;
-    round.pair_weights = args.saved.pair_weights;
-    round.topk_ids = args.saved.topk_ids;
-    round.rows_per_expert = args.rows_per_expert;
-    round.workspace = router_scratch;
-    round_tokens_forward(forced, round);
-  } else {
-    route_forward(forced, {args.options.router, args.logits, args.saved.topk_ids,
-                           args.saved.pair_weights, args.rows_per_expert});
-  }
-
-  MoEForwardArgs experts;
-  experts.options = args.options.experts;
-  experts.x = args.x;
-  experts.weights = args.weights;
-  experts.routing = routing_of(args.options, args.saved);
-  experts.out = args.out;
-  experts.h = args.saved.h;
-  experts.metadata = args.saved.metadata;
-  experts.workspace = bytes_view(workspace.experts, plan.bytes - outer);
+  const TensorView router_scratch =
+      bytes_view(workspace.router, workspace.router_bytes, context.device);
+  experts.workspace = bytes_view(workspace.experts, plan.bytes - outer, context.device);
   if (args.workspace_limit) experts.workspace_limit = *args.workspace_limit - outer;
-  moe_forward(forced, experts);
+  run_backend(check, [&] {
+    backend.router_logits(context, args.x, args.router_weight, args.router_bias, args.logits,
+                          router_scratch);
+    if (args.options.rounding) {
+      RoundTokensForwardArgs round = rounding_args(args);
+      round.workspace = router_scratch;
+      backend.round_tokens_forward(context, round);
+    } else {
+      backend.route_forward(context, topk_args(args));
+    }
+    backend.moe_forward(context, shape, experts);
+  });
 }
 
 void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args) {
-  const Check check("moe_layer_backward");
-  const MoEShape shape = moe_layer_shape(args.options, args.x, args.weights);
+  const Check check("moe_layer_backward", context);
+  const MoEShape shape = checked_shape(check, args.options, args.x, args.weights);
   check_router(check, args.x, args.router_weight, {}, args.logits, shape.num_experts);
   if (args.grad_logits.defined()) {
     check.shape_like("grad_logits", args.grad_logits, args.logits);
     check.dtype("grad_logits", args.grad_logits, {DType::kFloat32});
     check.contiguous("grad_logits", args.grad_logits);
   }
-  check_router_gradient(check, "grad_router_weight", args.grad_router_weight, args.router_weight,
-                        args.accumulate);
-  const Backend& backend = choose_backend(context, "moe_layer_backward");
-  Context forced = context;
-  forced.backend = backend.name();
+  check_parameter_gradient(check, "grad_router_weight", args.grad_router_weight, args.router_weight,
+                           args.accumulate);
+  if (args.grad_router_weight.defined()) {
+    check.unit_stride("grad_router_weight", args.grad_router_weight, 1);
+  }
+  check_router_bias_gradient(check, args.grad_router_bias, args.router_weight, args.accumulate);
+  const Backend& backend = choose_backend(context, check.operation());
   const WorkspacePlan plan =
-      backward_plan(backend, context, args.options, shape, args.workspace_limit);
+      backward_plan(check, backend, context, args.options, shape, args.workspace_limit);
   check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
   const std::size_t outer = carve(nullptr, backend, context, args.options, shape, false, 0).used;
   const LayerWorkspace workspace = carve(args.workspace.data(), backend, context, args.options,
                                          shape, false, plan.bytes - outer);
   std::optional<std::size_t> limit;
   if (args.workspace_limit) limit = *args.workspace_limit - outer;
+  const TensorView grad_logits(workspace.grad_logits, DType::kFloat32, args.logits.shape(),
+                               context.device);
+  check_saved_routing(check, args, shape);
   const MoEBackwardArgs experts =
       expert_args(args, workspace, plan.bytes - outer, shape.num_pairs, limit);
   check_moe_backward(check, experts);
+  check_memory(check, args);
 
-  const TensorView grad_logits(workspace.grad_logits, DType::kFloat32, args.logits.shape());
   const RouteBackwardArgs topk{args.options.router, args.logits, args.saved.topk_ids,
                                experts.grad_routing_weights, grad_logits};
   const RoundTokensBackwardArgs rounding{
@@ -279,10 +359,8 @@ void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args
       grad_logits};
   RouterShare router;
   if (args.options.rounding) {
-    check_round_tokens_backward(rounding);
     router.rounding = &rounding;
   } else {
-    check_route_backward(topk);
     router.topk = &topk;
   }
   router.addend = args.grad_logits;
@@ -298,10 +376,12 @@ void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args
       backend.add_logits_gradient(context, grad_logits, args.grad_logits);
     }
   };
-  backend.moe_backward(context, shape, experts, &router);
-  backend.router_logits_backward(context, args.x, router.grad_logits, args.grad_router_weight,
-                                 args.grad_router_bias, args.accumulate,
-                                 bytes_view(workspace.router, workspace.router_bytes));
+  run_backend(check, [&] {
+    backend.moe_backward(context, shape, experts, &router);
+    backend.router_logits_backward(
+        context, args.x, router.grad_logits, args.grad_router_weight, args.grad_router_bias,
+        args.accumulate, bytes_view(workspace.router, workspace.router_bytes, context.device));
+  });
 }
 
 }  // namespace sonicmoe

@@ -1,9 +1,10 @@
 // Validation and dispatch of the router's operations.
 #include "sonicmoe/router.hpp"
 
-#include "api/moe_checks.hpp"
+#include "api/arguments.hpp"
+#include "api/checks.hpp"
 #include "core/backend.hpp"
-#include "core/check.hpp"
+#include "core/integers.hpp"
 
 namespace sonicmoe {
 namespace {
@@ -36,9 +37,117 @@ void check_logits(const Check& check, const ConstTensorView& logits) {
   check.that(logits.size(1) > 0, "logits", "at least one expert", logits.describe());
 }
 
-void check_options(const Check& check, const RouterOptions& options, std::int64_t num_experts) {
-  check.that(options.top_k >= 1 && options.top_k <= num_experts, "top_k", "1.." + text(num_experts),
-             text(options.top_k));
+void check_rows(const Check& check, const char* name, const ConstTensorView& rows,
+                std::int64_t num_experts) {
+  if (rows.defined()) check_vector(check, name, rows, num_experts, DType::kInt32);
+}
+
+void check_seed(const Check& check, const RoundingOptions& rounding) {
+  if (rounding.seed_tensor.defined()) {
+    check_vector(check, "seed_tensor", rounding.seed_tensor, 1, DType::kInt64);
+  }
+}
+
+// The outputs that round_tokens_forward and round_select have in common.
+template <class Args>
+void check_pair_list(const Check& check, const Args& args, std::int64_t num_tokens,
+                     std::int64_t num_experts, std::int64_t top_k) {
+  const std::int64_t pairs = checked_capacity(check, num_tokens, num_experts, top_k, args.rounding);
+  check_seed(check, args.rounding);
+  check_vector(check, "token_ids", args.token_ids, pairs, DType::kInt32);
+  check_vector(check, "expert_ids", args.expert_ids, pairs, DType::kInt32);
+  check_rows(check, "rows_per_expert", args.rows_per_expert, num_experts);
+  check_rows(check, "rows_per_expert_before", args.rows_per_expert_before, num_experts);
+}
+
+// The operands of a loss, and of its backward where `grad_loss` and `grad_logits` are given.
+struct LossArgs {
+  ConstTensorView logits;
+  ConstTensorView rows_per_expert;
+  ConstTensorView grad_loss;
+  TensorView loss, grad_logits;
+};
+
+template <MaybeConst<LossArgs> Args, class Visit>
+void for_each_tensor(Args& args, Visit visit) {
+  visit("logits", args.logits, Access::kRead);
+  visit("rows_per_expert", args.rows_per_expert, Access::kRead);
+  visit("grad_loss", args.grad_loss, Access::kRead);
+  visit("loss", args.loss, Access::kWrite);
+  visit("grad_logits", args.grad_logits, Access::kWrite);
+}
+
+void check_loss_forward(const Check& check, const LossArgs& args) {
+  check_vector(check, "loss", args.loss, 1, DType::kFloat32);
+  check_memory(check, args);
+}
+
+void check_loss_backward(const Check& check, const LossArgs& args) {
+  check_vector(check, "grad_loss", args.grad_loss, 1, DType::kFloat32);
+  check_like_logits(check, "grad_logits", args.grad_logits, args.logits);
+  check_memory(check, args);
+}
+
+void check_balance(const Check& check, Scoring scoring, std::int64_t top_k,
+                   const ConstTensorView& logits, const ConstTensorView& rows) {
+  check_logits(check, logits);
+  check.enumerator("scoring", scoring);
+  check.between("top_k", top_k, 1, logits.size(1));
+  check_vector(check, "rows_per_expert", rows, logits.size(1), DType::kInt32);
+}
+
+}  // namespace
+
+void check_router_sizes(const Check& check, std::int64_t num_tokens, std::int64_t num_experts,
+                        std::int64_t top_k) {
+  check.between("num_tokens", num_tokens, 0, kMostRows);
+  check.between("num_experts", num_experts, 1, kMostRows);
+  check.between("top_k", top_k, 1, num_experts);
+  check.product("num_tokens * num_experts", {num_tokens, num_experts});
+}
+
+std::int64_t checked_capacity(const Check& check, std::int64_t num_tokens, std::int64_t num_experts,
+                              std::int64_t top_k, const RoundingOptions& rounding) {
+  check_router_sizes(check, num_tokens, num_experts, top_k);
+  check.enumerator("policy", rounding.policy);
+  check.that(rounding.tile >= 1, "tile", "at least 1", text(rounding.tile));
+  check.that(rounding.tile <= num_tokens, "tile",  // else no row could be kept
+             "at most the number of tokens, " + text(num_tokens), text(rounding.tile));
+  const std::int64_t more_per_expert = [&] {
+    switch (rounding.policy) {
+      case RoundingPolicy::kDown:
+      case RoundingPolicy::kBalanced:
+        return std::int64_t{0};
+      case RoundingPolicy::kNearest:
+        return rounding.tile / 2;
+      case RoundingPolicy::kUp:
+      case RoundingPolicy::kStochastic:
+      case RoundingPolicy::kNearestScore:
+        return rounding.tile - 1;
+    }
+    return std::int64_t{0};
+  }();
+  const std::int64_t more = rounding.policy == RoundingPolicy::kBalanced
+                                ? rounding.tile / 2
+                                : saturating_mul(num_experts, more_per_expert);
+  const std::int64_t pairs = saturating_add(saturating_mul(num_tokens, top_k), more);
+  check.that(pairs <= kMostRows, "num_tokens",
+             "at most " + text(kMostRows) + " pairs of tokens and experts, rounded up",
+             text(num_tokens) + " * " + text(top_k) + " + " + text(more));
+  return pairs;
+}
+
+std::int64_t rounded_capacity(std::int64_t num_tokens, std::int64_t num_experts, std::int64_t top_k,
+                              const RoundingOptions& rounding) {
+  return checked_capacity(Check("rounded_capacity", Device{}), num_tokens, num_experts, top_k,
+                          rounding);
+}
+
+void check_router_options(const Check& check, const RouterOptions& options,
+                          std::int64_t num_experts) {
+  check.enumerator("scoring", options.scoring);
+  check.finite("scale", options.scale);
+  check.between("top_k", options.top_k, 1, num_experts);
   check.that(options.scoring != Scoring::kTopKSoftmax || options.renormalize.value_or(true),
              "renormalize", "unset or true with topk_softmax", "false");
   const bool sigmoid = options.scoring == Scoring::kSigmoidTopK;
@@ -51,69 +160,37 @@ void check_options(const Check& check, const RouterOptions& options, std::int64_
              "a divisor of " + text(num_experts), text(options.num_groups));
   check.that(sigmoid || options.num_groups == 1, "num_groups",
              "1 with " + std::string(name_of(options.scoring)), text(options.num_groups));
-  check.that(options.top_groups >= 1 && options.top_groups <= options.num_groups, "top_groups",
-             "1.." + text(options.num_groups), text(options.top_groups));
+  check.between("top_groups", options.top_groups, 1, options.num_groups);
   const std::int64_t selectable = options.top_groups * (num_experts / options.num_groups);
   check.that(options.top_k <= selectable, "top_k",
              "at most " + text(selectable) + ", the experts of top_groups groups",
              text(options.top_k));
 }
 
-void check_rows(const Check& check, const char* name, const ConstTensorView& rows,
-                std::int64_t num_experts) {
-  if (rows.defined()) check_vector(check, name, rows, num_experts, DType::kInt32);
-}
-
-void check_rounding(const Check& check, const RoundingOptions& rounding, std::int64_t num_tokens) {
-  check.that(rounding.tile >= 1, "tile", "at least 1", text(rounding.tile));
-  check.that(num_tokens >= rounding.tile, "tile",
-             "at most the number of tokens, " + text(num_tokens), text(rounding.tile));
-  if (rounding.seed_tensor.defined()) {
-    check_vector(check, "seed_tensor", rounding.seed_tensor, 1, DType::kInt64);
-  }
-}
-
-// The outputs and scratch that round_tokens_forward and round_select have in common.
-template <class Args>
-void check_pair_list(const Check& check, const Backend& backend, const Context& context,
-                     const Args& args, std::int64_t num_tokens, std::int64_t num_experts,
-                     std::int64_t top_k) {
-  const std::int64_t pairs = rounded_capacity(num_tokens, num_experts, top_k, args.rounding);
-  check_vector(check, "token_ids", args.token_ids, pairs, DType::kInt32);
-  check_vector(check, "expert_ids", args.expert_ids, pairs, DType::kInt32);
-  check_rows(check, "rows_per_expert", args.rows_per_expert, num_experts);
-  check_rows(check, "rows_per_expert_before", args.rows_per_expert_before, num_experts);
-  check.buffer("workspace", args.workspace,
-               backend.round_tokens_workspace_bytes(context, num_tokens, num_experts, top_k), 64);
-}
-
-void check_loss(const Check& check, Scoring, std::int64_t top_k, const ConstTensorView& logits,
-                const ConstTensorView& rows) {
-  check_logits(check, logits);
-  check.that(top_k >= 1 && top_k <= logits.size(1), "top_k", "1.." + text(logits.size(1)),
-             text(top_k));
-  check_vector(check, "rows_per_expert", rows, logits.size(1), DType::kInt32);
-}
-
-}  // namespace
-
-void route_forward(const Context& context, const RouteForwardArgs& args) {
-  const Check check("route_forward");
+void check_route_forward(const Check& check, const RouteForwardArgs& args, const char* weights) {
   check_logits(check, args.logits);
   const std::int64_t num_experts = args.logits.size(1);
-  check_options(check, args.options, num_experts);
+  check_router_options(check, args.options, num_experts);
+  check_router_sizes(check, args.logits.size(0), num_experts, args.options.top_k);
   check_matrix(check, "topk_ids", args.topk_ids, {DType::kInt32, DType::kInt64});
   check.shape("topk_ids", args.topk_ids, {args.logits.size(0), args.options.top_k});
-  check_matrix(check, "topk_weights", args.topk_weights, {DType::kFloat32});
-  check.shape_like("topk_weights", args.topk_weights, args.topk_ids);
+  check_matrix(check, weights, args.topk_weights, {DType::kFloat32});
+  check.shape_like(weights, args.topk_weights, args.topk_ids);
   check_rows(check, "rows_per_expert", args.rows_per_expert, num_experts);
-  choose_backend(context, "route_forward").route_forward(context, args);
 }
 
-void check_route_backward(const RouteBackwardArgs& args) {
-  const Check check("route_backward");
+void route_forward(const Context& context, const RouteForwardArgs& args) {
+  const Check check("route_forward", context);
+  check_route_forward(check, args);
+  check_memory(check, args);
+  run_backend(check,
+              [&] { choose_backend(context, "route_forward").route_forward(context, args); });
+}
+
+void check_route_backward(const Check& check, const RouteBackwardArgs& args) {
   check_logits(check, args.logits);
-  check_options(check, args.options, args.logits.size(1));
+  check_router_options(check, args.options, args.logits.size(1));
+  check_router_sizes(check, args.logits.size(0), args.logits.size(1), args.options.top_k);
   check_matrix(check, "topk_ids", args.topk_ids, {DType::kInt32, DType::kInt64});
   check.shape("topk_ids", args.topk_ids, {args.logits.size(0), args.options.top_k});
   check_matrix(check, "grad_topk_weights", args.grad_topk_weights, {DType::kFloat32});
@@ -122,48 +199,65 @@ void check_route_backward(const RouteBackwardArgs& args) {
 }
 
 void route_backward(const Context& context, const RouteBackwardArgs& args) {
-  check_route_backward(args);
-  choose_backend(context, "route_backward").route_backward(context, args);
+  const Check check("route_backward", context);
+  check_route_backward(check, args);
+  check_memory(check, args);
+  run_backend(check,
+              [&] { choose_backend(context, "route_backward").route_backward(context, args); });
 }
 
 std::size_t round_tokens_workspace_bytes(const Context& context, std::int64_t num_tokens,
                                          std::int64_t num_experts, std::int64_t top_k) {
+  check_router_sizes(Check("round_tokens_workspace_bytes", context), num_tokens, num_experts,
+                     top_k);
   return choose_backend(context, "round_tokens_workspace_bytes")
       .round_tokens_workspace_bytes(context, num_tokens, num_experts, top_k);
 }
 
-void round_tokens_forward(const Context& context, const RoundTokensForwardArgs& args) {
-  const Check check("round_tokens_forward");
+void check_round_tokens_forward(const Check& check, const RoundTokensForwardArgs& args) {
   check_logits(check, args.logits);
   const std::int64_t num_tokens = args.logits.size(0);
   const std::int64_t num_experts = args.logits.size(1);
-  check_options(check, args.options, num_experts);
-  check_rounding(check, args.rounding, num_tokens);
-  const Backend& backend = choose_backend(context, "round_tokens_forward");
-  check_pair_list(check, backend, context, args, num_tokens, num_experts, args.options.top_k);
+  check_router_options(check, args.options, num_experts);
+  check_pair_list(check, args, num_tokens, num_experts, args.options.top_k);
   check_vector(check, "pair_weights", args.pair_weights, args.token_ids.size(0), DType::kFloat32);
   check_matrix(check, "topk_ids", args.topk_ids, {DType::kInt32});
   check.shape("topk_ids", args.topk_ids, {num_tokens, args.options.top_k});
-  backend.round_tokens_forward(context, args);
+}
+
+void round_tokens_forward(const Context& context, const RoundTokensForwardArgs& args) {
+  const Check check("round_tokens_forward", context);
+  check_round_tokens_forward(check, args);
+  const Backend& backend = choose_backend(context, "round_tokens_forward");
+  const std::size_t bytes = backend.round_tokens_workspace_bytes(
+      context, args.logits.size(0), args.logits.size(1), args.options.top_k);
+  check.buffer("workspace", args.workspace, bytes, 64);
+  check_memory(check, args);
+  run_backend(check, [&] { backend.round_tokens_forward(context, args); });
 }
 
 void round_select(const Context& context, const RoundSelectArgs& args) {
-  const Check check("round_select");
+  const Check check("round_select", context);
   check_matrix(check, "scores", args.scores, {DType::kFloat32});
-  check.that(args.scores.size(1) > 0, "scores", "at least one expert", args.scores.describe());
+  const std::int64_t num_tokens = args.scores.size(0);
+  const std::int64_t num_experts = args.scores.size(1);
+  check.that(num_experts > 0, "scores", "at least one expert", args.scores.describe());
   check_matrix(check, "topk_ids", args.topk_ids, {DType::kInt32});
-  check.shape("topk_ids", args.topk_ids, {args.scores.size(0), args.topk_ids.size(1)});
-  check_rounding(check, args.rounding, args.scores.size(0));
+  const std::int64_t top_k = args.topk_ids.size(1);
+  check.shape("topk_ids", args.topk_ids, {num_tokens, top_k});
+  check.between("topk_ids", top_k, 1, num_experts);
+  check_pair_list(check, args, num_tokens, num_experts, top_k);
   const Backend& backend = choose_backend(context, "round_select");
-  check_pair_list(check, backend, context, args, args.scores.size(0), args.scores.size(1),
-                  args.topk_ids.size(1));
-  backend.round_select(context, args);
+  check.buffer("workspace", args.workspace,
+               backend.round_tokens_workspace_bytes(context, num_tokens, num_experts, top_k), 64);
+  check_memory(check, args);
+  run_backend(check, [&] { backend.round_select(context, args); });
 }
 
-void check_round_tokens_backward(const RoundTokensBackwardArgs& args) {
-  const Check check("round_tokens_backward");
+void check_round_tokens_backward(const Check& check, const RoundTokensBackwardArgs& args) {
   check_logits(check, args.logits);
-  check_options(check, args.options, args.logits.size(1));
+  check_router_options(check, args.options, args.logits.size(1));
+  check_router_sizes(check, args.logits.size(0), args.logits.size(1), args.options.top_k);
   check_matrix(check, "topk_ids", args.topk_ids, {DType::kInt32});
   check.shape("topk_ids", args.topk_ids, {args.logits.size(0), args.options.top_k});
   check.rank("token_ids", args.token_ids, 1);
@@ -175,57 +269,74 @@ void check_round_tokens_backward(const RoundTokensBackwardArgs& args) {
 }
 
 void round_tokens_backward(const Context& context, const RoundTokensBackwardArgs& args) {
-  check_round_tokens_backward(args);
-  choose_backend(context, "round_tokens_backward").round_tokens_backward(context, args);
+  const Check check("round_tokens_backward", context);
+  check_round_tokens_backward(check, args);
+  check_memory(check, args);
+  run_backend(check, [&] {
+    choose_backend(context, "round_tokens_backward").round_tokens_backward(context, args);
+  });
 }
 
 void load_balancing_loss_forward(const Context& context, Scoring scoring, std::int64_t top_k,
                                  ConstTensorView logits, ConstTensorView rows_per_expert,
                                  TensorView loss) {
-  const Check check("load_balancing_loss_forward");
-  check_loss(check, scoring, top_k, logits, rows_per_expert);
-  check_vector(check, "loss", loss, 1, DType::kFloat32);
-  choose_backend(context, "load_balancing_loss_forward")
-      .load_balancing_loss_forward(context, scoring, top_k, logits, rows_per_expert, loss);
+  const Check check("load_balancing_loss_forward", context);
+  check_balance(check, scoring, top_k, logits, rows_per_expert);
+  check_loss_forward(check, {logits, rows_per_expert, {}, loss, {}});
+  run_backend(check, [&] {
+    choose_backend(context, "load_balancing_loss_forward")
+        .load_balancing_loss_forward(context, scoring, top_k, logits, rows_per_expert, loss);
+  });
 }
 
 void load_balancing_loss_backward(const Context& context, Scoring scoring, std::int64_t top_k,
                                   ConstTensorView logits, ConstTensorView rows_per_expert,
                                   ConstTensorView grad_loss, TensorView grad_logits) {
-  const Check check("load_balancing_loss_backward");
-  check_loss(check, scoring, top_k, logits, rows_per_expert);
-  check_vector(check, "grad_loss", grad_loss, 1, DType::kFloat32);
-  check_like_logits(check, "grad_logits", grad_logits, logits);
-  choose_backend(context, "load_balancing_loss_backward")
-      .load_balancing_loss_backward(context, scoring, top_k, logits, rows_per_expert, grad_loss,
-                                    grad_logits);
+  const Check check("load_balancing_loss_backward", context);
+  check_balance(check, scoring, top_k, logits, rows_per_expert);
+  check_loss_backward(check, {logits, rows_per_expert, grad_loss, {}, grad_logits});
+  run_backend(check, [&] {
+    choose_backend(context, "load_balancing_loss_backward")
+        .load_balancing_loss_backward(context, scoring, top_k, logits, rows_per_expert, grad_loss,
+                                      grad_logits);
+  });
 }
 
 void router_z_loss_forward(const Context& context, ConstTensorView logits, TensorView loss) {
-  const Check check("router_z_loss_forward");
+  const Check check("router_z_loss_forward", context);
   check_logits(check, logits);
-  check_vector(check, "loss", loss, 1, DType::kFloat32);
-  choose_backend(context, "router_z_loss_forward").router_z_loss_forward(context, logits, loss);
+  check_loss_forward(check, {logits, {}, {}, loss, {}});
+  run_backend(check, [&] {
+    choose_backend(context, "router_z_loss_forward").router_z_loss_forward(context, logits, loss);
+  });
 }
 
 void router_z_loss_backward(const Context& context, ConstTensorView logits,
                             ConstTensorView grad_loss, TensorView grad_logits) {
-  const Check check("router_z_loss_backward");
+  const Check check("router_z_loss_backward", context);
   check_logits(check, logits);
-  check_vector(check, "grad_loss", grad_loss, 1, DType::kFloat32);
-  check_like_logits(check, "grad_logits", grad_logits, logits);
-  choose_backend(context, "router_z_loss_backward")
-      .router_z_loss_backward(context, logits, grad_loss, grad_logits);
+  check_loss_backward(check, {logits, {}, grad_loss, {}, grad_logits});
+  run_backend(check, [&] {
+    choose_backend(context, "router_z_loss_backward")
+        .router_z_loss_backward(context, logits, grad_loss, grad_logits);
+  });
 }
 
 void update_expert_bias(const Context& context, TensorView bias, ConstTensorView rows_per_expert,
                         float rate) {
-  const Check check("update_expert_bias");
+  const Check check("update_expert_bias", context);
   check.rank("bias", bias, 1);
   check_vector(check, "bias", bias, bias.size(0), DType::kFloat32);
   check_vector(check, "rows_per_expert", rows_per_expert, bias.size(0), DType::kInt32);
-  choose_backend(context, "update_expert_bias")
-      .update_expert_bias(context, bias, rows_per_expert, rate);
+  check.finite("rate", rate);
+  CallMemory memory(check);
+  memory.add("bias", bias, Access::kWrite);
+  memory.add("rows_per_expert", rows_per_expert, Access::kRead);
+  memory.check_overlaps();
+  run_backend(check, [&] {
+    choose_backend(context, "update_expert_bias")
+        .update_expert_bias(context, bias, rows_per_expert, rate);
+  });
 }
 
 }  // namespace sonicmoe

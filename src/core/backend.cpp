@@ -29,17 +29,13 @@ std::vector<std::unique_ptr<Backend>> make_backends() {
   return list;
 }
 
-std::string describe(const Device& device) {
-  return device.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(device.index);
-}
-
 // Why `backend` cannot take the call, or empty.
 std::string reason_against(const Backend& backend, const Context& context,
                            std::string_view wanted) {
   if (!wanted.empty() && backend.name() != wanted) {
     return "not the requested backend \"" + std::string(wanted) + "\"";
   }
-  if (!backend.serves(context.device.type)) return "does not serve " + describe(context.device);
+  if (!backend.serves(context.device.type)) return "does not serve " + to_string(context.device);
   return backend.unavailable_reason();
 }
 
@@ -56,7 +52,8 @@ std::size_t host_memory_bytes() {
 }  // namespace
 
 std::span<const std::unique_ptr<Backend>> backend_list() {
-  static const std::vector<std::unique_ptr<Backend>> list = make_backends();
+  // Never destroyed: at exit, calls may still run on other threads.
+  static const auto& list = *new std::vector<std::unique_ptr<Backend>>(make_backends());
   return list;
 }
 
@@ -77,7 +74,7 @@ const Backend& choose_backend(const Context& context, std::string_view operation
     }
     reasons += (reasons.empty() ? "" : "; ") + std::string(backend->name()) + ": " + against;
   }
-  throw Error(std::string(operation) + ": no backend for " + describe(context.device) + " (" +
+  throw Error(std::string(operation) + ": no backend for " + to_string(context.device) + " (" +
               reasons + ")");
 }
 

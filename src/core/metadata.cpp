@@ -113,6 +113,31 @@ void build_metadata(const MoEShape& shape, const Routing& routing, const Metadat
   }
 }
 
+void check_metadata(const MoEShape& shape, const Metadata& m) {
+  const auto require = [](bool holds, const char* what) {
+    if (!holds)
+      throw Error("moe_backward", "metadata", "what moe_forward wrote for this call", what);
+  };
+  const auto within = [](const std::int32_t* values, std::int64_t count, std::int64_t least,
+                         std::int64_t end) {
+    return std::all_of(values, values + count,
+                       [=](std::int32_t value) { return value >= least && value < end; });
+  };
+  const auto ascending = [](const std::int32_t* ends, std::int64_t count, std::int64_t most) {
+    return (count == 0 || (ends[0] >= 0 && ends[count - 1] <= most)) &&
+           std::is_sorted(ends, ends + count);
+  };
+  require(ascending(m.offsets, shape.num_experts, shape.num_pairs), "ends of experts out of order");
+  if (shape.form == MoEShape::Form::kSorted) return;
+  const std::int64_t rows = m.num_rows();
+  require(within(m.row_token, rows, 0, shape.num_tokens), "a row of no token");
+  require(within(m.row_pair, rows, 0, shape.num_pairs), "a row of no pair");
+  require(within(m.pair_row, shape.num_pairs, -1, rows), "a pair of no row");
+  if (shape.form != MoEShape::Form::kPairs) return;
+  require(ascending(m.token_start, shape.num_tokens + 1, rows), "tokens out of order");
+  require(within(m.token_rows, rows, 0, rows), "a token of no row");
+}
+
 const ConstTensorView& routing_weights(const Routing& routing) {
   struct Visitor {
     const ConstTensorView& operator()(const TopKRouting& r) const { return r.topk_weights; }

@@ -34,6 +34,10 @@ Metadata metadata_view(const MoEShape& shape, void* buffer);
 /// Throws Error for sorted offsets that decrease, are negative or exceed P.
 void build_metadata(const MoEShape& shape, const Routing& routing, const Metadata& metadata);
 
+/// Throws Error unless `metadata` could have come from build_metadata() of this shape: every index
+/// in its range. Backward follows them without looking again.
+void check_metadata(const MoEShape& shape, const Metadata& metadata);
+
 /// Calls visit(row) for the rows of token t in input order. K is P / T for top-K routing.
 template <class Visit>
 void for_rows_of_token(const MoEShape& shape, const Metadata& m, std::int64_t t, Visit visit) {

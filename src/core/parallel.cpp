@@ -4,11 +4,11 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
-
-#if defined(SONICMOE_STD_THREADS)
+#include <system_error>
 #include <thread>
 #include <vector>
-#elif defined(_OPENMP)
+
+#if defined(_OPENMP) && !defined(SONICMOE_STD_THREADS)
 #include <omp.h>
 #endif
 
@@ -33,6 +33,34 @@ class FirstError {
   std::exception_ptr error_;
   std::atomic<bool> failed_{false};
 };
+
+// Starts up to `count` threads that run work(1), work(2), ...; fewer where the system has no more.
+template <class Work>
+std::vector<std::thread> start_threads(int count, const Work& work) {
+  std::vector<std::thread> team;
+  team.reserve(static_cast<std::size_t>(std::max(count, 0)));
+  try {
+    for (int t = 1; t <= count; ++t) team.emplace_back(work, t);
+  } catch (const std::system_error&) {  // a limit on threads or on memory for their stacks
+  }
+  return team;
+}
+
+#if defined(_OPENMP) && !defined(SONICMOE_STD_THREADS)
+// OpenMP ends the process where the system refuses a thread. So whoever asks for a larger team than
+// before has the threads tried first, all alive at once, and takes as many as there were.
+int startable(int threads) {
+  thread_local int proven = 1;  // each thread of the caller has a team of its own
+  if (threads <= proven) return threads;
+  std::mutex gate;
+  std::unique_lock hold(gate);
+  std::vector<std::thread> tried =
+      start_threads(threads - 1, [&gate](int) { const std::lock_guard wait(gate); });
+  hold.unlock();
+  for (std::thread& thread : tried) thread.join();
+  return proven = static_cast<int>(tried.size()) + 1;
+}
+#endif
 
 }  // namespace
 
@@ -66,11 +94,11 @@ void parallel_for(int threads, std::int64_t count,
 #if defined(SONICMOE_STD_THREADS)
   // ThreadSanitizer does not see OpenMP's barriers; this variant runs the same tasks on threads it
   // understands.
-  std::vector<std::thread> team;
-  for (int t = 1; t < threads; ++t) team.emplace_back(work, t);
+  std::vector<std::thread> team = start_threads(threads - 1, work);
   work(0);
   for (std::thread& member : team) member.join();
 #elif defined(_OPENMP)
+  threads = startable(threads);
 #pragma omp parallel num_threads(threads)
   work(omp_get_thread_num());
 #else

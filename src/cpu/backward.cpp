@@ -118,6 +118,7 @@ class Backward {
   }
 
   void run() {
+    check_metadata(shape_, metadata_);
     const TensorView& ds = args_.grad_routing_weights;
     if (ds.defined()) std::fill_n(ds.as<float>(), ds.numel(), 0.0f);
     const std::int64_t blocks = make_row_blocks<Compute>(metadata_, buffers_.blocks);

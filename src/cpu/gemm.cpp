@@ -59,7 +59,8 @@ const char* isa_name(dnnl::cpu_isa isa) {
 }
 
 const dnnl::engine& engine() {
-  static const dnnl::engine instance(dnnl::engine::kind::cpu, 0);
+  // Never destroyed: the primitives of threads that outlive static objects refer to it.
+  static const auto& instance = *new dnnl::engine(dnnl::engine::kind::cpu, 0);
   return instance;
 }
 

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <numbers>
 
+#include "sonicmoe/error.hpp"
+
 namespace sonicmoe::oracle {
 namespace {
 
@@ -45,8 +47,14 @@ double read_element(const ConstTensorView& view, std::int64_t offset) {
       return read<std::int64_t>(view.data(), offset);
     case DType::kUInt8:
       return read<std::uint8_t>(view.data(), offset);
+    case DType::kFloat16:
+    case DType::kFloat64:
+    case DType::kInt8:
+    case DType::kInt16:
+    case DType::kBool:
+      break;
   }
-  return 0.0;
+  throw Error("oracle", "dtype", "one that operations take", std::string(name_of(view.dtype())));
 }
 
 // Element `index` of an id tensor of rank 1 or 2. Not through double: INT64_MAX has no double.

@@ -67,13 +67,23 @@ void write_metadata(const TensorView& view, const MoEShape& shape,
 
 std::vector<oracle::Row> read_metadata(const ConstTensorView& view, const MoEShape& shape) {
   const Metadata metadata(const_cast<void*>(view.data()), shape);
+  const auto require = [](bool holds) {
+    if (!holds) {
+      throw Error("moe_backward", "metadata", "what moe_forward wrote for this call",
+                  "indices out of range");
+    }
+  };
+  const auto in = [](std::int32_t index, std::int64_t end) { return index >= 0 && index < end; };
   std::vector<oracle::Row> rows;
   for (std::int64_t e = 0; e < shape.num_experts; ++e) {
+    require(in(metadata.ends[e], shape.num_pairs + 1));
     for (auto r = static_cast<std::int64_t>(rows.size()); r < metadata.ends[e]; ++r) {
       if (shape.form == MoEShape::Form::kSorted) {
         rows.push_back({r, r, e});
       } else {
         rows.push_back({metadata.positions[r], metadata.tokens[r], e});
+        require(in(metadata.positions[r], shape.num_pairs) &&
+                in(metadata.tokens[r], shape.num_tokens));
       }
     }
   }

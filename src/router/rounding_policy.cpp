@@ -1,44 +1,11 @@
 #include "router/rounding_policy.hpp"
 
 #include <cstdlib>
-#include <limits>
-#include <string>
 
 #include "router/philox.hpp"
 #include "sonicmoe/error.hpp"
 
 namespace sonicmoe {
-
-std::int64_t rounded_capacity(std::int64_t num_tokens, std::int64_t num_experts, std::int64_t top_k,
-                              const RoundingOptions& rounding) {
-  const auto require = [](bool condition, const char* argument, const std::string& expected,
-                          std::int64_t actual) {
-    if (!condition) throw Error("rounded_capacity", argument, expected, std::to_string(actual));
-  };
-  const std::int64_t tile = rounding.tile;
-  require(num_experts >= 1, "num_experts", "at least 1", num_experts);
-  require(top_k >= 1 && top_k <= num_experts, "top_k", "1.." + std::to_string(num_experts), top_k);
-  require(tile >= 1, "tile", "at least 1", tile);
-  require(tile <= num_tokens, "tile", "at most the number of tokens, " + std::to_string(num_tokens),
-          tile);  // else no row could be kept
-  require(num_tokens <= std::numeric_limits<std::int32_t>::max(), "num_tokens",
-          "below 2^31: token ids are int32", num_tokens);
-  const std::int64_t pairs = num_tokens * top_k;
-  switch (rounding.policy) {
-    case RoundingPolicy::kDown:
-      return pairs;
-    case RoundingPolicy::kBalanced:
-      return pairs + tile / 2;
-    case RoundingPolicy::kNearest:
-      return pairs + num_experts * (tile / 2);
-    case RoundingPolicy::kUp:
-    case RoundingPolicy::kStochastic:
-    case RoundingPolicy::kNearestScore:
-      return pairs + num_experts * (tile - 1);
-  }
-  throw Error("rounded_capacity", "policy", "a RoundingPolicy",
-              std::to_string(static_cast<int>(rounding.policy)));
-}
 
 RowRounder::RowRounder(const RoundingOptions& options, std::int64_t num_tokens)
     : tile_(options.tile),

@@ -104,6 +104,7 @@ TEST(Memory, MetadataBytesOfEachForm) {
   shape.form = MoEShape::Form::kPairs;
   EXPECT_EQ(moe_metadata_bytes(shape), 4u * (3 + 4 * 20 + 10 + 1));
   shape.form = MoEShape::Form::kSorted;
+  shape.num_tokens = shape.num_pairs;
   EXPECT_EQ(moe_metadata_bytes(shape), 4u * 3);
 }
 

@@ -31,7 +31,7 @@ class LargeTensor {
     bytes_ = size_of(dtype);
     for (const std::int64_t extent : extents) bytes_ *= static_cast<std::size_t>(extent);
     data_ = static_cast<std::byte*>(target.memory->allocate(std::max<std::size_t>(bytes_, 64), 64));
-    view = TensorView(data_, dtype, std::span<const std::int64_t>(extents));
+    view = TensorView(data_, dtype, std::span<const std::int64_t>(extents), target.device);
     repeat(poison(std::size_t{1} << 24));
   }
   LargeTensor(const Target& target, std::vector<std::int64_t> extents, double scale,

@@ -91,7 +91,8 @@ bool GuardedBuffer::guards_intact() const {
 
 TensorView GuardedBuffer::view() const {
   if (base_ == nullptr) return {};
-  return TensorView(data(), DType::kUInt8, {static_cast<std::int64_t>(bytes_)});
+  return TensorView(data(), DType::kUInt8, {static_cast<std::int64_t>(bytes_)},
+                    target_ == nullptr ? Device{} : target_->device);
 }
 
 const char* name_of(Strides strides) {
@@ -122,7 +123,8 @@ Tensor::Tensor(const Target& target, DType dtype, std::vector<std::int64_t> shap
   buffer_ = GuardedBuffer(target, bytes);
   image_ = poison(bytes);
   view_ = TensorView(static_cast<std::byte*>(buffer_.data()) + start_, dtype,
-                     std::span<const std::int64_t>(shape), std::span<const std::int64_t>(strides));
+                     std::span<const std::int64_t>(shape), std::span<const std::int64_t>(strides),
+                     target.device);
 }
 
 std::size_t Tensor::byte_offset(std::int64_t index) const {

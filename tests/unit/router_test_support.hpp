@@ -73,7 +73,8 @@ class Buffer {
   TensorView view() const { return view_as(dtype_of<T>, shape_); }
   /// The same memory under another shape or dtype of the same size, for error tests.
   TensorView view_as(DType dtype, std::vector<std::int64_t> shape) const {
-    return TensorView(buffer_.data(), dtype, std::span<const std::int64_t>(shape));
+    return TensorView(buffer_.data(), dtype, std::span<const std::int64_t>(shape),
+                      buffer_.view().device());
   }
   TensorView reshaped(std::vector<std::int64_t> shape) const {
     return view_as(dtype_of<T>, std::move(shape));

@@ -31,6 +31,12 @@ void* current_cuda_stream(std::int32_t device_index) {
   return stream;
 }
 
+sonicmoe::Device device_of(const Tensor& tensor) {
+  if (!tensor.is_cuda()) return {};
+  return {sonicmoe::DeviceType::kCuda, tensor.get_device_index()};
+}
+
+/// Types that no argument takes pass through, so that the error names those that this one takes.
 sonicmoe::DType dtype_of(const char* operation, const char* argument, ScalarType type) {
   switch (type) {
     case ScalarType::Float:
@@ -43,8 +49,18 @@ sonicmoe::DType dtype_of(const char* operation, const char* argument, ScalarType
       return sonicmoe::DType::kInt64;
     case ScalarType::Byte:
       return sonicmoe::DType::kUInt8;
+    case ScalarType::Half:
+      return sonicmoe::DType::kFloat16;
+    case ScalarType::Double:
+      return sonicmoe::DType::kFloat64;
+    case ScalarType::Char:
+      return sonicmoe::DType::kInt8;
+    case ScalarType::Short:
+      return sonicmoe::DType::kInt16;
+    case ScalarType::Bool:
+      return sonicmoe::DType::kBool;
     default:
-      throw sonicmoe::Error(operation, argument, "float32, bfloat16, int32, int64 or uint8",
+      throw sonicmoe::Error(operation, argument, "real numbers of a common type",
                             torch::headeronly::toString(type));
   }
 }
@@ -52,6 +68,20 @@ sonicmoe::DType dtype_of(const char* operation, const char* argument, ScalarType
 using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
 
 std::span<const std::int64_t> span_of(IntArrayRef values) { return {values.data(), values.size()}; }
+
+template <class View, class Data>
+View view(const char* operation, const char* argument, const Tensor& tensor, sonicmoe::DType dtype,
+          Data* data) {
+  const auto shape = span_of(tensor.sizes());
+  if (shape.empty() || shape.size() > sonicmoe::kMaxRank) {
+    throw sonicmoe::Error(operation, argument,
+                          "1 to " + std::to_string(sonicmoe::kMaxRank) + " dimensions",
+                          std::to_string(shape.size()));
+  }
+  // Torch leaves any strides on a tensor without elements.
+  if (tensor.numel() == 0) return {data, dtype, shape, device_of(tensor)};
+  return {data, dtype, shape, span_of(tensor.strides()), device_of(tensor)};
+}
 
 /// Why torch's last call through the stable interface failed; empty before torch 2.13, which tells
 /// it on stderr alone.
@@ -98,10 +128,8 @@ Tensor new_empty(const Tensor& like, IntArrayRef shape, ScalarType dtype) {
 
 sonicmoe::ConstTensorView Views::in(const char* argument, const Tensor& tensor) const {
   const auto dtype = dtype_of(operation_, argument, tensor.scalar_type());
-  const auto shape = span_of(tensor.sizes());
-  // Torch leaves any strides on a tensor without elements.
-  if (tensor.numel() == 0) return {tensor.const_data_ptr(), dtype, shape};
-  return {tensor.const_data_ptr(), dtype, shape, span_of(tensor.strides())};
+  return view<sonicmoe::ConstTensorView>(operation_, argument, tensor, dtype,
+                                         tensor.const_data_ptr());
 }
 
 sonicmoe::ConstTensorView Views::in(const char* argument, const OptionalTensor& tensor) const {
@@ -109,8 +137,8 @@ sonicmoe::ConstTensorView Views::in(const char* argument, const OptionalTensor& 
 }
 
 sonicmoe::TensorView Views::out(const char* argument, const Tensor& tensor) const {
-  return {tensor.mutable_data_ptr(), dtype_of(operation_, argument, tensor.scalar_type()),
-          span_of(tensor.sizes()), span_of(tensor.strides())};
+  const auto dtype = dtype_of(operation_, argument, tensor.scalar_type());
+  return view<sonicmoe::TensorView>(operation_, argument, tensor, dtype, tensor.mutable_data_ptr());
 }
 
 sonicmoe::TensorView Views::out(const char* argument, const OptionalTensor& tensor) const {
@@ -122,7 +150,7 @@ Call::Call(const Tensor& tensor) {
   if (!tensor.is_cuda()) return;
   const auto index = tensor.get_device_index();
   guard_.emplace(index);
-  context_.device = {sonicmoe::DeviceType::kCuda, index};
+  context_.device = device_of(tensor);
   context_.stream.handle = current_cuda_stream(index);
 }
 
@@ -153,6 +181,10 @@ Tensor new_workspace(const Tensor& like, std::size_t bytes, bool limited) {
     kept = new_bytes(like, bytes);
   }
   return *kept;
+}
+
+void require_present(const char* operation, const char* flag, bool need, const OptionalTensor& of) {
+  if (need && !of) throw sonicmoe::Error(operation, flag, "false, as the tensor is absent", "true");
 }
 
 Tensor nothing(const Tensor& like) { return new_tensor(like, {0}, like.scalar_type()); }

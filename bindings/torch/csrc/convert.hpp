@@ -61,6 +61,8 @@ Tensor new_bytes(const Tensor& like, std::size_t bytes);
 /// one.
 Tensor new_workspace(const Tensor& like, std::size_t bytes, bool limited);
 inline constexpr std::size_t kMostKept = std::size_t{256} << 20;
+/// Throws unless the gradient of an optional argument is asked for only where there is one.
+void require_present(const char* operation, const char* flag, bool need, const OptionalTensor& of);
 /// What an operator returns for a result that was not asked for.
 Tensor nothing(const Tensor& like);
 

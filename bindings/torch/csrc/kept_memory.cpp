@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <functional>
 #include <list>
@@ -111,6 +112,21 @@ std::size_t bytes_of(std::span<const std::int64_t> shape, ScalarType dtype) {
   return static_cast<std::size_t>(elements) * bytes_per_element(dtype);
 }
 
+// Some order of the dimensions is contiguous.
+bool is_dense(std::span<const std::int64_t> shape, std::span<const std::int64_t> strides) {
+  std::vector<std::size_t> order(shape.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::sort(order.begin(), order.end(),
+            [&](std::size_t a, std::size_t b) { return strides[a] < strides[b]; });
+  std::int64_t step = 1;
+  for (const std::size_t i : order) {
+    if (shape[i] <= 1) continue;
+    if (strides[i] != step) return false;
+    step *= shape[i];
+  }
+  return true;
+}
+
 // float32 and bfloat16 alone are ever large.
 bool keeps(const Tensor& like, ScalarType dtype, std::size_t bytes) {
   return !like.is_cuda() && bytes >= kLeastKeptResult && from_blob() != nullptr &&
@@ -133,10 +149,8 @@ Tensor new_kept_like(const Tensor& like) {
   const std::span<const std::int64_t> shape(sizes.data(), sizes.size());
   const std::size_t bytes = bytes_of(shape, like.scalar_type());
   // Strides with gaps or overlaps are torch's to replace.
-  std::int64_t last = 0;
-  for (std::size_t i = 0; i < sizes.size(); ++i) last += (sizes[i] - 1) * strides[i];
-  const bool dense = last + 1 == like.numel();
-  if (!dense || !keeps(like, like.scalar_type(), bytes)) return new_like(like);
+  if (!is_dense(shape, {strides.data(), strides.size()}) || !keeps(like, like.scalar_type(), bytes))
+    return new_like(like);
   return over_kept(shape, {strides.data(), strides.size()}, like.scalar_type(), bytes);
 }
 

@@ -1,6 +1,5 @@
 // moe_layer_forward, moe_layer_backward and moe_layer_backward_accumulate: router GEMM, routing and
 // experts as one operator each way.
-#include <algorithm>
 #include <string>
 #include <tuple>
 
@@ -102,8 +101,7 @@ moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTe
   const Tensor y = new_tensor(x, {shape.num_tokens, shape.hidden_size}, x.scalar_type());
   const Tensor logits = new_tensor(x, {shape.num_tokens, shape.num_experts}, ScalarType::Float);
   const Tensor rows = new_tensor(x, {shape.num_experts}, ScalarType::Int);
-  const Tensor topk_ids =
-      new_tensor(x, {shape.num_tokens, std::max<std::int64_t>(top_k, 0)}, ScalarType::Int);
+  const Tensor topk_ids = new_tensor(x, {shape.num_tokens, top_k}, ScalarType::Int);
   const std::int64_t listed = rounding ? shape.num_pairs : 0;
   const Tensor token_ids = new_tensor(x, {listed}, ScalarType::Int);
   const Tensor expert_ids = new_tensor(x, {listed}, ScalarType::Int);
@@ -175,6 +173,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_bac
       .workspace_limit = byte_limit(workspace_limit)};
   if (rounding) args.options.rounding = rounding_options(views, tile, policy, 0, std::nullopt);
 
+  require_present("moe_layer_backward", "need_router_bias", need_router_bias, router_bias);
+  require_present("moe_layer_backward", "need_b1", need_b1, b1);
+  require_present("moe_layer_backward", "need_b2", need_b2, b2);
+  (void)sonicmoe::moe_layer_shape(args.options, args.x, args.weights);  // before allocating
   const auto gradient = [&](bool need, const Tensor& of) {
     return need ? new_kept_like(of) : nothing(of);
   };
@@ -249,6 +251,7 @@ Tensor moe_layer_backward_accumulate(
       .accumulate = true,
       .workspace_limit = byte_limit(workspace_limit)};
   if (rounding) args.options.rounding = rounding_options(views, tile, policy, 0, std::nullopt);
+  (void)sonicmoe::moe_layer_shape(args.options, args.x, args.weights);  // before allocating
   const Tensor grad_x =
       need_x ? new_tensor(x, {x.size(0), x.size(1)}, x.scalar_type()) : nothing(x);
   if (need_x) args.grad_x = views.out("grad_x", grad_x);

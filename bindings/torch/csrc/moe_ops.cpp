@@ -1,4 +1,4 @@
-// moe_forward, moe_backward and moe_backward_accumulate: the experts with ready-made routing.
+// moe_forward and moe_backward: the experts with ready-made routing.
 #include <string>
 #include <tuple>
 
@@ -107,6 +107,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
       .h = views.in("h", h),
       .metadata = views.in("metadata", metadata),
       .workspace_limit = byte_limit(workspace_limit)};
+  require_present("moe_backward", "need_b1", need_b1, b1);
+  require_present("moe_backward", "need_b2", need_b2, b2);
+  require_present("moe_backward", "need_weights", need_weights, weights);
+  (void)sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing);  // before allocating
   const Tensor grad_x =
       need_x ? new_tensor(x, {x.size(0), x.size(1)}, x.scalar_type()) : nothing(x);
   const Tensor grad_w1 = need_w1 ? new_kept_like(w1) : nothing(w1);

@@ -13,7 +13,8 @@ template <class Enum>
 std::string join_names(int count) {
   std::string names;
   for (int i = 0; i < count; ++i) {
-    names += (i == 0 ? "" : ",") + std::string(sonicmoe::name_of(static_cast<Enum>(i)));
+    if (i > 0) names += ',';
+    names += sonicmoe::name_of(static_cast<Enum>(i));
   }
   return names;
 }

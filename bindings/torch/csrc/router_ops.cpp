@@ -8,8 +8,20 @@
 namespace sonicmoe_torch {
 namespace {
 
-/// An allocatable extent for a top_k that the library has yet to refuse.
-std::int64_t columns(std::int64_t top_k) { return std::max<std::int64_t>(top_k, 0); }
+struct LogitsShape {
+  std::int64_t num_tokens, num_experts;
+  /// An allocatable extent for a top_k that the library has yet to refuse.
+  std::int64_t columns(std::int64_t top_k) const {
+    return std::clamp<std::int64_t>(top_k, 0, num_experts);
+  }
+};
+
+/// Sizes for the outputs, which are made before the library sees the logits.
+LogitsShape shape_of(const char* operation, const sonicmoe::ConstTensorView& logits) {
+  if (logits.rank() != 2)
+    throw sonicmoe::Error(operation, "logits", "2 dimensions", logits.describe());
+  return {logits.size(0), logits.size(1)};
+}
 
 constexpr const char* kRouteForwardSchema =
     "route_forward(Tensor logits, Tensor? selection_bias, int top_k, int scoring, "
@@ -23,13 +35,14 @@ std::tuple<Tensor, Tensor> route_forward(const Tensor& logits, const OptionalTen
                                          std::int64_t top_groups, double scale) {
   const Views views("route_forward");
   const Call call(logits);
-  const std::int64_t num_tokens = logits.size(0);
-  const Tensor ids = new_tensor(logits, {num_tokens, columns(top_k)}, ScalarType::Long);
-  const Tensor weights = new_tensor(logits, {num_tokens, columns(top_k)}, ScalarType::Float);
+  const auto logits_view = views.in("logits", logits);
+  const LogitsShape shape = shape_of("route_forward", logits_view);
+  const Tensor ids = new_tensor(logits, {shape.num_tokens, shape.columns(top_k)}, ScalarType::Long);
+  const Tensor weights = new_like_contiguous(ids, ScalarType::Float);
   sonicmoe::route_forward(
       call.context(), {.options = router_options(views, top_k, scoring, renormalize, selection_bias,
                                                  num_groups, top_groups, scale),
-                       .logits = views.in("logits", logits),
+                       .logits = logits_view,
                        .topk_ids = views.out("topk_ids", ids),
                        .topk_weights = views.out("topk_weights", weights),
                        .rows_per_expert = {}});
@@ -71,26 +84,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> round_tokens_forward(
     std::int64_t policy, std::int64_t seed) {
   const Views views("round_tokens_forward");
   const Call call(logits);
-  const std::int64_t num_tokens = logits.size(0);
-  const std::int64_t num_experts = logits.size(1);
+  const auto logits_view = views.in("logits", logits);
+  const LogitsShape shape = shape_of("round_tokens_forward", logits_view);
   const auto options = router_options(views, top_k, scoring, renormalize, selection_bias,
                                       num_groups, top_groups, scale);
   const auto rounding = rounding_options(views, tile, policy, seed, seed_tensor);
   const std::int64_t capacity =
-      sonicmoe::rounded_capacity(num_tokens, num_experts, top_k, rounding);
+      sonicmoe::rounded_capacity(shape.num_tokens, shape.num_experts, top_k, rounding);
 
   const Tensor token_ids = new_tensor(logits, {capacity}, ScalarType::Int);
   const Tensor expert_ids = new_tensor(logits, {capacity}, ScalarType::Int);
   const Tensor pair_weights = new_tensor(logits, {capacity}, ScalarType::Float);
-  const Tensor topk_ids = new_tensor(logits, {num_tokens, columns(top_k)}, ScalarType::Int);
-  const Tensor rows = new_tensor(logits, {num_experts}, ScalarType::Int);
-  const Tensor rows_before = new_tensor(logits, {num_experts}, ScalarType::Int);
-  const Tensor workspace = new_bytes(logits, sonicmoe::round_tokens_workspace_bytes(
-                                                 call.context(), num_tokens, num_experts, top_k));
+  const Tensor topk_ids = new_tensor(logits, {shape.num_tokens, top_k}, ScalarType::Int);
+  const Tensor rows = new_tensor(logits, {shape.num_experts}, ScalarType::Int);
+  const Tensor rows_before = new_tensor(logits, {shape.num_experts}, ScalarType::Int);
+  const Tensor workspace =
+      new_bytes(logits, sonicmoe::round_tokens_workspace_bytes(call.context(), shape.num_tokens,
+                                                               shape.num_experts, top_k));
   sonicmoe::round_tokens_forward(
       call.context(), {.options = options,
                        .rounding = rounding,
-                       .logits = views.in("logits", logits),
+                       .logits = logits_view,
                        .token_ids = views.out("token_ids", token_ids),
                        .expert_ids = views.out("expert_ids", expert_ids),
                        .pair_weights = views.out("pair_weights", pair_weights),

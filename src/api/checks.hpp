@@ -1,0 +1,62 @@
+// The checks of one operation that others share: moe_layer's are the router's and the experts'.
+// All of a call's checks run before anything is computed or written.
+#pragma once
+
+#include <new>
+
+#include "core/check.hpp"
+#include "sonicmoe/moe.hpp"
+#include "sonicmoe/router.hpp"
+
+namespace sonicmoe {
+
+/// Runs the backend's part of an operation. What leaves it is an Error, also where memory ran out.
+template <class Run>
+void run_backend(const Check& check, Run run) {
+  try {
+    run();
+  } catch (const Error&) {
+    throw;
+  } catch (const std::bad_alloc&) {
+    throw Error(check.operation() + ": out of memory");
+  } catch (const std::exception& error) {
+    throw Error(check.operation() + ": " + error.what());
+  }
+}
+
+/// The most tokens, and the most pairs: row numbers are int32.
+inline constexpr std::int64_t kMostRows = (std::int64_t{1} << 31) - 2;
+
+/// A shape that can be: sizes in range, known enumerators, num_pairs as the form has it, buffers
+/// below 2^59 elements. Whatever is computed from such a shape fits 64 bits.
+void check_shape(const Check& check, const MoEShape& shape);
+
+/// num_tokens, num_experts, top_k of a router.
+void check_router_sizes(const Check& check, std::int64_t num_tokens, std::int64_t num_experts,
+                        std::int64_t top_k);
+
+/// rounded_capacity() with errors in the name of the caller's operation.
+std::int64_t checked_capacity(const Check& check, std::int64_t num_tokens, std::int64_t num_experts,
+                              std::int64_t top_k, const RoundingOptions& rounding);
+
+// Each of these checks everything but the workspace, whose size the backend tells.
+MoEShape check_moe_forward(const Check& check, const MoEForwardArgs& args);
+MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args);
+/// `weights` is the argument's name for topk_weights.
+void check_route_forward(const Check& check, const RouteForwardArgs& args,
+                         const char* weights = "topk_weights");
+void check_route_backward(const Check& check, const RouteBackwardArgs& args);
+void check_round_tokens_forward(const Check& check, const RoundTokensForwardArgs& args);
+void check_round_tokens_backward(const Check& check, const RoundTokensBackwardArgs& args);
+
+/// Options alone, for a router over `num_experts`.
+void check_router_options(const Check& check, const RouterOptions& options,
+                          std::int64_t num_experts);
+void check_expert_options(const Check& check, const ExpertOptions& options);
+
+/// A gradient of a parameter, where there is one: its shape, and its dtype or float32 (float32
+/// alone with `accumulate`).
+void check_parameter_gradient(const Check& check, const char* name, const ConstTensorView& grad,
+                              const ConstTensorView& parameter, bool accumulate);
+
+}  // namespace sonicmoe
