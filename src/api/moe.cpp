@@ -240,6 +240,7 @@ void moe_forward(const Context& context, const MoEForwardArgs& args) {
   const Check check("moe_forward", context);
   const MoEShape shape = check_moe_forward(check, args);
   const Backend& backend = choose_backend(context, "moe_forward");
+  backend.check_moe_forward(check, shape, args);
   const WorkspacePlan plan =
       backend.moe_forward_workspace(context, shape, !args.h.defined(), args.workspace_limit);
   check.buffer("workspace", args.workspace, plan.bytes, 64);
@@ -261,6 +262,7 @@ void moe_backward(const Context& context, const MoEBackwardArgs& args) {
   const Check check("moe_backward", context);
   const MoEShape shape = check_moe_backward(check, args);
   const Backend& backend = choose_backend(context, "moe_backward");
+  backend.check_moe_backward(check, shape, args);
   const WorkspacePlan plan = backend.moe_backward_workspace(context, shape, args.workspace_limit);
   check.buffer("workspace", args.workspace, plan.bytes, 64);
   check_memory(check, args);

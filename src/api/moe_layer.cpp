@@ -293,6 +293,7 @@ void moe_layer_forward(const Context& context, const MoELayerForwardArgs& args) 
   check_moe_forward(check, experts);
 
   const Backend& backend = choose_backend(context, check.operation());
+  backend.check_moe_forward(check, shape, experts);
   const WorkspacePlan plan = forward_plan(check, backend, context, args.options, shape,
                                           !args.saved.h.defined(), args.workspace_limit);
   check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
@@ -349,6 +350,7 @@ void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args
   const MoEBackwardArgs experts =
       expert_args(args, workspace, plan.bytes - outer, shape.num_pairs, limit);
   check_moe_backward(check, experts);
+  backend.check_moe_backward(check, shape, experts);
   check_memory(check, args);
 
   const RouteBackwardArgs topk{args.options.router, args.logits, args.saved.topk_ids,

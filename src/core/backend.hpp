@@ -11,6 +11,7 @@
 #include <string>
 #include <string_view>
 
+#include "core/check.hpp"
 #include "sonicmoe/moe.hpp"
 #include "sonicmoe/router.hpp"
 
@@ -51,6 +52,10 @@ class Backend {
                                               std::optional<std::size_t> limit) const = 0;
   virtual WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
                                                std::optional<std::size_t> limit) const = 0;
+  /// Throws for arguments that the public headers allow and this backend cannot serve. Called
+  /// before anything of an operation runs; the workspace may be absent.
+  virtual void check_moe_forward(const Check&, const MoEShape&, const MoEForwardArgs&) const {}
+  virtual void check_moe_backward(const Check&, const MoEShape&, const MoEBackwardArgs&) const {}
   virtual void moe_forward(const Context& context, const MoEShape& shape,
                            const MoEForwardArgs& args) const = 0;
   /// `router` is null outside moe_layer_backward.

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -13,6 +14,11 @@
 #include "sonicmoe/tensor.hpp"
 
 namespace sonicmoe {
+
+/// What is wrong with an argument, said by who does not know the operation's name.
+struct Objection {
+  std::string argument, expected, actual;
+};
 
 class Check {
  public:
@@ -29,6 +35,11 @@ class Check {
   void that(bool condition, const char* argument, const std::string& expected,
             const std::string& actual) const {
     if (!condition) fail(argument, expected, actual);
+  }
+
+  void refuse(const std::optional<Objection>& objection) const {
+    if (objection)
+      throw Error(operation_, objection->argument, objection->expected, objection->actual);
   }
 
   /// Present, and on the operation's device.

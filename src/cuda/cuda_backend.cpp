@@ -26,6 +26,14 @@ class CudaBackend final : public Backend {
                                        std::optional<std::size_t> limit) const override {
     return cuda::backward_plan(shape, limit);
   }
+  void check_moe_forward(const Check& check, const MoEShape& shape,
+                         const MoEForwardArgs& args) const override {
+    cuda::check_forward(check, shape, args);
+  }
+  void check_moe_backward(const Check& check, const MoEShape& shape,
+                          const MoEBackwardArgs& args) const override {
+    cuda::check_backward(check, shape, args);
+  }
   void moe_forward(const Context& context, const MoEShape& shape,
                    const MoEForwardArgs& args) const override {
     const DeviceGuard guard(context.device.index);

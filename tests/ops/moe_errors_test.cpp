@@ -211,6 +211,42 @@ TEST_P(MoeErrors, AccumulateNeedsFloat32) {
   EXPECT_EQ(call.backward_error(), "grad_w1");
 }
 
+// What the Hopper kernels decline is refused by the argument's name, before the first launch: the
+// outputs keep their poison.
+TEST_P(MoeErrors, WhatAGpuDeclines) {
+  if (GetParam().backend != "cuda") GTEST_SKIP() << "the CPU takes all of these";
+  const MoECase good = fitted(GetParam(), {});
+  const auto with = [&](auto change) {
+    MoECase c = good;
+    change(c);
+    return c;
+  };
+  const std::vector<std::pair<std::string, MoECase>> cases = {
+      {"x", with([](MoECase& c) { c.dtype = DType::kFloat32; })},
+      {"x", with([](MoECase& c) { c.hidden_size = 28; })},
+      {"w2", with([](MoECase& c) { c.intermediate_size = 12; })},
+      {"x", with([](MoECase& c) { c.x_strides = Strides::kPadded; })},
+      {"w1", with([](MoECase& c) { c.w1_strides = Strides::kPadded; })},
+      {"w2", with([](MoECase& c) { c.w2_strides = Strides::kTransposedPadded; })},
+  };
+  for (const auto& [argument, c] : cases) {
+    Call call(GetParam(), c);
+    EXPECT_EQ(call.forward_error(), argument) << c.describe();
+    EXPECT_EQ(call.out.violation_as_input(), "");
+    EXPECT_NE(call.backward_error(), "(no error)") << c.describe();
+    EXPECT_EQ(call.grad_x.violation_as_input(), "");
+  }
+  // A gradient that is declined last leaves those before it untouched.
+  Call call(GetParam(), good);
+  EXPECT_EQ(call.forward_error(), "(no error)");
+  const Tensor padded(GetParam(), good.dtype,
+                      {good.num_experts, good.hidden_columns(), good.hidden_size},
+                      Strides::kPadded);
+  call.backward.grad_w1 = padded.view();
+  EXPECT_EQ(call.backward_error(), "grad_w1");
+  EXPECT_EQ(call.grad_x.violation_as_input(), "");
+}
+
 TEST(MoeDispatch, UnknownBackendIsAnError) {
   Context context;
   context.backend = "abacus";

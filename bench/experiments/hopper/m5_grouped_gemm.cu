@@ -183,8 +183,8 @@ std::vector<std::pair<const char*, std::function<void()>>> calls(Problem& p) {
                                          c.float_gradients};
   const cuda::UpWeightGradientArgs dw1{p.grad_h.data(), x, gradient(p.grad_w1, p.float_w1),
                                        c.float_gradients};
-  auto require = [](const std::string& reason) {
-    if (!reason.empty()) expect(false, "declined: " + reason);
+  auto require = [](const std::optional<Objection>& reason) {
+    if (reason) expect(false, "declined: " + reason->argument + ", expected " + reason->expected);
   };
   require(hopper::reason_against(p.call, up));
   require(hopper::reason_against(p.call, down));

@@ -84,6 +84,30 @@ WorkspacePlan backward_plan(const MoEShape& shape, std::optional<std::size_t> li
   });
 }
 
+void check_backward(const Check& check, const MoEShape& shape, const MoEBackwardArgs& args) {
+  const ExpertCall call{shape, args.options, {}};
+  const Matrix grad_out = matrix(args.grad_out);
+  check.refuse(hopper::reason_against(
+      call, HiddenGradientArgs{.grad_out = grad_out, .w2 = args.weights.w2}));
+  if (args.grad_w2.defined()) {
+    check.refuse(hopper::reason_against(
+        call, DownWeightGradientArgs{.grad_out = grad_out, .grad_w2 = args.grad_w2}));
+  }
+  if (args.grad_x.defined()) {
+    const Matrix out =
+        stores_rows(shape) ? Matrix{nullptr, shape.hidden_size} : matrix(args.grad_x);
+    auto objection = hopper::reason_against(
+        call,
+        InputGradientArgs{.w1 = args.weights.w1, .num_columns = shape.hidden_size, .out = out});
+    if (objection && objection->argument == "out") objection->argument = "grad_x";
+    check.refuse(objection);
+  }
+  if (args.grad_w1.defined()) {
+    check.refuse(hopper::reason_against(
+        call, UpWeightGradientArgs{.x = matrix(args.x), .grad_w1 = args.grad_w1}));
+  }
+}
+
 void backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
               RouterShare* router) {
   const WorkspacePlan plan = backward_plan(shape, args.workspace_limit);

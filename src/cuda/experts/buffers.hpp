@@ -39,18 +39,12 @@ inline Matrix matrix(const ConstTensorView& view) {
   return {const_cast<void*>(view.data()), view.stride(0)};
 }
 
-/// Throws when the kernels decline the call.
-inline void require(const char* operation, const std::string& reason) {
-  if (reason.empty()) return;
-  throw Error(std::string("cuda ") + operation + ": " + reason);
-}
-
-/// Runs a grouped GEMM, or says why it cannot.
-#define SONICMOE_RUN_GEMM(call, operation, ...)                   \
-  do {                                                            \
-    const auto gemm_args = __VA_ARGS__;                           \
-    require(#operation, hopper::reason_against(call, gemm_args)); \
-    hopper::operation(call, gemm_args);                           \
+/// Runs a grouped GEMM. What it cannot take has been refused before the first launch of the call.
+#define SONICMOE_RUN_GEMM(call, operation, ...)                                  \
+  do {                                                                           \
+    const auto gemm_args = __VA_ARGS__;                                          \
+    Check(#operation, Device{}).refuse(hopper::reason_against(call, gemm_args)); \
+    hopper::operation(call, gemm_args);                                          \
   } while (false)
 
 }  // namespace sonicmoe::cuda

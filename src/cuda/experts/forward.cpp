@@ -39,6 +39,15 @@ WorkspacePlan forward_plan(const MoEShape& shape, bool inference,
   });
 }
 
+void check_forward(const Check& check, const MoEShape& shape, const MoEForwardArgs& args) {
+  const ExpertCall call{shape, args.options, {}};
+  const Matrix out = stores_rows(shape) ? Matrix{nullptr, shape.hidden_size} : matrix(args.out);
+  const ExpertWeights& w = args.weights;
+  check.refuse(hopper::reason_against(call, UpArgs{.x = matrix(args.x), .w1 = w.w1, .b1 = w.b1}));
+  check.refuse(hopper::reason_against(
+      call, DownArgs{.w2 = w.w2, .b2 = w.b2, .num_columns = shape.hidden_size, .out = out}));
+}
+
 void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs& args) {
   const bool inference = !args.h.defined(), sorted = shape.form == MoEShape::Form::kSorted;
   const bool stores = stores_rows(shape), adds = adds_rows(shape);

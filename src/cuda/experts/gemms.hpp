@@ -9,8 +9,9 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <string>
+#include <optional>
 
+#include "core/check.hpp"
 #include "core/integers.hpp"
 #include "sonicmoe/moe.hpp"
 
@@ -120,14 +121,14 @@ struct UpWeightGradientArgs {
 };
 
 namespace hopper {
-/// Empty when the call can run here, else one line that says what is in the way ("n = 60 is not a
-/// multiple of 8"). Pure host code: no CUDA call.
-std::string reason_against(const ExpertCall& call, const UpArgs& args);
-std::string reason_against(const ExpertCall& call, const DownArgs& args);
-std::string reason_against(const ExpertCall& call, const HiddenGradientArgs& args);
-std::string reason_against(const ExpertCall& call, const InputGradientArgs& args);
-std::string reason_against(const ExpertCall& call, const DownWeightGradientArgs& args);
-std::string reason_against(const ExpertCall& call, const UpWeightGradientArgs& args);
+/// Empty when the call can run here, else the argument that is in the way. Pure host code: no CUDA
+/// call; buffers of the workspace may be null.
+std::optional<Objection> reason_against(const ExpertCall& call, const UpArgs& args);
+std::optional<Objection> reason_against(const ExpertCall& call, const DownArgs& args);
+std::optional<Objection> reason_against(const ExpertCall& call, const HiddenGradientArgs& args);
+std::optional<Objection> reason_against(const ExpertCall& call, const InputGradientArgs& args);
+std::optional<Objection> reason_against(const ExpertCall& call, const DownWeightGradientArgs& args);
+std::optional<Objection> reason_against(const ExpertCall& call, const UpWeightGradientArgs& args);
 
 void up(const ExpertCall& call, const UpArgs& args);
 void down(const ExpertCall& call, const DownArgs& args);

@@ -18,76 +18,83 @@ int number_from_environment(const char* name) {
 
 bool aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
 
-std::string not_a_multiple(const char* what, std::int64_t value) {
-  return std::string(what) + " = " + std::to_string(value) + " is not a multiple of 8";
+using Reason = std::optional<Objection>;
+
+Reason not_a_multiple(const char* argument, const std::string& what, std::int64_t value,
+                      std::int64_t vector = kVector) {
+  return Objection{argument, what + " a multiple of " + std::to_string(vector) + " on a GPU",
+                   std::to_string(value)};
 }
 
-std::string check_shape(const ExpertCall& call) {
+Reason not_aligned(const char* argument) {
+  return Objection{argument, "16-byte alignment on a GPU", "an unaligned address"};
+}
+
+Reason check_shape(const ExpertCall& call) {
   const MoEShape& s = call.shape;
-  if (s.dtype != DType::kBFloat16) return "the tensor cores take bfloat16 only";
-  if (s.hidden_size % kVector != 0) return not_a_multiple("hidden_size", s.hidden_size);
-  if (s.intermediate_size % kVector != 0) {
-    return not_a_multiple("intermediate_size", s.intermediate_size);
+  if (s.dtype != DType::kBFloat16) {
+    return Objection{"x", "bfloat16 on a GPU", std::string(name_of(s.dtype))};
   }
-  if (s.num_pairs > std::numeric_limits<std::int32_t>::max()) return "more than 2^31 rows";
+  if (s.hidden_size % kVector != 0) return not_a_multiple("x", "hidden_size", s.hidden_size);
+  if (s.intermediate_size % kVector != 0) {
+    return not_a_multiple("w2", "intermediate_size", s.intermediate_size);
+  }
   return {};
 }
 
-std::string check_matrix(const char* name, const Matrix& m, std::int64_t rows) {
-  if (!aligned(m.data)) return std::string(name) + " is not 16-byte aligned";
-  if (m.ld % kVector != 0)
-    return not_a_multiple((std::string(name) + "'s row stride").c_str(), m.ld);
+Reason check_matrix(const char* name, const Matrix& m, std::int64_t rows) {
+  if (!aligned(m.data)) return not_aligned(name);
+  if (m.ld % kVector != 0) return not_a_multiple(name, "a row stride", m.ld);
   if (rows * (m.ld / kVector) > std::numeric_limits<std::uint32_t>::max()) {
-    return std::string(name) + " has more than 2^35 elements";
+    return Objection{name, "at most 2^35 elements on a GPU",
+                     std::to_string(rows) + " rows of " + std::to_string(m.ld)};
   }
   return {};
 }
 
 // A weight or its gradient: one of the last strides 1, everything else in steps of 16 bytes.
-std::string check_strided(const char* name, const ConstTensorView& w, std::int64_t vector) {
-  if (!aligned(w.data())) return std::string(name) + " is not 16-byte aligned";
+Reason check_strided(const char* name, const ConstTensorView& w, std::int64_t vector) {
+  if (!aligned(w.data())) return not_aligned(name);
   const int unit = depth_has_unit_stride(w, 2) ? 2 : 1;
   for (int i = 0; i < 3; ++i) {
     if (i == unit ? w.stride(i) == 1 || w.size(i) == 1
                   : w.stride(i) % vector == 0 || w.size(i) == 1) {
       continue;
     }
-    return std::string(name) + "'s stride " + std::to_string(w.stride(i)) + " of dimension " +
-           std::to_string(i) + " is not a multiple of " + std::to_string(vector);
+    const std::string what = "a stride of dimension " + std::to_string(i);
+    return not_a_multiple(name, what, w.stride(i), vector);
   }
   return {};
 }
 
-std::string check_bias(const char* name, const ConstTensorView& bias) {
-  if (!bias.defined() || bias.stride(1) == 1 || bias.size(1) == 1) return {};
-  return std::string(name) + " has no unit stride";
-}
-
-std::string check_gradient(const char* name, const TensorView& w) {
+Reason check_gradient(const char* name, const TensorView& w) {
   return check_strided(name, w, w.dtype() == DType::kFloat32 ? 2 : kVector);
 }
 
-// The first that is not empty.
+// The first that there is.
 template <class... Reasons>
-std::string first_of(Reasons... reasons) {
-  std::string result;
-  ((result.empty() ? void(result = reasons) : void()), ...);
+Reason first_of(Reasons... reasons) {
+  Reason result;
+  ((result ? void() : void(result = reasons)), ...);
   return result;
 }
 
 // A gated concatenated weight needs its second half to start at a multiple of 16 bytes.
-std::string check_halves(const ExpertCall& call, const ConstTensorView& w1) {
+Reason check_halves(const ExpertCall& call, const ConstTensorView& w1) {
   const bool concatenated =
       is_gated(call.shape.activation) && call.options.gate_up_layout == GateUpLayout::kConcatenated;
   const std::int64_t offset = call.shape.intermediate_size * w1.stride(1);
-  return concatenated && offset % kVector != 0 ? not_a_multiple("the up rows' offset", offset)
-                                               : std::string();
+  return concatenated && offset % kVector != 0 ? not_a_multiple("w1", "the up rows' offset", offset)
+                                               : Reason();
 }
 
-std::string check_slab(std::int64_t first_column, std::int64_t num_columns) {
-  if (first_column % kVector != 0) return not_a_multiple("the slab's first column", first_column);
-  return num_columns % kVector != 0 ? not_a_multiple("the slab's width", num_columns)
-                                    : std::string();
+Reason check_slab(std::int64_t first_column, std::int64_t num_columns) {
+  if (first_column % kVector != 0) {
+    return not_a_multiple("workspace_limit", "a slab's first column", first_column);
+  }
+  return num_columns % kVector != 0
+             ? not_a_multiple("workspace_limit", "a slab's width", num_columns)
+             : Reason();
 }
 
 }  // namespace
@@ -133,35 +140,34 @@ bool depth_has_unit_stride(const ConstTensorView& w, int depth_dim) {
 
 int partial_columns(const MoEShape& shape) { return choose_block_n(shape.intermediate_size); }
 
-std::string reason_against(const ExpertCall& call, const UpArgs& args) {
+Reason reason_against(const ExpertCall& call, const UpArgs& args) {
   return first_of(check_shape(call), check_matrix("x", args.x, call.shape.num_tokens),
-                  check_strided("w1", args.w1, kVector), check_bias("b1", args.b1),
-                  check_halves(call, args.w1));
+                  check_strided("w1", args.w1, kVector), check_halves(call, args.w1));
 }
 
-std::string reason_against(const ExpertCall& call, const DownArgs& args) {
+Reason reason_against(const ExpertCall& call, const DownArgs& args) {
   return first_of(check_shape(call), check_strided("w2", args.w2, kVector),
-                  check_matrix("out", args.out, 0), check_bias("b2", args.b2),
+                  check_matrix("out", args.out, 0),
                   check_slab(args.first_column, args.num_columns));
 }
 
-std::string reason_against(const ExpertCall& call, const HiddenGradientArgs& args) {
+Reason reason_against(const ExpertCall& call, const HiddenGradientArgs& args) {
   return first_of(check_shape(call), check_matrix("grad_out", args.grad_out, call.shape.num_tokens),
                   check_strided("w2", args.w2, kVector));
 }
 
-std::string reason_against(const ExpertCall& call, const InputGradientArgs& args) {
+Reason reason_against(const ExpertCall& call, const InputGradientArgs& args) {
   return first_of(check_shape(call), check_strided("w1", args.w1, kVector),
                   check_matrix("out", args.out, 0),
                   check_slab(args.first_column, args.num_columns));
 }
 
-std::string reason_against(const ExpertCall& call, const DownWeightGradientArgs& args) {
+Reason reason_against(const ExpertCall& call, const DownWeightGradientArgs& args) {
   return first_of(check_shape(call), check_matrix("grad_out", args.grad_out, call.shape.num_tokens),
                   check_gradient("grad_w2", args.grad_w2));
 }
 
-std::string reason_against(const ExpertCall& call, const UpWeightGradientArgs& args) {
+Reason reason_against(const ExpertCall& call, const UpWeightGradientArgs& args) {
   return first_of(check_shape(call), check_matrix("x", args.x, call.shape.num_tokens),
                   check_gradient("grad_w1", args.grad_w1));
 }

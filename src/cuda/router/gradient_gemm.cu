@@ -150,7 +150,7 @@ bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad
       share_args(router_weight, first_column, num_columns, out, terms.values);
   if (!holds_terms(grad_logits)) {
     if (router_weight.dtype() != DType::kBFloat16 || !can_split(grad_logits)) return false;
-    if (!hopper::reason_against(call, args).empty()) return false;
+    if (hopper::reason_against(call, args)) return false;
     if (first_column == 0) split_terms(stream, grad_logits, terms, "router's share of dX");
   }
   hopper::input_gradient(call, args);
@@ -171,7 +171,7 @@ bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorVi
     check_launch(operation);
   } else {
     if (x.dtype() != DType::kBFloat16 || !can_split(grad_logits)) return false;
-    if (!hopper::reason_against(call, args).empty()) return false;
+    if (hopper::reason_against(call, args)) return false;
     args.grad_h = terms.values;
     split_terms(stream, grad_logits, terms, operation);
   }
@@ -190,10 +190,9 @@ bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::
   const ExpertCall weight_call = gemm_call(nullptr, 0, num_tokens, num_experts, d, 1, terms);
   // Stands for the parts, of which only the alignment is known here, that of any workspace.
   alignas(WorkspaceCarver::kAlignment) float parts[1];
-  return hopper::reason_against(share_call,
-                                share_args(router_weight, 0, num_columns, grad_x, nullptr))
-             .empty() &&
-         hopper::reason_against(weight_call, weight_args(x, num_experts, 1, parts)).empty();
+  return !hopper::reason_against(share_call,
+                                 share_args(router_weight, 0, num_columns, grad_x, nullptr)) &&
+         !hopper::reason_against(weight_call, weight_args(x, num_experts, 1, parts));
 }
 
 }  // namespace sonicmoe::cuda::router
