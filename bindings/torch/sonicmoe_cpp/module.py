@@ -22,8 +22,8 @@ class MoE(nn.Module):
     run and activation checkpointing, which restores that generator, rounds the same way again.
 
     `main_grad=True` accumulates parameter gradients into `param.main_grad` (float32), see
-    docs/python.md. `deterministic=False` as in `moe`. After a forward `last_rows_per_expert` [E]
-    int32 counts the rows computed.
+    docs/guide/python.md. `deterministic=False` as in `moe`. After a forward `last_rows_per_expert`
+    [E] int32 counts the rows computed.
     """
 
     def __init__(
