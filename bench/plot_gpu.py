@@ -5,6 +5,8 @@ Speeds are model TFLOP/s (6*T*K*n*d FLOPs forward, twice that backward). Ours an
 time; the official layer, of the same record or of anchors.json, and the other systems of the latter
 show the better of wall and busy time, the official layer as CUDA graphs where the newest
 graphs-h?00-*.json has it, and what the paper printed is a line.
+
+With --markdown it writes the tables of docs/performance.md (record_tables.py) and draws nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from pathlib import Path
 import matplotlib
 from bench_common import REPOSITORY
 from gpu_summary import CEILING, PEER, Speed, best_speed, load_anchors, measured_speed, peer_speed
+from record_tables import tables, with_tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 RESULTS = REPOSITORY / "bench" / "results"
 IMAGES = REPOSITORY / "docs" / "images"
+PAGE = REPOSITORY / "docs" / "performance.md"
 BARS = {  # system: label, colour; * marks those whose better time is shown
     "sonicmoe": ("sonicmoe", "tab:blue"),
     "sonicmoe-atomic": ("sonicmoe, atomic sums", "tab:cyan"),
@@ -180,7 +184,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Draws the GPU records of bench/results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the pictures")
+    parser.add_argument("--markdown", action="store_true", help=f"write the tables of {PAGE.name}")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        PAGE.write_text(with_tables(PAGE.read_text(), tables(arguments.results)))
+        return 0
 
     def read(pattern: str) -> list[dict]:
         return [json.loads(path.read_text()) for path in arguments.results.glob(pattern)]
