@@ -1,6 +1,6 @@
-"""The newest records of bench/results as tables in Markdown, for docs/performance.md.
+"""The newest records of bench/results as tables in Markdown, for the pages of PAGES.
 
-`bench/plot_gpu.py --markdown` writes them between the page's markers; a test holds the page against
+`bench/plot_gpu.py --markdown` writes them between the pages' markers; a test holds the pages against
 the records. Needs neither torch nor a GPU.
 """
 
@@ -14,6 +14,7 @@ from bench_common import REPOSITORY
 from gpu_summary import CEILING, PEER, by_place, load_anchors, measured_speed, ratios_by_shape
 
 RESULTS = REPOSITORY / "bench" / "results"
+PAGES = [REPOSITORY / "docs" / page for page in ("performance.md", "lab/h100.md")]
 TORCH, COMPILED, ATOMIC = "torch-grouped_mm", "torch-grouped_mm-compiled", "sonicmoe-atomic"
 MARKED = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 SPEEDS = (  # title, system, prefix of the times
@@ -132,27 +133,27 @@ def cpu_table(record: Record) -> list[str]:
 
 
 def cases_table(record: Record) -> list[str]:
-    """Times relative to the plain case of the same shape."""
-    rows = record[1]["rows"]
-    lines = [
-        [f"`workspace_limit` {row['limit_mib']:.0f} MiB, {row['shape']}", f"{row['ratio']:.3f}"]
-        for row in rows
-        if row["case"] == "limit" and row["limit_mib"] and "ratio" in row
-    ]
-    lines += [
-        [f"{row['skew']} routing, {row['shape']}", f"{row['cost']:.3f}"]
-        for row in rows
-        if row["case"] == "skew" and row["skew"] in ("zipf", "hot-expert")
-    ]
-    rounding = {}
-    for row in rows:
-        if row["case"] == "rounding":
-            rounding.setdefault(row["shape"], {})[row["router"]] = row["fwd_ms"] + row["bwd_ms"]
-    lines += [
-        [f"token rounding, {shape}", f"{times['token_rounding'] / times['topk']:.3f}"]
-        for shape, times in rounding.items()
-    ]
-    return caption(record) + table(["case", "time, relative"], lines)
+    """Times relative to the plain case of the same shape: a line per kind and shape."""
+    lines: dict[str, list[str]] = {}
+    plain = {}
+    for row in record[1]["rows"]:
+        shape = row["shape"]
+        if row["case"] == "limit" and row["limit_mib"] and "ratio" in row:
+            cell = f"{row['limit_mib']:.0f} MiB: {row['ratio']:.3f}"
+            lines.setdefault(f"`workspace_limit`, {shape}", []).append(cell)
+        elif row["case"] == "skew" and row["skew"] in ("zipf", "hot-expert"):
+            cell = f"{row['skew']}: {row['cost']:.3f}"
+            lines.setdefault(f"uneven routing, {shape}", []).append(cell)
+        elif row["case"] == "rounding":
+            time = row["fwd_ms"] + row["bwd_ms"]
+            if row["router"] == "topk":
+                plain[shape] = time
+                continue
+            where = f"token rounding, d = {row['d']}, n = {row['n']}, K = {row['K']}"
+            lines.setdefault(where, []).append(f"E = {row['E']}: {time / plain[shape]:.3f}")
+    return caption(record) + table(
+        ["case", "time, relative"], [[case, ", ".join(cells)] for case, cells in lines.items()]
+    )
 
 
 def tables(results: Path = RESULTS) -> dict[str, list[str]]:
