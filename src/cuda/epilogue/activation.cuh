@@ -26,8 +26,8 @@ struct ValueAndSlope {
   float value, slope;
 };
 
-// sigmoid(x) and 1 - sigmoid(x). The latter is off by 2^-23 at most, and by nothing from x = 17 on,
-// where the sigmoid is 1: a slope, which takes it times x, by 4e-6.
+// sigmoid(x) and 1 - sigmoid(x). The error of the latter is at most 2^-23, and zero for x >= 17,
+// where the sigmoid is 1. So the error of a slope, which multiplies it by x, is at most 4e-6.
 struct Sigmoid {
   float value, complement;
 };

@@ -1,6 +1,6 @@
 // What the epilogue of the backward reads besides the product: H and the row weights. The epilogue
 // warps take H by TMA through shared memory of their own (their loads through L1 would queue behind
-// the loader's gathers), the math warps the little they need from global memory.
+// the loader's gathers). The math warps, which need few rows, load them directly.
 #pragma once
 
 #include "cuda/epilogue/store.cuh"

@@ -11,8 +11,7 @@ namespace sonicmoe::cuda {
 inline constexpr int kTableThreads = 256;
 inline constexpr int kRankLanes = 8;                              // threads that rank one expert
 inline constexpr int kTableExperts = kTableThreads / kRankLanes;  // of one CTA
-// Shared bytes behind scan_experts()'s starts: the compiler reads ahead of its loops, past their
-// end.
+// Padding behind scan_experts()'s starts: unrolled loops may load past the end.
 inline constexpr std::size_t kReadAhead = 256;
 
 __host__ __device__ constexpr int table_blocks(int num_experts) {

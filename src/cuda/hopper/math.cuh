@@ -109,8 +109,8 @@ __device__ void dump_half(const Params<Spec>& p, const Item& t, const float (&ac
   }
 }
 
-// What this math warp stores of a half itself (store.cuh), if anything. It dumped these rows and
-// will overwrite them, so no barrier counts it. Made while the last products still run.
+// The rows of a half that this math warp stores itself (store.cuh), if any. It also wrote and will
+// overwrite them, so no barrier is needed. Made while the last products still run.
 template <class Spec>
 class OwnStores {
  public:

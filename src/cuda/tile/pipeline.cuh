@@ -1,7 +1,7 @@
 // Ring buffer state and checked waits. A wait that never ends is the usual failure of these
 // kernels: built with SONICMOE_WAIT_LIMIT it traps after that many clocks and says who waited for
-// what. Built with SONICMOE_STRESS (tests only) warps dawdle after waits and shared memory starts
-// as NaN, so that a missing wait or a read of what nobody wrote shows in the results.
+// what. Built with SONICMOE_STRESS (tests only) warps wait a random time after waits and shared
+// memory starts as NaN, so that a missing wait or a read of what nobody wrote shows in the results.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ SONICMOE_DEVICE void fail_wait(Role role, Slot slot, uint32_t stage, uint32_t pa
 #endif
 
 #ifdef SONICMOE_STRESS
-// In every CTA one role is the slow one, another one each 2^17 ns. Its warps dawdle after every
+// In every CTA one role is the slow one, another one each 2^17 ns. Its warps pause after every
 // fourth wait for up to 4096 clocks, each warp by itself. Called by whole warps.
 SONICMOE_DEVICE void dawdle(Role role, Slot slot, uint32_t stage) {
   const auto mix = [](uint32_t v) {
@@ -74,7 +74,7 @@ SONICMOE_DEVICE void dawdle(Role role, Slot slot, uint32_t stage) {
 }
 #endif
 
-// SONICMOE_STRESS: dawdles where a hand-over goes without wait(). Called by whole warps.
+// SONICMOE_STRESS: a random pause where a hand-over goes without wait(). Called by whole warps.
 SONICMOE_DEVICE void pause([[maybe_unused]] Role role, [[maybe_unused]] Slot slot,
                            [[maybe_unused]] uint32_t stage) {
 #ifdef SONICMOE_STRESS
