@@ -16,6 +16,7 @@
 #include "cli/options.hpp"
 #include "cli/output.hpp"
 #include "cli/problems.hpp"
+#include "cli/resources.hpp"
 #include "cli/table.hpp"
 #include "sonicmoe/memory.hpp"
 #include "sonicmoe/version.hpp"
@@ -173,6 +174,7 @@ Result run_row(const BenchCommand& command, const Context& context, const Row& r
     Random random{command.seed, i};
     layers.push_back(std::make_unique<BenchLayer>(context, row.shape, row.dtype, options, random));
   }
+  require_headroom();
   if (!command.without_check) {
     progress.show(label + "checking");
     layers.front()->forward(context);
@@ -314,7 +316,7 @@ int run(BenchCommand command) {
   command.json ? print_json(command, results) : print_text(command, results);
   const auto skipped = [](const Result& result) { return !result.skipped.empty(); };
   if (!std::all_of(results.begin(), results.end(), skipped)) return kSuccess;
-  report("nothing was timed: " + results.front().row.name + " " + results.front().skipped);
+  report("nothing was timed: " + results.front().row.name + ": " + results.front().skipped);
   return kFailure;
 }
 

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
-#include <functional>
 #include <new>
+#include <sstream>
 #include <string>
 #include <system_error>
 #include <vector>
@@ -25,6 +25,26 @@ std::string subcommand_names(const CLI::App& app) {
   return names;
 }
 
+// A value given to a flag or missing behind an option, or empty.
+std::string explain_value(const CLI::App& command, const std::vector<std::string>& words) {
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    const std::string name = words[i].substr(0, words[i].find('='));
+    const CLI::Option* option = command.get_option_no_throw(name);
+    if (option == nullptr || !name.starts_with("-")) continue;
+    const bool last = i + 1 == words.size();
+    if (option->get_items_expected_max() == 0) {
+      if (name.size() < words[i].size() || (!last && words[i + 1].empty())) {
+        return name + ": expected no value, got \"" + words[i].substr(name.size()).erase(0, 1) +
+               "\"";
+      }
+    } else if (name == words[i]) {
+      if (last) return name + ": expected a value, got none";
+      ++i;
+    }
+  }
+  return {};
+}
+
 // CLI11 calls an unknown subcommand or option an unexpected argument, or misses a subcommand; say
 // what was not understood and what would be.
 std::string explain(const CLI::App& app, const std::vector<std::string>& words,
@@ -40,15 +60,13 @@ std::string explain(const CLI::App& app, const std::vector<std::string>& words,
   }
   const std::string name = used.front()->get_name();
   const std::string advice = "; sonicmoe " + name + " --help lists what it takes";
-  if (error.get_exit_code() != static_cast<int>(CLI::ExitCodes::ExtrasError)) {
-    return error.what() + advice;
-  }
+  if (const std::string value = explain_value(*used.front(), words); !value.empty()) return value;
   const std::vector<std::string> unknown = app.remaining(/*recurse=*/true);
+  if (unknown.empty()) return error.what() + advice;
   const auto option = std::find_if(unknown.begin(), unknown.end(),
                                    [](const std::string& word) { return word.starts_with("-"); });
   if (option != unknown.end()) return name + ": unknown option \"" + *option + "\"" + advice;
-  const std::string word = unknown.empty() ? "" : unknown.front();
-  return name + ": unexpected argument \"" + word + "\"" + advice;
+  return name + ": unexpected argument \"" + unknown.front() + "\"" + advice;
 }
 
 // The words of the command line. CLI11 would take the next word for the value of "--name=", which a
@@ -82,8 +100,12 @@ int parse_and_run(int argc, char** argv) {
   try {
     app.parse(std::vector<std::string>(words.rbegin(), words.rend()));
   } catch (const CLI::ParseError& error) {
-    // --help and --version
-    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) return app.exit(error);
+    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) {  // --help, --version
+      std::ostringstream text;
+      app.exit(error, text);
+      std::fputs(text.str().c_str(), stdout);
+      return kSuccess;
+    }
     report(explain(app, words, error));
     return kUsage;
   }

@@ -107,11 +107,11 @@ class Model {
         f.total(layers_);
       }
     } catch (const std::overflow_error&) {
-      throw usage_error("--shape",
-                        "a model whose bytes stay below 2^63 with its --layers (" +
-                            std::to_string(layers_) +
-                            "), --parameter-bytes, --other-bytes and --other-bytes-per-token",
-                        shape_.to_string());
+      throw usage_error("--shape", "with the other options a model whose bytes stay below 2^63",
+                        shape_.to_string() + " --layers " + std::to_string(layers_) +
+                            " --parameter-bytes " + format_fixed(parameter_bytes_, 1) +
+                            " --other-bytes " + std::to_string(other_) +
+                            " --other-bytes-per-token " + format_fixed(other_per_token_, 1));
     }
   }
 
@@ -285,7 +285,7 @@ void add_memory(CLI::App& app, Action& action) {
              "default: weight and gradient in the dtype");
   add_option(*command, "--other-bytes", options->other, bytes(),
              "The rest of the model: attention, embeddings, loss, optimizer");
-  add_option(*command, "--other-bytes-per-token", options->other_per_token, number(0, 1e15),
+  add_option(*command, "--other-bytes-per-token", options->other_per_token, number(0, 1e9),
              "What of the rest grows with the tokens");
   add_option(*command, "--gpu", options->gpu, gpu_bytes(),
              "Print the tokens that fit: h100-80gb, h200, a100-40gb, a100-80gb or bytes");

@@ -32,8 +32,6 @@ constexpr std::uint64_t kMostHeaderBytes = 1 << 20;  // NumPy writes 128, and re
 
 const char* describe(fs::file_type type) {
   switch (type) {
-    case fs::file_type::not_found:
-      return "no such file";
     case fs::file_type::directory:
       return "a folder";
     case fs::file_type::fifo:
@@ -55,6 +53,7 @@ class File {
     std::error_code error;
     const fs::file_status status = fs::status(path, error);
     if (status.type() == fs::file_type::none) fail(error.message());
+    if (status.type() == fs::file_type::not_found) fail("no such file");
     if (!fs::is_regular_file(status)) {
       fail(std::string("expected a regular file, got ") + describe(status.type()));
     }

@@ -89,7 +89,7 @@ struct RunOptions {
   /// called once, before anything runs; the context points into *this.
   /// Errors: a malformed device; a device or backend that this machine does not have, with the
   /// reason; a backend that does not serve the device; a variable of the library with a value that
-  /// it does not know; more threads than this process may start.
+  /// it does not know; more threads or memory than this process may have.
   Context context();
 };
 

@@ -1,5 +1,6 @@
 #include "cli/output.hpp"
 
+#include <array>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -22,6 +23,9 @@ void prepare_streams() {
     // open() takes the lowest free number, this one; the wrong direction keeps its use an error.
     (void)open("/dev/null", stream == STDIN_FILENO ? O_WRONLY : O_RDONLY);
   }
+  // Of an output that fits the buffer the last write tells why it fails.
+  static std::array<char, 1 << 18> buffer;
+  if (isatty(STDOUT_FILENO) == 0) std::setvbuf(stdout, buffer.data(), _IOFBF, buffer.size());
   std::signal(SIGPIPE, SIG_IGN);
   std::signal(SIGXFSZ, SIG_IGN);
 #endif
@@ -47,7 +51,7 @@ int finish_output(int status) {
   errno = 0;
   const bool failed = std::fclose(stdout) != 0;  // what the buffer holds, and what close() says
   if (!lost && !failed) return status;
-  const char* reason = failed && errno != 0 ? std::strerror(errno) : "some of it was lost";
+  const char* reason = failed && errno != 0 ? std::strerror(errno) : "not all of it was taken";
   std::fprintf(stderr, "sonicmoe: cannot write the output: %s\n", reason);
   return status == kSuccess ? kFailure : status;
 }

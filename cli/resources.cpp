@@ -1,9 +1,11 @@
 #include "cli/resources.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <fstream>
 #include <latch>
 #include <limits>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -62,6 +64,14 @@ std::size_t usable_host_memory() {
   return bytes == kUnknown ? 0 : bytes;
 }
 
+void require_headroom() {
+  constexpr std::size_t kHeadroom = std::size_t{64} << 20;
+  static void* volatile block;  // an allocation that nobody looks at may be optimised away
+  block = std::malloc(kHeadroom);
+  if (block == nullptr) throw std::bad_alloc();
+  std::free(block);
+}
+
 int default_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -82,6 +92,10 @@ void require_threads(int count) {
     while (static_cast<int>(team.size()) + 1 < count) {  // the caller is one of them
       team.emplace_back([&] { all_started.wait(); });
     }
+    require_headroom();  // beside their stacks
+  } catch (const std::bad_alloc&) {
+    join();
+    throw;
   } catch (const std::system_error& error) {
     const std::string started = std::to_string(team.size() + 1);
     join();
