@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cli/resources.hpp"
 #include "sonicmoe/backend.hpp"
 
 #if defined(SONICMOE_HAS_CUDA)
@@ -95,6 +96,7 @@ void synchronize(Device device) {
 }
 
 std::size_t memory_bytes_of(Device device) {
+  if (on_host(device)) return usable_host_memory();
   for (const DeviceInfo& info : devices()) {
     if (same_device(info.device, device)) return info.memory_bytes;
   }

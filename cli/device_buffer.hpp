@@ -36,7 +36,7 @@ void copy_bytes(Device to_device, void* to, Device from_device, const void* from
 void fill_bytes(Device device, void* data, int value, std::size_t bytes);
 /// Returns when everything handed to the device has ended. Nothing to do for the CPU.
 void synchronize(Device device);
-/// Total memory of a device of devices(), 0 where it is not known.
+/// Memory of a device of devices() that this process may use, 0 where it is not known.
 std::size_t memory_bytes_of(Device device);
 
 }  // namespace sonicmoe::cli
