@@ -1,23 +1,27 @@
 """The functional API. Symbols: T tokens, d hidden size, n intermediate size, E experts, K top_k,
-P routed pairs, g = 2 for a gated activation, else 1. Formulas: docs/."""
+P routed pairs, g = 2 for a gated activation, else 1. Formulas: docs/.
+
+A wrong option is a ValueError, a wrong tensor a RuntimeError, each of the form `operation:
+argument: expected X, got Y` and raised before anything is computed.
+"""
 
 import torch
 from torch import Tensor
 
 from . import _moe, _router  # noqa: F401  (register fakes and autograd)
-from ._library import (
-    ACTIVATIONS,
-    FORM_PAIRS,
-    FORM_SORTED,
-    FORM_TOP_K,
-    GATE_UP_LAYOUTS,
-    POLICIES,
-    SCORINGS,
-    code,
-    ops,
-    run,
-)
+from ._checks import check_dtype, check_leading, check_tensors, refuse
+from ._library import FORM_PAIRS, FORM_SORTED, FORM_TOP_K, ops, run
 from ._moe_layer import LayerOutput, MainGradLayer
+from ._options import (
+    expert_options,
+    flag,
+    loss_options,
+    number,
+    rounding_options,
+    router_kind,
+    router_options,
+    seed_number,
+)
 
 # ----------------------------------------------------------------------------------------- helpers
 
@@ -32,19 +36,17 @@ def _autocast(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-def _rows(x: Tensor, argument: str) -> Tensor:
+def _rows(operation: str, argument: str, x: Tensor) -> Tensor:
     """[..., d] as [rows, d] with unit stride in d; a view wherever there is one."""
-    if x.dim() < 1:
-        raise ValueError(f"{argument}: expected [..., size], got a scalar")
+    if x.shape[-1] == 0:
+        refuse(operation, argument, "a last dimension of at least 1", f"shape {list(x.shape)}")
     if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
+        x = _flat(x)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _ranked(tensor: Tensor, argument: str, rank: int) -> Tensor:
-    if tensor.dim() != rank:
-        raise ValueError(f"{argument}: expected {rank} dimensions, got {list(tensor.shape)}")
-    return tensor.contiguous()
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
 def _save_for_backward(*tensors: Tensor | None) -> bool:
@@ -52,63 +54,37 @@ def _save_for_backward(*tensors: Tensor | None) -> bool:
 
 
 def _experts(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b1: Tensor | None,
-    b2: Tensor | None,
-    routing: tuple[int, Tensor, Tensor | None, Tensor | None],
-    activation: str,
-    gate_up_layout: str,
-    limit: float,
-    deterministic: bool,
-    workspace_limit: int | None,
+    operation: str, argument: str, x: Tensor, weights: tuple, routing: tuple, options: tuple
 ) -> Tensor:
-    form, ids, token_ids, weights = routing
-    options = (
-        code(ACTIVATIONS, "activation", activation),
-        code(GATE_UP_LAYOUTS, "gate_up_layout", gate_up_layout),
-        limit,
-        deterministic,
-        workspace_limit,
+    """`weights` w1, w2, b1, b2 and what `routing` holds are checked; x, of the name `argument`, is
+    [T, d] here."""
+    form, ids, token_ids, row_weights = routing
+    x, w1, w2, b1, b2 = _autocast(x, *weights)
+    _check_computable(operation, argument, x)
+    save = _save_for_backward(x, w1, w2, b1, b2, row_weights)
+    y, _, _ = run(
+        ops.moe_forward, x, w1, b1, w2, b2, form, ids, token_ids, row_weights, *options, save
     )
-    shape = x.shape
-    x, w1, w2, b1, b2 = _autocast(_rows(x, "x"), w1, w2, b1, b2)
-    save = _save_for_backward(x, w1, w2, b1, b2, weights)
-    y, _, _ = run(ops.moe_forward, x, w1, b1, w2, b2, form, ids, token_ids, weights, *options, save)
-    return y.reshape(shape)
+    return y
 
 
-def _router_options(
-    top_k: int,
-    scoring: str,
-    renormalize: bool | None,
-    num_groups: int,
-    top_groups: int,
-    scale: float,
-) -> tuple:
-    return (
-        top_k,
-        code(SCORINGS, "scoring", scoring),
-        renormalize,
-        num_groups,
-        top_groups,
-        scale,
-    )
+def _check_computable(operation: str, argument: str, x: Tensor) -> None:
+    """Autocast may have asked for float16."""
+    check_dtype(operation, argument, x, torch.float32, torch.bfloat16)
 
 
-def _seed(seed: int | Tensor) -> tuple[int, Tensor | None]:
+def _seed(operation: str, seed: int | Tensor) -> tuple[int, Tensor | None]:
     """An int stays in the call; a tensor (int64, one element) is read when the operator runs."""
-    if isinstance(seed, Tensor):
-        return 0, seed.reshape(1)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed: expected 0 .. 2**63 - 1 or an int64 tensor, got {seed}")
-    return seed, None
+    if not isinstance(seed, Tensor):
+        return seed_number(operation, seed), None
+    if seed.numel() != 1:
+        refuse(operation, "seed", "an int64 tensor of one element", f"shape {list(seed.shape)}")
+    return 0, seed.reshape(1)
 
 
-def _logits(logits: Tensor) -> Tensor:
+def _logits(operation: str, logits: Tensor) -> Tensor:
     """[..., E] as float32 [T, E], contiguous."""
-    return _rows(logits, "logits").float().contiguous()
+    return _rows(operation, "logits", logits).float().contiguous()
 
 
 # ----------------------------------------------------------------------------------------- experts
@@ -132,6 +108,7 @@ def moe(
 
     x [..., d]; w1 [E, g*n, d]; w2 [E, d, n] (transposed views are taken through their strides);
     topk_ids [..., K] int32|int64; topk_weights [..., K] float32|bfloat16; b1 [E, g*n]; b2 [E, d].
+    Leading dimensions are the same, or flattened to one.
     An id < 0 or >= E is a dropped slot: it contributes 0 and its weight's gradient is 0.
     Gradients: x, w1, w2, b1, b2, topk_weights. Kept for backward: P*g*n elements of H and the
     routing metadata, nothing of size P*d.
@@ -139,11 +116,17 @@ def moe(
     deterministic=False lets the GPU add a token's rows to y and to x's gradient in any order, each
     sum rounded to bfloat16: faster and with less scratch, but the last bits change from run to run.
     """
-    ids = _rows(topk_ids, "topk_ids").contiguous()
-    weights = _rows(topk_weights, "topk_weights").contiguous()
+    check_tensors(
+        "moe", x=x, w1=w1, w2=w2, topk_ids=topk_ids, topk_weights=topk_weights, b1=b1, b2=b2
+    )
+    check_leading("moe", x=x, topk_ids=topk_ids, topk_weights=topk_weights)
+    options = expert_options(
+        "moe", activation, gate_up_layout, limit, deterministic, workspace_limit
+    )
+    ids, weights = _flat(topk_ids).contiguous(), _flat(topk_weights).contiguous()
     routing = (FORM_TOP_K, ids, None, weights)
-    options = (activation, gate_up_layout, limit, deterministic, workspace_limit)
-    return _experts(x, w1, w2, b1, b2, routing, *options)
+    y = _experts("moe", "x", _rows("moe", "x", x), (w1, w2, b1, b2), routing, options)
+    return y.reshape(x.shape)
 
 
 def moe_sorted(
@@ -164,22 +147,18 @@ def moe_sorted(
     rows [R, d]; offsets [E] int32, cumulative ends; row_weights [R] or None for 1. Rows at or past
     offsets[-1] are never read; they are zero in the output and in every gradient.
     """
-    rows = _ranked(rows, "rows", 2)
-    weights = None if row_weights is None else _ranked(row_weights, "row_weights", 1)
-    routing = (FORM_SORTED, _ranked(offsets, "offsets", 1), None, weights)
-    return _experts(
-        rows,
-        w1,
-        w2,
-        b1,
-        b2,
-        routing,
-        activation,
-        gate_up_layout,
-        limit,
-        deterministic=True,  # there is no sum
-        workspace_limit=workspace_limit,
+    check_tensors(
+        "moe_sorted", rows=rows, w1=w1, w2=w2, offsets=offsets, row_weights=row_weights,
+        b1=b1, b2=b2,
+    )  # fmt: skip
+    deterministic = True  # there is no sum
+    options = expert_options(
+        "moe_sorted", activation, gate_up_layout, limit, deterministic, workspace_limit
     )
+    weights = None if row_weights is None else row_weights.contiguous()
+    routing = (FORM_SORTED, offsets.contiguous(), None, weights)
+    x = _rows("moe_sorted", "rows", rows)
+    return _experts("moe_sorted", "rows", x, (w1, w2, b1, b2), routing, options)
 
 
 def moe_pairs(
@@ -203,14 +182,18 @@ def moe_pairs(
     count each time; a pair whose token or expert does not exist is dropped. deterministic as in
     `moe`.
     """
-    routing = (
-        FORM_PAIRS,
-        _ranked(expert_ids, "expert_ids", 1),
-        _ranked(token_ids, "token_ids", 1),
-        _ranked(pair_weights, "pair_weights", 1),
+    check_tensors(
+        "moe_pairs", x=x, w1=w1, w2=w2, token_ids=token_ids, expert_ids=expert_ids,
+        pair_weights=pair_weights, b1=b1, b2=b2,
+    )  # fmt: skip
+    options = expert_options(
+        "moe_pairs", activation, gate_up_layout, limit, deterministic, workspace_limit
     )
-    options = (activation, gate_up_layout, limit, deterministic, workspace_limit)
-    return _experts(x, w1, w2, b1, b2, routing, *options)
+    routing = (
+        FORM_PAIRS, expert_ids.contiguous(), token_ids.contiguous(), pair_weights.contiguous()
+    )  # fmt: skip
+    y = _experts("moe_pairs", "x", _rows("moe_pairs", "x", x), (w1, w2, b1, b2), routing, options)
+    return y.reshape(x.shape)
 
 
 # ------------------------------------------------------------------------------------------ router
@@ -232,9 +215,14 @@ def route(
     softmax_topk). bias [E] float32: added for selection only (sigmoid_topk). Ties go to the lower
     index. The gradient of the weights flows to the logits.
     """
-    options = _router_options(top_k, scoring, renormalize, num_groups, top_groups, scale)
-    ids, weights = run(ops.route_forward, _logits(logits), bias, *options)
-    shape = (*logits.shape[:-1], top_k)
+    check_tensors("route", logits=logits, bias=bias)
+    rows = _logits("route", logits)
+    options = router_options(
+        "route", rows.shape[1], top_k, scoring, renormalize, _name_of(bias), num_groups,
+        top_groups, scale,
+    )  # fmt: skip
+    ids, weights = run(ops.route_forward, rows, _constant(bias), *options)
+    shape = (*logits.shape[:-1], ids.shape[1])
     return ids.reshape(shape), weights.reshape(shape)
 
 
@@ -256,17 +244,16 @@ def round_tokens(
     Every expert's row count becomes a multiple of `tile`. P depends on shapes only; unused places
     hold -1. seed (policy stochastic): an int, or an int64 tensor on the device of the logits.
     """
-    number, tensor = _seed(seed)
-    options = _router_options(top_k, scoring, renormalize, num_groups, top_groups, scale)
+    number_, tensor = _seed("round_tokens", seed)
+    check_tensors("round_tokens", logits=logits, bias=bias, seed=tensor)
+    rows = _logits("round_tokens", logits)
+    options = router_options(
+        "round_tokens", rows.shape[1], top_k, scoring, renormalize, _name_of(bias), num_groups,
+        top_groups, scale,
+    )  # fmt: skip
+    rounding = rounding_options("round_tokens", tile, policy)
     token_ids, expert_ids, pair_weights, *_ = run(
-        ops.round_tokens_forward,
-        _logits(logits),
-        bias,
-        tensor,
-        *options,
-        tile,
-        code(POLICIES, "policy", policy),
-        number,
+        ops.round_tokens_forward, rows, _constant(bias), tensor, *options, *rounding, number_
     )
     return token_ids, expert_ids, pair_weights
 
@@ -279,27 +266,47 @@ def load_balancing_loss(
 ) -> Tensor:
     """Switch auxiliary loss E * sum_e f_e p_e (a scalar), f_e = rows_per_expert[e] / (T*K).
 
-    Uniform routing gives 1. Hugging Face's value is top_k times this.
+    rows_per_expert [E] int32 counts token choice, T*K in sum; counts after token rounding would
+    hide what the router chose. Uniform routing gives 1. Hugging Face's value is top_k times this.
     """
-    loss = run(
-        ops.load_balancing_loss_forward,
-        _logits(logits),
-        rows_per_expert,
-        top_k,
-        code(SCORINGS, "scoring", scoring),
-    )
+    operation = "load_balancing_loss"
+    check_tensors(operation, logits=logits, rows_per_expert=rows_per_expert)
+    rows = _logits(operation, logits)
+    options = loss_options(operation, rows.shape[1], top_k, scoring)
+    loss = run(ops.load_balancing_loss_forward, rows, rows_per_expert.contiguous(), *options)
     return loss.reshape(())
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
     """Mean over the tokens of logsumexp(logits)^2 (a scalar)."""
-    return run(ops.router_z_loss_forward, _logits(logits)).reshape(())
+    check_tensors("router_z_loss", logits=logits)
+    return run(ops.router_z_loss_forward, _logits("router_z_loss", logits)).reshape(())
 
 
 def update_expert_bias_(bias: Tensor, rows_per_expert: Tensor, rate: float) -> Tensor:
-    """In place: bias[e] += rate * sign(mean(rows) - rows[e]). Returns bias."""
-    ops.update_expert_bias_(bias, rows_per_expert, rate)
+    """In place: bias[e] += rate * sign(mean(rows) - rows[e]). Returns bias.
+
+    bias [E] float32, contiguous, without requires_grad (or under torch.no_grad()); rows_per_expert
+    [E] int32 counts token choice.
+    """
+    operation = "update_expert_bias_"
+    if bias is None:
+        refuse(operation, "bias", "a tensor", "None")
+    check_tensors(operation, bias=bias, rows_per_expert=rows_per_expert)
+    if bias.is_neg():
+        refuse(operation, "bias", "a tensor to write into", "a view with the negative bit")
+    rate = number(operation, "rate", rate)
+    ops.update_expert_bias_(bias, rows_per_expert.contiguous(), rate)
     return bias
+
+
+def _name_of(bias: Tensor | None) -> str | None:
+    return None if bias is None else "bias"
+
+
+def _constant(bias: Tensor | None) -> Tensor | None:
+    """A selection bias has no gradient, even where it is a Parameter."""
+    return bias.detach() if bias is not None and bias.requires_grad else bias
 
 
 # ----------------------------------------------------------------------------------- the whole layer
@@ -332,28 +339,45 @@ def run_layer(
     workspace_limit: int | None = None,
     main_grad: bool = False,
 ) -> LayerOutput:
-    """moe_layer with everything it computes; x is [T, d] here."""
-    if router not in ("topk", "token_rounding"):
-        raise ValueError(f"router: expected one of topk, token_rounding, got {router!r}")
-    if main_grad and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        raise ValueError("main_grad: not supported under autocast (parameters would be copies)")
-    number, tensor = _seed(seed)
-    x, w1, w2, b1, b2 = _autocast(_rows(x, "x"), w1, w2, b1, b2)
-    if router_w.dtype not in (x.dtype, torch.float32):
-        router_w = router_w.to(x.dtype)
-    inputs = (
-        x, router_w, router_b, w1, b1, w2, b2, bias, tensor,
-        code(ACTIVATIONS, "activation", activation),
-        code(GATE_UP_LAYOUTS, "gate_up_layout", gate_up_layout),
-        limit,
-        deterministic,
-        *_router_options(top_k, scoring, renormalize, num_groups, top_groups, scale),
-        router == "token_rounding", tile, code(POLICIES, "policy", policy), workspace_limit,
-        number, _save_for_backward(x, router_w, router_b, w1, w2, b1, b2),
+    """moe_layer with everything it computes; y and logits are [T, ...]."""
+    number_, tensor = _seed("moe_layer", seed)
+    check_tensors(
+        "moe_layer", x=x, router_w=router_w, w1=w1, w2=w2, router_b=router_b, b1=b1, b2=b2,
+        bias=bias, seed=tensor,
     )  # fmt: skip
-    if main_grad and inputs[-1]:
+    experts = expert_options(
+        "moe_layer", activation, gate_up_layout, limit, deterministic, workspace_limit
+    )
+    routing = router_options(
+        "moe_layer", w1.shape[0], top_k, scoring, renormalize, _name_of(bias), num_groups,
+        top_groups, scale,
+    )  # fmt: skip
+    rounds = router_kind("moe_layer", router)
+    rounding = rounding_options("moe_layer", tile, policy)
+    if flag("moe_layer", "main_grad", main_grad):
+        _check_main_grad(x)
+
+    x, w1, w2, b1, b2 = _autocast(_rows("moe_layer", "x", x), w1, w2, b1, b2)
+    _check_computable("moe_layer", "x", x)
+    check_dtype("moe_layer", "router_w", router_w, x.dtype, torch.float32)
+    if router_b is not None:
+        check_dtype("moe_layer", "router_b", router_b, router_w.dtype, torch.float32)
+    save = _save_for_backward(x, router_w, router_b, w1, w2, b1, b2)
+    *activation_options, workspace_limit = experts
+    inputs = (
+        x, router_w, router_b, w1, b1, w2, b2, _constant(bias), tensor, *activation_options,
+        *routing, rounds, *rounding, workspace_limit, number_, save,
+    )  # fmt: skip
+    if main_grad and save:
         return LayerOutput(*MainGradLayer.apply(*inputs))
     return LayerOutput(*run(ops.moe_layer_forward, *inputs))
+
+
+def _check_main_grad(x: Tensor) -> None:
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        raise ValueError("main_grad: not supported under autocast (parameters would be copies)")
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError("main_grad: not supported under torch.func (it is a side effect)")
 
 
 def moe_layer(
@@ -362,12 +386,14 @@ def moe_layer(
     """Router GEMM, routing and experts as one autograd node.
 
     Returns (y [..., d], logits [..., E] float32, rows_per_expert [E] int32); gradients flow from y
-    and from the logits (auxiliary losses). router_w [E, d], of the dtype of x or float32.
+    and from the logits (auxiliary losses). rows_per_expert counts token choice, before any
+    rounding: what `load_balancing_loss` and `update_expert_bias_` take. router_w [E, d], of the
+    dtype of x or float32.
 
     Options (keyword only): router_b [E]; b1, b2; router "topk" | "token_rounding" with tile,
     policy, seed; scoring, renormalize, bias, num_groups, top_groups, scale as in `route`;
     activation, gate_up_layout, limit, workspace_limit, deterministic as in `moe`.
     """
-    out = run_layer(_rows(x, "x"), router_w, w1, w2, top_k, **options)
+    out = run_layer(x, router_w, w1, w2, top_k, **options)
     logits = out.logits.reshape(*x.shape[:-1], out.logits.shape[-1])
-    return out.y.reshape(x.shape), logits, out.rows_per_expert
+    return out.y.reshape(x.shape), logits, out.rows_per_expert_before
