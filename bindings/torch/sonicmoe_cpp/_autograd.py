@@ -35,7 +35,9 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable | N
     operator = getattr(ops, name).default
 
     def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
+        # Levels of torch.func below this one record for themselves.
+        outer = torch.set_grad_enabled(torch._C._are_functorch_transforms_active())
+        with outer, torch._C._AutoDispatchBelowAutograd():
             output = operator(*inputs)
         if setup_context is not None:
             setup_context(ctx, inputs, output)
@@ -104,7 +106,7 @@ def register_in_place(name: str) -> None:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             output = operator(*inputs)
         for index in written:
-            if inputs[index] is not None:
+            if inputs[index] is not None and not inputs[index].is_inference():
                 torch.autograd.graph.increment_version(inputs[index])
         return output
 

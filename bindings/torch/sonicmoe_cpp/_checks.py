@@ -85,9 +85,19 @@ def check_same_device(operation: str, arguments: Sequence[str], given: Sequence)
             refuse(operation, argument, f"a tensor on {device}, as {first}", value.device)
 
 
-def check_dtype(operation: str, argument: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
-    if tensor.dtype not in dtypes:
+def tensor_or_none(value: object) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
+
+
+def check_dtype(operation: str, argument: str, tensor: Tensor | None, *dtypes: torch.dtype) -> None:
+    if tensor is not None and tensor.dtype not in dtypes:
         refuse(operation, argument, names_of(dtypes), names_of((tensor.dtype,)))
+
+
+def check_shape(operation: str, argument: str, tensor: Tensor | None, *shape: int) -> None:
+    """For arguments whose name in the library is another."""
+    if tensor is not None and tensor.shape != shape:
+        refuse(operation, argument, f"shape {list(shape)}", f"shape {list(tensor.shape)}")
 
 
 def check_leading(operation: str, **given: Tensor) -> None:

@@ -29,7 +29,9 @@ def grad_like(needed: bool, name: str, of: Tensor | None, like: Tensor) -> Tenso
         return like.new_empty((0,))
     if of is None:
         refuse("sonicmoe_cpp", f"need_{name}", f"False, since {name} is absent", "True")
-    return torch.empty_like(of)
+    grad = torch.empty_like(of)
+    # Of weights whose elements overlap torch keeps no layout that the library could write.
+    return grad if 1 in grad.stride()[-2:] else of.new_empty(of.shape)
 
 
 @register_fake("moe_backward")

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ._autograd import no_double_backward, register_autograd, register_in_place
-from ._checks import names_of, refuse
 from ._library import (
     FORM_PAIRS,
     FORM_TOP_K,
@@ -106,7 +105,7 @@ def _(grad_out, grad_logits, x, *rest):
     return x.new_empty(x.shape if need_x else (0,))
 
 
-def _save(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
     """Keeps what backward needs; `inputs` are the operator's arguments, `output` its results."""
     parameters, options, save_for_backward = inputs[:8], inputs[9:23], inputs[24]
     if not save_for_backward:
@@ -118,7 +117,7 @@ def _save(ctx, inputs, output):
     ctx.options = options
 
 
-def _incoming(x, grad_out, grad_logits):
+def incoming(x, grad_out, grad_logits):
     """Dense gradients of y and logits; zeros for y when only the logits were used."""
     grad_out = torch.zeros_like(x) if grad_out is None else grad_out.contiguous()
     return grad_out, None if grad_logits is None else grad_logits.contiguous()
@@ -129,103 +128,12 @@ def _backward(ctx, grad_out, grad_logits, *unused):
     if grad_out is None and grad_logits is None:
         return none
     saved = ctx.saved_tensors  # once: checkpointing recomputes on the first access only
-    grad_out, grad_logits = _incoming(saved[0], grad_out, grad_logits)
+    grad_out, grad_logits = incoming(saved[0], grad_out, grad_logits)
     needs = ctx.needs_input_grad[:7]
     grads = run(ops.moe_layer_backward, grad_out, grad_logits, *saved, *ctx.options, *needs)
     return *(g if n else None for g, n in zip(grads, needs, strict=True)), *none[7:]
 
 
-register_autograd("moe_layer_forward", _backward, _save)
+register_autograd("moe_layer_forward", _backward, save_for_backward)
 register_autograd("moe_layer_backward", no_double_backward)
 register_in_place("moe_layer_backward_accumulate")
-
-
-class MainGradLayer(torch.autograd.Function):
-    """The layer with parameter gradients accumulated into `param.main_grad` (float32).
-
-    Follows the protocol of Megatron and Transformer Engine: the buffer is looked up at backward
-    (`get_main_grad()` or `main_grad`), overwritten where `overwrite_main_grad` is set, and a
-    parameter that has the attribute `grad_added_to_main_grad` gets it set to True and a zero
-    gradient (so that its hooks fire); any other parameter gets no `.grad`. As with `.grad`, only
-    the parameters that a backward pass accumulates into are touched: `autograd.grad()` returns
-    gradients and leaves every `main_grad` alone.
-    """
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = run(ops.moe_layer_forward, *inputs)
-        _save(ctx, inputs, output)
-        ctx.parameters = inputs[1:7]
-        ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-        return output
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError("moe_layer: forward-mode differentiation (jvp) is not supported")
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, grad_logits, *unused):
-        none = (None,) * 25
-        if grad_out is None and grad_logits is None:
-            return none
-        saved = ctx.saved_tensors
-        grad_out, grad_logits = _incoming(saved[0], grad_out, grad_logits)
-        need_x = ctx.needs_input_grad[0]
-        fates = _fates(ctx)
-        if "returned" in fates:
-            needs = (need_x, *(fate == "returned" for fate in fates))
-            grads = run(ops.moe_layer_backward, grad_out, grad_logits, *saved, *ctx.options, *needs)
-            return *(g if n else None for g, n in zip(grads, needs, strict=True)), *none[7:]
-        parameters = [
-            parameter if fate == "accumulated" else None
-            for parameter, fate in zip(ctx.parameters, fates, strict=True)
-        ]
-        buffers = [None if p is None else _main_grad(p) for p in parameters]
-        for parameter, buffer in zip(parameters, buffers, strict=True):
-            if getattr(parameter, "overwrite_main_grad", False):
-                buffer.zero_()
-        grad_x = run(
-            ops.moe_layer_backward_accumulate,
-            grad_out, grad_logits, *saved, *ctx.options, need_x, *buffers,
-        )  # fmt: skip
-        dummies = [None if p is None else _mark_added(p) for p in parameters]
-        return grad_x if need_x else None, *dummies, *none[7:]
-
-
-def _fates(ctx) -> list[str]:
-    """What this pass of autograd does with the gradient of each parameter: "unused",
-    "accumulated" (backward()) or "returned" (autograd.grad())."""
-    nodes = dict(zip(ctx.tensors, (node for node, _ in ctx.next_functions), strict=True))
-    return [_fate(nodes.get(index)) for index in range(1, 7)]
-
-
-def _fate(node: torch.autograd.graph.Node | None) -> str:
-    if node is None:  # absent, or requires no gradient
-        return "unused"
-    try:
-        return "accumulated" if torch._C._will_engine_execute_node(node) else "unused"
-    except RuntimeError:  # torch's answer for a leaf whose gradient autograd.grad() returns
-        return "returned"
-
-
-def _main_grad(parameter: Tensor) -> Tensor:
-    if hasattr(parameter, "get_main_grad"):
-        buffer = parameter.get_main_grad()
-    else:
-        buffer = getattr(parameter, "main_grad", None)
-    shape, device = list(parameter.shape), parameter.device
-    expected = f"a float32 buffer {shape} on {device}, on the parameter"
-    if not isinstance(buffer, Tensor):
-        refuse("moe_layer", "main_grad", expected, "none")
-    if buffer.dtype != torch.float32 or list(buffer.shape) != shape or buffer.device != device:
-        got = f"{names_of((buffer.dtype,))} {list(buffer.shape)} on {buffer.device}"
-        refuse("moe_layer", "main_grad", expected, got)
-    return buffer
-
-
-def _mark_added(parameter: Tensor) -> Tensor | None:
-    if not hasattr(parameter, "grad_added_to_main_grad"):
-        return None
-    parameter.grad_added_to_main_grad = True
-    return parameter.new_zeros(()).expand(parameter.shape)

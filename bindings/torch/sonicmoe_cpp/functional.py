@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from . import _moe, _router  # noqa: F401  (register fakes and autograd)
-from ._checks import check_dtype, check_leading, check_tensors, refuse
+from ._checks import check_dtype, check_leading, check_shape, check_tensors, refuse, tensor_or_none
+from ._convert import autocast, constant, flat, float_logits, matrix, needs_backward, seed_of
 from ._library import FORM_PAIRS, FORM_SORTED, FORM_TOP_K, ops, run
-from ._moe_layer import LayerOutput, MainGradLayer
+from ._main_grad import MainGradLayer, check_main_grad
+from ._moe_layer import LayerOutput
 from ._options import (
     expert_options,
     flag,
@@ -20,74 +22,22 @@ from ._options import (
     rounding_options,
     router_kind,
     router_options,
-    seed_number,
 )
 
-# ----------------------------------------------------------------------------------------- helpers
-
-
-def _autocast(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
-    """Under autocast: x and the experts' parameters in the autocast dtype, as for linear."""
-    tensors = [x, *weights]
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [None if t is None else t.to(dtype) for t in tensors]
-
-
-def _rows(operation: str, argument: str, x: Tensor) -> Tensor:
-    """[..., d] as [rows, d] with unit stride in d; a view wherever there is one."""
-    if x.shape[-1] == 0:
-        refuse(operation, argument, "a last dimension of at least 1", f"shape {list(x.shape)}")
-    if x.dim() != 2:
-        x = _flat(x)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
-
-
-def _save_for_backward(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+# ----------------------------------------------------------------------------------------- experts
 
 
 def _experts(
     operation: str, argument: str, x: Tensor, weights: tuple, routing: tuple, options: tuple
 ) -> Tensor:
-    """`weights` w1, w2, b1, b2 and what `routing` holds are checked; x, of the name `argument`, is
-    [T, d] here."""
-    form, ids, token_ids, row_weights = routing
-    x, w1, w2, b1, b2 = _autocast(x, *weights)
-    _check_computable(operation, argument, x)
-    save = _save_for_backward(x, w1, w2, b1, b2, row_weights)
+    """On checked arguments: x, of the name `argument`, [T, d]; `weights` w1, w2, b1, b2."""
+    form, ids, token_ids, slot_weights = routing
+    x, w1, w2, b1, b2 = autocast(operation, argument, x, *weights)
+    save = needs_backward(x, w1, w2, b1, b2, slot_weights)
     y, _, _ = run(
-        ops.moe_forward, x, w1, b1, w2, b2, form, ids, token_ids, row_weights, *options, save
+        ops.moe_forward, x, w1, b1, w2, b2, form, ids, token_ids, slot_weights, *options, save
     )
     return y
-
-
-def _check_computable(operation: str, argument: str, x: Tensor) -> None:
-    """Autocast may have asked for float16."""
-    check_dtype(operation, argument, x, torch.float32, torch.bfloat16)
-
-
-def _seed(operation: str, seed: int | Tensor) -> tuple[int, Tensor | None]:
-    """An int stays in the call; a tensor (int64, one element) is read when the operator runs."""
-    if not isinstance(seed, Tensor):
-        return seed_number(operation, seed), None
-    if seed.numel() != 1:
-        refuse(operation, "seed", "an int64 tensor of one element", f"shape {list(seed.shape)}")
-    return 0, seed.reshape(1)
-
-
-def _logits(operation: str, logits: Tensor) -> Tensor:
-    """[..., E] as float32 [T, E], contiguous."""
-    return _rows(operation, "logits", logits).float().contiguous()
-
-
-# ----------------------------------------------------------------------------------------- experts
 
 
 def moe(
@@ -123,9 +73,9 @@ def moe(
     options = expert_options(
         "moe", activation, gate_up_layout, limit, deterministic, workspace_limit
     )
-    ids, weights = _flat(topk_ids).contiguous(), _flat(topk_weights).contiguous()
+    ids, weights = flat(topk_ids).contiguous(), flat(topk_weights).contiguous()
     routing = (FORM_TOP_K, ids, None, weights)
-    y = _experts("moe", "x", _rows("moe", "x", x), (w1, w2, b1, b2), routing, options)
+    y = _experts("moe", "x", matrix("moe", "x", x), (w1, w2, b1, b2), routing, options)
     return y.reshape(x.shape)
 
 
@@ -157,7 +107,7 @@ def moe_sorted(
     )
     weights = None if row_weights is None else row_weights.contiguous()
     routing = (FORM_SORTED, offsets.contiguous(), None, weights)
-    x = _rows("moe_sorted", "rows", rows)
+    x = matrix("moe_sorted", "rows", rows)
     return _experts("moe_sorted", "rows", x, (w1, w2, b1, b2), routing, options)
 
 
@@ -192,7 +142,7 @@ def moe_pairs(
     routing = (
         FORM_PAIRS, expert_ids.contiguous(), token_ids.contiguous(), pair_weights.contiguous()
     )  # fmt: skip
-    y = _experts("moe_pairs", "x", _rows("moe_pairs", "x", x), (w1, w2, b1, b2), routing, options)
+    y = _experts("moe_pairs", "x", matrix("moe_pairs", "x", x), (w1, w2, b1, b2), routing, options)
     return y.reshape(x.shape)
 
 
@@ -216,12 +166,13 @@ def route(
     index. The gradient of the weights flows to the logits.
     """
     check_tensors("route", logits=logits, bias=bias)
-    rows = _logits("route", logits)
+    rows = float_logits("route", logits)
+    check_shape("route", "bias", bias, rows.shape[1])
     options = router_options(
         "route", rows.shape[1], top_k, scoring, renormalize, _name_of(bias), num_groups,
         top_groups, scale,
     )  # fmt: skip
-    ids, weights = run(ops.route_forward, rows, _constant(bias), *options)
+    ids, weights = run(ops.route_forward, rows, constant(bias), *options)
     shape = (*logits.shape[:-1], ids.shape[1])
     return ids.reshape(shape), weights.reshape(shape)
 
@@ -244,16 +195,18 @@ def round_tokens(
     Every expert's row count becomes a multiple of `tile`. P depends on shapes only; unused places
     hold -1. seed (policy stochastic): an int, or an int64 tensor on the device of the logits.
     """
-    number_, tensor = _seed("round_tokens", seed)
-    check_tensors("round_tokens", logits=logits, bias=bias, seed=tensor)
-    rows = _logits("round_tokens", logits)
+    operation = "round_tokens"
+    check_tensors(operation, logits=logits, bias=bias, seed=tensor_or_none(seed))
+    rows = float_logits(operation, logits)
+    check_shape(operation, "bias", bias, rows.shape[1])
     options = router_options(
-        "round_tokens", rows.shape[1], top_k, scoring, renormalize, _name_of(bias), num_groups,
+        operation, rows.shape[1], top_k, scoring, renormalize, _name_of(bias), num_groups,
         top_groups, scale,
     )  # fmt: skip
-    rounding = rounding_options("round_tokens", tile, policy)
+    rounding = rounding_options(operation, tile, policy)
+    seed, seed_tensor = seed_of(operation, seed)
     token_ids, expert_ids, pair_weights, *_ = run(
-        ops.round_tokens_forward, rows, _constant(bias), tensor, *options, *rounding, number_
+        ops.round_tokens_forward, rows, constant(bias), seed_tensor, *options, *rounding, seed
     )
     return token_ids, expert_ids, pair_weights
 
@@ -271,7 +224,7 @@ def load_balancing_loss(
     """
     operation = "load_balancing_loss"
     check_tensors(operation, logits=logits, rows_per_expert=rows_per_expert)
-    rows = _logits(operation, logits)
+    rows = float_logits(operation, logits)
     options = loss_options(operation, rows.shape[1], top_k, scoring)
     loss = run(ops.load_balancing_loss_forward, rows, rows_per_expert.contiguous(), *options)
     return loss.reshape(())
@@ -280,7 +233,7 @@ def load_balancing_loss(
 def router_z_loss(logits: Tensor) -> Tensor:
     """Mean over the tokens of logsumexp(logits)^2 (a scalar)."""
     check_tensors("router_z_loss", logits=logits)
-    return run(ops.router_z_loss_forward, _logits("router_z_loss", logits)).reshape(())
+    return run(ops.router_z_loss_forward, float_logits("router_z_loss", logits)).reshape(())
 
 
 def update_expert_bias_(bias: Tensor, rows_per_expert: Tensor, rate: float) -> Tensor:
@@ -302,11 +255,6 @@ def update_expert_bias_(bias: Tensor, rows_per_expert: Tensor, rate: float) -> T
 
 def _name_of(bias: Tensor | None) -> str | None:
     return None if bias is None else "bias"
-
-
-def _constant(bias: Tensor | None) -> Tensor | None:
-    """A selection bias has no gradient, even where it is a Parameter."""
-    return bias.detach() if bias is not None and bias.requires_grad else bias
 
 
 # ----------------------------------------------------------------------------------- the whole layer
@@ -340,44 +288,47 @@ def run_layer(
     main_grad: bool = False,
 ) -> LayerOutput:
     """moe_layer with everything it computes; y and logits are [T, ...]."""
-    number_, tensor = _seed("moe_layer", seed)
+    operation = "moe_layer"
     check_tensors(
-        "moe_layer", x=x, router_w=router_w, w1=w1, w2=w2, router_b=router_b, b1=b1, b2=b2,
-        bias=bias, seed=tensor,
+        operation, x=x, router_w=router_w, w1=w1, w2=w2, router_b=router_b, b1=b1, b2=b2,
+        bias=bias, seed=tensor_or_none(seed),
     )  # fmt: skip
-    experts = expert_options(
-        "moe_layer", activation, gate_up_layout, limit, deterministic, workspace_limit
+    num_experts = _checked_experts(x, router_w, w1, router_b, bias)
+    *experts, workspace_limit = expert_options(
+        operation, activation, gate_up_layout, limit, deterministic, workspace_limit
     )
     routing = router_options(
-        "moe_layer", w1.shape[0], top_k, scoring, renormalize, _name_of(bias), num_groups,
+        operation, num_experts, top_k, scoring, renormalize, _name_of(bias), num_groups,
         top_groups, scale,
     )  # fmt: skip
-    rounds = router_kind("moe_layer", router)
-    rounding = rounding_options("moe_layer", tile, policy)
-    if flag("moe_layer", "main_grad", main_grad):
-        _check_main_grad(x)
+    rounding = (router_kind(operation, router), *rounding_options(operation, tile, policy))
+    seed, seed_tensor = seed_of(operation, seed)
+    if flag(operation, "main_grad", main_grad):
+        check_main_grad(x)
 
-    x, w1, w2, b1, b2 = _autocast(_rows("moe_layer", "x", x), w1, w2, b1, b2)
-    _check_computable("moe_layer", "x", x)
-    check_dtype("moe_layer", "router_w", router_w, x.dtype, torch.float32)
-    if router_b is not None:
-        check_dtype("moe_layer", "router_b", router_b, router_w.dtype, torch.float32)
-    save = _save_for_backward(x, router_w, router_b, w1, w2, b1, b2)
-    *activation_options, workspace_limit = experts
+    x = matrix(operation, "x", x)
+    x, w1, w2, b1, b2 = autocast(operation, "x", x, w1, w2, b1, b2)
+    check_dtype(operation, "router_w", router_w, x.dtype, torch.float32)
+    check_dtype(operation, "router_b", router_b, router_w.dtype, torch.float32)
+    save = needs_backward(x, router_w, router_b, w1, w2, b1, b2)
     inputs = (
-        x, router_w, router_b, w1, b1, w2, b2, _constant(bias), tensor, *activation_options,
-        *routing, rounds, *rounding, workspace_limit, number_, save,
+        x, router_w, router_b, w1, b1, w2, b2, constant(bias), seed_tensor, *experts, *routing,
+        *rounding, workspace_limit, seed, save,
     )  # fmt: skip
     if main_grad and save:
-        return LayerOutput(*MainGradLayer.apply(*inputs))
+        return LayerOutput(*MainGradLayer.call(*inputs))
     return LayerOutput(*run(ops.moe_layer_forward, *inputs))
 
 
-def _check_main_grad(x: Tensor) -> None:
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        raise ValueError("main_grad: not supported under autocast (parameters would be copies)")
-    if torch._C._are_functorch_transforms_active():
-        raise ValueError("main_grad: not supported under torch.func (it is a side effect)")
+def _checked_experts(x, router_w, w1, router_b, bias) -> int:
+    """E, to which the router's tensors have to fit."""
+    num_experts = w1.shape[0]
+    if num_experts == 0:
+        refuse("moe_layer", "w1", "at least one expert", f"shape {list(w1.shape)}")
+    check_shape("moe_layer", "router_w", router_w, num_experts, x.shape[-1])
+    check_shape("moe_layer", "router_b", router_b, num_experts)
+    check_shape("moe_layer", "bias", bias, num_experts)
+    return num_experts
 
 
 def moe_layer(

@@ -67,9 +67,10 @@ class MoE(nn.Module):
         hidden_size = _options.size("MoE", "hidden_size", hidden_size)
         intermediate_size = _options.size("MoE", "intermediate_size", intermediate_size)
         num_experts = _options.size("MoE", "num_experts", num_experts)
-        flags = {"selection_bias": selection_bias, "bias": bias, "router_bias": router_bias}
-        for name, value in flags.items() | {("main_grad", main_grad)}:
-            _options.flag("MoE", name, value)
+        _options.flag("MoE", "selection_bias", selection_bias)
+        _options.flag("MoE", "bias", bias)
+        _options.flag("MoE", "router_bias", router_bias)
+        _options.flag("MoE", "main_grad", main_grad)
         experts = (activation, gate_up_layout, limit, deterministic, workspace_limit)
         code, *_ = _options.expert_options("MoE", *experts)
         given = "selection_bias" if selection_bias else None
