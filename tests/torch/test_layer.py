@@ -30,7 +30,10 @@ def test_one_node_equals_its_parts(scoring, router):
     parts = torch.nn.functional.linear(x, module.router_weight, module.router_b)
     expected, counts = layer_in_parts(module, x, parts)
     theirs = torch.autograd.grad((expected * grad).sum() + (parts * grad_logits).sum(), tensors)
-    assert torch.equal(rows, counts) and torch.equal(module.last_rows_per_expert, rows)
+    assert torch.equal(module.last_rows_per_expert, counts)
+    chosen, _ = sm.route(parts, K, scoring=scoring)
+    assert torch.equal(rows.long(), torch.bincount(chosen.flatten(), minlength=E))
+    assert torch.equal(module.last_rows_per_expert_before, rows)
     for a, b in zip([y, logits, *ours], [expected, parts, *theirs], strict=True):
         assert b.abs().max() > 0 and (a - b).abs().max() < 3e-5 * b.abs().max()
 
