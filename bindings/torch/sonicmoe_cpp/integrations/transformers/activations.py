@@ -17,7 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from .plain import has_hooks, has_own_forward, only_moves
 
-_FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", torch.relu: "relu"}
+_FUNCTIONS = ((F.silu, "silu"), (F.gelu, "gelu"), (F.relu, "relu"), (torch.relu, "relu"))
 # Forwards that depend on nothing but their input. GELUTanh's python form, NewGELU, FastGELU and
 # AccurateGELU write the tanh form out; their constants agree to 1e-11.
 _FORWARDS = {
@@ -41,14 +41,13 @@ _CLAMPED_GATE = GptOssExperts._apply_gate
 
 def _function(act) -> str | None:
     """A function, or a partial of one that sets options only."""
-    if not isinstance(act, functools.partial):
-        return _FUNCTIONS.get(act)
-    name = _FUNCTIONS.get(act.func)
-    if name is None or act.args or not set(act.keywords) <= {"approximate", "inplace"}:
-        return None
-    if name != "gelu":
+    bare = act.func if isinstance(act, functools.partial) else act
+    name = next((name for function, name in _FUNCTIONS if function is bare), None)
+    if name is None or bare is act:
         return name
-    return _gelu(act.keywords.get("approximate", "none"))
+    if act.args or not set(act.keywords) <= {"approximate", "inplace"}:
+        return None
+    return name if name != "gelu" else _gelu(act.keywords.get("approximate", "none"))
 
 
 def _gelu(approximate: str) -> str | None:
@@ -74,6 +73,34 @@ def activation_name(act) -> str | None:
     return _FORWARDS.get(forward)
 
 
+def _clamped_gate(experts: nn.Module, path: str) -> dict:
+    alpha, limit = experts.alpha, experts.limit
+    if alpha != _CLAMPED_ALPHA:
+        raise ValueError(f"{path}.alpha (of _apply_gate): expected {_CLAMPED_ALPHA}, got {alpha}")
+    if not isinstance(limit, (int, float)) or not limit > 0:
+        raise ValueError(f"{path}.limit (of _apply_gate): expected a number above 0, got {limit}")
+    return {
+        "activation": "swiglu_clamped",
+        "gate_up_layout": "interleaved",
+        "limit": float(limit),
+    }
+
+
+def _act_fn(act, gated: bool, path: str) -> str:
+    name = activation_name(act)
+    known = _GATED.get(name) if gated else name
+    if known is None:
+        expected = ", ".join(_GATED) + ("" if gated else ", relu_squared")
+        got = act if isinstance(act, nn.Module) else getattr(act, "__qualname__", repr(act))
+        raise ValueError(f"{path}.act_fn: expected one of {expected}, got the activation {got}")
+    if isinstance(act, nn.Module) and has_hooks(act):
+        raise ValueError(
+            f"{path}.act_fn: expected no hooks (the activation is part of a kernel), got some: "
+            "hook the experts module, or use another experts_implementation"
+        )
+    return known
+
+
 def expert_options(experts: nn.Module, path: str) -> dict:
     """activation, gate_up_layout and limit of an experts module, as options of `moe`.
 
@@ -83,40 +110,18 @@ def expert_options(experts: nn.Module, path: str) -> dict:
         raise ValueError(
             f"{path}.post_expert_norm: expected none, got a norm of each expert's output"
         )
-    if experts.has_gate and "_apply_gate" in experts.__dict__:
-        raise ValueError(f"{path}._apply_gate: expected the class's own gate, got another function")
-    if experts.has_gate and type(experts)._apply_gate is _CLAMPED_GATE:
-        if experts.alpha != _CLAMPED_ALPHA:
-            raise ValueError(
-                f"{path}.alpha (of _apply_gate): expected {_CLAMPED_ALPHA}, got {experts.alpha}"
-            )
-        return {
-            "activation": "swiglu_clamped",
-            "gate_up_layout": "interleaved",
-            "limit": float(experts.limit),
-        }
-    if experts.has_gate and type(experts)._apply_gate is not _default_apply_gate:
-        raise ValueError(
-            f"{path}._apply_gate: expected act_fn(gate) * up or the gate of gpt-oss, "
-            f"got {type(experts).__name__}._apply_gate"
-        )
-    if experts.has_gate and not experts.is_concatenated:
-        raise ValueError(
-            f"{path}.is_concatenated: expected True (its gate splits halves), got False"
-        )
-    act = experts.act_fn
-    name = activation_name(act)
     if experts.has_gate:
-        name = _GATED.get(name)
-    if name is None:
-        known = "silu, gelu, its tanh form, relu" + ("" if experts.has_gate else ", squared relu")
-        got = act if isinstance(act, nn.Module) else getattr(act, "__qualname__", repr(act))
-        raise ValueError(
-            f"{path}.act_fn: expected the activation {known}, got the activation {got}"
-        )
-    if isinstance(act, nn.Module) and has_hooks(act):
-        raise ValueError(
-            f"{path}.act_fn: expected no hooks (the activation is part of a kernel), got hooks: "
-            'hook the experts module, or use experts_implementation="grouped_mm"'
-        )
-    return {"activation": name, "gate_up_layout": "concatenated"}
+        gate = type(experts)._apply_gate
+        if "_apply_gate" in experts.__dict__ or gate not in (_default_apply_gate, _CLAMPED_GATE):
+            raise ValueError(
+                f"{path}._apply_gate: expected act_fn(gate) * up or the gate of gpt-oss, got "
+                f"{experts._apply_gate.__qualname__}"
+            )
+        if gate is _CLAMPED_GATE:
+            return _clamped_gate(experts, path)
+        if not experts.is_concatenated:
+            raise ValueError(
+                f"{path}.is_concatenated: expected True (its gate splits halves), got False"
+            )
+    activation = _act_fn(experts.act_fn, experts.has_gate, path)
+    return {"activation": activation, "gate_up_layout": "concatenated"}

@@ -21,7 +21,7 @@ from .families import (
     family_of,
     innermost,
 )
-from .plain import all_plain, has_own_forward, only_moves, why_called
+from .plain import accelerate_wraps, all_plain, has_own_forward, why_called
 
 
 class SonicMoEBlock:
@@ -62,7 +62,7 @@ class SonicMoEBlock:
         if reason is not None:
             return f"experts: {reason}"
         tensors = (router.weight, getattr(router, "bias", None), *expert_weights(experts).values())
-        return None if all_plain(tensors) else "a parameter is not a plain tensor"
+        return None if all_plain(tensors) else "a parameter is no plain tensor"
 
     def forward(self, hidden_states: Tensor):
         family = self._family
@@ -102,10 +102,11 @@ class SonicMoEBlock:
             seed=self._next_seed(x.device) if rounds else 0,
             **weights,
             **self._family.router_options(router),
-            **expert_options(self.experts, "experts"),
+            **expert_options(self.experts, f"{self._stock.__name__}.experts"),
         )
-        for hook in router._forward_hooks.values():  # observers
-            hook(router, (x,), (out.logits, None, None))
+        for hook in router._forward_hooks.values():  # observers alone, see why_called
+            if hook(router, (x,), (out.logits, None, None)) is not None:
+                raise ValueError(f"{hook}: expected None from an observer(), got another result")
         self.last_rows_per_expert = out.rows_per_expert
         self._last_topk_ids = out.topk_ids if rounds else None
         return out.y, out.pair_weights
@@ -126,7 +127,7 @@ class SonicMoEBlock:
         """Every pair is a row with one expert, since experts are called with ids [rows, K]."""
         family = self._family
         router = getattr(self, family.router_name)
-        check_rounding(router, family, family.router_name)
+        check_rounding(router, family, f"{self._stock.__name__}.{family.router_name}")
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits, _, ids = self._call_router(hidden_states, x)
         tokens, experts, weights = round_tokens(
@@ -199,28 +200,29 @@ def _check_own_forward(block: nn.Module, path: str) -> None:
     cls = type(block)
     if isinstance(block, SonicMoEBlock) or not has_own_forward(block, cls.forward):
         return
-    if not only_moves(block, cls.forward):
+    if not accelerate_wraps(block, cls.forward):
         raise ValueError(
             f"{path}.forward: expected the forward of {cls.__name__}, got another function set on "
             f"the instance: set it after replace_moe_blocks, or {ADVICE}"
         )
 
 
-def _swap(block: nn.Module, configs: dict[int, object]) -> None:
-    """Makes block, already checked, a SonicMoEBlock and its experts run on the backend."""
+def _swap(block: nn.Module, configs: dict[int, tuple]) -> None:
+    """Makes block, already checked, a SonicMoEBlock whose experts run on the backend when called.
+    configs: every configuration with its copy, by the id of the first."""
     family, cls = family_of(block), type(block)
     experts = innermost(block.experts, family.experts)
+    # The experts' own copy: the model's configuration goes on saying what the user asked for.
     if id(experts.config) not in configs:
-        config = copy.copy(experts.config)
-        config._experts_implementation = BACKEND
-        configs[id(experts.config)] = configs[id(config)] = config
-    experts.config = configs[id(experts.config)]
+        configs[id(experts.config)] = (experts.config, copy.copy(experts.config))
+    experts.config = configs[id(experts.config)][1]
+    experts.config._experts_implementation = BACKEND
     if isinstance(block, SonicMoEBlock):
         return
     block.__class__ = _block_class(cls, family)
     if "forward" not in block.__dict__:
         return
-    if only_moves(block, cls.forward):  # accelerate's wrapper calls what it keeps here
+    if accelerate_wraps(block, cls.forward):  # accelerate's wrapper calls what it keeps here
         block._old_forward = types.MethodType(type(block).forward, block)
     else:
         del block.forward  # cls.forward itself, left behind
@@ -259,7 +261,7 @@ def replace_moe_blocks(
         check_block(block, _stock_class(block), family_of(block), path, router != "topk")
         _check_own_forward(block, path)
     register()
-    configs: dict[int, object] = {}
+    configs: dict[int, tuple] = {}
     for index, (_, block) in enumerate(found):
         _swap(block, configs)
         block.router_kind, block.tile, block.policy = router, tile, policy

@@ -1,4 +1,4 @@
-"""The experts backend: transformers calls experts_forward in place of an experts module's loop."""
+"""The experts backend: what transformers calls in place of an experts module's own loop."""
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +11,30 @@ from .activations import expert_options
 BACKEND = "sonicmoe_cpp"
 
 
+def _parameters(experts: nn.Module) -> dict[str, Tensor]:
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    names = [up, "down_proj"]
+    if experts.has_bias:
+        names += [f"{up}_bias", "down_proj_bias"]
+    return {name: getattr(experts, name) for name in names}
+
+
 def expert_weights(experts: nn.Module) -> dict[str, Tensor | None]:
     """w1, w2, b1, b2 as views of the module's parameters."""
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
-    w1, w2 = getattr(experts, up), experts.down_proj
+    w1, w2, *biases = _parameters(experts).values()
     if experts.is_transposed:
         w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
-    b1 = getattr(experts, f"{up}_bias") if experts.has_bias else None
-    b2 = experts.down_proj_bias if experts.has_bias else None
+    b1, b2 = biases or (None, None)
     return {"w1": w1, "w2": w2, "b1": b1, "b2": b2}
 
 
-def _refuse_wrapped(weights: dict[str, Tensor | None], path: str) -> None:
-    for name, weight in weights.items():
-        if weight is not None and is_traceable_wrapper_subclass(weight):
+def _check_plain(tensors: dict[str, Tensor], path: str) -> None:
+    for name, tensor in tensors.items():
+        if is_traceable_wrapper_subclass(tensor):
             raise ValueError(
-                f"{path}: {name}: expected a plain tensor, got {type(weight).__name__}: shard or "
-                "quantise in a way that gathers the weights when the experts module is called, or "
-                'use experts_implementation="grouped_mm"'
+                f"{path}.{name}: expected a plain tensor, got {type(tensor).__name__}: gather it "
+                "when the experts module is called, as fully_shard does, or use another "
+                "experts_implementation"
             )
 
 
@@ -37,14 +43,14 @@ def experts_forward(
 ) -> Tensor:
     """The experts backend: y[t] = sum over k of top_k_weights[t, k] * expert top_k_index[t, k] (x[t]).
 
-    hidden_states [T, d], computed in the dtype of the experts' weights; top_k_index, top_k_weights
-    [T, K]; an id of num_experts or more (expert parallelism) is a dropped slot. ValueError where the
-    gate, the activation or the kind of weights is not supported.
+    hidden_states x [T, d], computed in the dtype of the experts' weights; top_k_index and
+    top_k_weights [T, K]. An id of num_experts or more (expert parallelism) is a dropped slot.
+    ValueError where the library has no such gate or activation, or a weight is no plain tensor.
     """
     path = f"sonicmoe_cpp: {type(self).__name__}"
     options = expert_options(self, path)
+    _check_plain({"hidden_states": hidden_states, **_parameters(self)}, path)
     weights = expert_weights(self)
-    _refuse_wrapped(weights, path)
     x = hidden_states.to(weights["w1"].dtype)
     if top_k_weights.dtype not in (torch.float32, torch.bfloat16):
         top_k_weights = top_k_weights.float()

@@ -11,7 +11,7 @@ from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 from .activations import expert_options
-from .plain import why_result_may_differ
+from .plain import what_may_change_result
 
 ADVICE = (
     "leave the block as it is and call model.set_experts_implementation('sonicmoe_cpp') "
@@ -170,11 +170,11 @@ def check_block(
 
 
 def check_rounding(router: nn.Module, family: Family, path: str) -> None:
-    """ValueError unless the logits that a call of router returns decide its routing alone."""
-    reason = why_result_may_differ(router, family.router, family.router_forward)
-    if reason is not None:
+    """ValueError unless a call of router returns what its class computes: rounding goes by the
+    logits, so weights and ids that something else chose would be lost."""
+    got = what_may_change_result(router, family.router, family.router_forward)
+    if got is not None:
         raise ValueError(
-            f"{path}: token rounding: expected a router whose result nothing can change, got one "
-            f"that is not: {reason}; use router='topk', or mark a forward hook that only looks "
-            "with observer()"
+            f"{path}: token_rounding: expected the result of {family.router.__name__}.forward, "
+            f"got {got}: use router='topk'"
         )

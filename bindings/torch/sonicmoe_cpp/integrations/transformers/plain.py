@@ -4,6 +4,7 @@ Hooks, wrappers, offloading, sharding and adapters act when a module is called. 
 parameters has to know, at this very forward, that there is nothing of the sort.
 """
 
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -19,12 +20,17 @@ def observer(hook: Callable) -> Callable:
 
     A replaced block whose router has such hooks keeps its fused layer, which calls them with
     (logits [T, E] float32, None, None). Any other forward hook may change the routing: it makes the
-    block call its router and its experts. A decorator: returns hook.
+    block call its router and its experts. Returns hook, so it is a decorator too.
     """
-    hook.sonicmoe_observer = True
+    try:
+        getattr(hook, "__func__", hook).sonicmoe_observer = True
+    except AttributeError:
+        got = type(hook).__name__
+        raise TypeError(f"observer: hook: expected a function of Python, got {got}") from None
     return hook
 
 
+@functools.cache
 def _nested_code(module: types.ModuleType, name: str) -> types.CodeType | None:
     """The code of the local function `name` in one of the functions of module."""
     for function in vars(module).values():
@@ -71,17 +77,25 @@ def has_own_forward(module: nn.Module, forward: Callable) -> bool:
     return not (bound and own.__func__ is forward)  # left by accelerate when it removes its hooks
 
 
-def only_moves(module: nn.Module, forward: Callable) -> bool:
-    """Whether accelerate wrapped `forward` on the instance, to move tensors and nothing else."""
+def accelerate_wraps(module: nn.Module, forward: Callable) -> bool:
+    """Whether the forward on the instance is accelerate's wrapper around `forward`, which runs what
+    stands in module._old_forward between the parts of module._hf_hook."""
     accelerate = sys.modules.get("accelerate.hooks")
-    hook = getattr(module, "_hf_hook", None)
-    if accelerate is None or hook is None:
+    own = module.__dict__.get("forward")
+    if accelerate is None or not isinstance(own, functools.partial):
         return False
+    code = getattr(own.func, "__code__", None)
+    wrapped = getattr(module.__dict__.get("_old_forward"), "__func__", None)
+    return wrapped is forward and code is _nested_code(accelerate, "new_forward")
+
+
+def only_moves(module: nn.Module, forward: Callable) -> bool:
+    """Whether that wrapper moves tensors between devices and does nothing else."""
+    if not accelerate_wraps(module, forward):
+        return False
+    accelerate, hook = sys.modules["accelerate.hooks"], module._hf_hook
     hooks = hook.hooks if type(hook) is accelerate.SequentialHook else (hook,)
-    wrapped = getattr(module, "_old_forward", None)
-    return getattr(wrapped, "__func__", None) is forward and all(
-        type(each) is accelerate.AlignDevicesHook for each in hooks
-    )
+    return all(type(each) is accelerate.AlignDevicesHook for each in hooks)
 
 
 def why_called(
@@ -112,18 +126,20 @@ def why_called(
     return None
 
 
-def why_result_may_differ(module: nn.Module, cls: type[nn.Module], forward: Callable) -> str | None:
-    """Why a call of module may return something else than `forward` computes; None if it cannot."""
+def what_may_change_result(
+    module: nn.Module, cls: type[nn.Module], forward: Callable
+) -> str | None:
+    """What may make a call of module return something else than `forward` of cls computes."""
     if not isinstance(module, cls):
-        return f"it is a {type(module).__name__}, not a {cls.__name__}"
+        return f"a {type(module).__name__}"
     if type(module).forward is not forward:
-        return "its class has a forward of its own"
+        return f"the forward of {type(module).__name__}"
     if has_own_forward(module, forward) and not only_moves(module, forward):
-        return "its forward was replaced"
+        return "a forward set on the instance"
     if module._forward_hooks_with_kwargs or _may_change(module._forward_hooks):
-        return "it has forward hooks not marked as observer"
+        return "a forward hook that is not marked with observer()"
     if _may_change(torch_module._global_forward_hooks):
-        return "there are global forward hooks not marked as observer"
+        return "a global forward hook that is not marked with observer()"
     return None
 
 
