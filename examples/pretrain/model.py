@@ -100,7 +100,7 @@ class RoutingTap:
         self._balancing_loss = load_balancing_loss
         if config.experts == "sonicmoe_cpp":
             import sonicmoe_cpp
-            from sonicmoe_cpp.integrations.transformers import replace_moe_blocks
+            from sonicmoe_cpp.integrations.transformers import observer, replace_moe_blocks
 
             self._balancing_loss = functools.partial(
                 sonicmoe_cpp.load_balancing_loss, top_k=config.top_k
@@ -113,6 +113,7 @@ class RoutingTap:
                 policy=config.policy,
                 seed=config.seed,
             )
+            observer(_keep_output)  # it changes nothing: the blocks stay one fused layer
         else:
             model.set_experts_implementation(config.experts)
         self._blocks = [layer.mlp for layer in model.model.layers]
