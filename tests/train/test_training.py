@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from pretrain import checkpoint, trainer
+from pretrain import checkpoint, loop, restore, trainer
 from pretrain.compare import main as compare
 from pretrain.compare import plot, summarize
 from pretrain.metrics import read_metrics
@@ -54,7 +54,7 @@ def test_sigterm_saves(flags, run_dir, monkeypatch):
 
     monkeypatch.setattr(trainer.Trainer, "train_step", terminated)
     assert main(flags()) == 143
-    assert checkpoint.load_state(run_dir).step == 1
+    assert restore.load_state(run_dir).step == 1
 
 
 @pytest.mark.parametrize("moment", ["sync", "rename", "replace"])
@@ -74,7 +74,7 @@ def test_kill_while_writing_leaves_the_last_good_checkpoint(flags, run_dir, monk
         os._exit(main(flags(save_every=2)))
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
-    assert checkpoint.load_state(run_dir).step == 2
+    assert restore.load_state(run_dir).step == 2
     assert main(["--resume", "--name", "run", "--runs-dir", str(run_dir.parent)]) == 0
     assert [step for step, _, _ in losses(run_dir)] == [1, 2, 3, 4, 5, 6]
     assert os.listdir(run_dir / "checkpoints") == ["step-000006"]
@@ -93,9 +93,9 @@ def test_same_losses_as_eager(flags, tmp_path):
 
 def test_run_folder_and_stock_transformers(flags, run_dir, monkeypatch):
     trained = []
-    finish = trainer.Run.finish
+    finish = loop.Run.finish
     monkeypatch.setattr(
-        trainer.Run, "finish", lambda self, s: (trained.append(self.trainer), finish(self, s))
+        loop.Run, "finish", lambda self, s: (trained.append(self.trainer), finish(self, s))
     )
     assert main(flags(steps=9)) == 0
     for name in ("metrics.jsonl", "loss.png", "config.json", "sample.txt", "memory.json"):
@@ -133,7 +133,7 @@ def test_compare(flags, tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "cmp"
     for run in folder.glob("*-0"):  # the metrics of a finished run are all it takes
         shutil.rmtree(run / "checkpoints")
-    monkeypatch.setattr(trainer, "train", lambda *unused: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "train", lambda *unused: pytest.fail("trained again"))
     assert compare(argv) == 0
     record = json.loads((folder / "compare.json").read_text())
     assert list(record["variants"]) == ["topk", "nearest", "balanced"]
