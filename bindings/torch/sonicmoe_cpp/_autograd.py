@@ -3,6 +3,7 @@
 Registered with the dispatcher, so that all of this also holds for `torch.ops.sonicmoe_cpp.*`.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -35,9 +36,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable | N
     operator = getattr(ops, name).default
 
     def forward(ctx, *inputs):
-        # Levels of torch.func below this one record for themselves.
-        outer = torch.set_grad_enabled(torch._C._are_functorch_transforms_active())
-        with outer, torch._C._AutoDispatchBelowAutograd():
+        with _levels_below(), torch._C._AutoDispatchBelowAutograd():
             output = operator(*inputs)
         if setup_context is not None:
             setup_context(ctx, inputs, output)
@@ -55,6 +54,17 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable | N
 
     _LIBRARY.impl(name, kernel, "Autograd")
     torch.library.register_vmap(operator, _vmap_rule(operator))
+
+
+@contextlib.contextmanager
+def _levels_below():
+    """torch switches differentiation off inside a Function; levels of torch.func below this one
+    have to see to it themselves."""
+    if not torch._C._are_functorch_transforms_active():
+        yield
+        return
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
 
 
 def _apply(function: type[torch.autograd.Function], inputs: tuple):

@@ -6,7 +6,7 @@ from torch import Tensor
 from ._autograd import refuse_forward_mode
 from ._checks import names_of, refuse
 from ._library import ops, run
-from ._moe_layer import incoming, save_for_backward
+from ._moe_layer import backward_arguments, save_for_backward
 
 
 def check_main_grad(x: Tensor) -> None:
@@ -52,13 +52,12 @@ class MainGradLayer(torch.autograd.Function):
         none = (None,) * 25
         if grad_out is None and grad_logits is None:
             return none
-        saved = ctx.saved_tensors
-        grad_out, grad_logits = incoming(saved[0], grad_out, grad_logits)
+        arguments = backward_arguments(ctx, grad_out, grad_logits)
         need_x = ctx.needs_input_grad[0]
         fates = _fates(ctx)
         if "returned" in fates:
             needs = (need_x, *(fate == "returned" for fate in fates))
-            grads = run(ops.moe_layer_backward, grad_out, grad_logits, *saved, *ctx.options, *needs)
+            grads = run(ops.moe_layer_backward, *arguments, *needs)
             return *(g if n else None for g, n in zip(grads, needs, strict=True)), *none[7:]
         parameters = [
             parameter if fate == "accumulated" else None
@@ -68,10 +67,7 @@ class MainGradLayer(torch.autograd.Function):
         for parameter, buffer in zip(parameters, buffers, strict=True):
             if getattr(parameter, "overwrite_main_grad", False):
                 buffer.zero_()
-        grad_x = run(
-            ops.moe_layer_backward_accumulate,
-            grad_out, grad_logits, *saved, *ctx.options, need_x, *buffers,
-        )  # fmt: skip
+        grad_x = run(ops.moe_layer_backward_accumulate, *arguments, need_x, *buffers)
         dummies = [None if p is None else _mark_added(p) for p in parameters]
         return grad_x if need_x else None, *dummies, *none[7:]
 

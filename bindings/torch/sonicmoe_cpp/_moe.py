@@ -30,8 +30,9 @@ def grad_like(needed: bool, name: str, of: Tensor | None, like: Tensor) -> Tenso
     if of is None:
         refuse("sonicmoe_cpp", f"need_{name}", f"False, since {name} is absent", "True")
     grad = torch.empty_like(of)
-    # Of weights whose elements overlap torch keeps no layout that the library could write.
-    return grad if 1 in grad.stride()[-2:] else of.new_empty(of.shape)
+    # Of elements that overlap torch keeps an order of dimensions that no gradient may have.
+    strides = grad.stride()[-2:] if of.dim() == 3 else grad.stride()[-1:]
+    return grad if 1 in strides else of.new_empty(of.shape)
 
 
 @register_fake("moe_backward")

@@ -107,30 +107,33 @@ def _(grad_out, grad_logits, x, *rest):
 
 def save_for_backward(ctx, inputs, output):
     """Keeps what backward needs; `inputs` are the operator's arguments, `output` its results."""
-    parameters, options, save_for_backward = inputs[:8], inputs[9:23], inputs[24]
-    if not save_for_backward:
+    parameters, options, save = inputs[:7], inputs[9:23], inputs[24]
+    if not save:
         raise RuntimeError("moe_layer_forward: a gradient is needed but save_for_backward is off")
     _, logits, rows, *saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rows, *saved)
-    ctx.save_for_backward(*parameters, logits, *saved)
+    ctx.save_for_backward(*parameters, logits, *saved)  # no bias: it has selected and may change
     ctx.options = options
 
 
-def incoming(x, grad_out, grad_logits):
-    """Dense gradients of y and logits; zeros for y when only the logits were used."""
-    grad_out = torch.zeros_like(x) if grad_out is None else grad_out.contiguous()
-    return grad_out, None if grad_logits is None else grad_logits.contiguous()
+def backward_arguments(ctx, grad_out: Tensor | None, grad_logits: Tensor | None) -> tuple:
+    """What both backward operators begin with. Incoming gradients are dense; that of y is zero where
+    only the logits were used."""
+    saved = ctx.saved_tensors  # once: checkpointing recomputes on the first access only
+    grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out.contiguous()
+    grad_logits = None if grad_logits is None else grad_logits.contiguous()
+    selection_bias = None
+    return grad_out, grad_logits, *saved[:7], selection_bias, *saved[7:], *ctx.options
 
 
 def _backward(ctx, grad_out, grad_logits, *unused):
     none = (None,) * 25
     if grad_out is None and grad_logits is None:
         return none
-    saved = ctx.saved_tensors  # once: checkpointing recomputes on the first access only
-    grad_out, grad_logits = incoming(saved[0], grad_out, grad_logits)
     needs = ctx.needs_input_grad[:7]
-    grads = run(ops.moe_layer_backward, grad_out, grad_logits, *saved, *ctx.options, *needs)
+    arguments = backward_arguments(ctx, grad_out, grad_logits)
+    grads = run(ops.moe_layer_backward, *arguments, *needs)
     return *(g if n else None for g, n in zip(grads, needs, strict=True)), *none[7:]
 
 

@@ -23,11 +23,11 @@ def _(grad_topk_weights, logits, topk_ids, *options):
 
 
 def _route_setup_context(ctx, inputs, output):
-    logits, selection_bias, *options = inputs
+    logits, _, *options = inputs
     topk_ids, _ = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(topk_ids)
-    ctx.save_for_backward(logits, topk_ids, selection_bias)
+    ctx.save_for_backward(logits, topk_ids)  # the bias has selected and may change
     ctx.options = options
 
 
@@ -35,9 +35,8 @@ def _route_backward(ctx, grad_ids, grad_weights):
     none = (None,) * 7
     if grad_weights is None:
         return None, *none
-    logits, topk_ids, selection_bias = ctx.saved_tensors
     grad = grad_weights.contiguous()
-    return run(ops.route_backward, grad, logits, topk_ids, selection_bias, *ctx.options), *none
+    return run(ops.route_backward, grad, *ctx.saved_tensors, None, *ctx.options), *none
 
 
 register_autograd("route_forward", _route_backward, _route_setup_context)
@@ -69,11 +68,11 @@ def _(grad_pair_weights, logits, *rest):
 
 
 def _round_tokens_setup_context(ctx, inputs, output):
-    logits, selection_bias, _, *options = inputs
+    logits, _, _, *options = inputs
     token_ids, expert_ids, _, topk_ids, rows, rows_before = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(token_ids, expert_ids, topk_ids, rows, rows_before)
-    ctx.save_for_backward(logits, topk_ids, token_ids, expert_ids, selection_bias)
+    ctx.save_for_backward(logits, topk_ids, token_ids, expert_ids)
     ctx.options = options[:6]
 
 
@@ -81,13 +80,8 @@ def _round_tokens_backward(ctx, grad_tokens, grad_experts, grad_weights, *unused
     none = (None,) * 11
     if grad_weights is None:
         return None, *none
-    logits, topk_ids, token_ids, expert_ids, selection_bias = ctx.saved_tensors
-    grad_logits = run(
-        ops.round_tokens_backward,
-        grad_weights.contiguous(), logits, topk_ids, token_ids, expert_ids, selection_bias,
-        *ctx.options,
-    )  # fmt: skip
-    return grad_logits, *none
+    grad = grad_weights.contiguous()
+    return run(ops.round_tokens_backward, grad, *ctx.saved_tensors, None, *ctx.options), *none
 
 
 register_autograd("round_tokens_forward", _round_tokens_backward, _round_tokens_setup_context)
