@@ -7,7 +7,7 @@ import types
 import torch
 from torch import Tensor, nn
 
-from ..._library import POLICIES, code
+from ..._options import rounding_options, router_kind, seed_number
 from ...functional import round_tokens, run_layer
 from ...module import advance_seed
 from .activations import expert_options
@@ -242,13 +242,9 @@ def replace_moe_blocks(
     ValueError, with the block's place in the model and the model left as it was: an option, no
     block at all, or a block that the library cannot compute.
     """
-    if router not in ("topk", "token_rounding"):
-        raise ValueError(f"router: expected one of topk, token_rounding, got {router!r}")
-    code(POLICIES, "policy", policy)
-    if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
-        raise ValueError(f"tile: expected an integer of 1 or more, got {tile!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62:
-        raise ValueError(f"seed: expected an integer in 0 .. 2**62 - 1, got {seed!r}")
+    rounds = router_kind("replace_moe_blocks", router)
+    rounding_options("replace_moe_blocks", tile, policy)
+    seed_number("replace_moe_blocks", seed)
     found = [(path, block) for path, block in model.named_modules() if family_of(block)]
     if not found:
         known = ", ".join(family.block.__name__ for family in FAMILIES)
@@ -258,7 +254,7 @@ def replace_moe_blocks(
         )
     for path, block in found:
         path = f"replace_moe_blocks: {path or type(block).__name__}"
-        check_block(block, _stock_class(block), family_of(block), path, router != "topk")
+        check_block(block, _stock_class(block), family_of(block), path, rounds)
         _check_own_forward(block, path)
     register()
     configs: dict[int, tuple] = {}
