@@ -317,7 +317,9 @@ void add_bench(CLI::App& app, Action& action) {
       ->add_option("--shape", options->shape,
                    "One layer: tokens, model width, expert width, experts, top-K")
       ->type_name("T,d,n,E,K");
-  command->add_option("--suite", options->suite, "cpu (default), paper (default on CUDA) or models")
+  command
+      ->add_option("--suite", options->suite,
+                   "cpu (default), paper (default on CUDA), models or coarse")
       ->type_name("NAME");
   command
       ->add_option("--dtype", options->dtype,
