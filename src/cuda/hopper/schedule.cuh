@@ -4,7 +4,7 @@
 //   columns fastest  all columns of a tile row, then the next row: neighbours share the rows
 //   row_block > 1    blocks of tile rows, rows fastest (tile_order.hpp): CTAs that run together
 //                    cover a square of the product, and the weights pass once per block: `up` of
-//                    Mixtral-8x7B reads 3.3 GB from DRAM, with columns fastest 31
+//                    Mixtral-8x7B reads 3.3 GB from DRAM, with columns fastest 28
 //   n_group          groups of column tiles: all rows of all experts before the next group
 // What a tile computes does not depend on its number or on who computes it.
 // Two ways to hand them out (launch.cuh says which product takes which):
