@@ -330,7 +330,7 @@ void add_bench(CLI::App& app, Action& action) {
   add_option(*command, "--shape", options->shape, layer_shape(),
              "One layer: tokens, model width, expert width, experts, top-K");
   add_option(*command, "--suite", options->suite, one_of(suite_names()),
-             "cpu (default), paper (default on CUDA) or models");
+             "cpu (default), paper (default on CUDA), models or coarse");
   add_option(*command, "--dtype", options->dtypes, float_dtypes(),
              "float32, bfloat16 or both; default: the suite's, float32 for --shape; on CUDA "
              "bfloat16");

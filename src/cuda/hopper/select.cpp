@@ -127,6 +127,14 @@ int choose_add_group(std::int64_t num_tokens, std::int64_t depth, int n_tiles, i
   return static_cast<int>(std::clamp<std::int64_t>(window / tile, 1, n_tiles));
 }
 
+int choose_row_block(std::int64_t depth, std::int64_t columns) {
+  constexpr std::int64_t kCached = 48 << 20;  // bytes; L2 has 50 MB on an H100, 60 on an H200
+  constexpr int kSquare = 16, kMost = 1 << 16;
+  const int forced = number_from_environment("SONICMOE_CUDA_ROW_BLOCK");
+  if (forced > 0) return std::min(forced, kMost);
+  return 2 * depth * columns > kCached ? kSquare : 1;
+}
+
 int grid_limit(int processors) {
   const int wanted = number_from_environment("SONICMOE_CUDA_GRID");
   return wanted > 0 ? wanted : processors;
