@@ -286,6 +286,49 @@ def test_sharded_weights_that_nobody_gathers_are_named(mesh):
             model(tokens())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_quantised_weights_are_named(dtype):
+    model = build("qwen3_moe")
+    hf.replace_moe_blocks(model)
+    for block in moe_blocks(model):
+        packed = torch.zeros(block.experts.gate_up_proj.shape).to(dtype)
+        block.experts.gate_up_proj = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(
+        ValueError, match=f"gate_up_proj: expected float32 or bfloat16, got {dtype}"
+    ):
+        model(tokens())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_halves_of_the_experts_add_up(order):
+    """Expert parallelism: what other ranks hold gets the id num_experts on the way in."""
+    whole, x = build("qwen3_moe", num_hidden_layers=1), torch.randn(2, 8, 32)
+    results = []
+    for first in (0, 4):
+
+        def place(model, first=first):
+            experts = moe_blocks(model)[0].experts
+            for name in ("gate_up_proj", "down_proj"):
+                half = getattr(experts, name).data[first : first + 4].clone()
+                setattr(experts, name, torch.nn.Parameter(half))
+            experts.num_experts, experts._is_expert_parallel = 4, True
+            inner = experts.forward
+
+            def forward(x, ids, weights):
+                ours = (ids >= first) & (ids < first + 4)
+                ids = torch.where(ours, ids - first, 4)
+                return inner(x, ids, weights.masked_fill(~ours, 0))
+
+            experts.forward = forward
+            return model
+
+        model = both(place, order, copy.deepcopy(whole))
+        results.append(moe_blocks(model)[0](x))
+        assert moe_blocks(model)[0].last_rows_per_expert.sum() == 2 * 8 * 3
+    assert all(result.abs().max() > 1e-2 for result in results)
+    same(sum(results), moe_blocks(exact(whole))[0](x.double()))
+
+
 # --------------------------------------------------------------------------------------- adapters
 
 

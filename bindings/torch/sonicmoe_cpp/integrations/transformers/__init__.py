@@ -1,4 +1,4 @@
-"""Hugging Face transformers (5.7 or later; DeepSeek-V3 blocks from the version whose router routes).
+"""Hugging Face transformers, 5.7 or later.
 
 `register()` makes `experts_implementation="sonicmoe_cpp"` available: the experts of any model run
 here, its own router stays. `replace_moe_blocks(model)` swaps whole sparse MoE blocks of Qwen3-MoE,

@@ -7,6 +7,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ...functional import moe
 from .activations import expert_options
+from .plain import is_number
 
 BACKEND = "sonicmoe_cpp"
 
@@ -35,6 +36,11 @@ def _check_plain(tensors: dict[str, Tensor], path: str) -> None:
                 f"{path}.{name}: expected a plain tensor, got {type(tensor).__name__}: gather it "
                 "when the experts module is called, as fully_shard does, or use another "
                 "experts_implementation"
+            )
+        if not is_number(tensor):
+            raise ValueError(
+                f"{path}.{name}: expected float32 or bfloat16, got {tensor.dtype}: quantised "
+                "weights need another experts_implementation"
             )
 
 

@@ -143,6 +143,11 @@ def what_may_change_result(
     return None
 
 
+def is_number(tensor: Tensor) -> bool:
+    """Holds numbers as they are, not packed or scaled as quantised weights are."""
+    return tensor.is_floating_point() and tensor.itemsize >= 2
+
+
 def all_plain(tensors: Iterable[Tensor | None]) -> bool:
     """No DTensor, no quantised tensor, no other subclass."""
-    return all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
+    return all(t is None or (type(t) in (Tensor, nn.Parameter) and is_number(t)) for t in tensors)
