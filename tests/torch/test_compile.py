@@ -192,3 +192,67 @@ def test_fakes_cover_every_operator_with_meta_tensors():
     x, wr, w1, b1, w2, b2 = meta
     y, logits, rows = sm.moe_layer(x, wr, w1, w2, K, b1=b1, b2=b2)
     assert y.shape == (T, D) and logits.shape == (T, E) and rows.shape == (E,)
+
+
+def operator_calls():
+    """Every operator with legal arguments."""
+    plain = moe_args(0, False)
+    _, h, metadata = ops.moe_forward(*plain, *EXPERT_OPTIONS, True)
+    given, options = layer_args(True, False)
+    _, layer_logits, _, *saved = ops.moe_layer_forward(*given, None, *options, 0, True)
+    grads = torch.randn(T, D), torch.randn(T, E)
+    main = [None if t is None else torch.zeros(t.shape) for t in given[1:7]]
+    logits, seed, bias = torch.randn(T, E), torch.tensor([1]), torch.randn(E)
+    router = (K, 2, True, 1, 1, 1.0)  # sigmoid_topk, which takes a bias
+    tokens, experts, weights, ids, rows, _ = ops.round_tokens_forward(
+        logits, bias, seed, *router, 8, 3, 0
+    )
+    chosen, chosen_weights = ops.route_forward(logits, bias, *router)
+    layer = (*grads, *given, layer_logits, *saved, *options)
+    return {
+        "moe_forward": (*plain, *EXPERT_OPTIONS, True),
+        "moe_backward": (grads[0], *plain, h, metadata, *EXPERT_OPTIONS, *(True,) * 6),
+        "moe_layer_forward": (*given, seed, *options, 0, True),
+        "moe_layer_backward": (*layer, True, True, False, True, True, True, True),
+        "moe_layer_backward_accumulate": (*layer, True, *main),
+        "route_forward": (logits, bias, *router),
+        "route_backward": (chosen_weights, logits, chosen, bias, *router),
+        "round_tokens_forward": (logits, bias, seed, *router, 8, 3, 0),
+        "round_tokens_backward": (weights, logits, ids, tokens, experts, bias, *router),
+        "load_balancing_loss_forward": (logits, rows, K, 1),
+        "load_balancing_loss_backward": (torch.ones(1), logits, rows, K, 1),
+        "router_z_loss_forward": (logits,),
+        "router_z_loss_backward": (torch.ones(1), logits),
+        "update_expert_bias_": (bias, rows, 0.1),
+    }
+
+
+def test_no_operator_takes_tensors_of_several_devices():
+    """torch runs the fake as soon as one tensor is on meta: it would return memory as it is."""
+    for name, arguments in operator_calls().items():
+        operator = getattr(ops, name)
+        operator(*arguments)
+        names = [argument.name for argument in operator.default._schema.arguments]
+        places = [i for i, value in enumerate(arguments) if isinstance(value, torch.Tensor)]
+        for place in places if len(places) > 1 else ():
+            mixed = list(arguments)
+            mixed[place] = mixed[place].to("meta")
+            named, first = (names[i] for i in (place, places[0]))
+            devices = "cpu", "meta"
+            if place == places[0]:
+                named, devices = names[places[1]], devices[::-1]
+            message = f"{name}: {named}: expected a tensor on {devices[0]}, as {first}, "
+            with pytest.raises(RuntimeError, match=f"{message}got {devices[1]}"):
+                operator(*mixed)
+        meta = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in arguments]
+        outputs = operator(*meta)
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs or ()
+        assert all(output.device.type == "meta" for output in outputs)
+
+
+def test_fakes_refuse_gradients_of_absent_tensors():
+    arguments = list(operator_calls()["moe_backward"])
+    arguments[3] = None
+    meta = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in arguments]
+    with pytest.raises(RuntimeError, match="need_b1: expected False, since b1 is absent"):
+        ops.moe_backward(*meta)

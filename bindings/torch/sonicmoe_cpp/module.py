@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _options
-from ._checks import check_tensors
+from ._checks import check_shape, check_tensors
 from ._library import gate_factor
 from ._moe_layer import count_rows
 from .functional import run_layer
@@ -142,6 +142,7 @@ class MoE(nn.Module):
         """y [..., d]; with return_router (y, logits [..., E], rows_per_expert [E]), the rows being
         those of token choice."""
         check_tensors("MoE", x=x, selection_bias=self.selection_bias)
+        check_shape("MoE", "selection_bias", self.selection_bias, self.num_experts)
         rounds = self.training and self.router == "token_rounding"
         out = run_layer(
             x,
