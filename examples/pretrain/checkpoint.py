@@ -46,6 +46,7 @@ class TrainerState:
     optimizer: dict  # AdamW's state_dict(); only the moments of each parameter are taken from it
     torch_rng: Tensor
     cuda_rng: Tensor | None  # of the GPU that trains
+    settings: dict  # as config.json held them
 
 
 # --------------------------------------------------------------------------------------- a checkpoint
@@ -74,9 +75,10 @@ def save(
         _link(run_dir, final)
         remove_incomplete(run_dir)
     except Exception as error:  # torch raises RuntimeError, safetensors its own
+        reason = files.reason(files.system_error(error))
         free = shutil.disk_usage(run_dir).free >> 20
         raise OSError(
-            f"cannot write the checkpoint {final}: {files.reason(error)} ({free} MiB free there); "
+            f"cannot write the checkpoint {final}: {reason} ({free} MiB free there); "
             f"{last_good(run_dir)}"
         ) from error
     finally:
@@ -92,7 +94,8 @@ def _write(
 ) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    torch.save(vars(state), folder / "trainer.pt")
+    with open(folder / "trainer.pt", "wb") as file:
+        torch.save(vars(state), file)
     sums = (f"{files.sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
     (folder / SUMS).write_text("".join(sums))
     for path in folder.iterdir():
@@ -142,9 +145,14 @@ def last_good(run_dir: Path) -> str:
 # --------------------------------------------------------------------------------------- a run's folder
 
 
+def settings_of(config: TrainConfig, data_digest: str) -> dict:
+    """What config.json holds."""
+    return {**dataclasses.asdict(config), "data_digest": data_digest}
+
+
 def write_config(run_dir: Path, config: TrainConfig, data_digest: str) -> None:
-    fields = {**dataclasses.asdict(config), "data_digest": data_digest}
-    files.write_text(run_dir / "config.json", json.dumps(fields, indent=2) + "\n")
+    content = json.dumps(settings_of(config, data_digest), indent=2)
+    files.write_text(run_dir / "config.json", content + "\n")
 
 
 def check_free(run_dir: Path, overwrite: bool) -> None:
@@ -207,7 +215,7 @@ def _remove_if_empty(folder: Path) -> None:
 def remove_killed_starts(runs_dir: Path) -> None:
     """Removes the hidden folders that no process holds. A run that was to be replaced gets its name back
     where its successor has not come to it."""
-    if not runs_dir.is_dir():
+    if not os.path.isdir(runs_dir):
         return
     with exclusive(runs_dir, wait=True):
         for path in runs_dir.iterdir():

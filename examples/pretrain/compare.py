@@ -188,7 +188,7 @@ def train_one(one: TrainConfig, digest: str, signals: Signals) -> int:
 def run_all(comparison: Comparison, signals: Signals) -> int:
     """Trains every (seed, variant) below runs/NAME/; returns the first exit code that is not 0."""
     for one in comparison.runs():
-        print(f"== {one.name}", flush=True)
+        program.say(f"== {one.name}")
         if is_done(one):
             continue
         code = train_one(one, check_folder(comparison), signals)
@@ -237,7 +237,7 @@ def run_side_by_side(comparison: Comparison, argv: list[str]) -> int:
                 if code is None:
                     continue
                 del running[job]
-                print(f"== {one.name}: {f'exit code {code}' if code else 'done'}", flush=True)
+                program.say(f"== {one.name}: {f'exit code {code}' if code else 'done'}")
                 if not code:
                     write_results(comparison)
                 elif not failed:
@@ -282,8 +282,8 @@ def summarize_variant(by_seed: dict[int, list[dict]]) -> dict:
         "val_loss": final,
         "mean_val_loss": statistics.mean(final),
         "imbalance": statistics.mean(imbalance(run[-1]["expert_shares"]) for run in runs),
-        "share_dropped": sum(line["rows_dropped"] for line in lines) / asked,
-        "share_added": sum(line["rows_added"] for line in lines) / asked,
+        "share_dropped": sum(line["rows_dropped"] for line in lines) / (asked or 1),
+        "share_added": sum(line["rows_added"] for line in lines) / (asked or 1),
         "tokens": runs[0][-1]["tokens"],
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
         "curve": [[(m["step"], m["val_loss"]) for m in run if "val_loss" in m] for run in runs],
@@ -386,8 +386,8 @@ def work(argv: list[str], signals: Signals) -> int:
         code = run_all(comparison, signals)
     if code:
         return code
-    print(describe(write_results(comparison)))
-    print(f"picture: {comparison.config.run_dir / 'compare.png'}")
+    program.say(describe(write_results(comparison)))
+    program.say(f"picture: {comparison.config.run_dir / 'compare.png'}")
     return 0
 
 

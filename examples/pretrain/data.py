@@ -179,10 +179,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    return _with_end_of_text(tokenizer)
+    return with_end_of_text(tokenizer)
 
 
-def _with_end_of_text(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def with_end_of_text(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
     )
@@ -212,7 +212,7 @@ def load_tokens(path: str) -> Tokens:
     file = tokenfile.read(Path(path))
     header = file.header
     try:
-        tokenizer = _with_end_of_text(Tokenizer.from_str(json.dumps(header.tokenizer)))
+        tokenizer = with_end_of_text(Tokenizer.from_str(json.dumps(header.tokenizer)))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(f"--data {path}: the tokenizer in its header: {error}") from error
     if len(tokenizer) != header.vocab_size:

@@ -24,6 +24,14 @@ def reason(error: BaseException) -> str:
     return (told.strip() or type(error).__name__).splitlines()[0][:300]
 
 
+def system_error(error: BaseException) -> BaseException:
+    """The OSError during whose handling `error` came: a library's own hides it. Else `error` itself."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__context__
+    return behind or error
+
+
 def check_regular(path: Path) -> os.stat_result:
     """OSError for what is no file with an end: a named pipe waits for ever, a device never ends."""
     status = os.stat(path)
@@ -91,7 +99,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.filename is None or str(error.filename) == str(temporary):
+            error.filename = str(path)
         raise
     finally:
         with contextlib.suppress(OSError):

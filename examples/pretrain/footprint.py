@@ -8,8 +8,10 @@ microbatch; P = T * K rows (more with token rounding).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import resource
 from pathlib import Path
 
 from .config import TrainConfig
@@ -244,13 +246,13 @@ def layers_that_fit(
 
 def capacity_of(device_type: str) -> int:
     """Bytes that torch can hold: of the current GPU all but what others and the context take, of
-    the host its physical memory, or what the container may have of it."""
+    the host its physical memory, or what this process may have of it."""
     if device_type == "cpu":
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        try:
-            return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-        except (OSError, ValueError):  # none, or "max"
-            return physical
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+        limits += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit > 0]
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return min(limits)
     import torch
 
     free, _ = torch.cuda.mem_get_info()

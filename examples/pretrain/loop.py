@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, files, footprint, metrics, restore
 from .config import Request, TrainConfig, merge_for_resume, read_config
-from .model import choose_device, new_model
+from .model import choose_device, model_config, new_model
 from .schema import UserError
 from .screen import Screen
 from .signals import Signals
@@ -140,11 +140,14 @@ def _resumed(config: TrainConfig, digest: str) -> Trainer:
     run_dir = config.run_dir
     restore.verify(run_dir)
     state = restore.load_state(run_dir)
+    restore.check_settings(state, config, digest)
     metrics.read_metrics(run_dir / "metrics.jsonl", state.step)
     device = _prepare(config)
     text = load_text(config, run_dir, digest)
-    with _sizes_explained(config, device, len(text.tokenizer)):
-        trainer = Trainer(config, device, restore.load_model(run_dir, config), text)
+    vocab_size, end = len(text.tokenizer), text.tokenizer.eos_token_id
+    with _sizes_explained(config, device, vocab_size):
+        model = restore.load_model(run_dir, model_config(config, vocab_size, end))
+        trainer = Trainer(config, device, model, text)
         trainer.restore(state)
     return trainer
 
@@ -213,7 +216,7 @@ def _trained(trainer: Trainer, run_dir: Path, signals: Signals) -> int:
             screen.say("all steps are done; a larger --steps goes further")
         if code == 0:
             run.finish(screen)
-    if screen.lost:
+    if screen.lost and code == 0:
         raise screen.lost
     return code
 

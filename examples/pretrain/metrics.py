@@ -65,13 +65,13 @@ def read_metrics(path: Path, step: int | None = None) -> list[dict]:
         raise UserError(f"cannot read {path}: {files.reason(error)}") from error
     lines, reached = [], 0
     for index, part in enumerate(content.split(b"\n")[:-1]):
-        if step is not None and reached >= step:
-            break
         place = f"{path}: line {index + 1}"
         try:
-            line = check_fields(RULES, files.parse_json(part), place, AT_VALIDATIONS)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: {files.reason(error)}") from error
+            line = _checked(part, place)
+        except UserError:
+            if step is None or reached < step:
+                raise
+            break  # the disk may have lost what came after the checkpoint
         if reached and line["step"] != reached + 1:
             raise UserError(f"{place}: step: expected {reached + 1}, got {line['step']}")
         reached = line["step"]
@@ -82,6 +82,13 @@ def read_metrics(path: Path, step: int | None = None) -> list[dict]:
             f"to go on without its lines"
         )
     return [line for line in lines if step is None or line["step"] <= step]
+
+
+def _checked(part: bytes, place: str) -> dict:
+    try:
+        return check_fields(RULES, files.parse_json(part), place, AT_VALIDATIONS)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: {files.reason(error)}") from error
 
 
 def smoothed(values: list[float], keep: float = 0.9) -> list[float]:

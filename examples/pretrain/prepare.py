@@ -66,10 +66,12 @@ def _files(source: Path, wanted: Callable[[str, int], bool]) -> Iterator[tuple[s
         return
     try:
         files.check_regular(source)
-        with tarfile.open(source, "r|*") as archive:
+        with tarfile.open(source) as archive:
             for member in archive:
                 if member.isfile() and wanted(member.name, member.size):
                     yield member.name, archive.extractfile(member).read()
+            while archive.fileobj.read(MIB):  # at its end the compression checks its sum
+                pass
     except (OSError, ValueError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
             f"{source}: expected a folder or a tar archive: {files.reason(error)}"
@@ -139,19 +141,20 @@ def prepare(arguments: argparse.Namespace) -> dict:
     with contextlib.ExitStack() as stack:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            # Opened before anything is read: a place that cannot be written is refused at once. The
-            # header takes its place first: tokens without one would look like somebody else's.
+            # Opened before anything is read: a place that cannot be written is refused at once.
             tokens = stack.enter_context(files.replacing(output))
-            header = stack.enter_context(files.replacing(tokenfile.header_path(output)))
         except OSError as error:
-            raise UserError(
-                f"--output {output}: cannot be written: {files.reason(error)}"
-            ) from error
-        figures = _prepare(arguments, tokens, header)
+            reason = files.reason(error)
+            raise UserError(f"--output {output}: cannot be written: {reason}") from error
+        figures, header = _prepare(arguments, tokens)
+        # It takes its place before the tokens do: they would look like somebody else's without it.
+        with files.replacing(tokenfile.header_path(output)) as file:
+            tokenfile.write_header(file, header)
     return figures | {"bin_mib": round(output.stat().st_size / MIB, 1)}
 
 
-def _prepare(arguments: argparse.Namespace, tokens: BinaryIO, header: BinaryIO) -> dict:
+def _prepare(arguments: argparse.Namespace, file: BinaryIO) -> tuple[dict, tokenfile.Header]:
+    """Writes the tokens; figures and header."""
     begin = time.monotonic()
     documents = read_documents(arguments)
     held_out = data.held_out_names(documents)
@@ -170,9 +173,9 @@ def _prepare(arguments: argparse.Namespace, tokens: BinaryIO, header: BinaryIO) 
                 yield piece
 
     dtype = tokenfile.dtype_for(len(tokenizer))
-    digest = tokenfile.write_tokens(tokens, pieces(), dtype)
+    digest = tokenfile.write_tokens(file, pieces(), dtype)
     characters = sum(map(len, documents.values()))
-    content = tokenfile.Header(
+    header = tokenfile.Header(
         dtype,
         len(tokenizer),
         counts["train"],
@@ -183,8 +186,7 @@ def _prepare(arguments: argparse.Namespace, tokens: BinaryIO, header: BinaryIO) 
         [program.printable(name) for name in held_out],
         json.loads(tokenizer.backend_tokenizer.to_str()),
     )
-    tokenfile.write_header(header, content)
-    return {
+    figures = {
         "files": len(documents),
         "held_out_files": len(held_out),
         "text_mib": round(characters / MIB, 1),
@@ -195,10 +197,11 @@ def _prepare(arguments: argparse.Namespace, tokens: BinaryIO, header: BinaryIO) 
         "seconds_tokenizer": round(trained - read, 1),
         "seconds_encoding": round(time.monotonic() - trained, 1),
     }
+    return figures, header
 
 
 def work(argv: list[str], signals: Signals) -> int:
-    print(json.dumps(prepare(parse(argv)), indent=1))
+    program.say(json.dumps(prepare(parse(argv)), indent=1))
     return 0
 
 

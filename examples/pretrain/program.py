@@ -39,13 +39,18 @@ def drop_output() -> None:
         os.close(nowhere)
 
 
-def flush() -> None:
+def lost(error: OSError) -> OSError:
+    """For an error of writing to stdout, from where nothing more can be written: one that says so."""
+    drop_output()
+    return OSError(error.errno, f"cannot write the output: {reason(error)}")
+
+
+def say(text: str = "", end: str = "\n") -> None:
+    """print() whose failure is noticed at once and told as what it is."""
     try:
-        if sys.stdout:
-            sys.stdout.flush()
+        print(text, end=end, flush=True)
     except OSError as error:
-        drop_output()
-        raise OSError(error.errno, f"cannot write the output: {reason(error)}") from error
+        raise lost(error) from error
 
 
 def run(prog: str, work: Callable[[list[str], Signals], int], argv: list[str] | None) -> int:
@@ -62,7 +67,7 @@ def run(prog: str, work: Callable[[list[str], Signals], int], argv: list[str] | 
             code = work(sys.argv[1:] if argv is None else argv, signals)
         except SystemExit as stop:  # --help
             code = stop.code or 0
-        flush()
+        say(end="")  # what may still be in the buffer
         return code
     except UserError as error:
         return report(error, 2, prog)
@@ -70,5 +75,9 @@ def run(prog: str, work: Callable[[list[str], Signals], int], argv: list[str] | 
         return stop.exit_code
     except (OSError, ArithmeticError, MemoryError, RuntimeError, ImportError) as error:
         if sys.flags.dev_mode:
+            raise
+        return report(error, 1, prog)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of tokenizers, without threads for one
             raise
         return report(error, 1, prog)

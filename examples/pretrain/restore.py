@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from . import files
-from .checkpoint import LINK, SUMS, TrainerState, last_step
-from .config import TrainConfig
+from . import data, files
+from .checkpoint import LINK, SUMS, TrainerState, last_step, settings_of
+from .config import CHANGEABLE_ON_RESUME, TrainConfig
 from .schema import Rule, UserError, check_fields, instance_of, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -22,6 +23,7 @@ STATE_RULES = {
     ),
     "torch_rng": instance_of(Tensor, "a tensor"),
     "cuda_rng": instance_of((Tensor, type(None)), "a tensor or None"),
+    "settings": instance_of(dict, "the settings of the run"),
 }
 
 
@@ -59,6 +61,19 @@ def load_state(run_dir: Path) -> TrainerState:
     return state
 
 
+def check_settings(state: TrainerState, config: TrainConfig, digest: str) -> None:
+    """UserError where config.json no longer says what the run was trained with. Text may move: its digest
+    is what counts."""
+    free = {"name", "runs_dir", "data", *CHANGEABLE_ON_RESUME}
+    for field, value in settings_of(config, digest).items():
+        trained = state.settings.get(field)
+        if field not in free and value != trained:
+            raise UserError(
+                f"--resume: {config.run_dir / 'config.json'}: {field}: expected {trained}, with which "
+                f"the checkpoint was made, got {value}"
+            )
+
+
 def moments_of(state: TrainerState, shapes: list[torch.Size]) -> dict[int, dict[str, Tensor]]:
     """AdamW's state per parameter, provided that it is whole and finite; empty before the first step."""
     moments = state.optimizer["state"]
@@ -74,7 +89,8 @@ def moments_of(state: TrainerState, shapes: list[torch.Size]) -> dict[int, dict[
             raise UserError(f"{place}: expected step, {' and '.join(MOMENTS)} of parameter {index}")
         for name, shape in zip(("step", *MOMENTS), ((), shapes[index], shapes[index]), strict=True):
             tensor = of_one[name]
-            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32:
+            kind = (tensor.dtype, tensor.device.type) if isinstance(tensor, Tensor) else None
+            if kind != (torch.float32, "cpu"):
                 raise UserError(f"{place}: {name} of parameter {index}: expected a float32 tensor")
             if tensor.shape != torch.Size(shape) or not tensor.isfinite().all():
                 raise UserError(
@@ -86,48 +102,34 @@ def moments_of(state: TrainerState, shapes: list[torch.Size]) -> dict[int, dict[
     return moments
 
 
-# Of the run's configuration, by their names in the checkpoint's.
-SHAPE = {
-    "hidden_size": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "num_experts": "num_experts",
-    "top_k": "num_experts_per_tok",
-    "intermediate_size": "moe_intermediate_size",
-}
-
-
-def load_model(run_dir: Path, config: TrainConfig) -> Qwen3MoeForCausalLM:
-    """The checkpoint's model, provided that it has the shape the run's configuration says: that is looked
-    at before anything of that shape is allocated."""
-    folder = run_dir / LINK
+def load_model(run_dir: Path, config: Qwen3MoeConfig) -> Qwen3MoeForCausalLM:
+    """The checkpoint's weights in a model of `config`, all of them and no others."""
     try:
-        saved = Qwen3MoeConfig.from_pretrained(folder)
-    except Exception as error:
-        raise _unreadable(run_dir, "config.json", files.reason(error)) from error
-    for ours, theirs in SHAPE.items():
-        wanted, found = getattr(config, ours), getattr(saved, theirs)
-        if wanted != found:
-            raise UserError(
-                f"--resume: the checkpoint in {folder} has {theirs} {found}, the run's config.json "
-                f"says {wanted}"
-            )
-    try:
-        model, report = Qwen3MoeForCausalLM.from_pretrained(folder, output_loading_info=True)
+        model, report = Qwen3MoeForCausalLM.from_pretrained(
+            run_dir / LINK,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below
+        )
     except Exception as error:
         raise _unreadable(run_dir, "weights", files.reason(error)) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             example = min(map(str, report[problem]))
             raise _unreadable(run_dir, "weights", f"{problem.replace('_', ' ')} such as {example}")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise _unreadable(run_dir, "weights", f"{name} holds what is not finite")
     return model
 
 
 def load_tokenizer(run_dir: Path) -> PreTrainedTokenizerFast:
     try:
-        return PreTrainedTokenizerFast.from_pretrained(run_dir / LINK)
-    except Exception as error:
-        raise _unreadable(run_dir, "tokenizer", files.reason(error)) from error
+        content = files.read_bytes(run_dir / LINK / "tokenizer.json").decode()
+        return data.with_end_of_text(Tokenizer.from_str(content))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise _unreadable(run_dir, "tokenizer.json", files.reason(error)) from error
 
 
 def _unreadable(run_dir: Path, name: str, reason: str) -> UserError:

@@ -10,8 +10,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from .files import reason
-from .program import drop_output, printable
+from . import program
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -65,9 +64,8 @@ class Screen:
         try:
             yield
         except OSError as error:
-            self.lost = OSError(error.errno, f"cannot write the output: {reason(error)}")
+            self.lost = program.lost(error)
             self.console.quiet = True
-            drop_output()
 
     def __enter__(self):
         if self._live:
@@ -82,7 +80,7 @@ class Screen:
 
     def say(self, line: str) -> None:
         with self._writing():
-            self.console.print(printable(line), markup=False)
+            self.console.print(program.printable(line), markup=False)
 
     def validated(self, step: int, loss: float) -> None:
         self.validation = f"{loss:.3f} (step {step})"

@@ -96,8 +96,9 @@ class Trainer:
 
     def state(self) -> checkpoint.TrainerState:
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        settings = checkpoint.settings_of(self.config, self.text.digest)
         return checkpoint.TrainerState(
-            self.step, self.optimizer.state_dict(), torch.get_rng_state(), cuda
+            self.step, self.optimizer.state_dict(), torch.get_rng_state(), cuda, settings
         )
 
     def restore(self, state: checkpoint.TrainerState) -> None:
