@@ -10,17 +10,19 @@
 
 namespace sonicmoe {
 
-/// Runs the backend's part of an operation. What leaves it is an Error, also where memory ran out.
+/// Runs one operation or answers one question about sizes: run(check). What leaves it is an Error
+/// in the operation's name, also where one of its parts failed or memory ran out.
 template <class Run>
-void run_backend(const Check& check, Run run) {
+auto run_operation(std::string_view operation, const Context& context, Run run) {
   try {
-    run();
-  } catch (const Error&) {
-    throw;
+    return run(Check(operation, context));
+  } catch (const Error& error) {
+    if (error.argument().empty()) throw;
+    throw Error(std::string(operation), error);
   } catch (const std::bad_alloc&) {
-    throw Error(check.operation() + ": out of memory");
+    throw Error(std::string(operation) + ": out of memory");
   } catch (const std::exception& error) {
-    throw Error(check.operation() + ": " + error.what());
+    throw Error(std::string(operation) + ": " + error.what());
   }
 }
 
@@ -52,6 +54,7 @@ void check_round_tokens_backward(const Check& check, const RoundTokensBackwardAr
 /// Options alone, for a router over `num_experts`.
 void check_router_options(const Check& check, const RouterOptions& options,
                           std::int64_t num_experts);
+void check_seed(const Check& check, const RoundingOptions& rounding);
 void check_expert_options(const Check& check, const ExpertOptions& options);
 
 /// A gradient of a parameter, where there is one: its shape, and its dtype or float32 (float32

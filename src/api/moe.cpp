@@ -6,6 +6,7 @@
 #include "core/backend.hpp"
 #include "core/check.hpp"
 #include "core/metadata.hpp"
+#include "core/workspace.hpp"
 
 namespace sonicmoe {
 namespace {
@@ -60,7 +61,6 @@ void check_weights(const Check& check, const MoEShape& shape, const ExpertWeight
              w.w1.describe());
   check.dtype("w1", w.w1, {shape.dtype});
   check.unit_stride_in_a_matrix_dim("w1", w.w1);
-  check.dtype("w2", w.w2, {shape.dtype});
   check.unit_stride_in_a_matrix_dim("w2", w.w2);
   if (w.b1.defined()) {
     check.shape("b1", w.b1, {e, shape.hidden_columns()});
@@ -80,6 +80,7 @@ MoEShape checked_shape(const Check& check, const ExpertOptions& options, const C
   check.dtype("x", x, {DType::kFloat32, DType::kBFloat16});
   check.unit_stride("x", x, 1);
   check.rank("w2", weights.w2, 3);
+  check.dtype("w2", weights.w2, {x.dtype()});  // its sizes times g then fit 63 bits
   check_expert_options(check, options);
   MoEShape shape;
   shape.num_tokens = x.size(0);
@@ -212,16 +213,20 @@ std::size_t moe_metadata_bytes(const MoEShape& shape) {
 
 WorkspacePlan moe_forward_workspace(const Context& context, const MoEShape& shape, bool inference,
                                     std::optional<std::size_t> workspace_limit) {
-  check_shape(Check("moe_forward_workspace", context), shape);
-  return choose_backend(context, "moe_forward_workspace")
-      .moe_forward_workspace(context, shape, inference, workspace_limit);
+  return run_operation("moe_forward_workspace", context, [&](const Check& check) {
+    check_shape(check, shape);
+    return choose_backend(context, check.operation())
+        .moe_forward_workspace(context, shape, inference, workspace_limit);
+  });
 }
 
 WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
                                      std::optional<std::size_t> workspace_limit) {
-  check_shape(Check("moe_backward_workspace", context), shape);
-  return choose_backend(context, "moe_backward_workspace")
-      .moe_backward_workspace(context, shape, workspace_limit);
+  return run_operation("moe_backward_workspace", context, [&](const Check& check) {
+    check_shape(check, shape);
+    return choose_backend(context, check.operation())
+        .moe_backward_workspace(context, shape, workspace_limit);
+  });
 }
 
 MoEShape check_moe_forward(const Check& check, const MoEForwardArgs& args) {
@@ -237,15 +242,16 @@ MoEShape check_moe_forward(const Check& check, const MoEForwardArgs& args) {
 }
 
 void moe_forward(const Context& context, const MoEForwardArgs& args) {
-  const Check check("moe_forward", context);
-  const MoEShape shape = check_moe_forward(check, args);
-  const Backend& backend = choose_backend(context, "moe_forward");
-  backend.check_moe_forward(check, shape, args);
-  const WorkspacePlan plan =
-      backend.moe_forward_workspace(context, shape, !args.h.defined(), args.workspace_limit);
-  check.buffer("workspace", args.workspace, plan.bytes, 64);
-  check_memory(check, args);
-  run_backend(check, [&] { backend.moe_forward(context, shape, args); });
+  run_operation("moe_forward", context, [&](const Check& check) {
+    const MoEShape shape = check_moe_forward(check, args);
+    const Backend& backend = choose_backend(context, check.operation());
+    backend.check_moe_forward(check, shape, args);
+    const WorkspacePlan plan =
+        backend.moe_forward_workspace(context, shape, !args.h.defined(), args.workspace_limit);
+    check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
+    check_memory(check, args);
+    backend.moe_forward(context, shape, args);
+  });
 }
 
 MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args) {
@@ -259,14 +265,15 @@ MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args) {
 }
 
 void moe_backward(const Context& context, const MoEBackwardArgs& args) {
-  const Check check("moe_backward", context);
-  const MoEShape shape = check_moe_backward(check, args);
-  const Backend& backend = choose_backend(context, "moe_backward");
-  backend.check_moe_backward(check, shape, args);
-  const WorkspacePlan plan = backend.moe_backward_workspace(context, shape, args.workspace_limit);
-  check.buffer("workspace", args.workspace, plan.bytes, 64);
-  check_memory(check, args);
-  run_backend(check, [&] { backend.moe_backward(context, shape, args, nullptr); });
+  run_operation("moe_backward", context, [&](const Check& check) {
+    const MoEShape shape = check_moe_backward(check, args);
+    const Backend& backend = choose_backend(context, check.operation());
+    backend.check_moe_backward(check, shape, args);
+    const WorkspacePlan plan = backend.moe_backward_workspace(context, shape, args.workspace_limit);
+    check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
+    check_memory(check, args);
+    backend.moe_backward(context, shape, args, nullptr);
+  });
 }
 
 }  // namespace sonicmoe

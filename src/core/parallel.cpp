@@ -4,6 +4,7 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -38,10 +39,11 @@ class FirstError {
 template <class Work>
 std::vector<std::thread> start_threads(int count, const Work& work) {
   std::vector<std::thread> team;
-  team.reserve(static_cast<std::size_t>(std::max(count, 0)));
   try {
+    team.reserve(static_cast<std::size_t>(std::max(count, 0)));
     for (int t = 1; t <= count; ++t) team.emplace_back(work, t);
   } catch (const std::system_error&) {  // a limit on threads or on memory for their stacks
+  } catch (const std::bad_alloc&) {
   }
   return team;
 }

@@ -11,8 +11,8 @@
 #include <cstdint>
 #include <optional>
 
-#include "core/check.hpp"
 #include "core/integers.hpp"
+#include "core/objection.hpp"
 #include "sonicmoe/moe.hpp"
 
 namespace sonicmoe::cuda {
