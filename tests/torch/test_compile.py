@@ -200,6 +200,20 @@ def test_compile_the_bias_update():
     assert ours._version > 0 and ours.abs().max() == 0.5
 
 
+def test_compile_torch_func():
+    _, wr, w1, b1, w2, b2 = tensors(False)
+
+    def loss(x):
+        return sm.moe_layer(x, wr, w1, w2, K, b1=b1, b2=b2)[0].square().sum()
+
+    gradient = torch.func.grad(loss)
+    batch = torch.randn(3, 8, D)
+    right = torch.func.vmap(gradient)(batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.vmap(gradient), fullgraph=True, backend="aot_eager")
+    assert right.abs().max() > 0 and torch.equal(compiled(batch), right)
+
+
 def test_fakes_cover_every_operator_with_meta_tensors():
     meta = [t.detach().to("meta") for t in tensors(False)]
     x, wr, w1, b1, w2, b2 = meta

@@ -61,4 +61,4 @@ def needs_backward(*tensors: Tensor | None) -> bool:
     if any(t is not None and t.requires_grad for t in tensors):
         return True
     # A batch of vmap does not tell whether what it wraps requires a gradient.
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()
