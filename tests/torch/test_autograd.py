@@ -133,6 +133,22 @@ def test_gradients_of_a_functional_module():
         close(ours[name], parameter.grad)
 
 
+def test_an_ensemble_by_vmap_has_gradients():
+    """The batches of parameters require gradients, though vmap hides it."""
+    modules = [sm.MoE(D, N, E, K) for _ in range(3)]
+    stacked, _ = torch.func.stack_module_state(modules)
+    x = torch.randn(T, D)
+
+    def run(parameters):
+        return torch.func.functional_call(modules[0], parameters, (x,))
+
+    torch.func.vmap(run)(stacked).square().sum().backward()
+    for index, module in enumerate(modules):
+        right = gradients(module, x)
+        for name, parameter in stacked.items():
+            close(parameter.grad[index], right[name])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_double_backward_is_refused(name):
     function, x = functions()[name]

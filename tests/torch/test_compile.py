@@ -83,7 +83,7 @@ def test_opcheck_router():
         args = (None, None, *ROUTER_OPTIONS, *rounding)
         opcheck(ops.round_tokens_forward, (plain, *args))
         opcheck(ops.round_tokens_forward, (logits, *args), test_utils=graded)
-    tokens, experts, weights, ids, rows, _ = ops.round_tokens_forward(
+    tokens, experts, weights, ids, _, rows = ops.round_tokens_forward(
         plain, None, torch.tensor([1]), *ROUTER_OPTIONS, 8, 3, 0
     )
     opcheck(
@@ -187,6 +187,33 @@ def test_compile_under_autocast():
     assert y.dtype == torch.bfloat16 and torch.equal(y, run(module))
 
 
+def test_compile_the_bias_update():
+    rows = torch.tensor([3, 0, 1, 2], dtype=torch.int32)
+
+    def function(bias):
+        return 2 * sm.update_expert_bias_(bias, rows, 0.5)
+
+    torch._dynamo.reset()
+    ours, right = torch.zeros(E), torch.zeros(E)
+    y = torch.compile(function, fullgraph=True, backend="aot_eager")(ours)
+    assert torch.equal(y, function(right)) and torch.equal(ours, right)
+    assert ours._version > 0 and ours.abs().max() == 0.5
+
+
+def test_compile_torch_func():
+    _, wr, w1, b1, w2, b2 = tensors(False)
+
+    def loss(x):
+        return sm.moe_layer(x, wr, w1, w2, K, b1=b1, b2=b2)[0].square().sum()
+
+    gradient = torch.func.grad(loss)
+    batch = torch.randn(3, 8, D)
+    right = torch.func.vmap(gradient)(batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.vmap(gradient), fullgraph=True, backend="aot_eager")
+    assert right.abs().max() > 0 and torch.equal(compiled(batch), right)
+
+
 def test_fakes_cover_every_operator_with_meta_tensors():
     meta = [t.detach().to("meta") for t in tensors(False)]
     x, wr, w1, b1, w2, b2 = meta
@@ -204,7 +231,7 @@ def operator_calls():
     main = [None if t is None else torch.zeros(t.shape) for t in given[1:7]]
     logits, seed, bias = torch.randn(T, E), torch.tensor([1]), torch.randn(E)
     router = (K, 2, True, 1, 1, 1.0)  # sigmoid_topk, which takes a bias
-    tokens, experts, weights, ids, rows, _ = ops.round_tokens_forward(
+    tokens, experts, weights, ids, _, rows = ops.round_tokens_forward(
         logits, bias, seed, *router, 8, 3, 0
     )
     chosen, chosen_weights = ops.route_forward(logits, bias, *router)

@@ -36,7 +36,8 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable | N
     operator = getattr(ops, name).default
 
     def forward(ctx, *inputs):
-        with _levels_below(), torch._C._AutoDispatchBelowAutograd():
+        functorch = torch._C._are_functorch_transforms_active()
+        with _levels_below() if functorch else torch._C._AutoDispatchBelowAutograd():
             output = operator(*inputs)
         if setup_context is not None:
             setup_context(ctx, inputs, output)
@@ -60,11 +61,9 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable | N
 def _levels_below():
     """torch switches differentiation off inside a Function; levels of torch.func below this one
     have to see to it themselves."""
-    if not torch._C._are_functorch_transforms_active():
-        yield
-        return
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        yield
+        with torch._C._AutoDispatchBelowAutograd():
+            yield
 
 
 def _apply(function: type[torch.autograd.Function], inputs: tuple):

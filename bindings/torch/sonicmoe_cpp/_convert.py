@@ -56,4 +56,9 @@ def constant(bias: Tensor | None) -> Tensor | None:
 
 
 def needs_backward(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    if any(t is not None and t.requires_grad for t in tensors):
+        return True
+    # A batch of vmap does not tell whether what it wraps requires a gradient.
+    return torch._C._are_functorch_transforms_active()

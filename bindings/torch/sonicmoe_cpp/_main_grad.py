@@ -55,7 +55,7 @@ class MainGradLayer(torch.autograd.Function):
         arguments = backward_arguments(ctx, grad_out, grad_logits)
         need_x = ctx.needs_input_grad[0]
         fates = _fates(ctx)
-        if "returned" in fates:
+        if "accumulated" not in fates:
             needs = (need_x, *(fate == "returned" for fate in fates))
             grads = run(ops.moe_layer_backward, *arguments, *needs)
             return *(g if n else None for g, n in zip(grads, needs, strict=True)), *none[7:]

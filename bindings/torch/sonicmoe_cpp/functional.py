@@ -246,7 +246,7 @@ def update_expert_bias_(bias: Tensor, rows_per_expert: Tensor, rate: float) -> T
     if bias is None:
         refuse(operation, "bias", "a tensor", "None")
     check_tensors(operation, bias=bias, rows_per_expert=rows_per_expert)
-    if bias.is_neg():
+    if not torch.compiler.is_compiling() and bias.is_neg():
         refuse(operation, "bias", "a tensor to write into", "a view with the negative bit")
     rate = number(operation, "rate", rate)
     ops.update_expert_bias_(bias, rows_per_expert.contiguous(), rate)
