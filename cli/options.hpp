@@ -2,7 +2,6 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -61,17 +60,14 @@ void add_option(CLI::App& command, const std::string& name, Target& target, Pars
 template <class T>
 void add_list_option(CLI::App& command, const std::string& name, std::vector<T>& target,
                      Parser<T> parser, const std::string& description) {
-  add_raw_option(
-      command, name, parser.type + ",...", "", description,
-      [&target, name, parser](const std::vector<std::string>& texts) {
-        for (const std::string& text : texts) {
-          for (std::size_t begin = 0; begin <= text.size();) {
-            const std::size_t comma = std::min(text.find(',', begin), text.size());
-            target.push_back(parse_value(name, parser, text.substr(begin, comma - begin)));
-            begin = comma + 1;
-          }
-        }
-      });
+  add_raw_option(command, name, parser.type + ",...", "", description,
+                 [&target, name, parser](const std::vector<std::string>& texts) {
+                   for (const std::string& list : texts) {
+                     for (const std::string& text : split_list(list)) {
+                       target.push_back(parse_value(name, parser, text));
+                     }
+                   }
+                 });
 }
 
 /// Adds an option without a value.

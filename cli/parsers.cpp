@@ -56,16 +56,13 @@ std::optional<std::size_t> parse_bytes(std::string_view text) {
 
 std::optional<LayerShape> parse_layer_shape(std::string_view text) {
   const Parser<std::int64_t> extent = integer<std::int64_t>(1, std::int64_t{1} << 31);
-  std::array<std::int64_t, 5> sizes{};
-  std::size_t count = 0;
-  for (std::size_t begin = 0; begin <= text.size();) {
-    const std::size_t comma = std::min(text.find(',', begin), text.size());
-    const auto value = extent.parse(text.substr(begin, comma - begin));
-    if (count == sizes.size() || !value) return {};
-    sizes[count++] = *value;
-    begin = comma + 1;
+  std::vector<std::int64_t> sizes;
+  for (const std::string& size : split_list(text)) {
+    const auto value = extent.parse(size);
+    if (!value) return {};
+    sizes.push_back(*value);
   }
-  if (count != sizes.size() || sizes[4] > sizes[3]) return {};
+  if (sizes.size() != 5 || sizes[4] > sizes[3]) return {};
   return LayerShape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
 }
 
@@ -89,6 +86,16 @@ Error usage_error(const std::string& option, const std::string& expected,
   const bool cut = actual.size() > kMostShown;
   return Error("sonicmoe", option, expected,
                "\"" + actual.substr(0, kMostShown) + (cut ? "..." : "") + "\"");
+}
+
+std::vector<std::string> split_list(std::string_view list) {
+  std::vector<std::string> parts;
+  for (std::size_t begin = 0; begin <= list.size();) {
+    const std::size_t comma = std::min(list.find(',', begin), list.size());
+    parts.emplace_back(list.substr(begin, comma - begin));
+    begin = comma + 1;
+  }
+  return parts;
 }
 
 Parser<double> number(double low, double high) {

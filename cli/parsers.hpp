@@ -31,6 +31,9 @@ struct Parser {
 Error usage_error(const std::string& option, const std::string& expected,
                   const std::string& actual);
 
+/// What stands between the commas; one empty text of an empty list.
+std::vector<std::string> split_list(std::string_view list);
+
 /// The value of `text`. Errors: empty text, and what the parser refuses.
 template <class T>
 T parse_value(const std::string& option, const Parser<T>& parser, const std::string& text) {

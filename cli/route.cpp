@@ -77,7 +77,7 @@ void check_sizes(const RouteCommand& command, std::int64_t T, std::int64_t E) {
 }
 
 // What is rounded.
-struct Problem {
+struct RouteProblem {
   std::int64_t T, E, K;
   Tensor logits;       // [T, E] on the host
   std::string origin;  // of the logits, in words
@@ -104,15 +104,15 @@ void require_memory(const RouteCommand& command, const Context& context, std::in
 }
 
 // Standard normal logits; expert e is (e + 1)^skew times less likely than expert 0.
-Problem random_problem(const RouteCommand& command, const Context& context) {
+RouteProblem random_problem(const RouteCommand& command, const Context& context) {
   constexpr std::int64_t kTokens = 4096, kExperts = 32;
   constexpr double kSkew = 0.5;
   const std::int64_t T = command.tokens.value_or(kTokens), E = command.experts.value_or(kExperts);
   const double skew = command.skew.value_or(kSkew);
   check_sizes(command, T, E);
   require_memory(command, context, T, E, command.top_k);
-  Problem problem{T, E, command.top_k, Tensor(DType::kFloat32, {T, E}),
-                  "seed " + std::to_string(command.seed) + ", skew " + format_fixed(skew, 2)};
+  RouteProblem problem{T, E, command.top_k, Tensor(DType::kFloat32, {T, E}),
+                       "seed " + std::to_string(command.seed) + ", skew " + format_fixed(skew, 2)};
   Random random(command.seed);
   for (std::size_t i = 0; i < problem.logits.count(); ++i) {
     const auto e = static_cast<double>(i % static_cast<std::size_t>(E));
@@ -122,7 +122,7 @@ Problem random_problem(const RouteCommand& command, const Context& context) {
 }
 
 // The file decides tokens and experts; options that say something else are not passed over.
-Problem problem_of_file(const RouteCommand& command, const Context& context) {
+RouteProblem problem_of_file(const RouteCommand& command, const Context& context) {
   if (command.skew) {
     throw usage_error("--skew", "none beside --logits", format_fixed(*command.skew, 2));
   }
@@ -137,14 +137,14 @@ Problem problem_of_file(const RouteCommand& command, const Context& context) {
   require_same("--experts", command.experts, matrix.columns);
   check_sizes(command, matrix.rows, matrix.columns);
   require_memory(command, context, matrix.rows, matrix.columns, command.top_k);
-  Problem problem{matrix.rows, matrix.columns, command.top_k,
-                  Tensor(DType::kFloat32, {matrix.rows, matrix.columns}), command.logits_file};
+  RouteProblem problem{matrix.rows, matrix.columns, command.top_k,
+                       Tensor(DType::kFloat32, {matrix.rows, matrix.columns}), command.logits_file};
   std::copy(matrix.values.begin(), matrix.values.end(), problem.logits.as<float>());
   return problem;
 }
 
 // Which pairs rounding dropped and added, which tokens it left without any. Tensors on the host.
-void compare_pairs(Outcome& outcome, const Problem& problem, const Tensor& topk_ids,
+void compare_pairs(Outcome& outcome, const RouteProblem& problem, const Tensor& topk_ids,
                    const Tensor& token_ids, const Tensor& expert_ids) {
   std::vector<bool> has_row(static_cast<std::size_t>(problem.T), false);
   std::int64_t kept = 0;
@@ -167,7 +167,7 @@ std::vector<std::int32_t> to_vector(const Tensor& tensor) {
 }
 
 // `logits` on the context's device.
-Outcome round(const Context& context, const RouteCommand& command, const Problem& problem,
+Outcome round(const Context& context, const RouteCommand& command, const RouteProblem& problem,
               const Tensor& logits, RoundingPolicy policy, std::int64_t tile) {
   const std::int64_t T = problem.T, E = problem.E, K = problem.K;
   RoundTokensForwardArgs args;
@@ -200,7 +200,7 @@ Outcome round(const Context& context, const RouteCommand& command, const Problem
   return outcome;
 }
 
-void print_json(const RouteCommand& command, const Problem& problem,
+void print_json(const RouteCommand& command, const RouteProblem& problem,
                 const std::vector<Outcome>& outcomes) {
   nlohmann::ordered_json root;
   root["tokens"] = problem.T;
@@ -301,8 +301,8 @@ int run(RouteCommand command) {
   const Context context = command.run.context();
   if (command.tiles.empty()) command.tiles = {64, 128};
   if (command.policies.empty()) command.policies.assign(kPolicies.begin(), kPolicies.end());
-  const Problem problem = command.logits_file.empty() ? random_problem(command, context)
-                                                      : problem_of_file(command, context);
+  const RouteProblem problem = command.logits_file.empty() ? random_problem(command, context)
+                                                           : problem_of_file(command, context);
   const Tensor logits = problem.logits.to(context.device);
 
   std::vector<Outcome> outcomes;
