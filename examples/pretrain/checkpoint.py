@@ -135,11 +135,9 @@ def last_step(run_dir: Path) -> int | None:
 
 def last_good(run_dir: Path) -> str:
     step = last_step(run_dir)
-    return (
-        "no checkpoint yet"
-        if step is None
-        else f"the last good checkpoint, of step {step}, is kept"
-    )
+    if step is None:
+        return "there is no checkpoint yet"
+    return f"the last good checkpoint, of step {step}, is kept"
 
 
 # --------------------------------------------------------------------------------------- a run's folder
@@ -190,6 +188,8 @@ def new_run(run_dir: Path) -> Iterator[Path]:
     """A hidden, locked folder to put a new run together in; removed unless published. UserError where
     --runs-dir cannot be written."""
     parent = run_dir.parent
+    if last_step(parent) is not None:
+        raise UserError(f"--runs-dir: expected a folder of runs, got the run {parent}")
     with contextlib.ExitStack() as stack:
         try:
             if not parent.exists():
@@ -215,7 +215,7 @@ def _remove_if_empty(folder: Path) -> None:
 def remove_killed_starts(runs_dir: Path) -> None:
     """Removes the hidden folders that no process holds. A run that was to be replaced gets its name back
     where its successor has not come to it."""
-    if not os.path.isdir(runs_dir):
+    if not os.path.isdir(runs_dir) or last_step(runs_dir) is not None:
         return
     with exclusive(runs_dir, wait=True):
         for path in runs_dir.iterdir():

@@ -46,9 +46,8 @@ class Rule:
 
 
 def whole(low: int = 0, high: int = LARGEST) -> Rule:
-    limit = "" if high == LARGEST else f" to {high}"
     return Rule(
-        f"a whole number from {low}{limit}",
+        f"a whole number from {low} to {high}",
         lambda value: type(value) is int and low <= value <= high,
         int,
     )
@@ -56,7 +55,7 @@ def whole(low: int = 0, high: int = LARGEST) -> Rule:
 
 def number(low: float = 0.0, high: float = math.inf, above: bool = False) -> Rule:
     """Finite, in [low, high]; `above` leaves `low` out."""
-    words = f"a number {'above' if above else 'from'} {low:g}"
+    words = f"a finite number {'above' if above else 'from'} {low:g}"
     words += "" if high == math.inf else f" to {high:g}"
 
     def accepts(value: object) -> bool:
@@ -71,8 +70,8 @@ def text(expected: str = "UTF-8 text", most: int = 4096, pattern: str = "(?s:.*)
     def accepts(value: object) -> bool:
         if not isinstance(value, str) or len(value) > most or "\0" in value:
             return False
-        no_utf8 = any("\ud800" <= character <= "\udfff" for character in value)
-        return not no_utf8 and re.fullmatch(pattern, value) is not None
+        in_utf8 = value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
+        return in_utf8 and re.fullmatch(pattern, value) is not None
 
     return Rule(f"{expected}, at most {most} characters", accepts)
 
@@ -93,7 +92,7 @@ def list_of(rule: Rule, least: int = 1) -> Rule:
     )
 
 
-def instance_of(kind: type, expected: str) -> Rule:
+def instance_of(kind: type | tuple[type, ...], expected: str) -> Rule:
     return Rule(expected, lambda value: isinstance(value, kind))
 
 

@@ -81,7 +81,7 @@ def test_bench_on_cuda(sonicmoe, extra):
     assert row["dtype"] == "bfloat16" and "--device cuda" in row["command"]
     for direction in ("forward", "backward"):
         assert 0 < row[direction]["p10_ms"] <= row[direction]["median_ms"]
-        assert row[direction]["calls_per_sample"] > 1
+        assert 1 <= row[direction]["calls_per_sample"] <= 50
 
 
 @pytest.mark.usefixtures("cuda")
