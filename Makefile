@@ -50,6 +50,7 @@ compare: build
 
 fuzz: build
 	"$(BUILD)/tests/sonicmoe_fuzz" --cases $(FUZZ_CASES)
+	"$(BUILD)/tests/sonicmoe_fuzz" --arguments $(FUZZ_CASES)
 
 # ASan and UBSan, then TSan (on std::thread: ThreadSanitizer does not see OpenMP's barriers).
 sanitize: setup

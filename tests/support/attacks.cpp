@@ -41,15 +41,16 @@ std::vector<Device> other_devices(const Target& target) {
 // Whether an operation may take this extent although no other tensor has it.
 bool is_free(const Call& call, const Attack& attack) {
   const std::string& operation = call.operation;
-  if (call.operands[attack.index].name != "logits") return false;
+  const std::string& name = call.operands[attack.index].name;
+  if (name != "logits" && name != "scores") return false;
   const bool loss =
       operation == "load_balancing_loss_forward" || operation == "router_z_loss_forward";
   if (attack.detail == 0) return loss;  // tokens
   for (const char* per_expert : {"selection_bias", "rows_per_expert", "rows_per_expert_before"}) {
     if (call.find(per_expert) != nullptr) return false;
   }
-  return attack.amount > 0 &&
-         (loss || operation == "route_forward" || operation == "round_tokens_forward");
+  return attack.amount > 0 && (loss || operation == "route_forward" ||
+                               operation == "round_tokens_forward" || operation == "round_select");
 }
 
 bool has_results(const Call& call) {
@@ -382,7 +383,8 @@ std::string Trial::check_refusal(const Forgery& forgery, const Outcome& outcome)
   const std::string stem = call_.operation.substr(0, call_.operation.find('/'));
   if (outcome.message.rfind(stem, 0) != 0)
     return "the error names another operation: " + outcome.message;
-  std::string change = call_.change();
+  // A shape that may be right is refused when its contents turn out not to fit: scratch is written.
+  std::string change = call_.change(!forgery.may_compute);
   if (change.empty() && forgery.memory) change = forgery.memory->violation_as_input();
   if (!change.empty()) return "refused after " + change + ": " + outcome.message;
   return check_valid_call();

@@ -31,8 +31,9 @@ Elements Call::results() const {
   return elements;
 }
 
-std::string Call::change() const {
+std::string Call::change(bool scratch_too) const {
   for (const Operand& operand : operands) {
+    if (operand.name == "workspace" && !scratch_too) continue;
     const std::string what = operand.memory->violation_as_input();
     if (!what.empty()) return operand.name + ": " + what;
   }

@@ -68,7 +68,7 @@ class Call {
   /// Elements of the results, in the order of the operands.
   Elements results() const;
   /// The first tensor that is not what it was before the call, guards and gaps included; or empty.
-  std::string change() const;
+  std::string change(bool scratch_too = true) const;
   /// The first tensor that was changed where it must not be; or empty.
   std::string violation() const;
 
