@@ -145,7 +145,9 @@ def test_the_printed_command_repeats_the_row(sonicmoe):
     assert again["kept_bytes"] == row["kept_bytes"]
 
 
-@pytest.mark.parametrize(("suite", "rows"), [("coarse", 6), ("cpu", 6), ("models", 6), ("paper", 12)])
+@pytest.mark.parametrize(
+    ("suite", "rows"), [("coarse", 6), ("cpu", 6), ("models", 6), ("paper", 12)]
+)
 def test_bench_suites_name_their_problems(sonicmoe, suite, rows):
     # More tokens than any test machine holds keep the big suites from running: they say so.
     arguments = (

@@ -79,9 +79,11 @@ std::string difference(const Call& call, const Elements& actual, const Elements&
     if (!operand.is_result()) continue;
     std::vector<double> a = actual[next], b = expected[next];
     ++next;
+    double largest = 0.0;
+    for (const double value : b) largest = std::max(largest, std::abs(value));
     for (std::size_t i = 0; i < a.size() && i < b.size(); ++i) {
       a[i] += 0.0, b[i] += 0.0;
-      if (std::abs(a[i] - b[i]) <= rounding * std::abs(b[i])) a[i] = b[i];
+      if (std::abs(a[i] - b[i]) <= rounding * largest) a[i] = b[i];
     }
     const std::string text = bitwise_difference(a, b);
     if (!text.empty()) return operand.name + ": " + text;
