@@ -149,13 +149,19 @@ Statistics measure(const BenchCommand& command, Device device,
   return statistics_of(std::move(seconds), calls);
 }
 
-// Why a row of so many bytes is not even tried, or empty.
-std::string reason_against(Device device, std::size_t needed) {
-  const std::size_t memory = memory_bytes_of(device);
-  if (memory == 0 || needed <= memory / 10 * 9) return {};
-  return "needs " + format_bytes(static_cast<double>(needed)) + ", " +
-         (on_host(device) ? "this process may use " : "this GPU has ") +
-         format_bytes(static_cast<double>(memory)) + " (--tokens makes it smaller)";
+// Why a row of so many bytes on the device, and of `extra` on the host, is not even tried, or
+// empty.
+std::string reason_against(Device device, double needed, double extra) {
+  if (!on_host(device)) {
+    const std::string reason = reason_against(Device{}, extra, 0.0);
+    if (!reason.empty()) return reason;
+    extra = 0.0;
+  }
+  const auto memory = static_cast<double>(memory_bytes_of(device));
+  if (memory == 0.0 || needed + extra <= 0.9 * memory) return {};
+  return "needs " + format_bytes(needed + extra) + ", " +
+         (on_host(device) ? "this process may use " : "this GPU has ") + format_bytes(memory) +
+         " (--tokens makes it smaller)";
 }
 
 Result run_row(const BenchCommand& command, const Context& context, const Row& row,
@@ -164,7 +170,9 @@ Result run_row(const BenchCommand& command, const Context& context, const Row& r
   result.row = row;
   const LayerOptions options = layer_options(command);
   const std::size_t needed = BenchLayer::total_bytes(context, row.shape, row.dtype, options);
-  result.skipped = reason_against(context.device, needed);
+  result.skipped = reason_against(
+      context.device, static_cast<double>(needed),
+      BenchLayer::reference_bytes(context, row.shape, options, !command.without_check));
   if (!result.skipped.empty()) return result;
   const std::string label = place + " " + row.name + " " + std::string(name_of(row.dtype)) + ": ";
   progress.show(label + "making data");
