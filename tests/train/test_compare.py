@@ -104,7 +104,9 @@ def test_compare_side_by_side_reports_a_failure(flags, tmp_path, capfd):
     argv = flags("--seeds", "1", "--jobs", "2", name="two", data=tmp_path / "nothing")
     assert compare(argv) == 2
     error = capfd.readouterr().err
-    assert error.startswith("compare: error: run ") and "nothing" in error and error.count("\n") == 1
+    assert (
+        error.startswith("compare: error: run ") and "nothing" in error and error.count("\n") == 1
+    )
 
 
 # ------------------------------------------------------------------------------- what is there already
