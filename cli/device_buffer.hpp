@@ -10,7 +10,8 @@ namespace sonicmoe::cli {
 /// Uninitialised bytes on a device, aligned to at least 64, freed with the object.
 class DeviceBuffer {
  public:
-  /// Errors: std::bad_alloc where the device has not enough memory left.
+  /// Errors: std::bad_alloc where the device has not enough memory left, or where all buffers on
+  /// the host together would pass 90% of what the process may use.
   DeviceBuffer(Device device, std::size_t bytes);
   ~DeviceBuffer();
   DeviceBuffer(const DeviceBuffer&) = delete;
@@ -21,6 +22,7 @@ class DeviceBuffer {
 
  private:
   Device device_;
+  std::size_t bytes_;
   std::byte* data_ = nullptr;
 };
 

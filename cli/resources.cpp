@@ -35,6 +35,17 @@ std::size_t installed_memory() {
   return kUnknown;
 }
 
+// What the other processes leave, on Linux.
+std::size_t available_memory() {
+  std::ifstream file("/proc/meminfo");
+  for (std::string name, rest; file >> name; std::getline(file, rest)) {
+    if (std::size_t kibibytes = 0; name == "MemAvailable:" && file >> kibibytes) {
+      return kibibytes * 1024;
+    }
+  }
+  return kUnknown;
+}
+
 std::size_t address_space_limit() {
 #if defined(__unix__)
   rlimit limit{};
@@ -60,7 +71,7 @@ std::size_t container_limit() {
 
 std::size_t usable_host_memory() {
   const std::size_t bytes =
-      std::min({installed_memory(), address_space_limit(), container_limit()});
+      std::min({installed_memory(), available_memory(), address_space_limit(), container_limit()});
   return bytes == kUnknown ? 0 : bytes;
 }
 

@@ -5,8 +5,8 @@
 
 namespace sonicmoe::cli {
 
-/// Bytes of memory: the machine's, or less where a limit (ulimit, a container) says so. 0 where
-/// nothing is known.
+/// Bytes of memory: what the machine has left, or less where a limit (ulimit, a container) says so.
+/// 0 where nothing is known.
 std::size_t usable_host_memory();
 
 /// To be called before operations run, after their large tensors are made: oneDNN generates code
