@@ -160,6 +160,17 @@ def test_the_selection_bias_stays_float32():
     assert module.w1.dtype == torch.bfloat16 and torch.equal(module.selection_bias, exact)
 
 
+def test_autocast_to_float16_is_refused_by_its_name():
+    """x is float32 there: a message about its dtype alone would send the reader astray."""
+    module, x = sm.MoE(16, 8, 4, 2), torch.randn(3, 16)
+    with torch.autocast("cpu", dtype=torch.float16):
+        with pytest.raises(
+            RuntimeError, match="x: expected float32 or bfloat16, got float16 of au"
+        ):
+            module(x)
+    assert module(x).abs().sum() > 0
+
+
 def test_autocast_keeps_the_router_in_float32():
     module = layer()
     x = torch.randn(2, T // 2, D)

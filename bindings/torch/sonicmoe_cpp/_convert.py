@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._checks import check_dtype, refuse
+from ._checks import check_dtype, names_of, refuse
 from ._options import seed_number
 
 
@@ -16,6 +16,8 @@ def autocast(
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+        if dtype not in (torch.float32, torch.bfloat16):
+            refuse(operation, argument, "float32 or bfloat16", f"{names_of((dtype,))} of autocast")
         tensors = [None if t is None else t.to(dtype) for t in tensors]
     check_dtype(operation, argument, tensors[0], torch.float32, torch.bfloat16)
     return tensors
