@@ -29,8 +29,10 @@ auto run_operation(std::string_view operation, const Context& context, Run run) 
 /// The most tokens, and the most pairs: row numbers are int32.
 inline constexpr std::int64_t kMostRows = (std::int64_t{1} << 31) - 2;
 
-/// A shape that can be: sizes in range, known enumerators, num_pairs as the form has it, buffers
-/// below 2^59 elements. Whatever is computed from such a shape fits 64 bits.
+/// A shape whose bytes can be counted: positive sizes, known enumerators, num_pairs as the form has
+/// it, buffers below 2^59 elements. Whatever is computed from such a shape fits 64 bits.
+void check_countable(const Check& check, const MoEShape& shape);
+/// One that operations take: countable, tokens and pairs up to kMostRows, widths below 2^31.
 void check_shape(const Check& check, const MoEShape& shape);
 
 /// num_tokens, num_experts, top_k of a router.

@@ -151,16 +151,26 @@ void check_expert_options(const Check& check, const ExpertOptions& options) {
 
 void check_shape(const Check& check, const MoEShape& s) {
   constexpr std::int64_t kMostColumns = (std::int64_t{1} << 31) - 1;
-  check.enumerator("activation", s.activation);
-  check.that(s.form <= MoEShape::Form::kPairs, "form", "an enumerator",
-             std::to_string(static_cast<int>(s.form)));
-  check.that(s.dtype == DType::kFloat32 || s.dtype == DType::kBFloat16, "dtype",
-             "float32 or bfloat16", std::string(name_of(s.dtype)));
   check.between("num_tokens", s.num_tokens, 0, kMostRows);
   check.between("hidden_size", s.hidden_size, 1, kMostColumns);
   check.between("intermediate_size", s.intermediate_size, 1, kMostColumns);
   check.between("num_experts", s.num_experts, 1, kMostColumns);
   check.between("num_pairs", s.num_pairs, 0, kMostRows);
+  check_countable(check, s);
+}
+
+void check_countable(const Check& check, const MoEShape& s) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 59;
+  check.enumerator("activation", s.activation);
+  check.that(s.form <= MoEShape::Form::kPairs, "form", "an enumerator",
+             std::to_string(static_cast<int>(s.form)));
+  check.that(s.dtype == DType::kFloat32 || s.dtype == DType::kBFloat16, "dtype",
+             "float32 or bfloat16", std::string(name_of(s.dtype)));
+  check.between("num_tokens", s.num_tokens, 0, kMost);
+  check.between("hidden_size", s.hidden_size, 1, kMost);
+  check.between("intermediate_size", s.intermediate_size, 1, kMost);
+  check.between("num_experts", s.num_experts, 1, kMost);
+  check.between("num_pairs", s.num_pairs, 0, kMost);
   if (s.form == MoEShape::Form::kSorted) {
     check.that(s.num_pairs == s.num_tokens, "num_pairs",
                std::to_string(s.num_tokens) + ", num_tokens of sorted rows",
@@ -199,12 +209,12 @@ MoEShape moe_shape(const ExpertOptions& options, ConstTensorView x, const Expert
 }
 
 std::size_t moe_h_bytes(const MoEShape& shape) {
-  check_shape(Check("moe_h_bytes", Device{}), shape);
+  check_countable(Check("moe_h_bytes", Device{}), shape);
   return static_cast<std::size_t>(shape.num_pairs * shape.hidden_columns()) * size_of(shape.dtype);
 }
 
 std::size_t moe_metadata_bytes(const MoEShape& shape) {
-  check_shape(Check("moe_metadata_bytes", Device{}), shape);
+  check_countable(Check("moe_metadata_bytes", Device{}), shape);
   std::int64_t entries = shape.num_experts;
   if (shape.form == MoEShape::Form::kTopK) entries += 3 * shape.num_pairs;
   if (shape.form == MoEShape::Form::kPairs) entries += 4 * shape.num_pairs + shape.num_tokens + 1;

@@ -378,13 +378,18 @@ Elements Trial::expected_results(const Forgery& forgery) {
 std::string Trial::check_refusal(const Forgery& forgery, const Outcome& outcome) {
   const std::string& name = outcome.argument;
   if (!forgery.may_refuse) return "refused: " + outcome.message;
+  // The CUDA backend declines layouts in words of its own, when it gets to them.
+  const bool declined = call_.target->device.type == DeviceType::kCuda && forgery.may_compute &&
+                        outcome.message.rfind("cuda ", 0) == 0;
+  if (declined) return check_valid_call();
   if (name != forgery.name && (name.empty() || name != forgery.another) &&
       !(forgery.any_name && call_.has_argument(name))) {
     return "the error names another argument: " + outcome.message;
   }
-  const std::string stem = call_.operation.substr(0, call_.operation.find('/'));
-  if (outcome.message.rfind(stem, 0) != 0)
-    return "the error names another operation: " + outcome.message;
+  const std::string operation = call_.operation.substr(0, call_.operation.find('/'));
+  if (outcome.message.rfind(operation + ": " + name + ": expected ", 0) != 0) {
+    return "the error is not \"operation: argument: expected ...\": " + outcome.message;
+  }
   // A shape that may be right is refused when its contents turn out not to fit: scratch is written.
   std::string change = call_.change(!forgery.may_compute);
   if (change.empty() && forgery.memory) change = forgery.memory->violation_as_input();

@@ -63,8 +63,8 @@ def test_options():
     for options, match in (
         ({"router": "hash"}, "router: expected one of topk, token_rounding, got 'hash'"),
         ({"policy": "sideways"}, "policy: expected one of .*, got 'sideways'"),
-        ({"tile": 0}, "tile: expected an integer of 1 or more, got 0"),
-        ({"tile": 2.0}, "tile: expected an integer of 1 or more, got 2.0"),
+        ({"tile": 0}, "tile: expected an integer in 1 .. .*, got 0"),
+        ({"tile": 2.0}, "tile: expected an integer in 1 .. .*, got 2.0"),
         ({"seed": -1}, "seed: expected an integer in .*, got -1"),
         ({"seed": 2**62}, "seed: expected an integer in"),
     ):

@@ -7,7 +7,7 @@ import types
 import torch
 from torch import Tensor, nn
 
-from ..._options import rounding_options, router_kind, seed_number
+from ..._options import integer, rounding_options, router_kind
 from ...functional import round_tokens, run_layer
 from ...module import advance_seed
 from .activations import expert_options
@@ -244,7 +244,7 @@ def replace_moe_blocks(
     """
     rounds = router_kind("replace_moe_blocks", router)
     rounding_options("replace_moe_blocks", tile, policy)
-    seed_number("replace_moe_blocks", seed)
+    integer("replace_moe_blocks", "seed", seed, 0, 2**62 - 1)  # each block adds its index
     found = [(path, block) for path, block in model.named_modules() if family_of(block)]
     if not found:
         known = ", ".join(family.block.__name__ for family in FAMILIES)
