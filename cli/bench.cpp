@@ -169,6 +169,12 @@ Result run_row(const BenchCommand& command, const Context& context, const Row& r
   Result result;
   result.row = row;
   const LayerOptions options = layer_options(command);
+  constexpr std::int64_t kMostPairs = (std::int64_t{1} << 31) - 2;  // of one operation
+  if (row.shape.num_tokens > kMostPairs / row.shape.top_k) {
+    result.skipped =
+        "has more than 2^31 - 2 pairs of tokens and experts (--tokens makes it smaller)";
+    return result;
+  }
   const std::size_t needed = BenchLayer::total_bytes(context, row.shape, row.dtype, options);
   result.skipped = reason_against(
       context.device, static_cast<double>(needed),
@@ -296,11 +302,13 @@ Result try_row(const BenchCommand& command, const Context& context, const Row& r
   try {
     return run_row(command, context, row, progress, place);
   } catch (const std::bad_alloc&) {
-    Result result;
-    result.row = row;
-    result.skipped = "not enough memory (--tokens makes it smaller)";
-    return result;
+  } catch (const Error& error) {
+    if (!lacked_memory(error)) throw;
   }
+  Result result;
+  result.row = row;
+  result.skipped = "not enough memory (--tokens makes it smaller)";
+  return result;
 }
 
 int run(BenchCommand command) {

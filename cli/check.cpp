@@ -15,6 +15,7 @@
 
 #include "cli/command.hpp"
 #include "cli/options.hpp"
+#include "cli/resources.hpp"
 #include "cli/table.hpp"
 
 namespace sonicmoe::cli {
@@ -98,6 +99,7 @@ Findings run_case(const CheckOperation& operation, const Context& context, Rando
   } catch (const std::system_error&) {
     throw;
   } catch (const std::exception& error) {
+    if (lacked_memory(error)) throw std::bad_alloc();  // no wrong result either
     Findings findings;
     findings.description = "error";
     findings.add(error.what());

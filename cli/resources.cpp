@@ -8,6 +8,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -114,6 +115,10 @@ void require_threads(int count) {
                              " (" + error.code().message() + "); --threads asks for fewer");
   }
   join();
+}
+
+bool lacked_memory(const std::exception& error) {
+  return std::string_view(error.what()).ends_with(": out of memory");
 }
 
 }  // namespace sonicmoe::cli

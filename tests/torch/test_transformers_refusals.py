@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib
+import sys
 
 import pytest
 import torch
@@ -170,7 +171,8 @@ def test_a_class_patched_before_the_integration_was_imported(monkeypatch):
 
 
 def test_versions(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.6.2")
+    # Not the module imported above: transformers may have put another in its place since.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.6.2")
     with pytest.raises(ImportError, match="transformers: expected version 5.7 or later, got 5.6.2"):
         importlib.reload(hf)
     monkeypatch.undo()
