@@ -88,8 +88,8 @@ class Problem:
         return 6.0 * tokens * top_k * n * d
 
     def kept_formula(self) -> int:
-        """Bytes of H and of the routing metadata (docs/memory.md): what this library keeps beside
-        the caller's own tensors."""
+        """Bytes of H and the routing metadata (docs/ops/memory.md): what this library keeps
+        beside the caller's own tensors."""
         tokens, _, n, experts, top_k = self.shape
         pairs = tokens * top_k
         return pairs * 2 * n * DTYPES[self.dtype].itemsize + 4 * (experts + 3 * pairs)

@@ -28,7 +28,7 @@ Call = Callable[[], object]
 class Pace:
     """How a figure is timed: for `seconds`, after `settle` seconds of the same load, after `rest`
     seconds of none. The rest is there for every system to start alike: at the card's power limit a
-    figure seems to depend on the load before it (docs/performance.md, M11)."""
+    figure seems to depend on the load before it (docs/lab/M11.md)."""
 
     seconds: float = 0.15
     settle: float = SETTLE_S

@@ -5,6 +5,8 @@ Speeds are model TFLOP/s (6*T*K*n*d FLOPs forward, twice that backward). Ours an
 time; the official layer, of the same record or of anchors.json, and the other systems of the latter
 show the better of wall and busy time, the official layer as CUDA graphs where the newest
 graphs-h?00-*.json has it, and what the paper printed is a line.
+
+With --markdown it writes the tables of the pages of record_tables.py and draws nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 import matplotlib
 from bench_common import REPOSITORY
 from gpu_summary import CEILING, PEER, Speed, best_speed, load_anchors, measured_speed, peer_speed
+from record_tables import PAGES, tables, with_tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -180,7 +183,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Draws the GPU records of bench/results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the pictures")
+    parser.add_argument("--markdown", action="store_true", help="write the pages' tables")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        found = tables(arguments.results)
+        for page in PAGES:
+            page.write_text(with_tables(page.read_text(), found))
+        return 0
 
     def read(pattern: str) -> list[dict]:
         return [json.loads(path.read_text()) for path in arguments.results.glob(pattern)]

@@ -134,7 +134,7 @@ case "${1:-}" in
     ;;
   train)
     python=$(find_python) || exit 1
-    data=${2:?which tokens? A .bin of pretrain.prepare: docs/training.md}
+    data=${2:?which tokens? A .bin of pretrain.prepare: docs/guide/training.md}
     shift 2
     mkdir -p "$out"
     gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')

@@ -93,7 +93,7 @@ def parse_compare(argv: list[str]) -> Comparison:
     parser.add_argument(
         "--quality",
         action="store_true",
-        help="defaults of the study of docs/training.md: 175 M parameters, for a GPU",
+        help="defaults of the study of docs/guide/training.md: 175 M parameters, for a GPU",
     )
     values = vars(parser.parse_args(argv))
     seeds, policies = values.pop("seeds"), values.pop("policies")

@@ -1,7 +1,7 @@
 // The expert layer: forward and backward of a Mixture-of-Experts MLP with ready-made routing.
 //
-// Symbols (docs/algorithm.md): T tokens, d hidden_size, n intermediate_size, E num_experts, K
-// top_k, P routed pairs handed over (capacity), R <= P rows left after dropped pairs, g = 2 for a
+// Symbols (docs/design/algorithm.md): T tokens, d hidden_size, n intermediate_size, E num_experts,
+// K top_k, P routed pairs handed over (capacity), R <= P rows left after dropped pairs, g = 2 for a
 // gated activation, else 1. Source: SonicMoE, arXiv 2512.14080.
 //
 // For every routed row r = (token t, expert e) with weight s:

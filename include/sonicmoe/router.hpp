@@ -1,6 +1,6 @@
 // The built-in router: scoring, top-K, token rounding, balancing losses.
 //
-// One formula for all scorings (docs/router.md):
+// One formula for all scorings (docs/ops/router.md):
 //   score(t,e)  = exp(logit) (topk_softmax), softmax over E (softmax_topk), sigmoid (sigmoid_topk)
 //   weight(t,e) = scale * score(t,e) / Z_t, Z_t = sum of the token's top-K scores where
 //   renormalised
@@ -119,7 +119,7 @@ SONICMOE_API std::size_t round_tokens_workspace_bytes(const Context& context,
 
 /// Token rounding: moves every expert's row count to a multiple of M, less than one tile away from
 /// token choice. Rows kept keep their weight; added rows continue the same scale
-/// (docs/round_tokens.md). Errors: as route_forward; T < M; P other than rounded_capacity().
+/// (docs/ops/round_tokens.md). Errors: as route_forward; T < M; P other than rounded_capacity().
 SONICMOE_API void round_tokens_forward(const Context& context, const RoundTokensForwardArgs& args);
 
 /// The selection inside round_tokens_forward alone: comparison and integer work on given scores, so

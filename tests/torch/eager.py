@@ -1,4 +1,4 @@
-"""The definition of the layer in plain PyTorch, from docs/algorithm.md, in the dtype of its input.
+"""The definition of the layer (docs/design/algorithm.md) in plain PyTorch, in its input's dtype.
 
 Loops over rows and experts: the tests hand it float64 and small shapes.
 """

@@ -1,11 +1,11 @@
-"""The example of docs/python.md runs as printed."""
+"""The example of docs/guide/python.md runs as printed."""
 
 import re
 from pathlib import Path
 
 
 def test_the_example_runs():
-    page = (Path(__file__).resolve().parents[2] / "docs" / "python.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "guide" / "python.md").read_text()
     tested = re.search(r"<!-- tested by [^>]*-->\n```python\n(.*?)```", page, re.DOTALL)
     scope = {}
     exec(tested.group(1), scope)  # noqa: S102  (the page is ours)

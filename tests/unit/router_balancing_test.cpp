@@ -52,7 +52,7 @@ struct Losses {
   }
   std::vector<double> doubles() const { return {logits.begin(), logits.end()}; }
 
-  // The formulas of docs/balancing.md.
+  // The formulas of docs/ops/balancing.md.
   double naive_balancing(const std::vector<double>& values) const {
     std::vector<double> p(at(num_experts));
     for (std::int64_t t = 0; t < num_tokens; ++t) {

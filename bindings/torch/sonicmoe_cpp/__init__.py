@@ -1,6 +1,6 @@
 """Mixture-of-Experts layers that train fast in little memory: SonicMoE for PyTorch.
 
-See docs/python.md. Importing this package needs torch alone; the Hugging Face integration
+See docs/guide/python.md. Importing this package needs torch alone; the Hugging Face integration
 (`sonicmoe_cpp.integrations.transformers`) is imported on request.
 """
 

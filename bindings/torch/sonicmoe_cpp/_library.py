@@ -13,7 +13,7 @@ _PATH = Path(__file__).with_name("_C.so")
 if not _PATH.exists():
     raise ImportError(
         f"sonicmoe_cpp: {_PATH} is missing: build the CMake target sonicmoe_torch with "
-        "-DSONICMOE_BUILD_TORCH=ON (docs/python.md)"
+        "-DSONICMOE_BUILD_TORCH=ON (docs/guide/python.md)"
     )
 torch.ops.load_library(str(_PATH))
 

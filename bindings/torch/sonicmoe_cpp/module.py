@@ -26,7 +26,7 @@ class MoE(nn.Module):
     run and activation checkpointing, which restores that generator, rounds the same way again.
 
     `main_grad=True` accumulates parameter gradients into `param.main_grad` (float32), see
-    docs/python.md. `deterministic=False` as in `moe`.
+    docs/guide/python.md. `deterministic=False` as in `moe`.
 
     After a forward `last_rows_per_expert` [E] int32 counts the rows computed and
     `last_rows_per_expert_before` those of token choice, before any rounding: the latter are for
