@@ -11,9 +11,9 @@
 #endif
 #include <unistd.h>
 
-#include "support/attacks.hpp"
 #include "support/operations.hpp"
 #include "support/random.hpp"
+#include "support/trial.hpp"
 
 namespace sonicmoe::testing {
 namespace {

@@ -2,8 +2,8 @@
 // knows: refused with the argument's name and nothing changed, or computed right.
 #include <gtest/gtest.h>
 
-#include "support/attacks.hpp"
 #include "support/operations.hpp"
+#include "support/trial.hpp"
 
 namespace sonicmoe::testing {
 namespace {

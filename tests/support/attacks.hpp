@@ -1,11 +1,9 @@
-// Wrong arguments: one tensor or option of a valid call at a time, and what has to come of it.
+// Wrong arguments: one tensor or option of a valid call at a time.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "support/call.hpp"
@@ -35,38 +33,11 @@ struct Attack {
   std::size_t other = 0;
 };
 
+/// Where the tensors of a call on this target do not lie; Attack::detail of kDevice counts them.
+std::vector<Device> other_devices(const Target& target);
 /// Every attack on every tensor and option of a call.
 std::vector<Attack> attacks_on(const Call& call);
 /// "x: dtype int32".
 std::string describe(const Call& call, const Attack& attack);
-
-/// Runs attacks on one call.
-class Trial {
- public:
-  /// Runs the valid call. Its results are what attacks that keep the values have to give.
-  explicit Trial(Call call);
-
-  /// What is wrong with the valid call: refused, all zeros, NaN, memory that it must not touch.
-  const std::string& problem() const { return problem_; }
-  const Call& call() const { return call_; }
-
-  /// What is wrong with the outcome of an attack, or empty. It has to be refused with an Error that
-  /// names the argument, nothing having changed, and the valid call has to work afterwards; or,
-  /// where the operation may take it, the results have to be right.
-  std::string attempt(const Attack& attack);
-
- private:
-  struct Forgery;
-  Forgery forge(const Attack& attack) const;
-  Forgery forge_memory(const Attack& attack) const;
-  Elements expected_results(const Forgery& forgery);
-  std::string check_refusal(const Forgery& forgery, const Outcome& outcome);
-  std::string check_results(const Forgery& forgery, const Elements& expected);
-  std::string check_valid_call();
-
-  Call call_;
-  Elements results_;  // of the valid call
-  std::string problem_;
-};
 
 }  // namespace sonicmoe::testing

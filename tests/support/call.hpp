@@ -23,6 +23,10 @@ struct Operand {
   std::shared_ptr<Tensor> memory;
   std::function<void(const TensorView&)> give;  ///< hands over a view in place of memory's
 
+  std::vector<std::int64_t> shape() const {
+    const auto extents = memory->view().shape();
+    return {extents.begin(), extents.end()};
+  }
   bool written() const { return access == Access::kWrite; }
   /// Scratch or metadata: bytes that may be more than needed.
   bool is_buffer() const { return memory->dtype() == DType::kUInt8; }

@@ -29,6 +29,7 @@ class GuardedBuffer {
   std::size_t size() const { return bytes_; }
   void upload(const std::vector<std::byte>& payload);
   std::vector<std::byte> download() const;
+  bool holds(const std::vector<std::byte>& payload) const;
   bool guards_intact() const;
   /// As a uint8 tensor: a workspace or metadata.
   TensorView view() const;

@@ -48,10 +48,10 @@ MoEShape random_shape(Random& random) {
   s.intermediate_size = pick(random);
   s.num_experts = pick(random);
   s.form = static_cast<Form>(random.integer(0, 2));
-  s.num_pairs = s.form == Form::kSorted  ? s.num_tokens
-                : s.form == Form::kPairs ? pick(random)
-                : s.num_tokens > kTwo31  ? s.num_tokens
-                                         : s.num_tokens * random.integer(0, 3);
+  s.num_pairs = s.form == Form::kSorted                     ? s.num_tokens
+                : s.form == Form::kPairs                    ? pick(random)
+                : s.num_tokens < 0 || s.num_tokens > kTwo31 ? s.num_tokens
+                                                            : s.num_tokens * random.integer(0, 3);
   if (random.chance(0.1)) s.num_pairs = pick(random);
   s.activation = random.chance(0.5) ? Activation::kSwiGLU : Activation::kReLU;
   s.dtype = random.chance(0.5) ? DType::kFloat32 : DType::kBFloat16;
@@ -62,8 +62,12 @@ MoEShape random_shape(Random& random) {
   return s;
 }
 
-// What cannot be a shape, by the words of moe.hpp.
+// What cannot be a shape: by the words of moe.hpp, or because row numbers are int32.
 bool impossible(const MoEShape& s) {
+  if (std::max(s.num_tokens, s.num_pairs) > kTwo31 - 2 ||
+      std::max({s.hidden_size, s.intermediate_size, s.num_experts}) > kTwo31 - 1) {
+    return true;
+  }
   const bool sizes = s.num_tokens >= 0 && s.hidden_size > 0 && s.intermediate_size > 0 &&
                      s.num_experts > 0 && s.num_pairs >= 0;
   const bool enumerators = s.form <= Form::kPairs && s.activation <= Activation::kReLUSquared &&
@@ -83,6 +87,7 @@ std::string text(const MoEShape& s) {
   return result + ", form " + std::to_string(static_cast<int>(s.form));
 }
 
+// `expected` is meaningless for an impossible shape.
 template <class Function>
 void expect_bytes(const MoEShape& s, Wide expected, Function function) {
   const auto given = ask(function);
@@ -97,17 +102,20 @@ void expect_bytes(const MoEShape& s, Wide expected, Function function) {
   }
 }
 
-// Elements of what the formulas of memory.hpp are made of; meaningless for an impossible shape.
+// What the formulas of memory.hpp are made of, cut to 33 bits, which no possible shape passes.
 struct Terms {
   Wide T, d, n, E, P, columns, width;
   explicit Terms(const MoEShape& s)
-      : T(s.num_tokens),
-        d(s.hidden_size),
-        n(s.intermediate_size),
-        E(s.num_experts),
-        P(s.num_pairs),
+      : T(cut(s.num_tokens)),
+        d(cut(s.hidden_size)),
+        n(cut(s.intermediate_size)),
+        E(cut(s.num_experts)),
+        P(cut(s.num_pairs)),
         columns(gate_factor(s.activation) * n),
         width(static_cast<Wide>(size_of(s.dtype))) {}
+
+ private:
+  static Wide cut(std::int64_t size) { return std::clamp<std::int64_t>(size, 0, 4 * kTwo31); }
 };
 
 TEST(Sizes, OfBuffersAndParameters) {
