@@ -62,12 +62,8 @@ MoEShape random_shape(Random& random) {
   return s;
 }
 
-// What cannot be a shape: by the words of moe.hpp, or because row numbers are int32.
-bool impossible(const MoEShape& s) {
-  if (std::max(s.num_tokens, s.num_pairs) > kTwo31 - 2 ||
-      std::max({s.hidden_size, s.intermediate_size, s.num_experts}) > kTwo31 - 1) {
-    return true;
-  }
+// What cannot be a shape, by the words of moe.hpp.
+bool contradictory(const MoEShape& s) {
   const bool sizes = s.num_tokens >= 0 && s.hidden_size > 0 && s.intermediate_size > 0 &&
                      s.num_experts > 0 && s.num_pairs >= 0;
   const bool enumerators = s.form <= Form::kPairs && s.activation <= Activation::kReLUSquared &&
@@ -76,6 +72,19 @@ bool impossible(const MoEShape& s) {
   if (s.form == Form::kSorted) return s.num_pairs != s.num_tokens;
   return s.form == Form::kTopK &&
          (s.num_tokens == 0 ? s.num_pairs != 0 : s.num_pairs % s.num_tokens != 0);
+}
+
+// What no operation takes, also because row numbers are int32.
+bool impossible(const MoEShape& s) {
+  return contradictory(s) || std::max(s.num_tokens, s.num_pairs) > kTwo31 - 2 ||
+         std::max({s.hidden_size, s.intermediate_size, s.num_experts}) > kTwo31 - 1;
+}
+
+constexpr std::int64_t kMostMultiplied = std::int64_t{1} << 41;  // three of them fit Wide
+
+bool is_cut(const MoEShape& s) {
+  return std::max({s.num_tokens, s.hidden_size, s.intermediate_size, s.num_experts, s.num_pairs}) >
+         kMostMultiplied;
 }
 
 std::string text(const MoEShape& s) {
@@ -87,14 +96,15 @@ std::string text(const MoEShape& s) {
   return result + ", form " + std::to_string(static_cast<int>(s.form));
 }
 
-// `expected` is meaningless for an impossible shape.
+// `expected` is meaningless for a contradictory shape, and a lower bound where sizes are cut.
 template <class Function>
 void expect_bytes(const MoEShape& s, Wide expected, Function function) {
   const auto given = ask(function);
-  if (impossible(s)) {
+  if (contradictory(s)) {
     EXPECT_FALSE(given) << text(s);
   } else if (given) {
-    EXPECT_TRUE(static_cast<Wide>(*given) == expected) << *given << " for " << text(s);
+    const auto bytes = static_cast<Wide>(*given);
+    EXPECT_TRUE(is_cut(s) ? bytes >= expected : bytes == expected) << *given << " for " << text(s);
   } else {  // refused: something is large
     EXPECT_TRUE(std::max({s.num_tokens, s.hidden_size, s.intermediate_size, s.num_experts,
                           s.num_pairs}) > 1 << 14)
@@ -102,7 +112,7 @@ void expect_bytes(const MoEShape& s, Wide expected, Function function) {
   }
 }
 
-// What the formulas of memory.hpp are made of, cut to 33 bits, which no possible shape passes.
+// What the formulas of memory.hpp are made of, cut so that their products fit.
 struct Terms {
   Wide T, d, n, E, P, columns, width;
   explicit Terms(const MoEShape& s)
@@ -115,7 +125,7 @@ struct Terms {
         width(static_cast<Wide>(size_of(s.dtype))) {}
 
  private:
-  static Wide cut(std::int64_t size) { return std::clamp<std::int64_t>(size, 0, 4 * kTwo31); }
+  static Wide cut(std::int64_t size) { return std::clamp<std::int64_t>(size, 0, kMostMultiplied); }
 };
 
 TEST(Sizes, OfBuffersAndParameters) {
@@ -137,7 +147,8 @@ TEST(Sizes, OfBuffersAndParameters) {
     expect_bytes(s, dh + std::max(a, wide), [&] { return estimate_memory(s).transient_backward; });
     expect_bytes(s, (t.columns + t.n + t.d) * t.P * t.width,
                  [&] { return estimate_memory_scattermoe(s).kept_h; });
-    if (const auto flops = ask([&] { return forward_flops(s); })) {
+    const auto flops = ask([&] { return forward_flops(s); });
+    if (flops && !is_cut(s)) {
       const auto exact = static_cast<double>(t.P) * static_cast<double>(t.d) *
                          static_cast<double>(t.n) * 2 * (gate_factor(s.activation) + 1);
       EXPECT_NEAR(*flops, exact, 1e-12 * exact) << text(s);
