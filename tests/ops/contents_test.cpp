@@ -9,12 +9,10 @@
 
 #include "support/operations.hpp"
 #include "support/random.hpp"
+#include "support/workbench.hpp"
 
 namespace sonicmoe::testing {
 namespace {
-
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Values on a device are not read back to be checked: the host's backends only.
 std::vector<Target> host_targets() {
@@ -45,14 +43,16 @@ INSTANTIATE_TEST_SUITE_P(Backends, Contents, ::testing::ValuesIn(host_targets())
 // Runs a call whose inputs were overwritten. "" when it finished, else the argument; the memory is
 // looked at in both cases, then everything is as before.
 std::string run_within_bounds(Call& call) {
-  for (const Operand& operand : call.operands) operand.memory->remember();
+  for (const Operand& operand : call.operands) {
+    if (!operand.written()) operand.memory->remember();
+  }
   const Outcome outcome = call.run();
   EXPECT_EQ(call.violation(), "") << call.operation;
   if (outcome.refused) {
     EXPECT_EQ(outcome.message.rfind(call.operation.substr(0, call.operation.find('/')), 0), 0u)
         << outcome.message;
   }
-  call.restore_memory();
+  call.restore_memory(/*scratch_too=*/false);
   return outcome.argument;
 }
 
@@ -135,11 +135,14 @@ TEST_P(Metadata, OfAnotherCall) {
   for (const char* name : {"moe_backward_topk", "moe_backward_sorted"}) {
     Call call = make(name, 26);
     const Operand& metadata = *call.find("metadata");
+    const Workbench ours(GetParam(), 26, Optionals::kAll);
     int tried = 0;
-    for (std::uint64_t seed = 100; seed < 900 && tried < 5; ++seed) {
+    for (std::uint64_t seed = 100; tried < 5; ++seed) {
+      const Workbench sizes(GetParam(), seed, Optionals::kAll);
+      if (sizes.T != ours.T || sizes.E != ours.E || sizes.K != ours.K) continue;
       const Call other = make(name, seed);
       const Tensor& theirs = *other.find("metadata")->memory;
-      if (theirs.numel() != metadata.memory->numel()) continue;
+      ASSERT_EQ(theirs.numel(), metadata.memory->numel());
       std::vector<std::byte> bytes;
       for (const double value : theirs.values()) bytes.push_back(static_cast<std::byte>(value));
       write_bytes(metadata, bytes);
@@ -147,7 +150,6 @@ TEST_P(Metadata, OfAnotherCall) {
       EXPECT_TRUE(argument == "metadata" || argument.empty()) << name << ": " << argument;
       ++tried;
     }
-    EXPECT_GT(tried, 0);
   }
 }
 

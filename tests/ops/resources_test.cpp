@@ -86,7 +86,7 @@ TEST_P(Resources, EveryAllocationMayFail) {
     Call call = operation.make(GetParam(), 61, Optionals::kAll);
     ASSERT_FALSE(call.run().refused);  // also warms up what is kept between calls
     const Elements expected = call.results();
-    call.restore_memory();
+    call.restore_memory(/*scratch_too=*/false);
     int failures = 0;
     for (long n = 0;; ++n) {
       ASSERT_LT(n, 2000) << call.operation;
@@ -106,7 +106,7 @@ TEST_P(Resources, EveryAllocationMayFail) {
         EXPECT_NE(outcome.message.find("out of memory"), std::string::npos) << outcome.message;
         ++failures;
       }
-      call.restore_memory();
+      call.restore_memory(/*scratch_too=*/false);
       if (!failed) break;
     }
     EXPECT_GT(failures, 0) << call.operation;

@@ -17,9 +17,9 @@ Outcome Call::run() const {
   return {};
 }
 
-void Call::restore_memory() {
+void Call::restore_memory(bool scratch_too) {
   for (const Operand& operand : operands) {
-    if (operand.written()) operand.memory->restore();
+    if (operand.is_result() || (operand.written() && scratch_too)) operand.memory->restore();
   }
 }
 

@@ -68,7 +68,7 @@ class Call {
   /// Takes back every view and option that was changed.
   void make_valid() { reset_(); }
   /// Takes back what was written: outputs are poison again, what is updated holds its old values.
-  void restore_memory();
+  void restore_memory(bool scratch_too = true);
   /// Elements of the results, in the order of the operands.
   Elements results() const;
   /// The first tensor that is not what it was before the call, guards and gaps included; or empty.

@@ -13,6 +13,13 @@
 
 namespace sonicmoe::testing {
 
+/// How often a call has two threads: they take longer than such small shapes do.
+#if defined(__SANITIZE_THREAD__)
+inline constexpr double kTwoThreads = 0.5;
+#else
+inline constexpr double kTwoThreads = 0.05;
+#endif
+
 /// Sizes and dtypes of one call, and the memory of its tensors. The CUDA backend takes bfloat16 and
 /// widths that are multiples of 8.
 class Workbench {
@@ -26,7 +33,7 @@ class Workbench {
     d = cuda ? 8 * random.integer(1, 4) : random.integer(3, 14);
     n = cuda ? 8 * random.integer(1, 4) : random.integer(3, 14);
     dtype = cuda || random.chance(0.5) ? DType::kBFloat16 : DType::kFloat32;
-    num_threads = cuda ? 0 : random.chance(0.05) ? 2 : 1;
+    num_threads = cuda ? 0 : random.chance(kTwoThreads) ? 2 : 1;
   }
 
   /// Whether to have a tensor that may be left out.
