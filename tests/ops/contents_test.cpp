@@ -250,7 +250,7 @@ TEST_P(Contents, LogitsThatAreNoNumbers) {
       Call call = make(name, 41, optionals);  // kAll: sigmoid
       Tensor& logits = *call.find("logits")->memory;
       const std::vector<double> valid = logits.values();
-      for (const double value : {kNaN, kInfinity, -kInfinity, 3e38, -3e38}) {
+      for (const double value : {kNaN, kInfinity, -kInfinity, 3e38f, -3e38f}) {
         for (const std::size_t place : {std::size_t{0}, valid.size() - 1}) {
           std::vector<double> spoiled = valid;
           spoiled[place] = value;
@@ -275,7 +275,7 @@ TEST_P(Contents, SelectionBiasThatIsNoNumber) {
     Call call = make(name, 42);
     Tensor& bias = *call.find("selection_bias")->memory;
     const std::vector<double> valid = bias.values();
-    for (const double value : {kNaN, kInfinity, -kInfinity, 3e38, -3e38}) {
+    for (const double value : {kNaN, kInfinity, -kInfinity, 3e38f, -3e38f}) {
       std::vector<double> spoiled = valid;
       spoiled.back() = value;
       bias.fill(spoiled);
@@ -296,7 +296,7 @@ TEST_P(Contents, NoNumbersAnywhere) {
       const DType dtype = operand.memory->dtype();
       if (operand.written() || (dtype != DType::kFloat32 && dtype != DType::kBFloat16)) continue;
       const std::vector<double> valid = operand.memory->values();
-      for (const double value : {kNaN, kInfinity, -kInfinity, 3e38}) {
+      for (const double value : {kNaN, kInfinity, -kInfinity, 3e38f}) {
         operand.memory->fill(std::vector<double>(valid.size(), value));
         const std::string argument = run_within_bounds(call);
         EXPECT_TRUE(argument.empty() || argument == "logits" || argument == operand.name)
