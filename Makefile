@@ -5,7 +5,8 @@ BUILD ?= build
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
 VENV := .venv
-PY := $(CURDIR)/$(VENV)/bin/python
+# For the shell, which knows the folder's whole name whatever it holds (blanks, quotes, $).
+PY := "$$PWD/$(VENV)/bin/python"
 FUZZ_CASES ?= 100000
 ARGS ?=
 
@@ -20,23 +21,23 @@ all: build
 
 # System packages (apt when root, else a list of what is missing) and the Python environment.
 $(VENV)/.ready: scripts/setup.sh requirements.txt
-	PYTHON=$(PYTHON) bash scripts/setup.sh $(VENV)
+	PYTHON="$(PYTHON)" bash scripts/setup.sh $(VENV)
 	touch $@
 
 setup: $(VENV)/.ready
 
 build: setup
-	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DSONICMOE_BUILD_TORCH=ON \
-	      -DPython3_EXECUTABLE=$(PY) > $(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
-	cmake --build $(BUILD) -j $(JOBS)
+	cmake -S . -B "$(BUILD)" -G Ninja -DCMAKE_BUILD_TYPE=Release -DSONICMOE_BUILD_TORCH=ON \
+	      -DPython3_EXECUTABLE=$(PY) > "$(BUILD).log" 2>&1 || { cat "$(BUILD).log"; exit 1; }
+	cmake --build "$(BUILD)" -j $(JOBS)
 
 test: test-cpp test-python install-test
 
 test-cpp: build
-	ctest --test-dir $(BUILD) --output-on-failure
+	ctest --test-dir "$(BUILD)" --output-on-failure
 
 test-python: build
-	SONICMOE_CLI=$(CURDIR)/$(BUILD)/cli/sonicmoe $(PY) -m pytest -q --timeout 600 tests
+	SONICMOE_CLI="$$(cd "$(BUILD)" && pwd)/cli/sonicmoe" $(PY) -m pytest -q --timeout 600 tests
 
 install-test: build
 	bash tests/install/install_test.sh
@@ -48,14 +49,15 @@ compare: build
 	$(PY) -m pretrain.compare $(ARGS)
 
 fuzz: build
-	$(BUILD)/tests/sonicmoe_fuzz --cases $(FUZZ_CASES)
+	"$(BUILD)/tests/sonicmoe_fuzz" --cases $(FUZZ_CASES)
+	"$(BUILD)/tests/sonicmoe_fuzz" --arguments $(FUZZ_CASES)
 
 # ASan and UBSan, then TSan (on std::thread: ThreadSanitizer does not see OpenMP's barriers).
 sanitize: setup
 	cmake --preset asan && cmake --build --preset asan -j $(JOBS)
 	OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 ctest --preset asan -j $(JOBS)
 	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS)
-	OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=$(CURDIR)/tests/tsan.supp ctest --preset tsan -j $(JOBS)
+	OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=../../tests/tsan.supp ctest --preset tsan -j $(JOBS)
 
 # Times the CPU; the GPU's pictures are drawn from the records in bench/results.
 bench: build
@@ -75,4 +77,4 @@ cuda:
 	bash scripts/gpu.sh build
 
 clean:
-	rm -rf $(BUILD) $(BUILD)-* $(BUILD).log
+	rm -rf "$(BUILD)" "$(BUILD)"-* "$(BUILD).log"

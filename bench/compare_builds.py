@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 Reading = tuple[float, float, float]  # seconds (monotonic), watts, MHz
-SUITES = ["paper", "models"]
+SUITES = ["paper", "models", "coarse"]
 LEAST_SHARE = 0.01  # of the call, of a kernel that has a line of its own
 
 

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <functional>
 #include <memory>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -13,7 +14,9 @@
 #include "cli/bench_layer.hpp"
 #include "cli/command.hpp"
 #include "cli/options.hpp"
+#include "cli/output.hpp"
 #include "cli/problems.hpp"
+#include "cli/resources.hpp"
 #include "cli/table.hpp"
 #include "sonicmoe/memory.hpp"
 #include "sonicmoe/version.hpp"
@@ -23,12 +26,12 @@ namespace {
 
 struct BenchCommand {
   RunOptions run;
-  std::string shape;
-  std::string suite;
-  std::string dtype;
-  std::string activation = "swiglu";
-  std::string workspace_limit;
-  std::int64_t tokens = 0;  // 0: those of the shape
+  std::optional<LayerShape> shape;
+  std::optional<std::string> suite;
+  std::optional<std::vector<DType>> dtypes;
+  Activation activation = Activation::kSwiGLU;
+  std::optional<std::size_t> workspace_limit;
+  std::optional<std::int64_t> tokens;  // else those of the shape
   std::uint64_t seed = 0;
   int repeats = 20;
   int warmup = 2;
@@ -88,27 +91,24 @@ struct Result {
 
 // The CUDA backend takes bfloat16 only, and the problems of `cpu` are too small for a GPU.
 std::vector<Row> rows_of(const BenchCommand& command, Device device) {
-  if (!command.shape.empty() && !command.suite.empty()) {
-    throw usage_error("--suite", "either --shape or --suite", command.suite);
+  if (command.shape && command.suite) {
+    throw usage_error("--suite", "either --shape or --suite", *command.suite);
   }
   Suite suite;
-  if (!command.shape.empty()) {
-    suite = {"shape", {DType::kFloat32}, {{"shape", parse_layer_shape(command.shape)}}};
+  if (command.shape) {
+    suite = {"shape", {DType::kFloat32}, {{"shape", *command.shape}}};
   } else {
-    const std::string usual = on_host(device) ? "cpu" : "paper";
-    suite = find_suite(command.suite.empty() ? usual : command.suite);
+    suite = find_suite(command.suite.value_or(on_host(device) ? "cpu" : "paper"));
   }
   if (!on_host(device)) suite.dtypes = {DType::kBFloat16};
-  if (command.dtype == "both") {
-    suite.dtypes = {DType::kFloat32, DType::kBFloat16};
-  } else if (!command.dtype.empty()) {
-    suite.dtypes = {parse_float_dtype(command.dtype)};
-  }
+  if (command.dtypes) suite.dtypes = *command.dtypes;
   std::vector<Row> rows;
   for (const Problem& problem : suite.problems) {
     for (const DType dtype : suite.dtypes) {
       Row row{problem.name, problem.shape, dtype};
-      if (command.tokens > 0) row.shape.num_tokens = command.tokens;
+      if (command.tokens) row.shape.num_tokens = *command.tokens;
+      require_countable_bytes(command.tokens ? "--tokens" : "--shape", row.shape,
+                              command.activation);
       rows.push_back(row);
     }
   }
@@ -117,11 +117,9 @@ std::vector<Row> rows_of(const BenchCommand& command, Device device) {
 
 LayerOptions layer_options(const BenchCommand& command) {
   LayerOptions options;
-  options.activation = activation_from_name(command.activation);
+  options.activation = command.activation;
   options.with_router = command.with_router;
-  if (!command.workspace_limit.empty()) {
-    options.workspace_limit = parse_bytes("--workspace-limit", command.workspace_limit);
-  }
+  options.workspace_limit = command.workspace_limit;
   return options;
 }
 
@@ -151,19 +149,37 @@ Statistics measure(const BenchCommand& command, Device device,
   return statistics_of(std::move(seconds), calls);
 }
 
+// Why a row of so many bytes on the device, and of `extra` on the host, is not even tried, or
+// empty.
+std::string reason_against(Device device, double needed, double extra) {
+  if (!on_host(device)) {
+    const std::string reason = reason_against(Device{}, extra, 0.0);
+    if (!reason.empty()) return reason;
+    extra = 0.0;
+  }
+  const auto memory = static_cast<double>(memory_bytes_of(device));
+  if (memory == 0.0 || needed + extra <= 0.9 * memory) return {};
+  return "needs " + format_bytes(needed + extra) + ", " +
+         (on_host(device) ? "this process may use " : "this GPU has ") + format_bytes(memory) +
+         " (--tokens makes it smaller)";
+}
+
 Result run_row(const BenchCommand& command, const Context& context, const Row& row,
                Progress& progress, const std::string& place) {
   Result result;
   result.row = row;
   const LayerOptions options = layer_options(command);
-  const std::size_t needed = BenchLayer::total_bytes(context, row.shape, row.dtype, options);
-  const std::size_t memory = memory_bytes_of(context.device);
-  if (memory > 0 && needed > memory / 10 * 9) {
-    result.skipped = "needs " + format_bytes(static_cast<double>(needed)) + ", this " +
-                     (on_host(context.device) ? "machine" : "GPU") + " has " +
-                     format_bytes(static_cast<double>(memory)) + " (--tokens makes it smaller)";
+  constexpr std::int64_t kMostPairs = (std::int64_t{1} << 31) - 2;  // of one operation
+  if (row.shape.num_tokens > kMostPairs / row.shape.top_k) {
+    result.skipped =
+        "has more than 2^31 - 2 pairs of tokens and experts (--tokens makes it smaller)";
     return result;
   }
+  const std::size_t needed = BenchLayer::total_bytes(context, row.shape, row.dtype, options);
+  result.skipped = reason_against(
+      context.device, static_cast<double>(needed),
+      BenchLayer::reference_bytes(context, row.shape, options, !command.without_check));
+  if (!result.skipped.empty()) return result;
   const std::string label = place + " " + row.name + " " + std::string(name_of(row.dtype)) + ": ";
   progress.show(label + "making data");
   std::vector<std::unique_ptr<BenchLayer>> layers;
@@ -172,6 +188,7 @@ Result run_row(const BenchCommand& command, const Context& context, const Row& r
     Random random{command.seed, i};
     layers.push_back(std::make_unique<BenchLayer>(context, row.shape, row.dtype, options, random));
   }
+  require_headroom();
   if (!command.without_check) {
     progress.show(label + "checking");
     layers.front()->forward(context);
@@ -206,9 +223,12 @@ nlohmann::ordered_json to_json(const Statistics& s, double rate) {
 
 std::string repeat_line(const BenchCommand& command, const Row& row) {
   std::string line = "sonicmoe bench --shape " + row.shape.to_string() + " --dtype " +
-                     std::string(name_of(row.dtype)) + " --activation " + command.activation;
+                     std::string(name_of(row.dtype)) + " --activation " +
+                     std::string(name_of(command.activation));
   if (command.with_router) line += " --layer";
-  if (!command.workspace_limit.empty()) line += " --workspace-limit " + command.workspace_limit;
+  if (command.workspace_limit) {
+    line += " --workspace-limit " + std::to_string(*command.workspace_limit);
+  }
   if (!command.run.backend.empty()) line += " --backend " + command.run.backend;
   if (command.run.device != "cpu") line += " --device " + command.run.device;
   if (command.run.threads != 0) line += " --threads " + std::to_string(command.run.threads);
@@ -276,35 +296,44 @@ void print_text(const BenchCommand& command, const std::vector<Result>& results)
       repeat_line(command, results.front().row).c_str());
 }
 
-int run(const BenchCommand& command) {
+// The row, or the row with the reason why it was skipped. Errors: CheckFailed.
+Result try_row(const BenchCommand& command, const Context& context, const Row& row,
+               Progress& progress, const std::string& place) {
+  try {
+    return run_row(command, context, row, progress, place);
+  } catch (const std::bad_alloc&) {
+  } catch (const Error& error) {
+    if (!lacked_memory(error)) throw;
+  }
+  Result result;
+  result.row = row;
+  result.skipped = "not enough memory (--tokens makes it smaller)";
+  return result;
+}
+
+int run(BenchCommand command) {
   const Context context = command.run.context();
-  const auto require = [](bool condition, const char* option, const char* expected, double actual) {
-    if (!condition) throw usage_error(option, expected, format_fixed(actual, 0));
-  };
-  require(command.repeats >= 1, "--repeats", "a positive number", command.repeats);
-  require(command.warmup >= 0, "--warmup", "a number >= 0", command.warmup);
-  require(command.tokens >= 0, "--tokens", "a positive number",
-          static_cast<double>(command.tokens));
   const std::vector<Row> rows = rows_of(command, context.device);
-  layer_options(command);  // errors before the first minute is spent
 
   Progress progress(true);
   std::vector<Result> results;
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const std::string place = "[" + std::to_string(i + 1) + "/" + std::to_string(rows.size()) + "]";
     try {
-      results.push_back(run_row(command, context, rows[i], progress, place));
+      results.push_back(try_row(command, context, rows[i], progress, place));
     } catch (const CheckFailed& failure) {
       progress.clear();
-      std::fprintf(stderr, "sonicmoe: %s %s computes wrong results, nothing was timed: %s\n",
-                   rows[i].name.c_str(), std::string(name_of(rows[i].dtype)).c_str(),
-                   failure.what());
+      report(rows[i].name + " " + std::string(name_of(rows[i].dtype)) +
+             " computes wrong results, nothing was timed: " + failure.what());
       return kFailure;
     }
   }
   progress.clear();
   command.json ? print_json(command, results) : print_text(command, results);
-  return kSuccess;
+  const auto skipped = [](const Result& result) { return !result.skipped.empty(); };
+  if (!std::all_of(results.begin(), results.end(), skipped)) return kSuccess;
+  report("nothing was timed: " + results.front().row.name + ": " + results.front().skipped);
+  return kFailure;
 }
 
 }  // namespace
@@ -313,36 +342,31 @@ void add_bench(CLI::App& app, Action& action) {
   CLI::App* command =
       app.add_subcommand("bench", "Time forward and backward of one layer or of a suite");
   auto options = std::make_shared<BenchCommand>();
-  command
-      ->add_option("--shape", options->shape,
-                   "One layer: tokens, model width, expert width, experts, top-K")
-      ->type_name("T,d,n,E,K");
-  command->add_option("--suite", options->suite, "cpu (default), paper (default on CUDA) or models")
-      ->type_name("NAME");
-  command
-      ->add_option("--dtype", options->dtype,
-                   "float32, bfloat16 or both; default: the suite's, float32 for --shape; on CUDA "
-                   "bfloat16")
-      ->type_name("DTYPE");
-  command->add_option("--tokens", options->tokens,
-                      "Use this many tokens in place of the suite's T");
-  command->add_option("--activation", options->activation, "Activation of the experts")
-      ->capture_default_str();
-  command->add_flag("--layer", options->with_router, "Time the whole layer with its router");
-  command->add_option("--workspace-limit", options->workspace_limit, "Bound of one call's scratch")
-      ->type_name("BYTES");
-  command
-      ->add_option("--repeats", options->repeats,
-                   "Most samples to time: a call each, on CUDA about 10 ms of calls")
-      ->capture_default_str();
-  command
-      ->add_option("--seconds", options->seconds, "Stop after this time (but not before 3 calls)")
-      ->capture_default_str();
-  command->add_option("--warmup", options->warmup, "Calls before timing")->capture_default_str();
-  command->add_option("--seed", options->seed, "Seed of the data")->capture_default_str();
-  command->add_flag("--no-check", options->without_check, "Do not check the results before timing");
+  constexpr int kMostCalls = 1'000'000;
+  add_option(*command, "--shape", options->shape, layer_shape(),
+             "One layer: tokens, model width, expert width, experts, top-K");
+  add_option(*command, "--suite", options->suite, one_of(suite_names()),
+             "cpu (default), paper (default on CUDA), models or coarse");
+  add_option(*command, "--dtype", options->dtypes, float_dtypes(),
+             "float32, bfloat16 or both; default: the suite's, float32 for --shape; on CUDA "
+             "bfloat16");
+  add_option(*command, "--tokens", options->tokens, integer<std::int64_t>(1, std::int64_t{1} << 31),
+             "Use this many tokens in place of the suite's T");
+  add_option(*command, "--activation", options->activation, enumerator(all_activations()),
+             "Activation of the experts");
+  add_flag(*command, "--layer", options->with_router, "Time the whole layer with its router");
+  add_option(*command, "--workspace-limit", options->workspace_limit, bytes(),
+             "Bound of one call's scratch");
+  add_option(*command, "--repeats", options->repeats, integer(1, kMostCalls),
+             "Most samples to time: a call each, on CUDA about 10 ms of calls");
+  add_option(*command, "--seconds", options->seconds, number(0, 1e6),
+             "Stop after this time (but not before 3 calls)");
+  add_option(*command, "--warmup", options->warmup, integer(0, kMostCalls), "Calls before timing");
+  add_option(*command, "--seed", options->seed, integer<std::uint64_t>(0), "Seed of the data");
+  add_flag(*command, "--no-check", options->without_check,
+           "Do not check the results before timing");
   options->run.add_to(*command);
-  command->add_flag("--json", options->json, "Print JSON");
+  add_flag(*command, "--json", options->json, "Print JSON");
   command->callback([&action, options] { action = [options] { return run(*options); }; });
 }
 

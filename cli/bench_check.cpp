@@ -232,7 +232,7 @@ class Rows {
 std::vector<std::unique_ptr<ExpertsRun>> run_references(const std::vector<Part>& parts) {
   std::vector<std::future<std::unique_ptr<ExpertsRun>>> running;
   for (const Part& part : parts) {
-    running.push_back(std::async(std::launch::async, [&part] { return part.run_reference(); }));
+    running.push_back(std::async([&part] { return part.run_reference(); }));
   }
   std::vector<std::unique_ptr<ExpertsRun>> results;
   for (auto& reference : running) results.push_back(reference.get());

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "sonicmoe/backend.hpp"
 #include "sonicmoe/memory.hpp"
 
 #if defined(__unix__)
@@ -34,6 +35,15 @@ MoEShape shape_of(const LayerShape& layer, DType dtype, const LayerOptions& opti
   shape.activation = options.activation;
   shape.dtype = dtype;
   return shape;
+}
+
+// The backend of the context's calls is the reference: named, or the only one of this build.
+bool serves_as_reference(const Context& context) {
+  if (!context.backend.empty() || !on_host(context.device)) return context.backend == "reference";
+  const auto list = backends();
+  return std::none_of(list.begin(), list.end(), [](const BackendInfo& backend) {
+    return backend.name == "cpu" && backend.available;
+  });
 }
 
 }  // namespace
@@ -138,6 +148,20 @@ std::size_t BenchLayer::total_bytes(const Context& context, const LayerShape& la
          estimate_memory(shape).kept() +
          moe_forward_workspace(context, shape, /*inference=*/false, limit).bytes +
          moe_backward_workspace(context, shape, limit).bytes;
+}
+
+double BenchLayer::reference_bytes(const Context& context, const LayerShape& shape,
+                                   const LayerOptions& options, bool with_check) {
+  // Weights and rows in float64 with their gradients; of a checked part also both in float32.
+  constexpr double kOfCalls = 16, kOfParts = 24, kCheckedTokens = 3;
+  const double d = static_cast<double>(shape.hidden_size), K = static_cast<double>(shape.top_k);
+  const double T = static_cast<double>(shape.num_tokens),
+               E = static_cast<double>(shape.num_experts);
+  const double expert =
+      (gate_factor(options.activation) + 1) * static_cast<double>(shape.intermediate_size) * d;
+  const double calls = serves_as_reference(context) ? E * expert + T * d : 0.0;
+  const double parts = with_check ? std::min(T, kCheckedTokens) * K * expert + T * K / E * d : 0.0;
+  return kOfCalls * calls + kOfParts * parts;
 }
 
 std::size_t BenchLayer::sets_to_rotate(Device device, std::size_t bytes_of_one) {

@@ -48,6 +48,10 @@ class BenchLayer {
   /// Bytes of all buffers of one BenchLayer.
   static std::size_t total_bytes(const Context& context, const LayerShape& shape, DType dtype,
                                  const LayerOptions& options);
+  /// Bytes of host memory that the float64 reference takes beside them: for check(), and for every
+  /// call where it is the backend.
+  static double reference_bytes(const Context& context, const LayerShape& shape,
+                                const LayerOptions& options, bool with_check);
   /// How many BenchLayers to take turns with, so that none finds its data in the last-level cache.
   static std::size_t sets_to_rotate(Device device, std::size_t bytes_of_one);
 

@@ -5,13 +5,17 @@
 #include <array>
 #include <cstdio>
 #include <exception>
+#include <limits>
 #include <memory>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "cli/command.hpp"
 #include "cli/options.hpp"
+#include "cli/resources.hpp"
 #include "cli/table.hpp"
 
 namespace sonicmoe::cli {
@@ -68,28 +72,34 @@ Random case_random(const CheckCommand& command, std::size_t operation, std::int6
   return Random{command.seed, operation, static_cast<std::uint64_t>(index)};
 }
 
+std::vector<std::string> operation_names() {
+  std::vector<std::string> names;
+  for (const CheckOperation& operation : kOperations) names.emplace_back(operation.name);
+  return names;
+}
+
+// Numbers of the operations asked for, in that order; none named: all.
 std::vector<std::size_t> selected_operations(const CheckCommand& command) {
+  const std::vector<std::string> known = operation_names();
   std::vector<std::size_t> selected;
-  std::string known;
-  for (const CheckOperation& operation : kOperations) {
-    known += (known.empty() ? "" : ", ") + std::string(operation.name);
+  for (const std::string& name : command.operations.empty() ? known : command.operations) {
+    const auto found = std::find(known.begin(), known.end(), name);
+    selected.push_back(static_cast<std::size_t>(found - known.begin()));
   }
-  for (const std::string& name : command.operations) {
-    const auto found = std::find_if(kOperations.begin(), kOperations.end(),
-                                    [&](const CheckOperation& o) { return o.name == name; });
-    if (found == kOperations.end()) throw usage_error("--op", "one of " + known, name);
-    selected.push_back(static_cast<std::size_t>(found - kOperations.begin()));
-  }
-  if (!selected.empty()) return selected;
-  for (std::size_t i = 0; i < kOperations.size(); ++i) selected.push_back(i);
   return selected;
 }
 
-// An exception in the middle of a case is a finding of that case.
+// An exception in the middle of a case is a finding of that case. Lack of memory or threads is not:
+// it says nothing about the operation.
 Findings run_case(const CheckOperation& operation, const Context& context, Random random) {
   try {
     return operation.run(context, random);
+  } catch (const std::bad_alloc&) {
+    throw;
+  } catch (const std::system_error&) {
+    throw;
   } catch (const std::exception& error) {
+    if (lacked_memory(error)) throw std::bad_alloc();  // no wrong result either
     Findings findings;
     findings.description = "error";
     findings.add(error.what());
@@ -139,8 +149,9 @@ Tally run_operation(const CheckCommand& command, const Context& context, std::si
                     Progress& progress, std::vector<Failure>& failures) {
   const CheckOperation& operation = kOperations[i];
   Tally tally{operation.name};
-  for (std::int64_t index = command.first; index < command.first + command.cases; ++index) {
-    progress.show(tally.operation + " " + std::to_string(index - command.first + 1) + "/" +
+  for (std::int64_t done = 0; done < command.cases; ++done) {
+    const std::int64_t index = command.first + done;
+    progress.show(tally.operation + " " + std::to_string(done + 1) + "/" +
                   std::to_string(command.cases));
     const Findings findings = run_case(operation, context, case_random(command, i, index));
     ++(findings.passed() ? tally.passed : tally.failed);
@@ -154,12 +165,15 @@ Tally run_operation(const CheckCommand& command, const Context& context, std::si
   return tally;
 }
 
-int run(const CheckCommand& command) {
+int run(CheckCommand command) {
   const Context context = command.run.context();
-  if (command.cases < 1)
-    throw usage_error("--cases", "a positive number", std::to_string(command.cases));
-  if (command.first < 0)
-    throw usage_error("--first", "a number >= 0", std::to_string(command.first));
+  const std::int64_t last = std::numeric_limits<std::int64_t>::max();
+  if (command.cases - 1 > last - command.first) {
+    throw usage_error("--cases",
+                      "at most " + std::to_string(last - command.first + 1) + " with --first " +
+                          std::to_string(command.first),
+                      std::to_string(command.cases));
+  }
 
   std::vector<Tally> tallies;
   std::vector<Failure> failures;
@@ -178,14 +192,15 @@ void add_check(CLI::App& app, Action& action) {
   CLI::App* command = app.add_subcommand(
       "check", "Self-test of every operation against float64 definitions on random shapes");
   auto options = std::make_shared<CheckCommand>();
-  command->add_option("--op", options->operations, "Operations to check; default: all")
-      ->type_name("NAME")
-      ->delimiter(',');
-  command->add_option("--seed", options->seed, "Seed of shapes and data")->capture_default_str();
-  command->add_option("--first", options->first, "Number of the first case")->capture_default_str();
-  command->add_option("--cases", options->cases, "Cases per operation")->capture_default_str();
+  add_list_option(*command, "--op", options->operations, one_of(operation_names()),
+                  "Operations to check; default: all");
+  add_option(*command, "--seed", options->seed, integer<std::uint64_t>(0),
+             "Seed of shapes and data");
+  add_option(*command, "--first", options->first, integer<std::int64_t>(0),
+             "Number of the first case");
+  add_option(*command, "--cases", options->cases, integer<std::int64_t>(1), "Cases per operation");
   options->run.add_to(*command);
-  command->add_flag("--json", options->json, "Print JSON");
+  add_flag(*command, "--json", options->json, "Print JSON");
   command->callback([&action, options] { action = [options] { return run(*options); }; });
 }
 

@@ -1,10 +1,14 @@
 #include "cli/device_buffer.hpp"
 
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
 #include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
 
+#include "cli/resources.hpp"
 #include "sonicmoe/backend.hpp"
 
 #if defined(SONICMOE_HAS_CUDA)
@@ -56,16 +60,39 @@ void cuda_fill(Device, void*, int, std::size_t) { no_cuda(); }
 void cuda_synchronize(Device) { no_cuda(); }
 #endif
 
+// Bytes of all buffers on the host. The system grants more than there is, and ends the process when
+// it is written to.
+std::atomic<std::size_t> host_bytes{0};
+
+void* host_allocate(std::size_t bytes) {
+  static const std::size_t memory = usable_host_memory();
+  const std::size_t budget = memory == 0 ? SIZE_MAX : memory / 10 * 9;
+  if (host_bytes.fetch_add(bytes) > budget - std::min(budget, bytes)) {
+    host_bytes -= bytes;
+    throw std::bad_alloc();
+  }
+  void* data = ::operator new(bytes, kAlignment, std::nothrow);
+  if (data == nullptr) {
+    host_bytes -= bytes;
+    throw std::bad_alloc();
+  }
+  return data;
+}
+void host_free(void* data, std::size_t bytes) {
+  ::operator delete(data, kAlignment);
+  host_bytes -= bytes;
+}
+
 }  // namespace
 
-DeviceBuffer::DeviceBuffer(Device device, std::size_t bytes) : device_(device) {
-  void* data = on_host(device) ? ::operator new(bytes, kAlignment) : cuda_allocate(device, bytes);
+DeviceBuffer::DeviceBuffer(Device device, std::size_t bytes) : device_(device), bytes_(bytes) {
+  void* data = on_host(device) ? host_allocate(bytes) : cuda_allocate(device, bytes);
   data_ = static_cast<std::byte*>(data);
 }
 
 DeviceBuffer::~DeviceBuffer() {
   if (on_host(device_)) {
-    ::operator delete(data_, kAlignment);
+    host_free(data_, bytes_);
   } else {
     cuda_free(data_);
   }
@@ -95,6 +122,7 @@ void synchronize(Device device) {
 }
 
 std::size_t memory_bytes_of(Device device) {
+  if (on_host(device)) return usable_host_memory();
   for (const DeviceInfo& info : devices()) {
     if (same_device(info.device, device)) return info.memory_bytes;
   }

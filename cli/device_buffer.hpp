@@ -10,7 +10,8 @@ namespace sonicmoe::cli {
 /// Uninitialised bytes on a device, aligned to at least 64, freed with the object.
 class DeviceBuffer {
  public:
-  /// Errors: std::bad_alloc where the device has not enough memory left.
+  /// Errors: std::bad_alloc where the device has not enough memory left, or where all buffers on
+  /// the host together would pass 90% of what the process may use.
   DeviceBuffer(Device device, std::size_t bytes);
   ~DeviceBuffer();
   DeviceBuffer(const DeviceBuffer&) = delete;
@@ -21,6 +22,7 @@ class DeviceBuffer {
 
  private:
   Device device_;
+  std::size_t bytes_;
   std::byte* data_ = nullptr;
 };
 
@@ -36,7 +38,7 @@ void copy_bytes(Device to_device, void* to, Device from_device, const void* from
 void fill_bytes(Device device, void* data, int value, std::size_t bytes);
 /// Returns when everything handed to the device has ended. Nothing to do for the CPU.
 void synchronize(Device device);
-/// Total memory of a device of devices(), 0 where it is not known.
+/// Memory of a device of devices() that this process may use, 0 where it is not known.
 std::size_t memory_bytes_of(Device device);
 
 }  // namespace sonicmoe::cli

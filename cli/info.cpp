@@ -55,7 +55,7 @@ void print_text() {
 void add_info(CLI::App& app, Action& action) {
   CLI::App* command = app.add_subcommand("info", "Version, backends (and why one is off), devices");
   auto json = std::make_shared<bool>(false);
-  command->add_flag("--json", *json, "Print JSON");
+  add_flag(*command, "--json", *json, "Print JSON");
   command->callback([&action, json] {
     action = [json] {
       *json ? print_json() : print_text();

@@ -1,10 +1,15 @@
 // sonicmoe: the library from the command line. Every subcommand lives in a file of its own.
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <sstream>
 #include <string>
+#include <system_error>
+#include <vector>
 
 #include "cli/command.hpp"
+#include "cli/output.hpp"
 #include "sonicmoe/error.hpp"
 #include "sonicmoe/version.hpp"
 
@@ -12,31 +17,73 @@ namespace {
 
 using namespace sonicmoe::cli;
 
-// Errors are one line, whatever the message was made of.
-int report(std::string message, int status) {
-  while (!message.empty() && message.back() == '\n') message.pop_back();
-  for (char& c : message) {
-    if (c == '\n') c = ' ';
-  }
-  const char* prefix = message.starts_with("sonicmoe: ") ? "" : "sonicmoe: ";
-  std::fprintf(stderr, "%s%s\n", prefix, message.c_str());
-  return status;
-}
-
-// CLI11 would call an unknown subcommand an unexpected argument; say what is known instead.
-std::string unknown_subcommand(const CLI::App& app, int argc, char** argv) {
-  if (argc < 2 || argv[1][0] == '-') return {};
-  std::string known;
+std::string subcommand_names(const CLI::App& app) {
+  std::string names;
   for (const CLI::App* sub : app.get_subcommands([](const CLI::App*) { return true; })) {
-    if (sub->get_name() == argv[1]) return {};
-    known += (known.empty() ? "" : ", ") + sub->get_name();
+    names += (names.empty() ? "" : ", ") + sub->get_name();
   }
-  return "unknown subcommand \"" + std::string(argv[1]) + "\", expected one of " + known;
+  return names;
 }
 
-}  // namespace
+// A value given to a flag or missing behind an option, or empty.
+std::string explain_value(const CLI::App& command, const std::vector<std::string>& words) {
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    const std::string name = words[i].substr(0, words[i].find('='));
+    const CLI::Option* option = command.get_option_no_throw(name);
+    if (option == nullptr || !name.starts_with("-")) continue;
+    const bool last = i + 1 == words.size();
+    if (option->get_items_expected_max() == 0) {
+      if (name.size() < words[i].size() || (!last && words[i + 1].empty())) {
+        return name + ": expected no value, got \"" + words[i].substr(name.size()).erase(0, 1) +
+               "\"";
+      }
+    } else if (name == words[i]) {
+      if (last) return name + ": expected a value, got none";
+      ++i;
+    }
+  }
+  return {};
+}
 
-int main(int argc, char** argv) {
+// CLI11 calls an unknown subcommand or option an unexpected argument, or misses a subcommand; say
+// what was not understood and what would be.
+std::string explain(const CLI::App& app, const std::vector<std::string>& words,
+                    const CLI::ParseError& error) {
+  const auto used = app.get_subcommands();
+  if (used.empty()) {
+    const std::string expected =
+        "expected one of " + subcommand_names(app) + "; sonicmoe --help explains them";
+    if (words.empty()) return "no subcommand, " + expected;
+    const bool option = words.front().starts_with("-");
+    return std::string("unknown ") + (option ? "option" : "subcommand") + " \"" + words.front() +
+           "\", " + expected;
+  }
+  const std::string name = used.front()->get_name();
+  const std::string advice = "; sonicmoe " + name + " --help lists what it takes";
+  if (const std::string value = explain_value(*used.front(), words); !value.empty()) return value;
+  const std::vector<std::string> unknown = app.remaining(/*recurse=*/true);
+  if (unknown.empty()) return error.what() + advice;
+  const auto option = std::find_if(unknown.begin(), unknown.end(),
+                                   [](const std::string& word) { return word.starts_with("-"); });
+  if (option != unknown.end()) return name + ": unknown option \"" + *option + "\"" + advice;
+  return name + ": unexpected argument \"" + unknown.front() + "\"" + advice;
+}
+
+// The words of the command line. CLI11 would take the next word for the value of "--name=", which a
+// shell makes of --name=$UNSET.
+std::vector<std::string> words_of(int argc, char** argv) {
+  std::vector<std::string> words;
+  for (int i = 1; i < argc; ++i) {
+    std::string word = argv[i];
+    const bool empty_value = word.starts_with("--") && word.find('=') + 1 == word.size();
+    if (empty_value) word.pop_back();
+    words.push_back(std::move(word));
+    if (empty_value) words.emplace_back();
+  }
+  return words;
+}
+
+int parse_and_run(int argc, char** argv) {
   CLI::App app{"Mixture-of-Experts layers (SonicMoE): inspect, check and time the library.",
                "sonicmoe"};
   app.set_version_flag("--version", "sonicmoe " + std::string(sonicmoe::version()));
@@ -49,21 +96,36 @@ int main(int argc, char** argv) {
   add_memory(app, action);
   add_route(app, action);
 
+  const std::vector<std::string> words = words_of(argc, argv);
   try {
-    app.parse(argc, argv);
+    app.parse(std::vector<std::string>(words.rbegin(), words.rend()));
   } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) return app.exit(error);
-    const std::string unknown = unknown_subcommand(app, argc, argv);
-    return report(unknown.empty() ? error.what() : unknown, kUsage);
+    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) {  // --help, --version
+      std::ostringstream text;
+      app.exit(error, text);
+      std::fputs(text.str().c_str(), stdout);
+      return kSuccess;
+    }
+    report(explain(app, words, error));
+    return kUsage;
   }
+  return action();
+}
 
+}  // namespace
+
+int main(int argc, char** argv) {
+  prepare_streams();
+  int status = kFailure;
   try {
-    return action();
+    status = parse_and_run(argc, argv);
   } catch (const sonicmoe::Error& error) {
-    return report(error.what(), kUsage);
-  } catch (const std::bad_alloc&) {
-    return report("not enough memory for this request", kFailure);
+    report(error.what());
+    status = kUsage;
+  } catch (const std::bad_alloc&) {  // nothing here may allocate
+    std::fputs("sonicmoe: not enough memory for this request\n", stderr);
   } catch (const std::exception& error) {
-    return report(error.what(), kFailure);
+    report(error.what());
   }
+  return finish_output(status);
 }

@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
-#include <functional>
+#include <initializer_list>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cli/command.hpp"
 #include "cli/options.hpp"
@@ -19,14 +21,14 @@ namespace sonicmoe::cli {
 namespace {
 
 struct MemoryCommand {
-  std::string shape = "32768,2048,1024,64,8";
-  std::string dtype = "bfloat16";
-  std::string activation = "swiglu";
-  std::string workspace_limit;
-  std::string gpu;
+  LayerShape shape{32768, 2048, 1024, 64, 8};
+  DType dtype = DType::kBFloat16;
+  Activation activation = Activation::kSwiGLU;
+  std::optional<std::size_t> workspace_limit;
+  std::optional<std::size_t> gpu;
   std::int64_t layers = 1;
-  double parameter_bytes = 0.0;  // per parameter; 0: weight and gradient in the dtype
-  std::string other;             // bytes of the rest of the model that do not grow with the tokens
+  std::optional<double> parameter_bytes;  // per parameter; else weight and gradient in the dtype
+  std::size_t other = 0;         // bytes of the rest of the model that do not grow with the tokens
   double other_per_token = 0.0;  // bytes
   bool json = false;
 };
@@ -38,17 +40,35 @@ struct Gpu {
 constexpr std::array<Gpu, 4> kGpus{
     {{"a100-40gb", 39.0}, {"a100-80gb", 79.0}, {"h100-80gb", 79.0}, {"h200", 139.0}}};
 
-std::size_t gpu_bytes(const std::string& text) {
+Parser<std::size_t> gpu_bytes() {
   std::string known;
-  for (const Gpu& gpu : kGpus) {
-    if (text == gpu.name) return static_cast<std::size_t>(gpu.gib * 1024 * 1024 * 1024);
-    known += std::string(gpu.name) + ", ";
+  for (const Gpu& gpu : kGpus) known += std::string(gpu.name) + ", ";
+  return {"GPU", known + "or " + bytes().expected,
+          [](std::string_view text) -> std::optional<std::size_t> {
+            for (const Gpu& gpu : kGpus) {
+              if (text == gpu.name) return static_cast<std::size_t>(gpu.gib * 1024 * 1024 * 1024);
+            }
+            return bytes().parse(text);
+          }};
+}
+
+// Sums and products of bytes that the options make as large as they like.
+// Errors: std::overflow_error from 2^63 on.
+std::size_t sum(std::initializer_list<std::size_t> terms) {
+  std::int64_t total = 0;
+  for (const std::size_t term : terms) {
+    if (__builtin_add_overflow(total, term, &total)) throw std::overflow_error("bytes");
   }
-  try {
-    return parse_bytes("--gpu", text);
-  } catch (const Error&) {
-    throw usage_error("--gpu", known + "or bytes such as 24GiB", text);
-  }
+  return static_cast<std::size_t>(total);
+}
+std::size_t product(std::size_t a, std::size_t b) {
+  std::int64_t result = 0;
+  if (__builtin_mul_overflow(a, b, &result)) throw std::overflow_error("bytes");
+  return static_cast<std::size_t>(result);
+}
+std::size_t whole_bytes(double bytes) {
+  if (!(bytes < 0x1p63)) throw std::overflow_error("bytes");
+  return static_cast<std::size_t>(bytes);
 }
 
 // Everything of one implementation at one number of tokens, in bytes.
@@ -60,36 +80,39 @@ struct Footprint {
   std::size_t peak_backward = 0;  // transients plus dO and dX
   std::size_t other = 0;          // of the whole model
 
+  std::size_t kept(std::int64_t layers) const {
+    return product(static_cast<std::size_t>(layers), layer.kept());
+  }
   std::size_t total(std::int64_t layers) const {
-    return static_cast<std::size_t>(layers) * (parameters + input + layer.kept()) +
-           std::max(peak_forward, peak_backward) + other;
+    return sum({product(static_cast<std::size_t>(layers), sum({parameters, input, layer.kept()})),
+                std::max(peak_forward, peak_backward), other});
   }
 };
 
 class Model {
  public:
-  explicit Model(const MemoryCommand& command) : layers_(command.layers) {
-    if (command.layers < 1 || command.layers > 100000) {
-      throw usage_error("--layers", "1 to 100000", std::to_string(command.layers));
+  explicit Model(const MemoryCommand& command)
+      : shape_(command.shape),
+        layers_(command.layers),
+        dtype_(command.dtype),
+        activation_(command.activation),
+        limit_(command.workspace_limit),
+        parameter_bytes_(
+            command.parameter_bytes.value_or(2.0 * static_cast<double>(size_of(command.dtype)))),
+        other_(command.other),
+        other_per_token_(command.other_per_token) {
+    require_countable_bytes("--shape", shape_, activation_);
+    try {
+      for (const Footprint& f : {ours(shape_.num_tokens), scattermoe(shape_.num_tokens)}) {
+        f.total(layers_);
+      }
+    } catch (const std::overflow_error&) {
+      throw usage_error("--shape", "with the other options a model whose bytes stay below 2^63",
+                        shape_.to_string() + " --layers " + std::to_string(layers_) +
+                            " --parameter-bytes " + format_fixed(parameter_bytes_, 1) +
+                            " --other-bytes " + std::to_string(other_) +
+                            " --other-bytes-per-token " + format_fixed(other_per_token_, 1));
     }
-    shape_ = parse_layer_shape(command.shape);
-    dtype_ = parse_float_dtype(command.dtype);
-    activation_ = activation_from_name(command.activation);
-    if (!command.workspace_limit.empty()) {
-      limit_ = parse_bytes("--workspace-limit", command.workspace_limit);
-    }
-    if (command.parameter_bytes < 0.0) {
-      throw usage_error("--parameter-bytes", "a number >= 0",
-                        std::to_string(command.parameter_bytes));
-    }
-    if (!command.other.empty()) other_ = parse_bytes("--other-bytes", command.other);
-    if (command.other_per_token < 0.0) {
-      throw usage_error("--other-bytes-per-token", "a number >= 0",
-                        std::to_string(command.other_per_token));
-    }
-    other_per_token_ = command.other_per_token;
-    parameter_bytes_ = command.parameter_bytes > 0.0 ? command.parameter_bytes
-                                                     : 2.0 * static_cast<double>(size_of(dtype_));
   }
 
   MoEShape shape(std::int64_t tokens) const {
@@ -114,11 +137,18 @@ class Model {
   /// The most tokens whose total is within `bytes`; 0 when the parameters alone do not fit.
   std::int64_t tokens_that_fit(std::size_t bytes, bool scattermoe_formula) const {
     const auto fits = [&](std::int64_t tokens) {
-      const Footprint f = scattermoe_formula ? scattermoe(tokens) : ours(tokens);
-      return f.total(layers_) <= bytes;
+      LayerShape enlarged = shape_;
+      enlarged.num_tokens = tokens;
+      if (!enlarged.has_countable_bytes(activation_)) return false;
+      try {
+        const Footprint f = scattermoe_formula ? scattermoe(tokens) : ours(tokens);
+        return f.total(layers_) <= bytes;
+      } catch (const std::overflow_error&) {
+        return false;
+      }
     };
-    std::int64_t low = 0;  // fits, or nothing does
-    std::int64_t high = std::int64_t{1} << 28;
+    std::int64_t low = 0, high = 1;  // low fits, or nothing does
+    while (fits(high)) low = std::exchange(high, 2 * high);
     while (high - low > 1) {
       const std::int64_t middle = low + (high - low) / 2;
       (fits(middle) ? low : high) = middle;
@@ -139,10 +169,10 @@ class Model {
         static_cast<double>(sonicmoe::parameter_bytes(s)) / static_cast<double>(size_of(dtype_));
     return {estimate,
             x,
-            static_cast<std::size_t>(parameters * parameter_bytes_),
+            whole_bytes(parameters * parameter_bytes_),
             estimate.transient_forward + x,
             estimate.transient_backward + 2 * x,
-            other_ + static_cast<std::size_t>(other_per_token_ * static_cast<double>(tokens))};
+            sum({other_, whole_bytes(other_per_token_ * static_cast<double>(tokens))})};
   }
 
   LayerShape shape_;
@@ -159,7 +189,7 @@ nlohmann::ordered_json to_json(const Footprint& f, std::int64_t layers) {
   return {{"kept_h_bytes", f.layer.kept_h},
           {"kept_metadata_bytes", f.layer.kept_metadata},
           {"kept_bytes", f.layer.kept()},
-          {"kept_bytes_all_layers", f.layer.kept() * static_cast<std::size_t>(layers)},
+          {"kept_bytes_all_layers", f.kept(layers)},
           {"transient_forward_bytes", f.layer.transient_forward},
           {"transient_backward_bytes", f.layer.transient_backward},
           {"input_bytes", f.input},
@@ -206,7 +236,7 @@ void print_text(const Model& model, std::optional<std::size_t> gpu) {
   add("kept, one layer", ours.layer.kept(), scatter.layer.kept());
   add("  activations", ours.layer.kept_h, scatter.layer.kept_h);
   add("  routing", ours.layer.kept_metadata, scatter.layer.kept_metadata);
-  add("kept, all layers", layers * ours.layer.kept(), layers * scatter.layer.kept());
+  add("kept, all layers", ours.kept(model.layers()), scatter.kept(model.layers()));
   add("transient, forward", ours.layer.transient_forward, scatter.layer.transient_forward);
   add("transient, backward", ours.layer.transient_backward, scatter.layer.transient_backward);
   add("input X, one layer", ours.input, scatter.input);
@@ -231,9 +261,7 @@ void print_text(const Model& model, std::optional<std::size_t> gpu) {
 
 int run(const MemoryCommand& command) {
   const Model model(command);
-  std::optional<std::size_t> gpu;
-  if (!command.gpu.empty()) gpu = gpu_bytes(command.gpu);
-  command.json ? print_json(model, gpu) : print_text(model, gpu);
+  command.json ? print_json(model, command.gpu) : print_text(model, command.gpu);
   return kSuccess;
 }
 
@@ -243,38 +271,25 @@ void add_memory(CLI::App& app, Action& action) {
   CLI::App* command = app.add_subcommand(
       "memory", "Bytes kept and transient, beside ScatterMoE, and the tokens that fit a GPU");
   auto options = std::make_shared<MemoryCommand>();
-  command
-      ->add_option("--shape", options->shape,
-                   "Layer: tokens, model width, expert width, experts, top-K")
-      ->type_name("T,d,n,E,K")
-      ->capture_default_str();
-  command->add_option("--layers", options->layers, "MoE layers of the model")
-      ->capture_default_str();
-  command->add_option("--dtype", options->dtype, "float32 or bfloat16")->capture_default_str();
-  command->add_option("--activation", options->activation, "Activation of the experts")
-      ->capture_default_str();
-  command
-      ->add_option("--workspace-limit", options->workspace_limit,
-                   "Bound of one call's scratch (slabs of columns), e.g. 512MiB")
-      ->type_name("BYTES");
-  command
-      ->add_option("--parameter-bytes", options->parameter_bytes,
-                   "Bytes per parameter for weight, gradient and optimizer state together; "
-                   "default: weight and gradient in the dtype")
-      ->type_name("N");
-  command
-      ->add_option("--other-bytes", options->other,
-                   "The rest of the model: attention, embeddings, loss, optimizer")
-      ->type_name("BYTES");
-  command
-      ->add_option("--other-bytes-per-token", options->other_per_token,
-                   "What of the rest grows with the tokens")
-      ->type_name("N");
-  command
-      ->add_option("--gpu", options->gpu,
-                   "Print the tokens that fit: h100-80gb, h200, a100-40gb, a100-80gb or bytes")
-      ->type_name("GPU");
-  command->add_flag("--json", options->json, "Print JSON");
+  add_option(*command, "--shape", options->shape, layer_shape(),
+             "Layer: tokens, model width, expert width, experts, top-K");
+  add_option(*command, "--layers", options->layers, integer<std::int64_t>(1, 100000),
+             "MoE layers of the model");
+  add_option(*command, "--dtype", options->dtype, float_dtype(), "float32 or bfloat16");
+  add_option(*command, "--activation", options->activation, enumerator(all_activations()),
+             "Activation of the experts");
+  add_option(*command, "--workspace-limit", options->workspace_limit, bytes(),
+             "Bound of one call's scratch (slabs of columns), e.g. 512MiB");
+  add_option(*command, "--parameter-bytes", options->parameter_bytes, number(0, 1024),
+             "Bytes per parameter for weight, gradient and optimizer state together; "
+             "default: weight and gradient in the dtype");
+  add_option(*command, "--other-bytes", options->other, bytes(),
+             "The rest of the model: attention, embeddings, loss, optimizer");
+  add_option(*command, "--other-bytes-per-token", options->other_per_token, number(0, 1e9),
+             "What of the rest grows with the tokens");
+  add_option(*command, "--gpu", options->gpu, gpu_bytes(),
+             "Print the tokens that fit: h100-80gb, h200, a100-40gb, a100-80gb or bytes");
+  add_flag(*command, "--json", options->json, "Print JSON");
   command->callback([&action, options] { action = [options] { return run(*options); }; });
 }
 

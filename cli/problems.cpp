@@ -21,15 +21,11 @@ std::vector<std::string> suite_names() {
 }
 
 Suite find_suite(const std::string& name) {
-  if (!suites().contains(name)) {
-    std::string known;
-    for (const std::string& entry : suite_names()) known += (known.empty() ? "" : ", ") + entry;
-    throw usage_error("--suite", "one of " + known, name);
-  }
   const nlohmann::json& entry = suites().at(name);
   Suite suite{name, {}, {}};
   for (const auto& dtype : entry.at("dtypes")) {
-    suite.dtypes.push_back(parse_float_dtype(dtype.get<std::string>()));
+    suite.dtypes.push_back(
+        parse_value("bench/problems.json", float_dtype(), dtype.get<std::string>()));
   }
   for (const auto& problem : entry.at("problems")) {
     const auto sizes = problem.at("shape").get<std::vector<std::int64_t>>();

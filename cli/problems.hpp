@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "cli/options.hpp"
+#include "cli/parsers.hpp"
 
 namespace sonicmoe::cli {
 
@@ -20,7 +20,7 @@ struct Suite {
 };
 
 std::vector<std::string> suite_names();
-/// Errors: an unknown name (the message lists the known ones).
+/// `name` is one of suite_names().
 Suite find_suite(const std::string& name);
 
 }  // namespace sonicmoe::cli

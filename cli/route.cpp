@@ -3,11 +3,11 @@
 #include <array>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <set>
+#include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cli/command.hpp"
@@ -24,17 +24,18 @@ namespace {
 constexpr std::array kPolicies{RoundingPolicy::kNearest,  RoundingPolicy::kUp,
                                RoundingPolicy::kDown,     RoundingPolicy::kStochastic,
                                RoundingPolicy::kBalanced, RoundingPolicy::kNearestScore};
+constexpr std::array kScorings{Scoring::kTopKSoftmax, Scoring::kSoftmaxTopK, Scoring::kSigmoidTopK};
 
 struct RouteCommand {
   RunOptions run;
-  std::int64_t tokens = 4096;
-  std::int64_t experts = 32;
+  std::optional<std::int64_t> tokens;   // else those of the file, or kTokens
+  std::optional<std::int64_t> experts;  // else those of the file, or kExperts
+  std::optional<double> skew;           // of random logits
+  std::string logits_file;
   std::int64_t top_k = 4;
   std::uint64_t seed = 0;
-  double skew = 0.5;
-  std::string logits_file;
-  std::string scoring = "softmax_topk";
-  std::vector<std::string> policies;
+  Scoring scoring = Scoring::kSoftmaxTopK;
+  std::vector<RoundingPolicy> policies;
   std::vector<std::int64_t> tiles;
   bool json = false;
 };
@@ -63,47 +64,100 @@ std::int64_t padding(const std::vector<std::int32_t>& counts, std::int64_t tile)
   return padded;
 }
 
-// Standard normal logits; expert e is (e + 1)^skew times less likely than expert 0.
-Tensor make_logits(const RouteCommand& command) {
-  Random random(command.seed);
-  Tensor logits(DType::kFloat32, {command.tokens, command.experts});
-  for (std::size_t i = 0; i < logits.count(); ++i) {
-    const auto e = static_cast<double>(i % static_cast<std::size_t>(command.experts));
-    logits.set(i, static_cast<float>(random.normal() - command.skew * std::log1p(e)));
+void check_sizes(const RouteCommand& command, std::int64_t T, std::int64_t E) {
+  if (command.top_k > E) {
+    throw usage_error("--top-k", "1 to the number of experts (" + std::to_string(E) + ")",
+                      std::to_string(command.top_k));
   }
-  return logits;
+  for (const std::int64_t tile : command.tiles) {
+    if (tile <= T) continue;
+    throw usage_error("--tile", "1 to the number of tokens (" + std::to_string(T) + ")",
+                      std::to_string(tile));
+  }
 }
 
-Tensor load_logits(RouteCommand& command) {
-  const Matrix matrix = read_npy(command.logits_file);
-  if (matrix.values.empty()) {
-    throw usage_error("--logits", "at least one token and one expert", command.logits_file);
+// What is rounded.
+struct RouteProblem {
+  std::int64_t T, E, K;
+  Tensor logits;       // [T, E] on the host
+  std::string origin;  // of the logits, in words
+};
+
+// More than the process may use would end it, or the machine's other work, while the data are made.
+void require_memory(const RouteCommand& command, const Context& context, std::int64_t T,
+                    std::int64_t E, std::int64_t K) {
+  const std::size_t memory = memory_bytes_of(context.device);
+  const double limit = memory > 0 ? 0.9 * static_cast<double>(memory) : 0x1p60;
+  double needed = 4.0 * static_cast<double>(T) * static_cast<double>(E);
+  if (needed <= limit) {  // else the other sizes need not be countable
+    const std::int64_t longest_tile = *std::max_element(command.tiles.begin(), command.tiles.end());
+    needed += static_cast<double>(round_tokens_workspace_bytes(context, T, E, K)) +
+              12.0 * (static_cast<double>(T) * static_cast<double>(2 * K) +
+                      static_cast<double>(E) * static_cast<double>(longest_tile));
   }
-  command.tokens = matrix.rows;
-  command.experts = matrix.columns;
-  Tensor logits(DType::kFloat32, {matrix.rows, matrix.columns});
-  std::copy(matrix.values.begin(), matrix.values.end(), logits.as<float>());
-  return logits;
+  if (needed <= limit) return;
+  throw usage_error(
+      command.logits_file.empty() ? "--tokens" : "--logits",
+      "logits and scratch of at most " + format_bytes(limit) +
+          ", 90% of the memory that this process may use",
+      std::to_string(T) + " tokens and " + std::to_string(E) + " experts, " + format_bytes(needed));
+}
+
+// Standard normal logits; expert e is (e + 1)^skew times less likely than expert 0.
+RouteProblem random_problem(const RouteCommand& command, const Context& context) {
+  constexpr std::int64_t kTokens = 4096, kExperts = 32;
+  constexpr double kSkew = 0.5;
+  const std::int64_t T = command.tokens.value_or(kTokens), E = command.experts.value_or(kExperts);
+  const double skew = command.skew.value_or(kSkew);
+  check_sizes(command, T, E);
+  require_memory(command, context, T, E, command.top_k);
+  RouteProblem problem{T, E, command.top_k, Tensor(DType::kFloat32, {T, E}),
+                       "seed " + std::to_string(command.seed) + ", skew " + format_fixed(skew, 2)};
+  Random random(command.seed);
+  for (std::size_t i = 0; i < problem.logits.count(); ++i) {
+    const auto e = static_cast<double>(i % static_cast<std::size_t>(E));
+    problem.logits.set(i, static_cast<float>(random.normal() - skew * std::log1p(e)));
+  }
+  return problem;
+}
+
+// The file decides tokens and experts; options that say something else are not passed over.
+RouteProblem problem_of_file(const RouteCommand& command, const Context& context) {
+  if (command.skew) {
+    throw usage_error("--skew", "none beside --logits", format_fixed(*command.skew, 2));
+  }
+  const Matrix matrix = read_npy("--logits", command.logits_file);
+  const auto require_same = [&](const char* option, std::optional<std::int64_t> given,
+                                std::int64_t held) {
+    if (!given || *given == held) return;
+    throw usage_error(option, std::to_string(held) + " as in " + command.logits_file,
+                      std::to_string(*given));
+  };
+  require_same("--tokens", command.tokens, matrix.rows);
+  require_same("--experts", command.experts, matrix.columns);
+  check_sizes(command, matrix.rows, matrix.columns);
+  require_memory(command, context, matrix.rows, matrix.columns, command.top_k);
+  RouteProblem problem{matrix.rows, matrix.columns, command.top_k,
+                       Tensor(DType::kFloat32, {matrix.rows, matrix.columns}), command.logits_file};
+  std::copy(matrix.values.begin(), matrix.values.end(), problem.logits.as<float>());
+  return problem;
 }
 
 // Which pairs rounding dropped and added, which tokens it left without any. Tensors on the host.
-void compare_pairs(Outcome& outcome, const RouteCommand& command, const Tensor& topk_ids,
+void compare_pairs(Outcome& outcome, const RouteProblem& problem, const Tensor& topk_ids,
                    const Tensor& token_ids, const Tensor& expert_ids) {
-  const auto K = static_cast<std::size_t>(command.top_k);
-  std::set<std::pair<std::int32_t, std::int32_t>> chosen;  // (token, expert) of token choice
-  for (std::size_t i = 0; i < topk_ids.count(); ++i) {
-    chosen.emplace(static_cast<std::int32_t>(i / K), topk_ids.as<std::int32_t>()[i]);
-  }
-  std::vector<bool> has_row(static_cast<std::size_t>(command.tokens), false);
+  std::vector<bool> has_row(static_cast<std::size_t>(problem.T), false);
   std::int64_t kept = 0;
   for (std::size_t p = 0; p < token_ids.count(); ++p) {
     const std::int32_t token = token_ids.as<std::int32_t>()[p];
     if (token < 0) continue;
     has_row[static_cast<std::size_t>(token)] = true;
-    const bool was_chosen = chosen.contains({token, expert_ids.as<std::int32_t>()[p]});
+    const std::int32_t* chosen = topk_ids.as<std::int32_t>() + token * problem.K;
+    const std::int32_t* end = chosen + problem.K;
+    const bool was_chosen = std::find(chosen, end, expert_ids.as<std::int32_t>()[p]) != end;
     ++(was_chosen ? kept : outcome.added);
   }
-  outcome.dropped = command.tokens * command.top_k - kept;
+  outcome.dropped = problem.T * problem.K - kept;
   outcome.empty_tokens = std::count(has_row.begin(), has_row.end(), false);
 }
 
@@ -113,12 +167,12 @@ std::vector<std::int32_t> to_vector(const Tensor& tensor) {
 }
 
 // `logits` on the context's device.
-Outcome round(const Context& context, const RouteCommand& command, const Tensor& logits,
-              RoundingPolicy policy, std::int64_t tile) {
-  const std::int64_t T = command.tokens, E = command.experts, K = command.top_k;
+Outcome round(const Context& context, const RouteCommand& command, const RouteProblem& problem,
+              const Tensor& logits, RoundingPolicy policy, std::int64_t tile) {
+  const std::int64_t T = problem.T, E = problem.E, K = problem.K;
   RoundTokensForwardArgs args;
   args.options.top_k = K;
-  args.options.scoring = scoring_from_name(command.scoring);
+  args.options.scoring = command.scoring;
   args.rounding.tile = tile;
   args.rounding.policy = policy;
   args.rounding.seed = command.seed;
@@ -142,16 +196,17 @@ Outcome round(const Context& context, const RouteCommand& command, const Tensor&
   round_tokens_forward(context, args);
 
   Outcome outcome{policy, tile, to_vector(before), to_vector(after), 0, 0, 0};
-  compare_pairs(outcome, command, topk_ids.to_host(), token_ids.to_host(), expert_ids.to_host());
+  compare_pairs(outcome, problem, topk_ids.to_host(), token_ids.to_host(), expert_ids.to_host());
   return outcome;
 }
 
-void print_json(const RouteCommand& command, const std::vector<Outcome>& outcomes) {
+void print_json(const RouteCommand& command, const RouteProblem& problem,
+                const std::vector<Outcome>& outcomes) {
   nlohmann::ordered_json root;
-  root["tokens"] = command.tokens;
-  root["experts"] = command.experts;
-  root["top_k"] = command.top_k;
-  root["scoring"] = command.scoring;
+  root["tokens"] = problem.T;
+  root["experts"] = problem.E;
+  root["top_k"] = problem.K;
+  root["scoring"] = name_of(command.scoring);
   root["seed"] = command.seed;
   root["outcomes"] = nlohmann::ordered_json::array();
   for (const Outcome& o : outcomes) {
@@ -242,57 +297,31 @@ void print_histogram(const Outcome& o) {
   }
 }
 
-void check_options(const RouteCommand& command) {
-  const auto require = [](bool condition, const char* option, const char* expected,
-                          std::int64_t actual) {
-    if (!condition) throw usage_error(option, expected, std::to_string(actual));
-  };
-  require(command.tokens >= 1, "--tokens", "a positive number", command.tokens);
-  require(command.experts >= 1, "--experts", "a positive number", command.experts);
-  require(command.top_k >= 1 && command.top_k <= command.experts, "--top-k",
-          "1 to the number of experts", command.top_k);
-  for (const std::int64_t tile : command.tiles) {
-    require(tile >= 1 && tile <= command.tokens, "--tile", "1 to the number of tokens", tile);
-  }
-  if (!std::isfinite(command.skew)) {
-    throw usage_error("--skew", "a finite number", std::to_string(command.skew));
-  }
-}
-
 int run(RouteCommand command) {
   const Context context = command.run.context();
   if (command.tiles.empty()) command.tiles = {64, 128};
-  Tensor logits;
-  if (!command.logits_file.empty()) logits = load_logits(command);  // decides tokens and experts
-  check_options(command);
-  if (!logits.defined()) logits = make_logits(command);
-  logits = logits.to(context.device);
-  std::vector<RoundingPolicy> policies;
-  for (const std::string& name : command.policies) {
-    policies.push_back(rounding_policy_from_name(name));
-  }
-  if (policies.empty()) policies.assign(kPolicies.begin(), kPolicies.end());
+  if (command.policies.empty()) command.policies.assign(kPolicies.begin(), kPolicies.end());
+  const RouteProblem problem = command.logits_file.empty() ? random_problem(command, context)
+                                                           : problem_of_file(command, context);
+  const Tensor logits = problem.logits.to(context.device);
 
   std::vector<Outcome> outcomes;
   for (const std::int64_t tile : command.tiles) {
-    for (const RoundingPolicy policy : policies) {
-      outcomes.push_back(round(context, command, logits, policy, tile));
+    for (const RoundingPolicy policy : command.policies) {
+      outcomes.push_back(round(context, command, problem, logits, policy, tile));
     }
   }
   if (command.json) {
-    print_json(command, outcomes);
+    print_json(command, problem, outcomes);
     return kSuccess;
   }
-  std::printf("T=%lld E=%lld K=%lld %s, logits from %s\n\n", static_cast<long long>(command.tokens),
-              static_cast<long long>(command.experts), static_cast<long long>(command.top_k),
-              command.scoring.c_str(),
-              command.logits_file.empty() ? ("seed " + std::to_string(command.seed) + ", skew " +
-                                             format_fixed(command.skew, 2))
-                                                .c_str()
-                                          : command.logits_file.c_str());
+  std::printf("T=%lld E=%lld K=%lld %s, logits from %s\n\n", static_cast<long long>(problem.T),
+              static_cast<long long>(problem.E), static_cast<long long>(problem.K),
+              std::string(name_of(command.scoring)).c_str(), problem.origin.c_str());
   print_summary(outcomes);
-  const Outcome& shown = outcomes[outcomes.size() - policies.size()];  // first policy, last tile
-  command.experts <= 64 ? print_bars(shown) : print_histogram(shown);
+  // The first policy, the last tile.
+  const Outcome& shown = outcomes[outcomes.size() - command.policies.size()];
+  problem.E <= 64 ? print_bars(shown) : print_histogram(shown);
   return kSuccess;
 }
 
@@ -302,32 +331,25 @@ void add_route(CLI::App& app, Action& action) {
   CLI::App* command = app.add_subcommand(
       "route", "Token rounding seen: rows per expert, padding, rows dropped and added");
   auto options = std::make_shared<RouteCommand>();
-  command->add_option("--tokens", options->tokens, "Tokens T")->capture_default_str();
-  command->add_option("--experts", options->experts, "Experts E")->capture_default_str();
-  command->add_option("--top-k", options->top_k, "Experts per token K")->capture_default_str();
-  command->add_option("--seed", options->seed, "Seed of the logits and of stochastic rounding")
-      ->capture_default_str();
-  command
-      ->add_option("--skew", options->skew,
-                   "Expert e is (e + 1)^SKEW times less likely than expert 0")
-      ->type_name("SKEW")
-      ->capture_default_str();
-  command
-      ->add_option("--logits", options->logits_file,
-                   "Logits [T, E] from a .npy file (float32 or float64) in place of random ones")
-      ->type_name("FILE");
-  command->add_option("--scoring", options->scoring, "topk_softmax, softmax_topk or sigmoid_topk")
-      ->capture_default_str();
-  command
-      ->add_option("--policy", options->policies,
-                   "Rounding policies; default: all six. The first is drawn")
-      ->type_name("NAME")
-      ->delimiter(',');
-  command->add_option("--tile", options->tiles, "Tiles; default: 64,128. The last is drawn")
-      ->type_name("ROWS")
-      ->delimiter(',');
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  const Parser<std::int64_t> count = integer<std::int64_t>(1, kMost);
+  add_option(*command, "--tokens", options->tokens, count, "Tokens T; default: 4096");
+  add_option(*command, "--experts", options->experts, count, "Experts E; default: 32");
+  add_option(*command, "--top-k", options->top_k, count, "Experts per token K");
+  add_option(*command, "--seed", options->seed, integer<std::uint64_t>(0),
+             "Seed of the logits and of stochastic rounding");
+  add_option(*command, "--skew", options->skew, number(-100, 100),
+             "Expert e is (e + 1)^SKEW times less likely than expert 0; default: 0.5");
+  add_option(*command, "--logits", options->logits_file, text("FILE", "the name of a .npy file"),
+             "Logits [T, E] from a .npy file (float32 or float64) in place of random ones");
+  add_option(*command, "--scoring", options->scoring, enumerator<Scoring>(kScorings),
+             "topk_softmax, softmax_topk or sigmoid_topk");
+  add_list_option(*command, "--policy", options->policies, enumerator<RoundingPolicy>(kPolicies),
+                  "Rounding policies; default: all six. The first is drawn");
+  add_list_option(*command, "--tile", options->tiles, count,
+                  "Tiles; default: 64,128. The last is drawn");
   options->run.add_to(*command);
-  command->add_flag("--json", options->json, "Print JSON");
+  add_flag(*command, "--json", options->json, "Print JSON");
   command->callback([&action, options] { action = [options] { return run(*options); }; });
 }
 

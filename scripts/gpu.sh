@@ -94,8 +94,9 @@ run_experiments() {
 
 # A Python whose torch sees the GPU.
 find_python() {
-  local python
-  for python in ${SONICMOE_PYTHON:-python3 .venv/bin/python}; do
+  local python candidates=(python3 .venv/bin/python)
+  [ -n "${SONICMOE_PYTHON:-}" ] && candidates=("$SONICMOE_PYTHON")
+  for python in "${candidates[@]}"; do
     "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null && { echo "$python"; return; }
   done
   echo "scripts/gpu.sh: no Python here has a torch that sees a GPU (SONICMOE_PYTHON names one)" >&2

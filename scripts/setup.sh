@@ -23,5 +23,6 @@ if ((${#missing[@]})); then
 fi
 
 [[ -x $venv/bin/python ]] || "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/pip" install -q --disable-pip-version-check torch==2.13.0
-"$venv/bin/pip" install -q --disable-pip-version-check -r requirements.txt
+# Not bin/pip, whose first line cannot name every folder.
+"$venv/bin/python" -m pip install -q --disable-pip-version-check torch==2.13.0
+"$venv/bin/python" -m pip install -q --disable-pip-version-check -r requirements.txt

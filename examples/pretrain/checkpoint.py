@@ -1,13 +1,14 @@
 """A run's folder, and checkpoints that survive a kill at any moment.
 
-    runs/NAME/config.json              settings of the run
+    runs/NAME/config.json              settings of the run, and the digest of its text
     runs/NAME/metrics.jsonl            one line per step
-    runs/NAME/checkpoints/step-000200  weights in Qwen3-MoE names, tokenizer, trainer.pt
+    runs/NAME/checkpoints/step-000200  weights in Qwen3-MoE names, tokenizer, trainer.pt, SHA256SUMS
     runs/NAME/checkpoint               symbolic link to the last good one
 
 A checkpoint is written to a temporary folder, brought to the disk, and renamed; only then the link
 is replaced, in one atomic step, and the folder before it removed. A new run is put together in a
-hidden folder and renamed when its first checkpoint is complete, so runs/NAME never lacks one.
+hidden folder and renamed when its first checkpoint is complete, so runs/NAME never lacks one. What a
+killed start leaves is removed by the next start. restore.py reads a checkpoint back.
 """
 
 from __future__ import annotations
@@ -17,16 +18,24 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
-from .config import TrainConfig, UserError
+from . import files
+from .config import TrainConfig
+from .files import sync
+from .schema import UserError
 
-LINK = "checkpoint"
+LINK, SUMS = "checkpoint", "SHA256SUMS"
+STEP = re.compile(r"step-(\d{6,})")
+HIDDEN = re.compile(r"\.(?P<name>.+)\.(new|old)-[a-z0-9_]{8}")
 
 
 @dataclasses.dataclass
@@ -34,27 +43,13 @@ class TrainerState:
     """What a checkpoint holds besides weights and tokenizer."""
 
     step: int  # steps done; the position in the data follows from it
-    optimizer: dict
-    torch_rng: torch.Tensor
-    cuda_rng: list[torch.Tensor]
-    best_speed: float = 0.0
+    optimizer: dict  # AdamW's state_dict(); only the moments of each parameter are taken from it
+    torch_rng: Tensor
+    cuda_rng: Tensor | None  # of the GPU that trains
+    settings: dict  # as config.json held them
 
 
-def sync(path: Path) -> None:
-    """Brings a file's bytes, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
+# --------------------------------------------------------------------------------------- a checkpoint
 
 
 def save(
@@ -63,110 +58,104 @@ def save(
     model: Qwen3MoeForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Writes the checkpoint of state.step; the one before it stays until this one is complete."""
+    """Writes the checkpoint of state.step; the one before it stays until this one is complete. OSError,
+    which names that one, where this one cannot be written; nothing is then left of it."""
     folder = run_dir / "checkpoints"
-    folder.mkdir(exist_ok=True)
     final = folder / f"step-{state.step:06d}"
-    if final.exists() and (run_dir / LINK).resolve() == final.resolve():
+    if last_step(run_dir) == state.step:
         return
-    remove_incomplete(run_dir)
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    torch.save(dataclasses.asdict(state), temporary / "trainer.pt")
-    for path in temporary.rglob("*"):
+    temporary = None
+    try:
+        folder.mkdir(exist_ok=True)
+        remove_incomplete(run_dir)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        _write(temporary, state, model, tokenizer)
+        os.rename(temporary, final)
+        sync(folder)
+        _link(run_dir, final)
+        remove_incomplete(run_dir)
+    except Exception as error:  # torch raises RuntimeError, safetensors its own
+        reason = files.reason(files.system_error(error))
+        free = shutil.disk_usage(run_dir).free >> 20
+        raise OSError(
+            f"cannot write the checkpoint {final}: {reason} ({free} MiB free there); "
+            f"{last_good(run_dir)}"
+        ) from error
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    folder: Path,
+    state: TrainerState,
+    model: Qwen3MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with open(folder / "trainer.pt", "wb") as file:
+        torch.save(vars(state), file)
+    sums = (f"{files.sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
+    (folder / SUMS).write_text("".join(sums))
+    for path in folder.iterdir():
         sync(path)
-    sync(temporary)
-    os.chmod(temporary, 0o755)
-    os.rename(temporary, final)
     sync(folder)
+    os.chmod(folder, 0o755)
+
+
+def _link(run_dir: Path, final: Path) -> None:
     new_link = run_dir / f".{LINK}.tmp"
     new_link.unlink(missing_ok=True)
     new_link.symlink_to(final.relative_to(run_dir))
     os.replace(new_link, run_dir / LINK)
     sync(run_dir)
-    remove_incomplete(run_dir)
 
 
 def remove_incomplete(run_dir: Path) -> None:
-    """Removes every checkpoint but the one the link names: older ones and half-written ones."""
-    good = (run_dir / LINK).resolve()
+    """Removes every checkpoint but the one the link names: older ones and half-written ones. What else
+    lies there is somebody else's."""
+    good = last_step(run_dir)
     for path in (run_dir / "checkpoints").iterdir():
-        if path.resolve() != good:
+        step = STEP.fullmatch(path.name)
+        old = step and good is not None and int(step[1]) != good
+        if (old or path.name.startswith(".writing-")) and path.is_dir():
             shutil.rmtree(path)
 
 
-def load_state(run_dir: Path) -> TrainerState:
+def last_step(run_dir: Path) -> int | None:
+    """The step of the checkpoint that the link names; None where there is no such link."""
     try:
-        fields = torch.load(run_dir / LINK / "trainer.pt", map_location="cpu", weights_only=True)
-        return TrainerState(**fields)
-    except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
-        raise _unreadable(run_dir, "trainer.pt", error) from error
+        folder, name = os.path.split(os.readlink(run_dir / LINK))
+    except OSError:
+        return None
+    step = STEP.fullmatch(name)
+    return int(step[1]) if step and folder == "checkpoints" else None
 
 
-def load_model(run_dir: Path, config: TrainConfig) -> Qwen3MoeForCausalLM:
-    """The checkpoint's model, provided that it has the shape the run's configuration says."""
-    folder = run_dir / LINK
-    try:
-        model, report = Qwen3MoeForCausalLM.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:
-        raise _unreadable(run_dir, "weights", error) from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            example = min(map(str, report[problem]))
-            raise UserError(
-                f"--resume: the checkpoint in {folder} does not fit its config.json: "
-                f"{problem.replace('_', ' ')} such as {example}"
-            )
-    shape = {
-        "hidden_size": "hidden_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "num_experts": "num_experts",
-        "top_k": "num_experts_per_tok",
-        "intermediate_size": "moe_intermediate_size",
-    }
-    for ours, theirs in shape.items():
-        if getattr(config, ours) != getattr(model.config, theirs):
-            raise UserError(
-                f"--resume: the checkpoint in {folder} has {theirs} "
-                f"{getattr(model.config, theirs)}, the run's config.json says "
-                f"{getattr(config, ours)}"
-            )
-    return model
+def last_good(run_dir: Path) -> str:
+    step = last_step(run_dir)
+    if step is None:
+        return "there is no checkpoint yet"
+    return f"the last good checkpoint, of step {step}, is kept"
 
 
-def load_tokenizer(run_dir: Path) -> PreTrainedTokenizerFast:
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(run_dir / LINK)
-    except Exception as error:
-        raise _unreadable(run_dir, "tokenizer", error) from error
+# --------------------------------------------------------------------------------------- a run's folder
 
 
-def _unreadable(run_dir: Path, what: str, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"--resume: cannot read the checkpoint {run_dir / LINK}: {what}: {reason}")
+def settings_of(config: TrainConfig, data_digest: str) -> dict:
+    """What config.json holds."""
+    return {**dataclasses.asdict(config), "data_digest": data_digest}
 
 
 def write_config(run_dir: Path, config: TrainConfig, data_digest: str) -> None:
-    fields = {**dataclasses.asdict(config), "data_digest": data_digest}
-    write_atomically(run_dir / "config.json", json.dumps(fields, indent=2) + "\n")
-
-
-def read_config(run_dir: Path) -> tuple[TrainConfig, str]:
-    """The configuration of an existing run and the digest of its text."""
-    if not run_dir.is_dir():
-        raise UserError(f"--resume: there is no run {run_dir}")
-    try:
-        fields = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-        digest = fields.pop("data_digest")
-        return TrainConfig(**fields), digest
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"--resume: cannot read {run_dir / 'config.json'}: {error}") from error
+    content = json.dumps(settings_of(config, data_digest), indent=2)
+    files.write_text(run_dir / "config.json", content + "\n")
 
 
 def check_free(run_dir: Path, overwrite: bool) -> None:
-    """Refuses a name that is taken, and never lets --overwrite replace what is not a run."""
+    """Refuses a name that is taken, and never lets --overwrite replace what is not a run, or one at
+    work."""
     if not os.path.lexists(run_dir):
         return
     if not overwrite:
@@ -174,44 +163,81 @@ def check_free(run_dir: Path, overwrite: bool) -> None:
             f"run {run_dir} exists: --resume continues it, --overwrite replaces it, "
             f"--name NAME starts another"
         )
-    if not (run_dir / "config.json").is_file() or not (run_dir / LINK).exists():
+    if not (run_dir / "config.json").is_file() or last_step(run_dir) is None:
         raise UserError(f"--overwrite: {run_dir} is not a run of this program")
+    with exclusive(run_dir):
+        pass
 
 
 @contextlib.contextmanager
-def new_run(run_dir: Path):
-    """A hidden folder to put a new run together in; removed unless published."""
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.new-", dir=run_dir.parent))
-    os.chmod(folder, 0o755)
+def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Keeps two processes from writing into one folder."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield folder
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise UserError(f"run {folder} is being trained by another process") from error
+        yield
     finally:
-        if folder.exists():
-            shutil.rmtree(folder)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_run(run_dir: Path) -> Iterator[Path]:
+    """A hidden, locked folder to put a new run together in; removed unless published. UserError where
+    --runs-dir cannot be written."""
+    parent = run_dir.parent
+    if last_step(parent) is not None:
+        raise UserError(f"--runs-dir: expected a folder of runs, got the run {parent}")
+    with contextlib.ExitStack() as stack:
+        try:
+            if not parent.exists():
+                parent.mkdir(parents=True)
+                stack.callback(_remove_if_empty, parent)
+            with exclusive(parent, wait=True):
+                folder = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.new-", dir=parent))
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                stack.enter_context(exclusive(folder))
+        except OSError as error:
+            raise UserError(
+                f"--runs-dir: expected a folder that can be written, got {parent}: {files.reason(error)}"
+            ) from error
+        os.chmod(folder, 0o755)
+        yield folder
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def remove_killed_starts(runs_dir: Path) -> None:
+    """Removes the hidden folders that no process holds. A run that was to be replaced gets its name back
+    where its successor has not come to it."""
+    if not os.path.isdir(runs_dir) or last_step(runs_dir) is not None:
+        return
+    with exclusive(runs_dir, wait=True):
+        for path in runs_dir.iterdir():
+            hidden = HIDDEN.fullmatch(path.name)
+            if not hidden or not path.is_dir():
+                continue
+            with contextlib.suppress(OSError, UserError), exclusive(path):
+                name = hidden["name"]
+                if (path / name).exists() and not os.path.lexists(runs_dir / name):
+                    os.rename(path / name, runs_dir / name)
+                shutil.rmtree(path)
 
 
 def publish(folder: Path, run_dir: Path) -> None:
     """Gives a new run its name. A run that it replaces is removed only afterwards."""
     old = None
-    if run_dir.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.old-", dir=run_dir.parent))
-        with exclusive(run_dir):
-            os.rename(run_dir, old / run_dir.name)
-    os.rename(folder, run_dir)
-    sync(run_dir.parent)
+    with exclusive(run_dir.parent, wait=True):
+        if run_dir.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.old-", dir=run_dir.parent))
+            with exclusive(run_dir):
+                os.rename(run_dir, old / run_dir.name)
+        os.rename(folder, run_dir)
+        sync(run_dir.parent)
     if old:
-        shutil.rmtree(old)
-
-
-@contextlib.contextmanager
-def exclusive(run_dir: Path):
-    """Keeps two processes from writing into one run."""
-    descriptor = os.open(run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"run {run_dir} is being trained by another process") from error
-    finally:
-        os.close(descriptor)
+        shutil.rmtree(old, ignore_errors=True)

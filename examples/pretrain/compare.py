@@ -2,8 +2,8 @@
 
 Trains every policy and top-K from the same seeds on the same tokens, validates all with plain top-K,
 and plots the validation curves. Flags of the trainer hold for every run. A run that is there already
-is resumed, or taken as it is: metrics.jsonl alone is enough where all its steps are done. With --jobs N
-the runs are processes, N at a time, spread over the GPUs there are.
+is resumed, or taken as it is: config.json and metrics.jsonl are enough where all its steps are done. With
+--jobs N the runs are processes, N at a time, spread over the GPUs there are.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import sys
 import time
 from pathlib import Path
 
-from .config import POLICIES, Request, TrainConfig, UserError, make_parser, validate
+from . import files, program
+from .config import POLICIES, Request, TrainConfig, read_config, validate
 from .gpus import gpu_names
-from .signals import Signals, Stopped
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from .schema import Parser, UserError, flag_of, read_json, whole
+from .signals import Signals
 
 TOPK = "topk"
 DEFAULTS = {"name": "compare", "steps": 400, "eval_every": 100, "sample_tokens": 0}
@@ -46,6 +46,10 @@ QUALITY = {
     "eval_tokens": 1 << 20,
     "save_every": 2000,
 }
+
+# The settings that do not shape a run's curve: a comparison may go on with others.
+FREE = {"name", "runs_dir", "device", "threads", "save_every", "sample_tokens", "sample_prompt"}
+RECORD = {"config", "variants"}  # what compare.json holds
 
 Results = dict[str, dict[int, list[dict]]]  # lines of metrics by variant and seed
 
@@ -78,12 +82,13 @@ class Comparison:
 
 
 def parse_compare(argv: list[str]) -> Comparison:
-    parser = make_parser("compare", "Train with top-K and with token rounding and compare.")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant")
+    parser = Parser("compare", "Train with top-K and with token rounding and compare.")
+    parser.add_settings(TrainConfig)
+    parser.add("--seeds", whole(1, 1000), "runs of each variant", default=3, metavar="N")
     parser.add_argument(
         "--policies", metavar="A,B", help="policies compared with top-K (default: that of --policy)"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add("--jobs", whole(1, 1000), "runs at a time", default=1, metavar="N")
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     parser.add_argument(
         "--quality",
@@ -96,46 +101,97 @@ def parse_compare(argv: list[str]) -> Comparison:
     defaults = DEFAULTS | (QUALITY if values.pop("quality") else {})
     if "router" in values:
         raise UserError("--router: compare trains both routers")
-    if seeds < 1:
-        raise UserError(f"--seeds must be positive, not {seeds}")
-    if jobs < 1:
-        raise UserError(f"--jobs must be positive, not {jobs}")
     config = TrainConfig(**{**defaults, **values}, router="token-rounding")
-    validate(config)
-    chosen = policies.split(",") if policies else [config.policy]
+    chosen = [config.policy] if policies is None else policies.split(",")
     for policy in chosen:
         if policy not in POLICIES or chosen.count(policy) > 1:
             raise UserError(
                 f"--policies {policies}: expected different ones of {', '.join(POLICIES)}"
             )
+    validate(config)
     seeds_used = list(range(config.seed, config.seed + seeds))
-    return Comparison(config, chosen, seeds_used, jobs, only)
+    comparison = Comparison(config, chosen, seeds_used, jobs, only)
+    for one in comparison.runs():
+        validate(one)
+    if only and only not in [one.name for one in comparison.runs()]:
+        raise UserError(f"--only {only}: no run of this comparison")
+    return comparison
+
+
+def check_folder(comparison: Comparison) -> str:
+    """UserError unless what is in runs/NAME/ is of this very comparison. The digest of the text that its
+    runs have in common; empty before the first."""
+    folder = comparison.config.run_dir
+    record, picture = folder / "compare.json", folder / "compare.png"
+    if os.path.lexists(folder / "config.json") or (os.path.lexists(folder) and not folder.is_dir()):
+        raise UserError(f"--name: {folder} is there and no comparison")
+    if os.path.lexists(record):
+        content = read_json(record)
+        if type(content) is not dict or content.keys() != RECORD:
+            raise UserError(f"--name: {record} is there and not of a comparison")
+    elif os.path.lexists(picture):
+        raise UserError(f"--name: {picture} is there and not of a comparison")
+    digests = {}
+    for one in comparison.runs():
+        if os.path.lexists(one.run_dir):
+            saved, digests[one.name] = read_config(one.run_dir)
+            _check_same(saved, one)
+    if len(set(digests.values())) > 1:
+        raise UserError(f"{folder}: its runs were trained on different texts: {', '.join(digests)}")
+    return next(iter(digests.values()), "")
+
+
+def _check_same(saved: TrainConfig, wanted: TrainConfig) -> None:
+    for field in dataclasses.fields(TrainConfig):
+        before, now = getattr(saved, field.name), getattr(wanted, field.name)
+        settled = field.name == "dtype" and now == "auto"
+        if field.name not in FREE and before != now and not settled:
+            raise UserError(
+                f"{flag_of(field.name)} is {now}, but {wanted.run_dir} was trained with {before}: "
+                f"--name NAME starts another comparison"
+            )
 
 
 def is_done(config: TrainConfig) -> bool:
     """Whether the metrics of a run reach its last step."""
-    from .metrics import read_metrics
-
-    lines = read_metrics(config.run_dir / "metrics.jsonl")
-    return bool(lines) and lines[-1]["step"] >= config.steps and "val_loss" in lines[-1]
+    return bool(_lines(config))
 
 
-def train_one(one: TrainConfig, signals: Signals) -> int:
-    """Starts or continues a run; returns its exit code."""
-    from .trainer import train
+def _lines(config: TrainConfig) -> list[dict]:
+    """The metrics of a run that is done, else none. UserError where they begin late: their sums would
+    be wrong."""
+    from .metrics import AT_VALIDATIONS, read_metrics
 
-    resume = one.run_dir.exists()
+    place = config.run_dir / "metrics.jsonl"
+    lines = read_metrics(place)
+    if not lines or lines[-1]["step"] < config.steps:
+        return []
+    if lines[0]["step"] != 1 or not lines[-1].keys() >= AT_VALIDATIONS:
+        raise UserError(
+            f"{place}: expected steps from 1 to {config.steps}, the last with a validation"
+        )
+    return lines
+
+
+def train_one(one: TrainConfig, digest: str, signals: Signals) -> int:
+    """Starts or continues a run on the text of that digest; returns its exit code."""
+    from .loop import train
+
+    resume = os.path.lexists(one.run_dir)
     given = {field.name for field in dataclasses.fields(one)} if resume else set()
-    return train(Request(one, given, resume), signals)
+    code = train(Request(one, given, resume, digest=digest), signals)
+    if not code and not is_done(one):
+        raise UserError(f"{one.run_dir}: its metrics.jsonl does not reach its last step")
+    return code
 
 
 def run_all(comparison: Comparison, signals: Signals) -> int:
     """Trains every (seed, variant) below runs/NAME/; returns the first exit code that is not 0."""
     for one in comparison.runs():
-        print(f"== {one.name}", flush=True)
+        program.say(f"== {one.name}")
         if is_done(one):
             continue
-        code = train_one(one, signals)
+        code = train_one(one, check_folder(comparison), signals)
         if code:
             return code
         write_results(comparison)
@@ -150,7 +206,10 @@ def start_run(one: TrainConfig, argv: list[str], job: int, jobs: int) -> subproc
     if names := gpu_names(torch.cuda.device_count()):
         environment["CUDA_VISIBLE_DEVICES"] = names[job % len(names)]
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    Path(one.runs_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(one.runs_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--runs-dir: {error.filename}: {error.strerror}") from error
     command = [sys.executable, "-m", "pretrain.compare", *argv, "--only", one.name]
     with open(f"{one.run_dir}.log", "a") as log:
         # A session of its own: a signal to the group would reach the run beside ours, and two end it
@@ -161,10 +220,11 @@ def start_run(one: TrainConfig, argv: list[str], job: int, jobs: int) -> subproc
 
 
 def run_side_by_side(comparison: Comparison, argv: list[str]) -> int:
-    """run_all() with comparison.jobs processes. After a failure no further run is started."""
+    """run_all() with comparison.jobs processes. After a failure no further run is started; its line is
+    reported at the end."""
     waiting = [one for one in comparison.runs() if not is_done(one)]
     running: dict[int, tuple[TrainConfig, subprocess.Popen]] = {}
-    first_failure = 0
+    failed = None
     try:
         while waiting or running:
             for job in set(range(comparison.jobs)) - running.keys():
@@ -177,38 +237,39 @@ def run_side_by_side(comparison: Comparison, argv: list[str]) -> int:
                 if code is None:
                     continue
                 del running[job]
-                print(f"== {one.name}: {f'exit code {code}' if code else 'done'}", flush=True)
-                if code:
-                    first_failure = first_failure or code
-                    waiting.clear()
-                    print(Path(f"{one.run_dir}.log").read_text()[-2000:], file=sys.stderr)
-                else:
+                program.say(f"== {one.name}: {f'exit code {code}' if code else 'done'}")
+                if not code:
                     write_results(comparison)
+                elif not failed:
+                    failed = one, code
+                    waiting.clear()
     finally:  # stopped by a signal: they save and end
         for _, process in running.values():
             process.terminate()
         for _, process in running.values():
             process.wait()
-    return first_failure
+    if not failed:
+        return 0
+    one, code = failed
+    log = Path(f"{one.run_dir}.log")
+    told = files.read_bytes(log).decode(errors="replace").strip().splitlines() or [""]
+    error = UserError(f"run {one.name}: {told[-1]} (all of it is in {log})")
+    return program.report(error, code if code > 0 else 128 - code, "compare")
 
 
 def read_results(comparison: Comparison) -> Results:
     """Of the runs that are done; a variant without one is left out."""
-    from .metrics import read_metrics
-
     results: Results = {}
     for variant in comparison.variants:
         for seed in comparison.seeds:
-            one = comparison.run(variant, seed)
-            if is_done(one):
-                lines = read_metrics(one.run_dir / "metrics.jsonl")
+            if lines := _lines(comparison.run(variant, seed)):
                 results.setdefault(variant, {})[seed] = lines
     return results
 
 
 def imbalance(shares: list[list[float]]) -> float:
     """Rows of the busiest expert over the mean, averaged over the layers; 1 is even."""
-    return statistics.mean(max(layer) * len(layer) / sum(layer) for layer in shares)
+    return statistics.mean(max(layer) * len(layer) / (sum(layer) or 1) for layer in shares)
 
 
 def summarize_variant(by_seed: dict[int, list[dict]]) -> dict:
@@ -221,8 +282,8 @@ def summarize_variant(by_seed: dict[int, list[dict]]) -> dict:
         "val_loss": final,
         "mean_val_loss": statistics.mean(final),
         "imbalance": statistics.mean(imbalance(run[-1]["expert_shares"]) for run in runs),
-        "share_dropped": sum(line["rows_dropped"] for line in lines) / asked,
-        "share_added": sum(line["rows_added"] for line in lines) / asked,
+        "share_dropped": sum(line["rows_dropped"] for line in lines) / (asked or 1),
+        "share_added": sum(line["rows_added"] for line in lines) / (asked or 1),
         "tokens": runs[0][-1]["tokens"],
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
         "curve": [[(m["step"], m["val_loss"]) for m in run if "val_loss" in m] for run in runs],
@@ -296,7 +357,7 @@ def write_results(comparison: Comparison) -> dict[str, dict]:
     summary = summarize(read_results(comparison))
     folder = comparison.config.run_dir
     record = {"config": dataclasses.asdict(comparison.config), "variants": summary}
-    (folder / "compare.json").write_text(json.dumps(record, indent=1) + "\n")
+    files.write_text(folder / "compare.json", json.dumps(record, indent=1) + "\n")
     plot(summary, folder / "compare.png")
     return summary
 
@@ -313,34 +374,26 @@ def describe(summary: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit codes as of train."""
-    from .train import report
-
-    argv = sys.argv[1:] if argv is None else argv
-    signals = Signals()
-    signals.install()
-    try:
-        comparison = parse_compare(argv)
-        if comparison.only:
-            wanted = (one for one in comparison.runs() if one.name == comparison.only)
-            return train_one(next(wanted), signals)
-        if comparison.jobs > 1:
-            code = run_side_by_side(comparison, argv)
-        else:
-            code = run_all(comparison, signals)
-        if code:
-            return code
-        summary = write_results(comparison)
-    except UserError as error:
-        return report(error, 2, "compare")
-    except (OSError, ArithmeticError, MemoryError) as error:
-        return report(error, 1, "compare")
-    except Stopped as stop:
-        return stop.exit_code
-    print(describe(summary))
-    print(f"picture: {comparison.config.run_dir / 'compare.png'}")
+def work(argv: list[str], signals: Signals) -> int:
+    comparison = parse_compare(argv)
+    digest = check_folder(comparison)
+    if comparison.only:
+        wanted = next(one for one in comparison.runs() if one.name == comparison.only)
+        return train_one(wanted, digest, signals)
+    if comparison.jobs > 1:
+        code = run_side_by_side(comparison, argv)
+    else:
+        code = run_all(comparison, signals)
+    if code:
+        return code
+    program.say(describe(write_results(comparison)))
+    program.say(f"picture: {comparison.config.run_dir / 'compare.png'}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes as of program.run."""
+    return program.run("compare", work, argv)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import re
+import os
 import time
 from pathlib import Path
+
+from .schema import (
+    Parser,
+    Rule,
+    UserError,
+    check_fields,
+    flag_of,
+    number,
+    one_of,
+    path,
+    read_json,
+    rules_of,
+    setting,
+    text,
+    whole,
+)
 
 ROUTERS = ("topk", "token-rounding")
 POLICIES = ("nearest", "up", "down", "stochastic", "balanced", "nearest_score")
@@ -14,55 +29,88 @@ EXPERTS = ("sonicmoe_cpp", "eager", "grouped_mm")
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 
+MOST_VOCABULARY = 1 << 20
+NAME = text(
+    "a name of letters, digits, '.', '_' and '-'", 128, pattern="[A-Za-z0-9_][A-Za-z0-9._-]*"
+)
+DIGEST = text("a SHA-256", 64, pattern="[0-9a-f]{64}")
+
 # A resumed run continues the curve of its first start, so everything that shapes the curve is
 # taken from the saved configuration; only these may be given anew.
 CHANGEABLE_ON_RESUME = ("steps", "device", "threads", "eval_every", "save_every", "sample_tokens")
 
+RUN, ROUTING, TRAINING, MODEL = "run", "experts and router", "training", "model"
 
-class UserError(Exception):
-    """A mistake in what the user asked for: reported as one line, exit code 2."""
+
+def choice(default: str, values: tuple[str, ...], help_text: str, group: str):
+    return setting(default, one_of(*values), help_text, group, "{" + ",".join(values) + "}")
 
 
 @dataclasses.dataclass
 class TrainConfig:
     """Everything that determines a run; saved as runs/NAME/config.json."""
 
-    name: str = ""
-    runs_dir: str = "runs"
-    data: str = ""  # empty: the sources of Python's standard library
+    name: str = setting(
+        "", NAME, "the run's folder in the runs folder (default: pretrain-DATE-TIME)", RUN
+    )
+    runs_dir: str = setting(
+        "runs", text("a path in UTF-8", pattern="(?s:.+)"), "folder of the runs", RUN, "DIR"
+    )
+    data: str = setting(
+        "", path(), "text to train on: a file, a folder, or a .bin of pretrain.prepare, whose "
+        "vocabulary it then is (default: the sources of Python's standard library)", RUN, "PATH",
+    )  # fmt: skip
+    seed: int = setting(
+        0, whole(0, 2**32 - 1), "seed of the weights, the order of the data and token rounding", RUN
+    )
+    device: str = choice(
+        "auto", DEVICES, "auto takes the GPU where there is one the experts can run on", RUN
+    )
+    dtype: str = choice(
+        "auto", DTYPES, "bfloat16 computes in bfloat16 and keeps float32 weights; auto is that on a "
+        "GPU, else float32", RUN,
+    )  # fmt: skip
+    threads: int = setting(0, whole(0, 1024), "CPU threads; 0 leaves the choice to torch", RUN)
 
-    router: str = "topk"
-    policy: str = "nearest"
-    tile: int = 32
-    experts: str = "sonicmoe_cpp"
+    experts: str = choice(
+        "sonicmoe_cpp", EXPERTS, "who computes the experts: this library, or transformers' own loop "
+        "(eager) or grouped matmul", ROUTING,
+    )  # fmt: skip
+    router: str = choice(
+        "topk", ROUTERS, "token-rounding moves each expert's rows to a multiple of --tile", ROUTING
+    )
+    policy: str = choice(
+        "nearest", POLICIES, "how token rounding chooses between up and down", ROUTING
+    )
+    tile: int = setting(32, whole(1), "rows in a tile of token rounding", ROUTING)
+    aux_coef: float = setting(0.01, number(), "factor of the load balancing loss", ROUTING)
 
-    steps: int = 700
-    batch_size: int = 4  # sequences in a batch
-    seq_len: int = 256
-    lr: float = 2e-3
-    min_lr_ratio: float = 0.05
-    warmup: int = 100
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    aux_coef: float = 0.01
-    seed: int = 0
+    steps: int = setting(700, whole(1), "training steps", TRAINING)
+    batch_size: int = setting(4, whole(1), "sequences in a batch", TRAINING)
+    seq_len: int = setting(256, whole(1), "tokens in a sequence", TRAINING)
+    lr: float = setting(2e-3, number(above=True), "peak learning rate", TRAINING)
+    min_lr_ratio: float = setting(
+        0.05, number(0, 1), "last learning rate as a fraction of the peak", TRAINING
+    )
+    warmup: int = setting(100, whole(), "steps of linear warmup before the cosine", TRAINING)
+    weight_decay: float = setting(0.1, number(), "AdamW's decay of the matrices", TRAINING)
+    grad_clip: float = setting(1.0, number(above=True), "largest gradient norm", TRAINING)
+    eval_every: int = setting(100, whole(1), "steps between two validations", TRAINING)
+    eval_tokens: int = setting(16384, whole(1), "validation tokens looked at each time", TRAINING)
+    save_every: int = setting(100, whole(1), "steps between two checkpoints", TRAINING)
+    sample_tokens: int = setting(200, whole(0, 65536), "length of the sampled text", TRAINING)
+    sample_prompt: str = setting("def ", text(), "beginning of the sampled text", TRAINING, "TEXT")
 
-    vocab_size: int = 2048
-    hidden_size: int = 256
-    intermediate_size: int = 128  # width of one expert
-    layers: int = 4
-    heads: int = 4
-    num_experts: int = 32
-    top_k: int = 4
-
-    dtype: str = "auto"
-    device: str = "auto"
-    threads: int = 0  # 0: what torch chooses
-    eval_every: int = 100
-    eval_tokens: int = 16384
-    save_every: int = 100
-    sample_tokens: int = 200
-    sample_prompt: str = "def "
+    vocab_size: int = setting(
+        2048, whole(257, MOST_VOCABULARY),  # 256 bytes and the end of a text
+        "tokens of the byte-level BPE vocabulary", MODEL,
+    )  # fmt: skip
+    hidden_size: int = setting(256, whole(1), "width of the model", MODEL)
+    intermediate_size: int = setting(128, whole(1), "width of one expert", MODEL)
+    layers: int = setting(4, whole(1, 1000), "decoder layers", MODEL)
+    heads: int = setting(4, whole(1), "attention heads", MODEL)
+    num_experts: int = setting(32, whole(1), "experts in a layer", MODEL)
+    top_k: int = setting(4, whole(1), "experts per token", MODEL)
 
     @property
     def tokens_per_batch(self) -> int:
@@ -73,96 +121,39 @@ class TrainConfig:
         return Path(self.runs_dir) / self.name
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        """Raises instead of printing the usage: a wrong flag is answered with one line."""
-        raise UserError(f"{message} (--help lists the flags)")
+RULES: dict[str, Rule] = rules_of(TrainConfig)
 
 
-def _add_train_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of TrainConfig. A flag not given is absent from the namespace."""
-    defaults = TrainConfig()
+def validate(config: TrainConfig, place: str = "") -> None:
+    """Raises UserError for the first setting that cannot work; `place` is the file it came from, empty
+    for the command line."""
 
-    def add(group, flag: str, help_text: str, **kwargs) -> None:
-        default = getattr(defaults, flag.lstrip("-").replace("-", "_"))
-        if "choices" not in kwargs:
-            kwargs.setdefault("type", type(default))
-            kwargs.setdefault("metavar", "N" if isinstance(default, int) else "X")
-        shown = "" if default == "" else f" (default: {default})"
-        group.add_argument(flag, default=argparse.SUPPRESS, help=help_text + shown, **kwargs)
+    def named(field: str) -> str:
+        return f"{place}: {field}" if place else flag_of(field)
 
-    run = parser.add_argument_group("run")
-    add(run, "--name", "the run's folder in the runs folder (default: pretrain-DATE-TIME)")
-    add(run, "--runs-dir", "folder of the runs", metavar="DIR")
-    add(
-        run,
-        "--data",
-        "text to train on: a file, a folder, or a .bin of pretrain.prepare, whose vocabulary it then "
-        "is (default: the sources of Python's standard library)",
-        metavar="PATH",
-    )
-    add(run, "--seed", "seed of the weights, the order of the data and token rounding")
-    add(
-        run,
-        "--device",
-        "auto takes the GPU where there is one the experts can run on",
-        choices=DEVICES,
-    )
-    add(
-        run,
-        "--dtype",
-        "bfloat16 computes in bfloat16 and keeps float32 weights; auto is that on a GPU, else float32",
-        choices=DTYPES,
-    )
-    add(run, "--threads", "CPU threads; 0 leaves the choice to torch")
-
-    experts = parser.add_argument_group("experts and router")
-    add(
-        experts,
-        "--experts",
-        "who computes the experts: this library, or transformers' own loop "
-        "(eager) or grouped matmul",
-        choices=EXPERTS,
-    )
-    add(
-        experts,
-        "--router",
-        "token-rounding moves each expert's rows to a multiple of --tile",
-        choices=ROUTERS,
-    )
-    add(experts, "--policy", "how token rounding chooses between up and down", choices=POLICIES)
-    add(experts, "--tile", "rows in a tile of token rounding")
-    add(experts, "--aux-coef", "factor of the load balancing loss")
-
-    optim = parser.add_argument_group("training")
-    add(optim, "--steps", "training steps")
-    add(optim, "--batch-size", "sequences in a batch")
-    add(optim, "--seq-len", "tokens in a sequence")
-    add(optim, "--lr", "peak learning rate")
-    add(optim, "--min-lr-ratio", "last learning rate as a fraction of the peak")
-    add(optim, "--warmup", "steps of linear warmup before the cosine")
-    add(optim, "--weight-decay", "AdamW's decay of the matrices")
-    add(optim, "--grad-clip", "largest gradient norm")
-    add(optim, "--eval-every", "steps between two validations")
-    add(optim, "--eval-tokens", "validation tokens looked at each time")
-    add(optim, "--save-every", "steps between two checkpoints")
-    add(optim, "--sample-tokens", "length of the sampled text")
-    add(optim, "--sample-prompt", "beginning of the sampled text", metavar="TEXT")
-
-    model = parser.add_argument_group("model")
-    add(model, "--vocab-size", "tokens of the byte-level BPE vocabulary (at least 257)")
-    add(model, "--hidden-size", "width of the model")
-    add(model, "--intermediate-size", "width of one expert")
-    add(model, "--layers", "decoder layers")
-    add(model, "--heads", "attention heads")
-    add(model, "--num-experts", "experts in a layer")
-    add(model, "--top-k", "experts per token")
-
-
-def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    _add_train_flags(parser)
-    return parser
+    for field, rule in RULES.items():
+        rule.check(named(field), getattr(config, field))
+    if config.top_k > config.num_experts:
+        raise UserError(
+            f"{named('top_k')} {config.top_k} is more than {flag_of('num_experts')} "
+            f"{config.num_experts}"
+        )
+    if config.hidden_size % (2 * config.heads):
+        raise UserError(
+            f"{named('hidden_size')} {config.hidden_size} must be a multiple of twice --heads "
+            f"({config.heads})"
+        )
+    if config.router == "token-rounding":
+        if config.experts != "sonicmoe_cpp":
+            raise UserError(
+                f"{named('router')} token-rounding needs --experts sonicmoe_cpp, "
+                f"not {config.experts}"
+            )
+        if config.tile > config.tokens_per_batch:
+            raise UserError(
+                f"{named('tile')} {config.tile} is larger than the {config.tokens_per_batch} "
+                f"tokens of a batch"
+            )
 
 
 @dataclasses.dataclass
@@ -173,10 +164,12 @@ class Request:
     given: set[str]  # names of the fields that were on the command line
     resume: bool = False
     overwrite: bool = False
+    digest: str = ""  # of the text that a new run must have; empty: of any
 
 
 def parse_train(argv: list[str]) -> Request:
-    parser = make_parser("train", "Train a small Mixture-of-Experts language model on real text.")
+    parser = Parser("train", "Train a small Mixture-of-Experts language model on real text.")
+    parser.add_settings(TrainConfig)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume",
@@ -193,80 +186,36 @@ def parse_train(argv: list[str]) -> Request:
         config.name = latest_run(config.runs_dir)
     if not config.name:
         config.name = time.strftime("pretrain-%Y%m%d-%H%M%S")
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name):
-        raise UserError(f"--name {config.name!r} must be letters, digits, '.', '_' or '-'")
     if not resume:
         validate(config)
     return Request(config, set(values), resume, overwrite)
 
 
 def latest_run(runs_dir: str) -> str:
-    runs = [path.parent for path in Path(runs_dir).glob("*/checkpoint")]
+    """The run whose checkpoint is the newest. What a killed start left has a hidden name."""
+    try:
+        links = [path for path in Path(runs_dir).glob("*/checkpoint") if path.is_symlink()]
+        times = {path.parent.name: path.lstat().st_mtime_ns for path in links}
+    except OSError as error:
+        raise UserError(f"--resume: cannot read {runs_dir}: {error.strerror}") from error
+    runs = [name for name in times if NAME.accepts(name)]
     if not runs:
         raise UserError(f"--resume: there is no run in {runs_dir}/")
-    return max(runs, key=lambda run: (run / "checkpoint").lstat().st_mtime_ns).name
+    return max(runs, key=times.get)
 
 
-def validate(config: TrainConfig) -> None:
-    """Raises UserError for the first setting that cannot work."""
-    positive = (
-        "tile",
-        "steps",
-        "batch_size",
-        "seq_len",
-        "lr",
-        "grad_clip",
-        "hidden_size",
-        "intermediate_size",
-        "layers",
-        "heads",
-        "num_experts",
-        "top_k",
-        "eval_every",
-        "eval_tokens",
-        "save_every",
+def read_config(run_dir: Path) -> tuple[TrainConfig, str]:
+    """The configuration of an existing run and the digest of its text."""
+    if not os.path.isdir(run_dir):
+        raise UserError(f"--resume: there is no run {run_dir}")
+    place = run_dir / "config.json"
+    fields = check_fields(
+        RULES | {"data_digest": DIGEST}, read_json(place, "--resume: "), f"--resume: {place}"
     )
-    not_negative = (
-        "warmup",
-        "weight_decay",
-        "aux_coef",
-        "seed",
-        "threads",
-        "sample_tokens",
-        "min_lr_ratio",
-    )
-    for field in positive:
-        if not getattr(config, field) > 0:
-            raise UserError(f"{_flag(field)} must be positive, not {getattr(config, field)}")
-    for field in not_negative:
-        if not getattr(config, field) >= 0:
-            raise UserError(f"{_flag(field)} must not be negative, not {getattr(config, field)}")
-    if config.vocab_size < 257:
-        raise UserError(
-            f"--vocab-size must be at least 257 (256 bytes and the end of a text), "
-            f"not {config.vocab_size}"
-        )
-    if config.top_k > config.num_experts:
-        raise UserError(f"--top-k {config.top_k} is more than --num-experts {config.num_experts}")
-    if config.hidden_size % (2 * config.heads):
-        raise UserError(
-            f"--hidden-size {config.hidden_size} must be a multiple of twice --heads "
-            f"({config.heads})"
-        )
-    if config.router == "token-rounding":
-        if config.experts != "sonicmoe_cpp":
-            raise UserError(
-                f"--router token-rounding needs --experts sonicmoe_cpp, not {config.experts}"
-            )
-        if config.tile > config.tokens_per_batch:
-            raise UserError(
-                f"--tile {config.tile} is larger than the {config.tokens_per_batch} "
-                f"tokens of a batch"
-            )
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
+    digest = fields.pop("data_digest")
+    config = TrainConfig(**fields)
+    validate(config, f"--resume: {place}")
+    return config, digest
 
 
 def merge_for_resume(saved: TrainConfig, request: Request) -> TrainConfig:
@@ -280,7 +229,7 @@ def merge_for_resume(saved: TrainConfig, request: Request) -> TrainConfig:
             continue  # settled when the run began
         elif value != before:
             raise UserError(
-                f"--resume: {_flag(field)} is {value} but the checkpoint of run "
+                f"--resume: {flag_of(field)} is {value} but the checkpoint of run "
                 f"{merged.name} was made with {before}"
             )
     validate(merged)

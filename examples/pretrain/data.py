@@ -14,11 +14,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from . import tokenfile
-from .config import TrainConfig, UserError
+from . import files, tokenfile
+from .config import TrainConfig
+from .program import printable
+from .schema import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 VALIDATION_SHARE = 0.05
+MOST_TEXT = 1 << 30  # bytes read into memory; its tokens take several times as much
 COUNTED = 1 << 24  # tokens counted at a time: the count copies them to int64
 # Tests, generated tables and installed packages differ from machine to machine or teach little.
 _STDLIB_SKIPPED = {
@@ -63,42 +66,61 @@ def load_corpus(data: str) -> Corpus:
         documents = _read_folder(root, suffix=".py", skipped=_STDLIB_SKIPPED)
         return split_by_file(documents, "Python's standard library")
     path = Path(data)
-    if path.is_dir():
+    if os.path.isdir(path):
         return split_by_file(_read_folder(path), data)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"--data {data}: no such file or folder")
-    text = _read_text(path)
-    if text is None:
-        raise UserError(f"--data {data}: not a readable UTF-8 text file")
+    try:
+        text = _text(files.read_bytes(path, MOST_TEXT))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data {data}: {_NO_TEXT}: {files.reason(error)}") from error
     return _split_by_position(text, path.name, data)
 
 
-def _read_text(path: Path) -> str | None:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError):
-        return None
-    return None if "\0" in text else text
+_NO_TEXT = "expected a file of UTF-8 text, a folder of such, or a .bin of pretrain.prepare"
+
+
+def _text(content: bytes) -> str:
+    text = content.decode("utf-8")
+    if "\0" in text:
+        raise ValueError("a NUL character is no text")
+    return text
 
 
 def _read_folder(root: Path, suffix: str = "", skipped: set[str] = frozenset()) -> dict[str, str]:
-    """Every readable text below root by its relative name; hidden files and folders are left."""
+    """Every readable text below root by its relative name; hidden files and folders are left, as is what
+    is no file: pipes, devices, broken links."""
     documents: dict[str, str] = {}
-    for folder, subfolders, files in os.walk(root):
+    taken = 0
+    for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(s for s in subfolders if s not in skipped and not s.startswith("."))
-        for name in sorted(files):
+        for name in sorted(names):
             if name.startswith(".") or not name.endswith(suffix):
                 continue
             path = Path(folder) / name
-            text = _read_text(path)
+            try:
+                text = _text(files.read_bytes(path, MOST_TEXT))
+            except (OSError, ValueError):
+                continue
+            taken += len(text)
+            if taken > MOST_TEXT:
+                raise UserError(
+                    f"--data {root}: more than {MOST_TEXT >> 30} GiB of text: pretrain.prepare turns it "
+                    f"into a file of tokens"
+                )
             if text and not text.isspace():
                 documents[path.relative_to(root).as_posix()] = text
     return documents
 
 
+def _bytes(name: str) -> bytes:
+    """Of a file's name, which may be no UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
+
+
 def hash_of_name(name: str) -> float:
     """In [0, 1); the same on every machine, so a file never changes sides."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(_bytes(name)).digest()[:8], "big") / 2**64
 
 
 def split_by_file(documents: dict[str, str], source: str) -> Corpus:
@@ -107,17 +129,22 @@ def split_by_file(documents: dict[str, str], source: str) -> Corpus:
     if len(documents) == 1:
         ((name, text),) = documents.items()
         return _split_by_position(text, name, source)
-    names = sorted(documents, key=lambda name: (hash_of_name(name), name))
-    held_out = [name for name in names if hash_of_name(name) < VALIDATION_SHARE]
-    held_out = held_out[: len(names) - 1] or names[:1]  # at least one file on either side
-    training = sorted(set(names) - set(held_out))
+    held_out = held_out_names(documents)
+    training = sorted(documents.keys() - set(held_out))
     return Corpus(
         source,
         [documents[n] for n in training],
         [documents[n] for n in held_out],
-        held_out,
+        [printable(n) for n in held_out],
         _digest(documents),
     )
+
+
+def held_out_names(documents: dict[str, str]) -> list[str]:
+    """At least one file on either side."""
+    names = sorted(documents, key=lambda name: (hash_of_name(name), name))
+    held_out = [name for name in names if hash_of_name(name) < VALIDATION_SHARE]
+    return held_out[: len(names) - 1] or names[:1]
 
 
 def _split_by_position(text: str, name: str, source: str) -> Corpus:
@@ -128,15 +155,14 @@ def _split_by_position(text: str, name: str, source: str) -> Corpus:
     cut = text.find("\n", cut) + 1 or cut
     if not text[cut:].strip():
         cut = int(len(text) * (1 - VALIDATION_SHARE))
-    return Corpus(
-        source, [text[:cut]], [text[cut:]], [f"{name} from character {cut}"], _digest({name: text})
-    )
+    place = f"{printable(name)} from character {cut}"
+    return Corpus(source, [text[:cut]], [text[cut:]], [place], _digest({name: text}))
 
 
 def _digest(documents: dict[str, str]) -> str:
     digest = hashlib.sha256()
     for name in sorted(documents):
-        for part in (name.encode(), documents[name].encode()):
+        for part in (_bytes(name), documents[name].encode()):
             digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()
 
@@ -153,10 +179,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    return _with_end_of_text(tokenizer)
+    return with_end_of_text(tokenizer)
 
 
-def _with_end_of_text(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def with_end_of_text(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
     )
@@ -186,7 +212,7 @@ def load_tokens(path: str) -> Tokens:
     file = tokenfile.read(Path(path))
     header = file.header
     try:
-        tokenizer = _with_end_of_text(Tokenizer.from_str(json.dumps(header.tokenizer)))
+        tokenizer = with_end_of_text(Tokenizer.from_str(json.dumps(header.tokenizer)))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(f"--data {path}: the tokenizer in its header: {error}") from error
     if len(tokenizer) != header.vocab_size:
@@ -196,7 +222,7 @@ def load_tokens(path: str) -> Tokens:
         )
     source = f"{header.source} ({path})"
     return Tokens(
-        source, tokenizer, file.train, file.validation, header.validation_names, header.sha256
+        source, tokenizer, file.train, file.validation, header.validation_names, header.digest()
     )
 
 

@@ -8,8 +8,11 @@ microbatch; P = T * K rows (more with token rounding).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import resource
+from pathlib import Path
 
 from .config import TrainConfig
 
@@ -243,21 +246,28 @@ def layers_that_fit(
 
 def capacity_of(device_type: str) -> int:
     """Bytes that torch can hold: of the current GPU all but what others and the context take, of
-    the host its physical memory."""
+    the host its physical memory, or what this process may have of it."""
     if device_type == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+        limits += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit > 0]
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return min(limits)
     import torch
 
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved()
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is torch's own, or says so: an operator of sonicmoe_cpp in a compiled graph, or on the
-    CPU."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is torch's own, or says so: an operator of sonicmoe_cpp in a compiled graph, torch or the
+    C++ library on the CPU."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    told = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in told for words in ("out of memory", "can't allocate memory", "bad_alloc")
+    )
 
 
 def out_of_memory_report(

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-from .checkpoint import sync
+from . import files
+from .schema import Rule, UserError, check_fields, list_of, number, whole
+
+_COUNT = whole(0, 2**62)
+RULES: dict[str, Rule] = {
+    "step": whole(1),
+    "loss": number(),
+    "aux_loss": number(),
+    "lr": number(),
+    "grad_norm": number(),
+    "tokens": _COUNT,
+    "rows": _COUNT,
+    "rows_dropped": _COUNT,
+    "rows_added": _COUNT,
+    "tokens_per_second": number(),
+    "val_loss": number(),
+    "expert_shares": list_of(list_of(number(0, 1))),
+}
+AT_VALIDATIONS = {"val_loss", "expert_shares"}
 
 
 class MetricsLog:
@@ -14,36 +31,64 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int) -> None:
         """Opens the log after `step`; lines of later steps, cut lines too, are removed."""
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
-        self.path = path
-        self._file = path.open("a", encoding="utf-8")
+        self.path, self.lines = path, read_metrics(path, step)
+        files.write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._file = path.open("ab", buffering=0)
 
     def append(self, **fields) -> None:
-        self._file.write(json.dumps(fields) + "\n")
-        self._file.flush()
+        self.lines.append(fields)
+        try:
+            self._file.write((json.dumps(fields) + "\n").encode())
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def sync(self) -> None:
-        self._file.flush()
-        sync(self.path)
+        files.sync(self.path)
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The complete lines of a metrics file; a kill may have cut the last one short."""
-    if not path.exists():
+def read_metrics(path: Path, step: int | None = None) -> list[dict]:
+    """The lines of a metrics file, up to `step` where it is given. UserError for a damaged line, and where
+    the file ends before `step`.
+
+    A kill may have cut the last line short. A file that is absent has no lines, whatever the step: who
+    removes it goes on without them, so it may begin at any step.
+    """
+    try:
+        content = files.read_bytes(path, most=1 << 34)
+    except FileNotFoundError:
         return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {files.reason(error)}") from error
+    lines, reached = [], 0
+    for index, part in enumerate(content.split(b"\n")[:-1]):
+        place = f"{path}: line {index + 1}"
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+            line = _checked(part, place)
+        except UserError:
+            if step is None or reached < step:
+                raise
+            break  # the disk may have lost what came after the checkpoint
+        if reached and line["step"] != reached + 1:
+            raise UserError(f"{place}: step: expected {reached + 1}, got {line['step']}")
+        reached = line["step"]
+        lines.append(line)
+    if step is not None and reached < step:
+        raise UserError(
+            f"{path} ends at step {reached}, the checkpoint is of step {step}: restore it, or remove it "
+            f"to go on without its lines"
+        )
+    return [line for line in lines if step is None or line["step"] <= step]
+
+
+def _checked(part: bytes, place: str) -> dict:
+    try:
+        return check_fields(RULES, files.parse_json(part), place, AT_VALIDATIONS)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: {files.reason(error)}") from error
 
 
 def smoothed(values: list[float], keep: float = 0.9) -> list[float]:
@@ -76,10 +121,11 @@ def new_figure(title: str, ylabel: str = "loss (nats per token)", panels: int = 
 def save_figure(figure, path: Path) -> None:
     from matplotlib import pyplot
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
-    os.replace(temporary, path)
+    try:
+        with files.replacing(path) as file:
+            figure.savefig(file, format="png", dpi=120)
+    finally:
+        pyplot.close(figure)
 
 
 def plot_loss(metrics: list[dict], unigram: float, title: str, path: Path) -> None:

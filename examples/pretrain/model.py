@@ -47,7 +47,10 @@ def new_model(config: TrainConfig, vocab_size: int, end_of_text: int) -> Qwen3Mo
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """The GPU counts only where the experts can run on it."""
+    """The GPU counts only where the experts can run on it. ImportError where the package of --experts
+    is not built."""
+    if config.experts == "sonicmoe_cpp":
+        import sonicmoe_cpp  # noqa: F401
     usable = torch.cuda.is_available() and _experts_run_on_gpu(config)
     if config.device == "cuda" and not usable:
         reason = "torch sees no GPU here"
@@ -69,6 +72,8 @@ def _why_not_on_gpu(config: TrainConfig) -> str:
         return ""
     if config.dtype == "float32":
         return "sonicmoe_cpp computes in bfloat16 there (--dtype bfloat16)"
+    if config.hidden_size % 8 or config.intermediate_size % 8:
+        return "sonicmoe_cpp takes widths there that are multiples of 8"
     import sonicmoe_cpp
 
     cuda = next((b for b in sonicmoe_cpp.backends() if b.name == "cuda"), None)
@@ -100,7 +105,7 @@ class RoutingTap:
         self._balancing_loss = load_balancing_loss
         if config.experts == "sonicmoe_cpp":
             import sonicmoe_cpp
-            from sonicmoe_cpp.integrations.transformers import replace_moe_blocks
+            from sonicmoe_cpp.integrations.transformers import observer, replace_moe_blocks
 
             self._balancing_loss = functools.partial(
                 sonicmoe_cpp.load_balancing_loss, top_k=config.top_k
@@ -113,6 +118,7 @@ class RoutingTap:
                 policy=config.policy,
                 seed=config.seed,
             )
+            observer(_keep_output)  # it changes nothing: the blocks stay one fused layer
         else:
             model.set_experts_implementation(config.experts)
         self._blocks = [layer.mlp for layer in model.model.layers]
@@ -138,7 +144,10 @@ class RoutingTap:
 
     def shares(self) -> list[list[float]]:
         """Per layer, the share of its rows that each expert computed."""
-        return [(layer.rows / layer.rows.sum()).tolist() for layer in self.layers()]
+        return [
+            (layer.rows / layer.rows.sum().clamp(min=1)).tolist()  # rounding down may leave none
+            for layer in self.layers()
+        ]
 
     def row_counts(self) -> dict[str, int]:
         """Rows of all layers, and how many rounding dropped and added.

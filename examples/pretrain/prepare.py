@@ -9,78 +9,73 @@ of the training files, --tokenizer-mib of them. Prints what was measured as JSON
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import lzma
+import os
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from . import data, tokenfile
-from .config import UserError
+from . import data, files, program, schema, tokenfile
+from .config import MOST_VOCABULARY
+from .schema import UserError
+from .signals import Signals
 
 MIB = 1 << 20
 SUFFIXES = ".c .h .S .py .rst .txt .md .html .cc .cpp .rs .dts .dtsi .sh .pl Makefile Kconfig"
 BATCH = 1024  # documents tokenised at a time
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="prepare", description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="a folder or a tar archive")
-    parser.add_argument("--output", type=Path, required=True, metavar="NAME.bin")
-    parser.add_argument("--vocab-size", type=int, default=16384, help="(default: %(default)s)")
-    parser.add_argument(
-        "--max-mib", type=float, default=400, metavar="X", help="text taken (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tokenizer-mib",
-        type=float,
-        default=48,
-        metavar="X",
-        help="text the tokenizer is trained on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-file-kib",
-        type=float,
-        default=256,
-        metavar="X",
-        help="larger files, mostly generated tables, are left out (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--suffixes",
-        default=SUFFIXES,
-        help="endings of the names taken, separated by blanks; '' takes all (default: %(default)r)",
-    )
-    parser.add_argument(
-        "--skip",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="leave out files whose name holds TEXT; may be repeated",
-    )
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = schema.Parser("prepare", __doc__.splitlines()[0])
+    parser.add("source", schema.path(), "a folder or a tar archive")
+    parser.add("--output", schema.path(), "the file of tokens", required=True, metavar="NAME.bin")
+    vocabulary = schema.whole(257, MOST_VOCABULARY)
+    parser.add("--vocab-size", vocabulary, "tokens of it", default=16384, metavar="N")
+    for flag, default, help_text in (
+        ("--max-mib", 400.0, "text taken"),
+        ("--tokenizer-mib", 48.0, "text the tokenizer is trained on"),
+        ("--max-file-kib", 256.0, "larger files, mostly generated tables, are left out"),
+    ):
+        parser.add(flag, schema.number(above=True), help_text, default=default, metavar="X")
+    suffixes = "endings of the names taken, separated by blanks; '' takes all"
+    parser.add("--suffixes", schema.text(), suffixes, default=SUFFIXES)
+    skip = "leave out files whose name holds TEXT; may be repeated"
+    parser.add("--skip", schema.text(), skip, default=[], action="append", metavar="TEXT")
     arguments = parser.parse_args(argv)
+    arguments.source, arguments.output = Path(arguments.source), Path(arguments.output)
     if arguments.output.suffix != ".bin":
-        parser.error("--output must end in .bin")
-    if not 257 <= arguments.vocab_size < 1 << 32:
-        parser.error("--vocab-size must be at least 257")
+        raise UserError(f"--output: expected NAME.bin, got {arguments.output}")
     return arguments
 
 
-def _files(source: Path) -> Iterator[tuple[str, int, object]]:
-    """Name, bytes and a way to read the bytes of every file of a folder or an archive."""
-    if source.is_dir():
+def _files(source: Path, wanted: Callable[[str, int], bool]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every wanted file of a folder or an archive."""
+    if os.path.isdir(source):
         for path in sorted(p for p in source.rglob("*") if p.is_file() and not p.is_symlink()):
-            yield path.relative_to(source).as_posix(), path.stat().st_size, path.read_bytes
+            name = path.relative_to(source).as_posix()
+            if wanted(name, path.stat().st_size) and os.access(path, os.R_OK):
+                yield name, path.read_bytes()
         return
     try:
-        with tarfile.open(source, "r|*") as archive:
+        files.check_regular(source)
+        with tarfile.open(source) as archive:
             for member in archive:
-                if member.isfile():
-                    yield member.name, member.size, archive.extractfile(member).read
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{source}: neither a folder nor a tar archive: {error}") from error
+                if member.isfile() and wanted(member.name, member.size):
+                    yield member.name, archive.extractfile(member).read()
+            while archive.fileobj.read(MIB):  # at its end the compression checks its sum
+                pass
+    except (OSError, ValueError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(
+            f"{source}: expected a folder or a tar archive: {files.reason(error)}"
+        ) from error
 
 
 def _text(content: bytes) -> str:
@@ -97,32 +92,41 @@ def _shuffled(name: str) -> float:
     return data.hash_of_name(name[::-1])
 
 
+def _first(documents: dict[str, str], mib: float) -> dict[str, str]:
+    """As many as `mib` holds, and the one that is too many."""
+    taken, result = 0, {}
+    for name, text in documents.items():
+        if taken >= mib * MIB:
+            break
+        result[name] = text
+        taken += len(text)
+    return result
+
+
 def read_documents(arguments: argparse.Namespace) -> dict[str, str]:
     """Texts by name, in the order of their names' hashes, up to --max-mib in all."""
     suffixes = tuple(arguments.suffixes.split()) or ("",)
-    texts = {}
-    for name, size, read in _files(arguments.source):
-        wanted = name.endswith(suffixes) and size <= arguments.max_file_kib * 1024
-        if wanted and not any(part in name for part in arguments.skip):
-            texts[name] = _text(read())
-    documents, taken = {}, 0
-    for name in sorted(texts, key=lambda name: (_shuffled(name), name)):
-        if texts[name] and taken < arguments.max_mib * MIB:
-            documents[name] = texts[name]
-            taken += len(texts[name])
+
+    def wanted(name: str, size: int) -> bool:
+        fits = name.endswith(suffixes) and size <= arguments.max_file_kib * 1024
+        return fits and not any(part in name for part in arguments.skip)
+
+    def first(texts: dict[str, str]) -> dict[str, str]:
+        order = sorted(texts, key=lambda name: (_shuffled(name), name))
+        return _first({name: texts[name] for name in order}, arguments.max_mib)
+
+    documents, characters = {}, 0
+    for name, content in _files(arguments.source, wanted):
+        if text := _text(content):
+            documents[name] = text
+            characters += len(text)
+        if characters > 2 * arguments.max_mib * MIB:  # a large source need not be held as a whole
+            documents = first(documents)
+            characters = sum(map(len, documents.values()))
+    documents = first(documents)
     if len(documents) < 2:
         raise UserError(f"{arguments.source}: fewer than two files of text were found")
     return documents
-
-
-def _first(texts: list[str], mib: float) -> list[str]:
-    taken, result = 0, []
-    for text in texts:
-        if taken >= mib * MIB:
-            break
-        result.append(text)
-        taken += len(text)
-    return result
 
 
 def _encoded(tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
@@ -132,61 +136,78 @@ def _encoded(tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
 
 def prepare(arguments: argparse.Namespace) -> dict:
     """Writes the two files; returns what is worth telling."""
+    output = arguments.output
+    tokenfile.check_place(output)
+    with contextlib.ExitStack() as stack:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            # Opened before anything is read: a place that cannot be written is refused at once.
+            tokens = stack.enter_context(files.replacing(output))
+        except OSError as error:
+            reason = files.reason(error)
+            raise UserError(f"--output {output}: cannot be written: {reason}") from error
+        figures, header = _prepare(arguments, tokens)
+        # It takes its place before the tokens do: they would look like somebody else's without it.
+        with files.replacing(tokenfile.header_path(output)) as file:
+            tokenfile.write_header(file, header)
+    return figures | {"bin_mib": round(output.stat().st_size / MIB, 1)}
+
+
+def _prepare(arguments: argparse.Namespace, file: BinaryIO) -> tuple[dict, tokenfile.Header]:
+    """Writes the tokens; figures and header."""
     begin = time.monotonic()
     documents = read_documents(arguments)
-    order = list(documents)
-    corpus = data.split_by_file(documents, str(arguments.source))
-    texts = [documents[name] for name in order if name not in set(corpus.validation_names)]
+    held_out = data.held_out_names(documents)
+    texts = {name: text for name, text in documents.items() if name not in set(held_out)}
     read = time.monotonic()
-    tokenizer = data.train_tokenizer(_first(texts, arguments.tokenizer_mib), arguments.vocab_size)
+    some = list(_first(texts, arguments.tokenizer_mib).values())
+    tokenizer = data.train_tokenizer(some, arguments.vocab_size)
     trained = time.monotonic()
     counts = {"train": 0, "validation": 0}
 
     def pieces() -> Iterator[np.ndarray]:
-        for part, some in (("train", texts), ("validation", corpus.validation)):
+        validation = [documents[name] for name in held_out]
+        for part, some in (("train", list(texts.values())), ("validation", validation)):
             for piece in _encoded(tokenizer, some):
                 counts[part] += len(piece)
                 yield piece
 
     dtype = tokenfile.dtype_for(len(tokenizer))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    _, digest = tokenfile.write_tokens(arguments.output, pieces(), dtype)
+    digest = tokenfile.write_tokens(file, pieces(), dtype)
     characters = sum(map(len, documents.values()))
-    tokenfile.write_header(
-        arguments.output,
-        tokenfile.Header(
-            dtype,
-            len(tokenizer),
-            counts["train"],
-            counts["validation"],
-            characters,
-            digest,
-            arguments.source.name,
-            corpus.validation_names,
-            json.loads(tokenizer.backend_tokenizer.to_str()),
-        ),
+    header = tokenfile.Header(
+        dtype,
+        len(tokenizer),
+        counts["train"],
+        counts["validation"],
+        characters,
+        digest,
+        program.printable(arguments.source.name),
+        [program.printable(name) for name in held_out],
+        json.loads(tokenizer.backend_tokenizer.to_str()),
     )
-    return {
+    figures = {
         "files": len(documents),
-        "held_out_files": len(corpus.validation_names),
+        "held_out_files": len(held_out),
         "text_mib": round(characters / MIB, 1),
         "train_tokens": counts["train"],
         "validation_tokens": counts["validation"],
         "characters_per_token": round(characters / sum(counts.values()), 2),
-        "bin_mib": round(arguments.output.stat().st_size / MIB, 1),
         "seconds_reading": round(read - begin, 1),
         "seconds_tokenizer": round(trained - read, 1),
         "seconds_encoding": round(time.monotonic() - trained, 1),
     }
+    return figures, header
+
+
+def work(argv: list[str], signals: Signals) -> int:
+    program.say(json.dumps(prepare(parse(argv)), indent=1))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        print(json.dumps(prepare(parse(argv)), indent=1))
-    except UserError as error:
-        print(f"prepare: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Exit codes as of program.run."""
+    return program.run("prepare", work, argv)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
+
+from . import program
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -24,11 +27,21 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # what write() raised, instead of ending the process
+
+
 class Screen:
-    """A live panel on a terminal, plain lines anywhere else."""
+    """A live panel on a terminal, plain lines anywhere else.
+
+    Where writing fails (the reader has left, the terminal is closed, the disk is full) `lost` holds the
+    error and nothing more is written: the training loop saves and ends.
+    """
 
     def __init__(self, steps: int, start: int, unigram: float) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = _Console(highlight=False, soft_wrap=True)
+        self.lost: OSError | None = None
         self.steps, self.start, self.unigram = steps, start, unigram
         self.started = time.monotonic()
         self.validation = "–"
@@ -46,17 +59,28 @@ class Screen:
         if self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False)
 
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            self.lost = program.lost(error)
+            self.console.quiet = True
+
     def __enter__(self):
         if self._live:
-            self._live.start()
+            with self._writing():
+                self._live.start()
         return self
 
     def __exit__(self, *error) -> None:
         if self._live:
-            self._live.stop()
+            with self._writing():
+                self._live.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False)
+        with self._writing():
+            self.console.print(program.printable(line), markup=False)
 
     def validated(self, step: int, loss: float) -> None:
         self.validation = f"{loss:.3f} (step {step})"
@@ -67,7 +91,8 @@ class Screen:
         left = (time.monotonic() - self.started) / done * (self.steps - step)
         if self._live:
             self._progress.update(self._task, completed=step, left=f"{clock(left)} left")
-            self._live.update(self._panel(loss, speed, shares), refresh=True)
+            with self._writing():
+                self._live.update(self._panel(loss, speed, shares), refresh=True)
         elif step % self._lines_every == 0 or step in (self.start + 1, self.steps):
             flat = [share for layer in shares for share in layer]
             self.say(

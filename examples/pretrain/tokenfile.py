@@ -14,14 +14,27 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from .config import UserError
+from . import files
+from .config import DIGEST, MOST_VOCABULARY
+from .schema import (
+    Rule,
+    UserError,
+    check_fields,
+    instance_of,
+    list_of,
+    one_of,
+    read_json,
+    text,
+    whole,
+)
 
 FORMAT = "sonicmoe-tokens-1"
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-CHUNK = 1 << 24  # bytes hashed, or tokens looked at, at a time
+CHUNK = 1 << 24  # tokens looked at at a time
 
 
 @dataclasses.dataclass
@@ -38,6 +51,24 @@ class Header:
     validation_names: list[str]
     tokenizer: dict  # as the tokenizers library saves it
     format: str = FORMAT
+
+    def digest(self) -> str:
+        """Of all that it says, the SHA-256 of the tokens included."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()
+
+
+RULES: dict[str, Rule] = {
+    "dtype": one_of(*DTYPES),
+    "vocab_size": whole(1, MOST_VOCABULARY),
+    "train_tokens": whole(1, 2**48),
+    "validation_tokens": whole(1, 2**48),
+    "characters": whole(0, 2**62),
+    "sha256": DIGEST,
+    "source": text(),
+    "validation_names": list_of(text(), least=0),
+    "tokenizer": instance_of(dict, "a tokenizer"),
+    "format": one_of(FORMAT),
+}
 
 
 @dataclasses.dataclass
@@ -57,70 +88,57 @@ def header_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def write_tokens(path: Path, pieces: Iterable[np.ndarray], dtype: str) -> tuple[int, str]:
-    """Writes arrays one after the other; returns the number of tokens and the SHA-256 of all."""
-    digest, count = hashlib.sha256(), 0
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        for piece in pieces:
-            data = piece.astype(DTYPES[dtype]).tobytes()
-            digest.update(data)
-            file.write(data)
-            count += len(piece)
-    os.replace(temporary, path)
-    return count, digest.hexdigest()
+def check_place(path: Path) -> None:
+    """UserError where NAME.bin or NAME.json is there and not of this program: they would be replaced."""
+    place = header_path(path)
+    there = [each for each in (path, place) if os.path.lexists(each)]
+    try:
+        for each in there:
+            files.check_regular(each)
+        if there:
+            check_fields(RULES, read_json(place), str(place))
+    except (OSError, UserError) as error:
+        raise UserError(
+            f"--output {path}: {' and '.join(map(str, there))} would be replaced, and {place.name} is no "
+            f"header of tokens: {files.reason(error)}"
+        ) from error
 
 
-def write_header(path: Path, header: Header) -> None:
-    header_path(path).write_text(json.dumps(dataclasses.asdict(header)), encoding="utf-8")
+def write_tokens(file: BinaryIO, pieces: Iterable[np.ndarray], dtype: str) -> str:
+    """Writes arrays one after the other; returns the SHA-256 of all."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        data = piece.astype(DTYPES[dtype]).tobytes()
+        digest.update(data)
+        file.write(data)
+    return digest.hexdigest()
+
+
+def write_header(file: BinaryIO, header: Header) -> None:
+    file.write(json.dumps(dataclasses.asdict(header)).encode())
 
 
 def read(path: Path) -> TokenFile:
     """Raises UserError, which names the file and what is wrong with it."""
-    header = _read_header(path)
+    place = header_path(path)
+    header = Header(
+        **check_fields(RULES, read_json(place, f"--data {path}: "), f"--data {path}: {place.name}")
+    )
     dtype = DTYPES[header.dtype]
     wanted = (header.train_tokens + header.validation_tokens) * dtype.itemsize
     try:
-        size = path.stat().st_size
+        size = files.check_regular(path).st_size
+        digest = files.sha256(path) if size == wanted else ""
     except OSError as error:
         raise UserError(f"--data {path}: {error.strerror}") from error
     if size != wanted:
-        raise UserError(
-            f"--data {path}: the file has {size} bytes, {header_path(path).name} says {wanted}"
-        )
-    if not header.train_tokens or not header.validation_tokens:
-        raise UserError(f"--data {path}: no training tokens, or none held out")
-    tokens = np.memmap(path, dtype, "r")
-    if _digest(path) != header.sha256:
+        raise UserError(f"--data {path}: the file has {size} bytes, {place.name} says {wanted}")
+    if digest != header.sha256:
         raise UserError(f"--data {path}: damaged: its SHA-256 is not the one in its header")
+    tokens = np.memmap(path, dtype, "r")
     largest = max(int(tokens[i : i + CHUNK].max()) for i in range(0, len(tokens), CHUNK))
     if largest >= header.vocab_size:
         raise UserError(
             f"--data {path}: token {largest} is outside the vocabulary of {header.vocab_size}"
         )
     return TokenFile(header, tokens[: header.train_tokens], tokens[header.train_tokens :])
-
-
-def _read_header(path: Path) -> Header:
-    place = header_path(path)
-    try:
-        fields = json.loads(place.read_text(encoding="utf-8"))
-        header = Header(**fields)
-    except OSError as error:
-        raise UserError(f"--data {path}: cannot read {place}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--data {path}: {place.name} is no header of tokens: {error}") from error
-    if header.format != FORMAT or header.dtype not in DTYPES:
-        raise UserError(
-            f"--data {path}: {place.name} says format {header.format!r}, type {header.dtype!r}; "
-            f"expected {FORMAT!r}, {' or '.join(DTYPES)}"
-        )
-    return header
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(CHUNK):
-            digest.update(data)
-    return digest.hexdigest()

@@ -17,6 +17,8 @@ class SONICMOE_API Error : public std::runtime_error {
   /// A failure of one argument of one operation.
   Error(const std::string& operation, const std::string& argument, const std::string& expected,
         const std::string& actual);
+  /// A failure of a part of an operation, in the name of the whole.
+  Error(const std::string& operation, const Error& part);
   /// A failure that belongs to no single argument.
   explicit Error(const std::string& message);
 

@@ -12,6 +12,10 @@
 // (On CUDA, where Y is not summed from memory, A is stored as s * A, and O gets (s A) W2^T + s b2.)
 // Backward keeps nothing of size R*d and recomputes no GEMM: dS[r] = <dO[t] W2[e], A[r]>.
 //
+// Every argument of a call is checked before anything is written. What only contents can show (NaN,
+// ids and offsets out of range, metadata of something else) is refused on the CPU; outputs may then
+// be written in part, but nothing has been added to gradients that accumulate.
+//
 // All operations allocate nothing on behalf of the caller, synchronise nothing, and are
 // deterministic unless ExpertOptions::deterministic is off: the same inputs give the same bits for
 // every run and every thread count.

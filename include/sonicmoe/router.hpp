@@ -156,6 +156,7 @@ SONICMOE_API void round_tokens_backward(const Context& context,
 /// Switch auxiliary loss E * sum_e f_e p_e: f_e = rows_per_expert[e] / (T*K), p_e the mean over the
 /// tokens of softmax over E (sigmoid_topk: of sigmoid over its sum over E). Uniform routing
 /// gives 1. (Hugging Face's value is K times this.) `loss` [1] float32. T = 0 gives 0.
+/// rows_per_expert counts token choice: after rounding, counts hide what the router chose.
 SONICMOE_API void load_balancing_loss_forward(const Context& context, Scoring scoring,
                                               std::int64_t top_k, ConstTensorView logits,
                                               ConstTensorView rows_per_expert, TensorView loss);

@@ -185,6 +185,35 @@ void for_each_tensor(Args& args, Visit visit) {
   visit("workspace", args.workspace, Access::kWrite);
 }
 
+/// The operands of a balancing loss, or of its backward: `loss` or `grad_loss` and `grad_logits`.
+struct LossArgs {
+  ConstTensorView logits;
+  ConstTensorView rows_per_expert;
+  ConstTensorView grad_loss;
+  TensorView loss, grad_logits;
+};
+
+template <MaybeConst<LossArgs> Args, class Visit>
+void for_each_tensor(Args& args, Visit visit) {
+  visit("logits", args.logits, Access::kRead);
+  visit("rows_per_expert", args.rows_per_expert, Access::kRead);
+  visit("grad_loss", args.grad_loss, Access::kRead);
+  visit("loss", args.loss, Access::kWrite);
+  visit("grad_logits", args.grad_logits, Access::kWrite);
+}
+
+/// Of update_expert_bias.
+struct ExpertBiasArgs {
+  TensorView bias;
+  ConstTensorView rows_per_expert;
+};
+
+template <MaybeConst<ExpertBiasArgs> Args, class Visit>
+void for_each_tensor(Args& args, Visit visit) {
+  visit("bias", args.bias, Access::kWrite);
+  visit("rows_per_expert", args.rows_per_expert, Access::kRead);
+}
+
 /// Devices, alignment and overlaps of a call's tensors, after their shapes have been checked.
 template <class Args>
 void check_memory(const Check& check, const Args& args) {

@@ -10,25 +10,29 @@
 
 namespace sonicmoe {
 
-/// Runs the backend's part of an operation. What leaves it is an Error, also where memory ran out.
+/// Runs one operation or answers one question about sizes: run(check). What leaves it is an Error
+/// in the operation's name, also where one of its parts failed or memory ran out.
 template <class Run>
-void run_backend(const Check& check, Run run) {
+auto run_operation(std::string_view operation, const Context& context, Run run) {
   try {
-    run();
-  } catch (const Error&) {
-    throw;
+    return run(Check(operation, context));
+  } catch (const Error& error) {
+    if (error.argument().empty()) throw;
+    throw Error(std::string(operation), error);
   } catch (const std::bad_alloc&) {
-    throw Error(check.operation() + ": out of memory");
+    throw Error(std::string(operation) + ": out of memory");
   } catch (const std::exception& error) {
-    throw Error(check.operation() + ": " + error.what());
+    throw Error(std::string(operation) + ": " + error.what());
   }
 }
 
 /// The most tokens, and the most pairs: row numbers are int32.
 inline constexpr std::int64_t kMostRows = (std::int64_t{1} << 31) - 2;
 
-/// A shape that can be: sizes in range, known enumerators, num_pairs as the form has it, buffers
-/// below 2^59 elements. Whatever is computed from such a shape fits 64 bits.
+/// A shape whose bytes can be counted: positive sizes, known enumerators, num_pairs as the form has
+/// it, buffers below 2^59 elements. Whatever is computed from such a shape fits 64 bits.
+void check_countable(const Check& check, const MoEShape& shape);
+/// One that operations take: countable, tokens and pairs up to kMostRows, widths below 2^31.
 void check_shape(const Check& check, const MoEShape& shape);
 
 /// num_tokens, num_experts, top_k of a router.
@@ -52,6 +56,7 @@ void check_round_tokens_backward(const Check& check, const RoundTokensBackwardAr
 /// Options alone, for a router over `num_experts`.
 void check_router_options(const Check& check, const RouterOptions& options,
                           std::int64_t num_experts);
+void check_seed(const Check& check, const RoundingOptions& rounding);
 void check_expert_options(const Check& check, const ExpertOptions& options);
 
 /// A gradient of a parameter, where there is one: its shape, and its dtype or float32 (float32

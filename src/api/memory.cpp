@@ -23,7 +23,7 @@ std::size_t under_limit(std::size_t least, std::size_t all, std::optional<std::s
 }  // namespace
 
 MemoryEstimate estimate_memory(const MoEShape& shape, std::optional<std::size_t> workspace_limit) {
-  check_shape(Check("estimate_memory", Device{}), shape);
+  check_countable(Check("estimate_memory", Device{}), shape);
   const std::size_t element = size_of(shape.dtype);
   const auto rows = static_cast<std::size_t>(shape.num_pairs);
   const auto n = static_cast<std::size_t>(shape.intermediate_size);
@@ -49,14 +49,14 @@ MemoryEstimate estimate_memory_scattermoe(const MoEShape& shape) {
 }
 
 std::size_t parameter_bytes(const MoEShape& shape) {
-  check_shape(Check("parameter_bytes", Device{}), shape);
+  check_countable(Check("parameter_bytes", Device{}), shape);
   const std::int64_t columns = shape.hidden_columns() + shape.intermediate_size;
   return static_cast<std::size_t>(shape.num_experts * columns * shape.hidden_size) *
          size_of(shape.dtype);
 }
 
 double forward_flops(const MoEShape& shape) {
-  check_shape(Check("forward_flops", Device{}), shape);
+  check_countable(Check("forward_flops", Device{}), shape);
   return 2.0 * static_cast<double>(shape.num_pairs) * static_cast<double>(shape.hidden_size) *
          static_cast<double>(shape.intermediate_size) * (gate_factor(shape.activation) + 1);
 }

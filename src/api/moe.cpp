@@ -6,6 +6,7 @@
 #include "core/backend.hpp"
 #include "core/check.hpp"
 #include "core/metadata.hpp"
+#include "core/workspace.hpp"
 
 namespace sonicmoe {
 namespace {
@@ -60,7 +61,6 @@ void check_weights(const Check& check, const MoEShape& shape, const ExpertWeight
              w.w1.describe());
   check.dtype("w1", w.w1, {shape.dtype});
   check.unit_stride_in_a_matrix_dim("w1", w.w1);
-  check.dtype("w2", w.w2, {shape.dtype});
   check.unit_stride_in_a_matrix_dim("w2", w.w2);
   if (w.b1.defined()) {
     check.shape("b1", w.b1, {e, shape.hidden_columns()});
@@ -80,6 +80,7 @@ MoEShape checked_shape(const Check& check, const ExpertOptions& options, const C
   check.dtype("x", x, {DType::kFloat32, DType::kBFloat16});
   check.unit_stride("x", x, 1);
   check.rank("w2", weights.w2, 3);
+  check.dtype("w2", weights.w2, {x.dtype()});  // its sizes times g then fit 63 bits
   check_expert_options(check, options);
   MoEShape shape;
   shape.num_tokens = x.size(0);
@@ -150,16 +151,26 @@ void check_expert_options(const Check& check, const ExpertOptions& options) {
 
 void check_shape(const Check& check, const MoEShape& s) {
   constexpr std::int64_t kMostColumns = (std::int64_t{1} << 31) - 1;
-  check.enumerator("activation", s.activation);
-  check.that(s.form <= MoEShape::Form::kPairs, "form", "an enumerator",
-             std::to_string(static_cast<int>(s.form)));
-  check.that(s.dtype == DType::kFloat32 || s.dtype == DType::kBFloat16, "dtype",
-             "float32 or bfloat16", std::string(name_of(s.dtype)));
   check.between("num_tokens", s.num_tokens, 0, kMostRows);
   check.between("hidden_size", s.hidden_size, 1, kMostColumns);
   check.between("intermediate_size", s.intermediate_size, 1, kMostColumns);
   check.between("num_experts", s.num_experts, 1, kMostColumns);
   check.between("num_pairs", s.num_pairs, 0, kMostRows);
+  check_countable(check, s);
+}
+
+void check_countable(const Check& check, const MoEShape& s) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 59;
+  check.enumerator("activation", s.activation);
+  check.that(s.form <= MoEShape::Form::kPairs, "form", "an enumerator",
+             std::to_string(static_cast<int>(s.form)));
+  check.that(s.dtype == DType::kFloat32 || s.dtype == DType::kBFloat16, "dtype",
+             "float32 or bfloat16", std::string(name_of(s.dtype)));
+  check.between("num_tokens", s.num_tokens, 0, kMost);
+  check.between("hidden_size", s.hidden_size, 1, kMost);
+  check.between("intermediate_size", s.intermediate_size, 1, kMost);
+  check.between("num_experts", s.num_experts, 1, kMost);
+  check.between("num_pairs", s.num_pairs, 0, kMost);
   if (s.form == MoEShape::Form::kSorted) {
     check.that(s.num_pairs == s.num_tokens, "num_pairs",
                std::to_string(s.num_tokens) + ", num_tokens of sorted rows",
@@ -198,12 +209,12 @@ MoEShape moe_shape(const ExpertOptions& options, ConstTensorView x, const Expert
 }
 
 std::size_t moe_h_bytes(const MoEShape& shape) {
-  check_shape(Check("moe_h_bytes", Device{}), shape);
+  check_countable(Check("moe_h_bytes", Device{}), shape);
   return static_cast<std::size_t>(shape.num_pairs * shape.hidden_columns()) * size_of(shape.dtype);
 }
 
 std::size_t moe_metadata_bytes(const MoEShape& shape) {
-  check_shape(Check("moe_metadata_bytes", Device{}), shape);
+  check_countable(Check("moe_metadata_bytes", Device{}), shape);
   std::int64_t entries = shape.num_experts;
   if (shape.form == MoEShape::Form::kTopK) entries += 3 * shape.num_pairs;
   if (shape.form == MoEShape::Form::kPairs) entries += 4 * shape.num_pairs + shape.num_tokens + 1;
@@ -212,16 +223,20 @@ std::size_t moe_metadata_bytes(const MoEShape& shape) {
 
 WorkspacePlan moe_forward_workspace(const Context& context, const MoEShape& shape, bool inference,
                                     std::optional<std::size_t> workspace_limit) {
-  check_shape(Check("moe_forward_workspace", context), shape);
-  return choose_backend(context, "moe_forward_workspace")
-      .moe_forward_workspace(context, shape, inference, workspace_limit);
+  return run_operation("moe_forward_workspace", context, [&](const Check& check) {
+    check_shape(check, shape);
+    return choose_backend(context, check.operation())
+        .moe_forward_workspace(context, shape, inference, workspace_limit);
+  });
 }
 
 WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
                                      std::optional<std::size_t> workspace_limit) {
-  check_shape(Check("moe_backward_workspace", context), shape);
-  return choose_backend(context, "moe_backward_workspace")
-      .moe_backward_workspace(context, shape, workspace_limit);
+  return run_operation("moe_backward_workspace", context, [&](const Check& check) {
+    check_shape(check, shape);
+    return choose_backend(context, check.operation())
+        .moe_backward_workspace(context, shape, workspace_limit);
+  });
 }
 
 MoEShape check_moe_forward(const Check& check, const MoEForwardArgs& args) {
@@ -237,15 +252,16 @@ MoEShape check_moe_forward(const Check& check, const MoEForwardArgs& args) {
 }
 
 void moe_forward(const Context& context, const MoEForwardArgs& args) {
-  const Check check("moe_forward", context);
-  const MoEShape shape = check_moe_forward(check, args);
-  const Backend& backend = choose_backend(context, "moe_forward");
-  backend.check_moe_forward(check, shape, args);
-  const WorkspacePlan plan =
-      backend.moe_forward_workspace(context, shape, !args.h.defined(), args.workspace_limit);
-  check.buffer("workspace", args.workspace, plan.bytes, 64);
-  check_memory(check, args);
-  run_backend(check, [&] { backend.moe_forward(context, shape, args); });
+  run_operation("moe_forward", context, [&](const Check& check) {
+    const MoEShape shape = check_moe_forward(check, args);
+    const Backend& backend = choose_backend(context, check.operation());
+    backend.check_moe_forward(check, shape, args);
+    const WorkspacePlan plan =
+        backend.moe_forward_workspace(context, shape, !args.h.defined(), args.workspace_limit);
+    check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
+    check_memory(check, args);
+    backend.moe_forward(context, shape, args);
+  });
 }
 
 MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args) {
@@ -259,14 +275,15 @@ MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args) {
 }
 
 void moe_backward(const Context& context, const MoEBackwardArgs& args) {
-  const Check check("moe_backward", context);
-  const MoEShape shape = check_moe_backward(check, args);
-  const Backend& backend = choose_backend(context, "moe_backward");
-  backend.check_moe_backward(check, shape, args);
-  const WorkspacePlan plan = backend.moe_backward_workspace(context, shape, args.workspace_limit);
-  check.buffer("workspace", args.workspace, plan.bytes, 64);
-  check_memory(check, args);
-  run_backend(check, [&] { backend.moe_backward(context, shape, args, nullptr); });
+  run_operation("moe_backward", context, [&](const Check& check) {
+    const MoEShape shape = check_moe_backward(check, args);
+    const Backend& backend = choose_backend(context, check.operation());
+    backend.check_moe_backward(check, shape, args);
+    const WorkspacePlan plan = backend.moe_backward_workspace(context, shape, args.workspace_limit);
+    check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
+    check_memory(check, args);
+    backend.moe_backward(context, shape, args, nullptr);
+  });
 }
 
 }  // namespace sonicmoe

@@ -197,6 +197,13 @@ void check_layer_options(const Check& check, const MoELayerOptions& options,
   check_router_options(check, options.router, num_experts);
 }
 
+// P of a router's T tokens over E experts.
+std::int64_t pairs_of(const Check& check, const MoELayerOptions& options, const MoEShape& shape) {
+  const std::int64_t top_k = options.router.top_k;
+  if (!options.rounding) return shape.num_tokens * top_k;
+  return checked_capacity(check, shape.num_tokens, shape.num_experts, top_k, *options.rounding);
+}
+
 MoEShape checked_shape(const Check& check, const MoELayerOptions& options, const ConstTensorView& x,
                        const ExpertWeights& weights) {
   check.rank("x", x, 2);
@@ -215,9 +222,7 @@ MoEShape checked_shape(const Check& check, const MoELayerOptions& options, const
   check_layer_options(check, options, shape.num_experts);
   check_router_sizes(check, shape.num_tokens, shape.num_experts, options.router.top_k);
   shape.form = options.rounding ? MoEShape::Form::kPairs : MoEShape::Form::kTopK;
-  shape.num_pairs = options.rounding ? checked_capacity(check, shape.num_tokens, shape.num_experts,
-                                                        options.router.top_k, *options.rounding)
-                                     : shape.num_tokens * options.router.top_k;
+  shape.num_pairs = pairs_of(check, options, shape);
   check_shape(check, shape);
   return shape;
 }
@@ -238,6 +243,7 @@ void check_saved_routing(const Check& check, const MoELayerBackwardArgs& args,
   matrix("topk_ids", args.saved.topk_ids, DType::kInt32);
   if (!args.options.rounding)
     return matrix("pair_weights", args.saved.pair_weights, DType::kFloat32);
+  check_seed(check, *args.options.rounding);
   vector("token_ids", args.saved.token_ids, DType::kInt32);
   vector("expert_ids", args.saved.expert_ids, DType::kInt32);
   vector("pair_weights", args.saved.pair_weights, DType::kFloat32);
@@ -252,35 +258,12 @@ void check_planned(const Check& check, const MoELayerOptions& options, const MoE
              "form",
              options.rounding ? "pairs with token rounding" : "top-K without token rounding",
              std::to_string(static_cast<int>(shape.form)));
+  const std::int64_t pairs = pairs_of(check, options, shape);
+  check.that(shape.num_pairs == pairs, "num_pairs", std::to_string(pairs) + " with these options",
+             std::to_string(shape.num_pairs));
 }
 
-}  // namespace
-
-MoEShape moe_layer_shape(const MoELayerOptions& options, ConstTensorView x,
-                         const ExpertWeights& weights) {
-  return checked_shape(Check("moe_layer_shape", x.device()), options, x, weights);
-}
-
-WorkspacePlan moe_layer_forward_workspace(const Context& context, const MoELayerOptions& options,
-                                          const MoEShape& shape, bool inference,
-                                          std::optional<std::size_t> workspace_limit) {
-  const Check check("moe_layer_forward_workspace", context);
-  check_planned(check, options, shape);
-  return forward_plan(check, choose_backend(context, check.operation()), context, options, shape,
-                      inference, workspace_limit);
-}
-
-WorkspacePlan moe_layer_backward_workspace(const Context& context, const MoELayerOptions& options,
-                                           const MoEShape& shape,
-                                           std::optional<std::size_t> workspace_limit) {
-  const Check check("moe_layer_backward_workspace", context);
-  check_planned(check, options, shape);
-  return backward_plan(check, choose_backend(context, check.operation()), context, options, shape,
-                       workspace_limit);
-}
-
-void moe_layer_forward(const Context& context, const MoELayerForwardArgs& args) {
-  const Check check("moe_layer_forward", context);
+void layer_forward(const Check& check, const Context& context, const MoELayerForwardArgs& args) {
   const MoEShape shape = checked_shape(check, args.options, args.x, args.weights);
   check_router(check, args.x, args.router_weight, args.router_bias, args.logits, shape.num_experts);
   if (args.options.rounding) {
@@ -306,22 +289,19 @@ void moe_layer_forward(const Context& context, const MoELayerForwardArgs& args) 
       bytes_view(workspace.router, workspace.router_bytes, context.device);
   experts.workspace = bytes_view(workspace.experts, plan.bytes - outer, context.device);
   if (args.workspace_limit) experts.workspace_limit = *args.workspace_limit - outer;
-  run_backend(check, [&] {
-    backend.router_logits(context, args.x, args.router_weight, args.router_bias, args.logits,
-                          router_scratch);
-    if (args.options.rounding) {
-      RoundTokensForwardArgs round = rounding_args(args);
-      round.workspace = router_scratch;
-      backend.round_tokens_forward(context, round);
-    } else {
-      backend.route_forward(context, topk_args(args));
-    }
-    backend.moe_forward(context, shape, experts);
-  });
+  backend.router_logits(context, args.x, args.router_weight, args.router_bias, args.logits,
+                        router_scratch);
+  if (args.options.rounding) {
+    RoundTokensForwardArgs round = rounding_args(args);
+    round.workspace = router_scratch;
+    backend.round_tokens_forward(context, round);
+  } else {
+    backend.route_forward(context, topk_args(args));
+  }
+  backend.moe_forward(context, shape, experts);
 }
 
-void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args) {
-  const Check check("moe_layer_backward", context);
+void layer_backward(const Check& check, const Context& context, const MoELayerBackwardArgs& args) {
   const MoEShape shape = checked_shape(check, args.options, args.x, args.weights);
   check_router(check, args.x, args.router_weight, {}, args.logits, shape.num_experts);
   if (args.grad_logits.defined()) {
@@ -378,12 +358,47 @@ void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args
       backend.add_logits_gradient(context, grad_logits, args.grad_logits);
     }
   };
-  run_backend(check, [&] {
-    backend.moe_backward(context, shape, experts, &router);
-    backend.router_logits_backward(
-        context, args.x, router.grad_logits, args.grad_router_weight, args.grad_router_bias,
-        args.accumulate, bytes_view(workspace.router, workspace.router_bytes, context.device));
+  backend.moe_backward(context, shape, experts, &router);
+  backend.router_logits_backward(
+      context, args.x, router.grad_logits, args.grad_router_weight, args.grad_router_bias,
+      args.accumulate, bytes_view(workspace.router, workspace.router_bytes, context.device));
+}
+
+}  // namespace
+
+MoEShape moe_layer_shape(const MoELayerOptions& options, ConstTensorView x,
+                         const ExpertWeights& weights) {
+  return checked_shape(Check("moe_layer_shape", x.device()), options, x, weights);
+}
+
+WorkspacePlan moe_layer_forward_workspace(const Context& context, const MoELayerOptions& options,
+                                          const MoEShape& shape, bool inference,
+                                          std::optional<std::size_t> workspace_limit) {
+  return run_operation("moe_layer_forward_workspace", context, [&](const Check& check) {
+    check_planned(check, options, shape);
+    return forward_plan(check, choose_backend(context, check.operation()), context, options, shape,
+                        inference, workspace_limit);
   });
+}
+
+WorkspacePlan moe_layer_backward_workspace(const Context& context, const MoELayerOptions& options,
+                                           const MoEShape& shape,
+                                           std::optional<std::size_t> workspace_limit) {
+  return run_operation("moe_layer_backward_workspace", context, [&](const Check& check) {
+    check_planned(check, options, shape);
+    return backward_plan(check, choose_backend(context, check.operation()), context, options, shape,
+                         workspace_limit);
+  });
+}
+
+void moe_layer_forward(const Context& context, const MoELayerForwardArgs& args) {
+  run_operation("moe_layer_forward", context,
+                [&](const Check& check) { layer_forward(check, context, args); });
+}
+
+void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args) {
+  run_operation("moe_layer_backward", context,
+                [&](const Check& check) { layer_backward(check, context, args); });
 }
 
 }  // namespace sonicmoe

@@ -5,6 +5,7 @@
 #include "api/checks.hpp"
 #include "core/backend.hpp"
 #include "core/integers.hpp"
+#include "core/workspace.hpp"
 
 namespace sonicmoe {
 namespace {
@@ -42,12 +43,6 @@ void check_rows(const Check& check, const char* name, const ConstTensorView& row
   if (rows.defined()) check_vector(check, name, rows, num_experts, DType::kInt32);
 }
 
-void check_seed(const Check& check, const RoundingOptions& rounding) {
-  if (rounding.seed_tensor.defined()) {
-    check_vector(check, "seed_tensor", rounding.seed_tensor, 1, DType::kInt64);
-  }
-}
-
 // The outputs that round_tokens_forward and round_select have in common.
 template <class Args>
 void check_pair_list(const Check& check, const Args& args, std::int64_t num_tokens,
@@ -58,23 +53,6 @@ void check_pair_list(const Check& check, const Args& args, std::int64_t num_toke
   check_vector(check, "expert_ids", args.expert_ids, pairs, DType::kInt32);
   check_rows(check, "rows_per_expert", args.rows_per_expert, num_experts);
   check_rows(check, "rows_per_expert_before", args.rows_per_expert_before, num_experts);
-}
-
-// The operands of a loss, and of its backward where `grad_loss` and `grad_logits` are given.
-struct LossArgs {
-  ConstTensorView logits;
-  ConstTensorView rows_per_expert;
-  ConstTensorView grad_loss;
-  TensorView loss, grad_logits;
-};
-
-template <MaybeConst<LossArgs> Args, class Visit>
-void for_each_tensor(Args& args, Visit visit) {
-  visit("logits", args.logits, Access::kRead);
-  visit("rows_per_expert", args.rows_per_expert, Access::kRead);
-  visit("grad_loss", args.grad_loss, Access::kRead);
-  visit("loss", args.loss, Access::kWrite);
-  visit("grad_logits", args.grad_logits, Access::kWrite);
 }
 
 void check_loss_forward(const Check& check, const LossArgs& args) {
@@ -137,6 +115,12 @@ std::int64_t checked_capacity(const Check& check, std::int64_t num_tokens, std::
   return pairs;
 }
 
+void check_seed(const Check& check, const RoundingOptions& rounding) {
+  if (rounding.seed_tensor.defined()) {
+    check_vector(check, "seed_tensor", rounding.seed_tensor, 1, DType::kInt64);
+  }
+}
+
 std::int64_t rounded_capacity(std::int64_t num_tokens, std::int64_t num_experts, std::int64_t top_k,
                               const RoundingOptions& rounding) {
   return checked_capacity(Check("rounded_capacity", Device{}), num_tokens, num_experts, top_k,
@@ -180,11 +164,11 @@ void check_route_forward(const Check& check, const RouteForwardArgs& args, const
 }
 
 void route_forward(const Context& context, const RouteForwardArgs& args) {
-  const Check check("route_forward", context);
-  check_route_forward(check, args);
-  check_memory(check, args);
-  run_backend(check,
-              [&] { choose_backend(context, "route_forward").route_forward(context, args); });
+  run_operation("route_forward", context, [&](const Check& check) {
+    check_route_forward(check, args);
+    check_memory(check, args);
+    choose_backend(context, check.operation()).route_forward(context, args);
+  });
 }
 
 void check_route_backward(const Check& check, const RouteBackwardArgs& args) {
@@ -199,19 +183,20 @@ void check_route_backward(const Check& check, const RouteBackwardArgs& args) {
 }
 
 void route_backward(const Context& context, const RouteBackwardArgs& args) {
-  const Check check("route_backward", context);
-  check_route_backward(check, args);
-  check_memory(check, args);
-  run_backend(check,
-              [&] { choose_backend(context, "route_backward").route_backward(context, args); });
+  run_operation("route_backward", context, [&](const Check& check) {
+    check_route_backward(check, args);
+    check_memory(check, args);
+    choose_backend(context, check.operation()).route_backward(context, args);
+  });
 }
 
 std::size_t round_tokens_workspace_bytes(const Context& context, std::int64_t num_tokens,
                                          std::int64_t num_experts, std::int64_t top_k) {
-  check_router_sizes(Check("round_tokens_workspace_bytes", context), num_tokens, num_experts,
-                     top_k);
-  return choose_backend(context, "round_tokens_workspace_bytes")
-      .round_tokens_workspace_bytes(context, num_tokens, num_experts, top_k);
+  return run_operation("round_tokens_workspace_bytes", context, [&](const Check& check) {
+    check_router_sizes(check, num_tokens, num_experts, top_k);
+    return choose_backend(context, check.operation())
+        .round_tokens_workspace_bytes(context, num_tokens, num_experts, top_k);
+  });
 }
 
 void check_round_tokens_forward(const Check& check, const RoundTokensForwardArgs& args) {
@@ -226,32 +211,35 @@ void check_round_tokens_forward(const Check& check, const RoundTokensForwardArgs
 }
 
 void round_tokens_forward(const Context& context, const RoundTokensForwardArgs& args) {
-  const Check check("round_tokens_forward", context);
-  check_round_tokens_forward(check, args);
-  const Backend& backend = choose_backend(context, "round_tokens_forward");
-  const std::size_t bytes = backend.round_tokens_workspace_bytes(
-      context, args.logits.size(0), args.logits.size(1), args.options.top_k);
-  check.buffer("workspace", args.workspace, bytes, 64);
-  check_memory(check, args);
-  run_backend(check, [&] { backend.round_tokens_forward(context, args); });
+  run_operation("round_tokens_forward", context, [&](const Check& check) {
+    check_round_tokens_forward(check, args);
+    const Backend& backend = choose_backend(context, check.operation());
+    const std::size_t bytes = backend.round_tokens_workspace_bytes(
+        context, args.logits.size(0), args.logits.size(1), args.options.top_k);
+    check.buffer("workspace", args.workspace, bytes, WorkspaceCarver::kAlignment);
+    check_memory(check, args);
+    backend.round_tokens_forward(context, args);
+  });
 }
 
 void round_select(const Context& context, const RoundSelectArgs& args) {
-  const Check check("round_select", context);
-  check_matrix(check, "scores", args.scores, {DType::kFloat32});
-  const std::int64_t num_tokens = args.scores.size(0);
-  const std::int64_t num_experts = args.scores.size(1);
-  check.that(num_experts > 0, "scores", "at least one expert", args.scores.describe());
-  check_matrix(check, "topk_ids", args.topk_ids, {DType::kInt32});
-  const std::int64_t top_k = args.topk_ids.size(1);
-  check.shape("topk_ids", args.topk_ids, {num_tokens, top_k});
-  check.between("topk_ids", top_k, 1, num_experts);
-  check_pair_list(check, args, num_tokens, num_experts, top_k);
-  const Backend& backend = choose_backend(context, "round_select");
-  check.buffer("workspace", args.workspace,
-               backend.round_tokens_workspace_bytes(context, num_tokens, num_experts, top_k), 64);
-  check_memory(check, args);
-  run_backend(check, [&] { backend.round_select(context, args); });
+  run_operation("round_select", context, [&](const Check& check) {
+    check_matrix(check, "scores", args.scores, {DType::kFloat32});
+    const std::int64_t num_tokens = args.scores.size(0);
+    const std::int64_t num_experts = args.scores.size(1);
+    check.that(num_experts > 0, "scores", "at least one expert", args.scores.describe());
+    check_matrix(check, "topk_ids", args.topk_ids, {DType::kInt32});
+    const std::int64_t top_k = args.topk_ids.size(1);
+    check.shape("topk_ids", args.topk_ids, {num_tokens, top_k});
+    check.between("topk_ids", top_k, 1, num_experts);
+    check_pair_list(check, args, num_tokens, num_experts, top_k);
+    const Backend& backend = choose_backend(context, check.operation());
+    const std::size_t bytes =
+        backend.round_tokens_workspace_bytes(context, num_tokens, num_experts, top_k);
+    check.buffer("workspace", args.workspace, bytes, WorkspaceCarver::kAlignment);
+    check_memory(check, args);
+    backend.round_select(context, args);
+  });
 }
 
 void check_round_tokens_backward(const Check& check, const RoundTokensBackwardArgs& args) {
@@ -269,22 +257,20 @@ void check_round_tokens_backward(const Check& check, const RoundTokensBackwardAr
 }
 
 void round_tokens_backward(const Context& context, const RoundTokensBackwardArgs& args) {
-  const Check check("round_tokens_backward", context);
-  check_round_tokens_backward(check, args);
-  check_memory(check, args);
-  run_backend(check, [&] {
-    choose_backend(context, "round_tokens_backward").round_tokens_backward(context, args);
+  run_operation("round_tokens_backward", context, [&](const Check& check) {
+    check_round_tokens_backward(check, args);
+    check_memory(check, args);
+    choose_backend(context, check.operation()).round_tokens_backward(context, args);
   });
 }
 
 void load_balancing_loss_forward(const Context& context, Scoring scoring, std::int64_t top_k,
                                  ConstTensorView logits, ConstTensorView rows_per_expert,
                                  TensorView loss) {
-  const Check check("load_balancing_loss_forward", context);
-  check_balance(check, scoring, top_k, logits, rows_per_expert);
-  check_loss_forward(check, {logits, rows_per_expert, {}, loss, {}});
-  run_backend(check, [&] {
-    choose_backend(context, "load_balancing_loss_forward")
+  run_operation("load_balancing_loss_forward", context, [&](const Check& check) {
+    check_balance(check, scoring, top_k, logits, rows_per_expert);
+    check_loss_forward(check, {logits, rows_per_expert, {}, loss, {}});
+    choose_backend(context, check.operation())
         .load_balancing_loss_forward(context, scoring, top_k, logits, rows_per_expert, loss);
   });
 }
@@ -292,49 +278,42 @@ void load_balancing_loss_forward(const Context& context, Scoring scoring, std::i
 void load_balancing_loss_backward(const Context& context, Scoring scoring, std::int64_t top_k,
                                   ConstTensorView logits, ConstTensorView rows_per_expert,
                                   ConstTensorView grad_loss, TensorView grad_logits) {
-  const Check check("load_balancing_loss_backward", context);
-  check_balance(check, scoring, top_k, logits, rows_per_expert);
-  check_loss_backward(check, {logits, rows_per_expert, grad_loss, {}, grad_logits});
-  run_backend(check, [&] {
-    choose_backend(context, "load_balancing_loss_backward")
+  run_operation("load_balancing_loss_backward", context, [&](const Check& check) {
+    check_balance(check, scoring, top_k, logits, rows_per_expert);
+    check_loss_backward(check, {logits, rows_per_expert, grad_loss, {}, grad_logits});
+    choose_backend(context, check.operation())
         .load_balancing_loss_backward(context, scoring, top_k, logits, rows_per_expert, grad_loss,
                                       grad_logits);
   });
 }
 
 void router_z_loss_forward(const Context& context, ConstTensorView logits, TensorView loss) {
-  const Check check("router_z_loss_forward", context);
-  check_logits(check, logits);
-  check_loss_forward(check, {logits, {}, {}, loss, {}});
-  run_backend(check, [&] {
-    choose_backend(context, "router_z_loss_forward").router_z_loss_forward(context, logits, loss);
+  run_operation("router_z_loss_forward", context, [&](const Check& check) {
+    check_logits(check, logits);
+    check_loss_forward(check, {logits, {}, {}, loss, {}});
+    choose_backend(context, check.operation()).router_z_loss_forward(context, logits, loss);
   });
 }
 
 void router_z_loss_backward(const Context& context, ConstTensorView logits,
                             ConstTensorView grad_loss, TensorView grad_logits) {
-  const Check check("router_z_loss_backward", context);
-  check_logits(check, logits);
-  check_loss_backward(check, {logits, {}, grad_loss, {}, grad_logits});
-  run_backend(check, [&] {
-    choose_backend(context, "router_z_loss_backward")
+  run_operation("router_z_loss_backward", context, [&](const Check& check) {
+    check_logits(check, logits);
+    check_loss_backward(check, {logits, {}, grad_loss, {}, grad_logits});
+    choose_backend(context, check.operation())
         .router_z_loss_backward(context, logits, grad_loss, grad_logits);
   });
 }
 
 void update_expert_bias(const Context& context, TensorView bias, ConstTensorView rows_per_expert,
                         float rate) {
-  const Check check("update_expert_bias", context);
-  check.rank("bias", bias, 1);
-  check_vector(check, "bias", bias, bias.size(0), DType::kFloat32);
-  check_vector(check, "rows_per_expert", rows_per_expert, bias.size(0), DType::kInt32);
-  check.finite("rate", rate);
-  CallMemory memory(check);
-  memory.add("bias", bias, Access::kWrite);
-  memory.add("rows_per_expert", rows_per_expert, Access::kRead);
-  memory.check_overlaps();
-  run_backend(check, [&] {
-    choose_backend(context, "update_expert_bias")
+  run_operation("update_expert_bias", context, [&](const Check& check) {
+    check.rank("bias", bias, 1);
+    check_vector(check, "bias", bias, bias.size(0), DType::kFloat32);
+    check_vector(check, "rows_per_expert", rows_per_expert, bias.size(0), DType::kInt32);
+    check.finite("rate", rate);
+    check_memory(check, ExpertBiasArgs{bias, rows_per_expert});
+    choose_backend(context, check.operation())
         .update_expert_bias(context, bias, rows_per_expert, rate);
   });
 }

@@ -39,6 +39,19 @@ std::string reason_against(const Backend& backend, const Context& context,
   return backend.unavailable_reason();
 }
 
+[[noreturn]] void fail_wanted(const Context& context, std::string_view operation,
+                              const char* argument, std::string_view wanted) {
+  std::string usable, why = "not in this build";
+  for (const auto& backend : backend_list()) {
+    const std::string against = reason_against(*backend, context, {});
+    if (backend->name() == wanted) why = against;
+    if (against.empty()) usable += (usable.empty() ? "" : " or ") + std::string(backend->name());
+  }
+  throw Error(std::string(operation), argument,
+              (usable.empty() ? "a backend" : usable) + " for " + to_string(context.device),
+              std::string("\"").append(wanted).append("\", ").append(why));
+}
+
 std::size_t host_memory_bytes() {
 #if defined(__unix__)
   const long pages = sysconf(_SC_PHYS_PAGES);
@@ -59,8 +72,10 @@ std::span<const std::unique_ptr<Backend>> backend_list() {
 
 const Backend& choose_backend(const Context& context, std::string_view operation) {
   std::string_view wanted = context.backend;
-  if (wanted.empty()) {
-    if (const char* forced = std::getenv("SONICMOE_BACKEND")) wanted = forced;
+  const char* argument = "backend";
+  if (const char* forced = std::getenv("SONICMOE_BACKEND"); wanted.empty() && forced != nullptr) {
+    wanted = forced;
+    argument = "SONICMOE_BACKEND";
   }
   std::string reasons;
   for (const auto& backend : backend_list()) {
@@ -74,8 +89,9 @@ const Backend& choose_backend(const Context& context, std::string_view operation
     }
     reasons += (reasons.empty() ? "" : "; ") + std::string(backend->name()) + ": " + against;
   }
-  throw Error(std::string(operation) + ": no backend for " + to_string(context.device) + " (" +
-              reasons + ")");
+  if (!wanted.empty()) fail_wanted(context, operation, argument, wanted);
+  throw Error(std::string(operation), "device", "one that a backend serves",
+              to_string(context.device) + " (" + reasons + ")");
 }
 
 std::vector<BackendInfo> backends() {

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/integers.hpp"
+#include "core/layout.hpp"
 
 namespace sonicmoe {
 namespace {
@@ -21,82 +22,16 @@ std::string strides_of(const ConstTensorView& view) {
   return text + ")";
 }
 
-// A view's dimensions with more than one element, by stride, in bytes.
-struct Layout {
-  struct Dimension {
-    std::uintptr_t size, stride;
-  };
-  std::array<Dimension, kMaxRank> dimensions{};
-  std::size_t rank = 0;
-  std::uintptr_t width;  // bytes of an element
-
-  explicit Layout(const ConstTensorView& view) : width(size_of(view.dtype())) {
-    for (int i = 0; i < view.rank(); ++i) {
-      if (view.size(i) <= 1) continue;
-      const auto stride = static_cast<std::uintptr_t>(view.stride(i)) * width;
-      std::size_t at = rank++;
-      for (; at > 0 && dimensions[at - 1].stride > stride; --at) {
-        dimensions[at] = dimensions[at - 1];
-      }
-      dimensions[at] = {static_cast<std::uintptr_t>(view.size(i)), stride};
-    }
-  }
-
-  // No two elements share a byte: each dimension steps over all that lies within it. (Layouts that
-  // interleave otherwise exist and count as shared.)
-  bool distinct() const {
-    std::uintptr_t reach = width;
-    for (std::size_t i = 0; i < rank; ++i) {
-      if (dimensions[i].stride < reach) return false;
-      reach += (dimensions[i].size - 1) * dimensions[i].stride;
-    }
-    return true;
-  }
-
-  // The smallest stride with a gap before it, and the bytes of the pieces between the gaps.
-  // 0 when the memory is one piece.
-  std::uintptr_t pitch(std::uintptr_t& piece) const {
-    piece = width;
-    for (std::size_t i = 0; i < rank; ++i) {
-      if (dimensions[i].stride != piece) return dimensions[i].stride;
-      piece *= dimensions[i].size;
-    }
-    return 0;
-  }
-
-  bool steps_by(std::uintptr_t pitch) const {
-    for (std::size_t i = 0; i < rank; ++i) {
-      if (dimensions[i].stride >= pitch && dimensions[i].stride % pitch != 0) return false;
-    }
-    return true;
-  }
-};
-
-// Whether two views whose ranges of addresses meet share no byte all the same, as column blocks of
-// one matrix do: both consist of pieces at one common pitch, at places that never meet.
-bool interleaved(const ConstTensorView& a, const ConstTensorView& b) {
-  const Layout first(a), second(b);
-  if (!first.distinct() || !second.distinct()) return false;
-  std::uintptr_t piece = 0, other_piece = 0;
-  const std::uintptr_t one = first.pitch(piece), two = second.pitch(other_piece);
-  const std::uintptr_t pitch = std::max(one, two);
-  if (pitch == 0 || (one != 0 && two != 0 && one != two)) return false;
-  if (!first.steps_by(pitch) || !second.steps_by(pitch)) return false;
-  const auto start = reinterpret_cast<std::uintptr_t>(a.data());
-  const auto other = reinterpret_cast<std::uintptr_t>(b.data());
-  const std::uintptr_t shift =
-      other >= start ? (other - start) % pitch : (pitch - (start - other) % pitch) % pitch;
-  return shift >= piece && shift + other_piece <= pitch;
-}
-
 }  // namespace
 
 Check::Check(std::string_view operation, const Context& context)
     : Check(operation, context.device) {
   constexpr int kMostThreads = 1 << 16;
   between("num_threads", context.num_threads, 0, kMostThreads);
-  that(context.device.index >= 0 &&
-           (context.device.type == DeviceType::kCuda || context.device.index == 0),
+  const DeviceType type = context.device.type;
+  that(type == DeviceType::kCpu || type == DeviceType::kCuda, "device", "a CPU or CUDA device",
+       to_string(context.device));
+  that(context.device.index >= 0 && (type == DeviceType::kCuda || context.device.index == 0),
        "device", "an ordinal >= 0, 0 for the CPU", std::to_string(context.device.index));
 }
 
@@ -157,9 +92,9 @@ void Check::shape_like(const char* argument, const ConstTensorView& view,
 void Check::dtype(const char* argument, const ConstTensorView& view,
                   std::initializer_list<DType> allowed) const {
   defined(argument, view);
+  if (std::find(allowed.begin(), allowed.end(), view.dtype()) != allowed.end()) return;
   std::string names;
   for (const DType dtype : allowed) {
-    if (view.dtype() == dtype) return;
     names += (names.empty() ? "" : " or ") + std::string(name_of(dtype));
   }
   fail(argument, names, std::string(name_of(view.dtype())));
@@ -209,7 +144,7 @@ void CallMemory::add(const char* argument, const ConstTensorView& view, Access a
   }
   const bool written = access == Access::kWrite;
   if (written && !Layout(view).distinct()) {
-    check_.fail(argument, "distinct elements, since they are written", "strides that repeat some");
+    check_.fail(argument, "distinct elements, since they are written", strides_of(view));
   }
   if (count_ == kMostTensors) throw Error(check_.operation() + ": too many tensors");
   tensors_[count_++] = {argument, &view, first, first + bytes, written};
@@ -221,7 +156,8 @@ void CallMemory::check_overlaps() const {
       const Tensor& a = tensors_[i];
       const Tensor& b = tensors_[j];
       if (a.first >= b.end || b.first >= a.end || (!a.written && !b.written)) continue;
-      if (interleaved(*a.view, *b.view)) continue;
+      const auto offset = static_cast<std::int64_t>(b.first - a.first);
+      if (!share_bytes(Layout(*a.view), Layout(*b.view), offset)) continue;
       const Tensor& output = a.written ? a : b;
       check_.fail(output.argument, "memory of its own, since it is written",
                   std::string("memory shared with ") + (a.written ? b : a).argument);

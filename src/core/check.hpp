@@ -9,16 +9,12 @@
 #include <string>
 #include <string_view>
 
+#include "core/objection.hpp"
 #include "sonicmoe/context.hpp"
 #include "sonicmoe/error.hpp"
 #include "sonicmoe/tensor.hpp"
 
 namespace sonicmoe {
-
-/// What is wrong with an argument, said by who does not know the operation's name.
-struct Objection {
-  std::string argument, expected, actual;
-};
 
 class Check {
  public:

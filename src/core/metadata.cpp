@@ -58,12 +58,35 @@ void copy_offsets(const MoEShape& shape, const SortedRouting& routing, const Met
   std::int64_t last = 0;
   for (std::int64_t e = 0; e < shape.num_experts; ++e) {
     if (offsets[e] < last || offsets[e] > shape.num_pairs) {
-      throw Error("moe", "offsets",
+      throw Error("moe_forward", "offsets",
                   "non-decreasing ends within 0.." + std::to_string(shape.num_pairs),
                   std::to_string(offsets[e]) + " after " + std::to_string(last) + " at expert " +
                       std::to_string(e));
     }
     last = m.offsets[e] = offsets[e];
+  }
+}
+
+void require(bool holds, const char* what) {
+  if (!holds) throw Error("moe_backward", "metadata", "what moe_forward wrote for this call", what);
+}
+
+bool within(std::int64_t index, std::int64_t end) { return index >= 0 && index < end; }
+
+// token_rows lists each token's rows, each row once: in input order, as group_by_token() does.
+void check_tokens_of_pairs(const MoEShape& shape, const Metadata& m) {
+  const std::int64_t tokens = shape.num_tokens, rows = m.num_rows();
+  require(std::is_sorted(m.token_start, m.token_start + tokens + 1) && m.token_start[0] == 0 &&
+              m.token_start[tokens] == rows,
+          "tokens out of order");
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    std::int64_t last_pair = -1;
+    for (std::int64_t i = m.token_start[t]; i < m.token_start[t + 1]; ++i) {
+      const std::int64_t r = m.token_rows[i];
+      require(within(r, rows) && m.row_token[r] == t && m.row_pair[r] > last_pair,
+              "a token of no row");
+      last_pair = m.row_pair[r];
+    }
   }
 }
 
@@ -114,28 +137,24 @@ void build_metadata(const MoEShape& shape, const Routing& routing, const Metadat
 }
 
 void check_metadata(const MoEShape& shape, const Metadata& m) {
-  const auto require = [](bool holds, const char* what) {
-    if (!holds)
-      throw Error("moe_backward", "metadata", "what moe_forward wrote for this call", what);
-  };
-  const auto within = [](const std::int32_t* values, std::int64_t count, std::int64_t least,
-                         std::int64_t end) {
-    return std::all_of(values, values + count,
-                       [=](std::int32_t value) { return value >= least && value < end; });
-  };
-  const auto ascending = [](const std::int32_t* ends, std::int64_t count, std::int64_t most) {
-    return (count == 0 || (ends[0] >= 0 && ends[count - 1] <= most)) &&
-           std::is_sorted(ends, ends + count);
-  };
-  require(ascending(m.offsets, shape.num_experts, shape.num_pairs), "ends of experts out of order");
+  const std::int64_t experts = shape.num_experts, pairs = shape.num_pairs;
+  require(
+      std::is_sorted(m.offsets, m.offsets + experts) && m.offsets[0] >= 0 && m.num_rows() <= pairs,
+      "ends of experts out of order");
   if (shape.form == MoEShape::Form::kSorted) return;
   const std::int64_t rows = m.num_rows();
-  require(within(m.row_token, rows, 0, shape.num_tokens), "a row of no token");
-  require(within(m.row_pair, rows, 0, shape.num_pairs), "a row of no pair");
-  require(within(m.pair_row, shape.num_pairs, -1, rows), "a pair of no row");
-  if (shape.form != MoEShape::Form::kPairs) return;
-  require(ascending(m.token_start, shape.num_tokens + 1, rows), "tokens out of order");
-  require(within(m.token_rows, rows, 0, rows), "a token of no row");
+  std::int64_t kept = 0;
+  for (std::int64_t p = 0; p < pairs; ++p) {
+    const std::int64_t r = m.pair_row[p];
+    if (r == -1) continue;
+    require(within(r, rows) && m.row_pair[r] == p, "a pair of no row");
+    ++kept;
+  }
+  require(kept == rows, "a row of no pair");  // else each row is one pair's
+  if (shape.form == MoEShape::Form::kPairs) return check_tokens_of_pairs(shape, m);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    require(m.row_token[r] == m.row_pair[r] / (pairs / shape.num_tokens), "a row of another token");
+  }
 }
 
 const ConstTensorView& routing_weights(const Routing& routing) {

@@ -35,7 +35,8 @@ Metadata metadata_view(const MoEShape& shape, void* buffer);
 void build_metadata(const MoEShape& shape, const Routing& routing, const Metadata& metadata);
 
 /// Throws Error unless `metadata` could have come from build_metadata() of this shape: every index
-/// in its range. Backward follows them without looking again.
+/// in its range, each row listed once. Backward follows them without looking again, and on several
+/// threads.
 void check_metadata(const MoEShape& shape, const Metadata& metadata);
 
 /// Calls visit(row) for the rows of token t in input order. K is P / T for top-K routing.

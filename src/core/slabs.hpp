@@ -12,9 +12,9 @@
 namespace sonicmoe {
 
 /// The plan with the widest slabs under `limit`. bytes_with(columns) gives the scratch of a call
-/// with slabs of that many columns. Slabs are multiples of `step`, the column block of the GEMMs
-/// that fill them, so that every column is computed by the same call with and without a limit, bit
-/// for bit.
+/// with slabs of that many columns, and grows with them. Slabs are multiples of `step`, the column
+/// block of the GEMMs that fill them, so that every column is computed by the same call with and
+/// without a limit, bit for bit.
 template <class BytesWith>
 WorkspacePlan plan_slabs(const char* operation, std::int64_t hidden_size, std::int64_t step,
                          std::optional<std::size_t> limit, BytesWith bytes_with) {
@@ -28,8 +28,13 @@ WorkspacePlan plan_slabs(const char* operation, std::int64_t hidden_size, std::i
                   "at least " + std::to_string(plan.minimum_bytes) + " bytes",
                   std::to_string(*limit));
     }
-    while (plan.slab_columns > least && bytes_with(plan.slab_columns) > *limit) {
-      plan.slab_columns = (plan.slab_columns - 1) / step * step;
+    if (bytes_with(hidden_size) > *limit) {
+      std::int64_t fits = 1, too_many = ceil_div(hidden_size, step);  // in steps
+      while (too_many - fits > 1) {
+        const std::int64_t steps = fits + (too_many - fits) / 2;
+        (bytes_with(steps * step) > *limit ? too_many : fits) = steps;
+      }
+      plan.slab_columns = fits * step;
     }
   }
   plan.bytes = bytes_with(plan.slab_columns);

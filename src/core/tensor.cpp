@@ -26,6 +26,12 @@ void check_rank(std::size_t extents, std::size_t strides) {
   }
 }
 
+void check_negative(const char* argument, std::span<const std::int64_t> values) {
+  for (const std::int64_t value : values) {
+    if (value < 0) throw Error("tensor", argument, "numbers >= 0", std::to_string(value));
+  }
+}
+
 }  // namespace
 
 std::string to_string(const Device& device) {
@@ -52,12 +58,11 @@ ConstTensorView::ConstTensorView(const void* data, DType dtype, std::span<const 
     throw Error("tensor", "dtype", "an enumerator of DType",
                 std::to_string(static_cast<int>(dtype)));
   }
+  check_negative("shape", shape);  // first: strides may follow from it
+  check_negative("strides", strides);
   std::int64_t elements = 1, last = 0;  // how many, and the offset of the last
   bool empty = false;
   for (std::size_t i = 0; i < shape.size(); ++i) {
-    if (shape[i] < 0) throw Error("tensor", "shape", "extents >= 0", std::to_string(shape[i]));
-    if (strides[i] < 0)
-      throw Error("tensor", "strides", "strides >= 0", std::to_string(strides[i]));
     shape_[i] = shape[i];
     strides_[i] = strides[i];
     empty = empty || shape[i] == 0;

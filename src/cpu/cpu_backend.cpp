@@ -28,15 +28,18 @@ class CpuBackend final : public HostRouterBackend {
   }
   void moe_forward(const Context& context, const MoEShape& shape,
                    const MoEForwardArgs& args) const override {
+    cpu::prepare_gemm();
     cpu::forward(thread_count(context.num_threads), shape, args);
   }
   void moe_backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
                     RouterShare* router) const override {
+    cpu::prepare_gemm();
     cpu::backward(thread_count(context.num_threads), shape, args, router);
   }
 
   void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,
                      ConstTensorView bias, TensorView logits, TensorView workspace) const override {
+    cpu::prepare_gemm();
     cpu::router_logits(thread_count(context.num_threads), x, weight, bias, logits,
                        workspace.data());
   }
@@ -44,6 +47,7 @@ class CpuBackend final : public HostRouterBackend {
                               ConstTensorView grad_logits, TensorView grad_weight,
                               TensorView grad_bias, bool accumulate,
                               TensorView workspace) const override {
+    cpu::prepare_gemm();
     cpu::router_logits_backward(thread_count(context.num_threads), x, grad_logits, grad_weight,
                                 grad_bias, accumulate, workspace.data());
   }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <new>
 #include <vector>
 
 #include "sonicmoe/error.hpp"
@@ -64,6 +65,41 @@ const dnnl::engine& engine() {
   return instance;
 }
 
+// oneDNN writes machine code when it first needs a kernel, and ends the process where there is no
+// memory for it. So it is asked for first, more than any kernels take.
+void require_memory_for_code() {
+  constexpr std::size_t kBytes = std::size_t{32} << 20;  // never touched
+  ::operator delete(::operator new(kBytes));
+}
+
+void sgemm(std::int64_t m, std::int64_t n, std::int64_t k, Operand<float> a, Operand<float> b,
+           float* c, std::int64_t ldc, bool add) {
+  const dnnl_status_t status =
+      dnnl_sgemm(a.row_major ? 'N' : 'T', b.row_major ? 'N' : 'T', m, n, k, 1.0f, a.data, a.ld,
+                 b.data, b.ld, add ? 1.0f : 0.0f, c, ldc);
+  if (status == dnnl_out_of_memory) throw std::bad_alloc();
+  if (status != dnnl_success) {
+    throw Error("oneDNN sgemm failed with status " + std::to_string(status) + " at m=" +
+                std::to_string(m) + " n=" + std::to_string(n) + " k=" + std::to_string(k));
+  }
+}
+
+// All the kernels of sgemm, by products small and not so small.
+bool make_sgemm_kernels() {
+  const OneThread guard;
+  require_memory_for_code();
+  for (const std::int64_t size : {2, 32, 96}) {
+    const std::vector<float> ones(static_cast<std::size_t>(size * size), 1.0f);
+    std::vector<float> product = ones;
+    for (const int variant : {0, 1, 2, 3, 4, 5, 6, 7}) {
+      const Operand<float> a{ones.data(), size, (variant & 1) == 0};
+      const Operand<float> b{ones.data(), size, (variant & 2) == 0};
+      sgemm(size, size, size, a, b, product.data(), size, (variant & 4) != 0);
+    }
+  }
+  return true;
+}
+
 // bfloat16 matmul primitives of one thread, created once per shape. Row and column blocks have
 // fixed sizes, so that a training run sees few shapes.
 class MatmulCache {
@@ -101,6 +137,7 @@ class MatmulCache {
   const Entry& find(const Key& key) {
     const auto found = entries_.find(key);
     if (found != entries_.end()) return found->second;
+    require_memory_for_code();
     const auto [m, n, k, lda, ldb, ldc, majors, add] = key;
     using Type = dnnl::memory::data_type;
     Entry entry{{},
@@ -129,18 +166,17 @@ class MatmulCache {
 
 }  // namespace
 
+void prepare_gemm() {
+  static const bool ready = make_sgemm_kernels();
+  (void)ready;
+}
+
 void gemm(std::int64_t m, std::int64_t n, std::int64_t k, Operand<float> a, Operand<float> b,
           float* c, std::int64_t ldc, bool add) {
   if (m == 0 || n == 0) return;
   if (k == 0) return scale_or_clear(m, n, c, ldc, add);
   const OneThread guard;
-  const dnnl_status_t status =
-      dnnl_sgemm(a.row_major ? 'N' : 'T', b.row_major ? 'N' : 'T', m, n, k, 1.0f, a.data, a.ld,
-                 b.data, b.ld, add ? 1.0f : 0.0f, c, ldc);
-  if (status != dnnl_success) {
-    throw Error("oneDNN sgemm failed with status " + std::to_string(status) + " at m=" +
-                std::to_string(m) + " n=" + std::to_string(n) + " k=" + std::to_string(k));
-  }
+  sgemm(m, n, k, a, b, c, ldc, add);
 }
 
 void gemm(std::int64_t m, std::int64_t n, std::int64_t k, Operand<bfloat16> a, Operand<bfloat16> b,

@@ -21,6 +21,11 @@ struct Operand {
   Operand transposed() const { return {data, ld, !row_major}; }
 };
 
+/// Makes oneDNN write its float32 kernels, once a process. To be called before threads multiply:
+/// oneDNN does not survive running out of memory there, so this throws std::bad_alloc unless there
+/// is plenty.
+void prepare_gemm();
+
 /// C [m, n] row-major float32 = A [m, k] B [k, n] (+ C when `add`). k = 0 gives zeros (or C).
 /// bfloat16 operands need native_bfloat16().
 void gemm(std::int64_t m, std::int64_t n, std::int64_t k, Operand<float> a, Operand<float> b,

@@ -74,8 +74,14 @@ std::vector<DeviceInfo> devices() {
 }
 
 DeviceGuard::DeviceGuard(int device) {
+  // In a thread that has not used CUDA yet, cudaSetDevice makes the context current, without which
+  // the driver's own calls (tensor maps) fail. cudaGetDevice does not.
+  thread_local int entered = -1;
   cudaError_t status = cudaGetDevice(&previous_);
-  if (status == cudaSuccess && previous_ != device) status = cudaSetDevice(device);
+  if (status == cudaSuccess && (previous_ != device || entered != device)) {
+    status = cudaSetDevice(device);
+    entered = device;
+  }
   check_cuda(status, "cuda:" + std::to_string(device));
 }
 

@@ -139,11 +139,8 @@ class ReferenceBackend final : public HostRouterBackend {
     oracle::BackwardResult result =
         oracle::backward({args.options, args.x, args.weights, args.routing}, rows,
                          oracle::to_double(args.h), args.grad_out);
-    write(args.grad_w1, result.grad_w1, args.accumulate);
-    write(args.grad_b1, result.grad_b1, args.accumulate);
-    write(args.grad_w2, result.grad_w2, args.accumulate);
-    write(args.grad_b2, result.grad_b2, args.accumulate);
     write(args.grad_routing_weights, result.grad_routing_weights);
+    // The router may still refuse the ids: before anything is added to the caller's gradients.
     if (router != nullptr) {
       router->compute_grad_logits();
       const std::vector<double> share =
@@ -151,6 +148,10 @@ class ReferenceBackend final : public HostRouterBackend {
       for (std::size_t i = 0; i < share.size(); ++i) result.grad_x[i] += share[i];
     }
     write(args.grad_x, result.grad_x);
+    write(args.grad_w1, result.grad_w1, args.accumulate);
+    write(args.grad_b1, result.grad_b1, args.accumulate);
+    write(args.grad_w2, result.grad_w2, args.accumulate);
+    write(args.grad_b2, result.grad_b2, args.accumulate);
   }
 
   void router_logits(const Context&, ConstTensorView x, ConstTensorView weight,

@@ -1,10 +1,9 @@
-"""Every subcommand of `sonicmoe`: output, JSON, errors, exit codes, determinism."""
+"""Every subcommand of `sonicmoe`: output, JSON, determinism."""
 
 import json
 import math
 import re
 
-import numpy as np
 import pytest
 
 SUBCOMMANDS = ("info", "check", "bench", "memory", "route")
@@ -15,55 +14,6 @@ SMALL_BENCH = ("bench", "--shape", "32,16,8,4,2", "--repeats", 3, "--seconds", 1
 def parsed(result):
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
-
-
-# ------------------------------------------------------------------------------- errors and help
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ((), "subcommand"),
-        (("frob",), 'unknown subcommand "frob", expected one of info, check'),
-        (("info", "--frob"), "--frob"),
-        (("check", "--op", "frob"), "--op: expected one of moe"),
-        (("check", "--cases", 0), "--cases"),
-        (("check", "--cases", "many"), "--cases"),
-        (("check", "--backend", "frob"), "--backend: expected one of"),
-        (("check", "--device", "cuda:x"), "--device: expected cpu, cuda or cuda:INDEX"),
-        (("check", "--device", "cuda:1023"), "--device"),
-        (("check", "--threads", -1), "--threads"),
-        (("bench", "--shape", "1,2,3"), "--shape: expected T,d,n,E,K"),
-        (("bench", "--shape", "8,8,8,2,3"), "K <= E"),
-        (("bench", "--shape", "8,8,8,0,0"), "--shape"),
-        (("bench", "--suite", "frob"), "--suite: expected one of"),
-        (
-            ("bench", "--suite", "cpu", "--shape", "8,8,8,2,1"),
-            "either --shape or --suite",
-        ),
-        (("bench", "--shape", "8,8,8,2,1", "--dtype", "float8"), "--dtype"),
-        (("bench", "--shape", "8,8,8,2,1", "--activation", "frob"), "swiglu"),
-        (("bench", "--shape", "8,8,8,2,1", "--workspace-limit", 1), "workspace_limit"),
-        (("bench", "--repeats", 0), "--repeats"),
-        (("memory", "--gpu", "frob"), "--gpu: expected a100-40gb"),
-        (("memory", "--layers", 0), "--layers"),
-        (("memory", "--other-bytes", "1XB"), "--other-bytes"),
-        (("memory", "--other-bytes-per-token", -1), "--other-bytes-per-token"),
-        (("memory", "--workspace-limit", "1XB"), "--workspace-limit"),
-        (("route", "--policy", "frob"), "policy: expected one of nearest"),
-        (("route", "--scoring", "frob"), "scoring"),
-        (("route", "--top-k", 33), "--top-k"),
-        (("route", "--tokens", 32), "--tile: expected 1 to the number of tokens"),
-        (("route", "--tile", 0), "--tile"),
-        (("route", "--logits", "missing.npy"), "missing.npy"),
-    ],
-)
-def test_a_wrong_argument_gives_one_line_and_status_2(sonicmoe, arguments, expected):
-    result = sonicmoe(*arguments)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("sonicmoe: ")
-    assert expected in result.stderr
 
 
 @pytest.mark.parametrize("subcommand", ("", *SUBCOMMANDS))
@@ -131,7 +81,7 @@ def test_bench_on_cuda(sonicmoe, extra):
     assert row["dtype"] == "bfloat16" and "--device cuda" in row["command"]
     for direction in ("forward", "backward"):
         assert 0 < row[direction]["p10_ms"] <= row[direction]["median_ms"]
-        assert row[direction]["calls_per_sample"] > 1
+        assert 1 <= row[direction]["calls_per_sample"] <= 50
 
 
 @pytest.mark.usefixtures("cuda")
@@ -195,9 +145,11 @@ def test_the_printed_command_repeats_the_row(sonicmoe):
     assert again["kept_bytes"] == row["kept_bytes"]
 
 
-@pytest.mark.parametrize(("suite", "rows"), [("cpu", 6), ("models", 6), ("paper", 12)])
+@pytest.mark.parametrize(
+    ("suite", "rows"), [("coarse", 6), ("cpu", 6), ("models", 6), ("paper", 12)]
+)
 def test_bench_suites_name_their_problems(sonicmoe, suite, rows):
-    # A weight larger than any test machine keeps the big suites from running: they say so.
+    # More tokens than any test machine holds keep the big suites from running: they say so.
     arguments = (
         "--tokens",
         8,
@@ -211,7 +163,10 @@ def test_bench_suites_name_their_problems(sonicmoe, suite, rows):
     )
     if suite != "cpu":
         arguments = ("--tokens", 2**30)
-    report = parsed(sonicmoe("bench", "--suite", suite, "--json", *arguments))
+    result = sonicmoe("bench", "--suite", suite, "--json", *arguments)
+    assert result.returncode == (0 if suite == "cpu" else 1)
+    assert ("nothing was timed" in result.stderr) == (suite != "cpu")
+    report = json.loads(result.stdout)
     assert len(report["rows"]) == rows
     assert all(("skipped" in row) == (suite != "cpu") for row in report["rows"])
 
@@ -303,55 +258,6 @@ def test_skew_unbalances_the_experts(sonicmoe):
         return max(o["rows_per_expert_before"]) / o["rows_before"]
 
     assert largest_share(0) < 1.2 / 32 < 2 / 32 < largest_share(1)
-
-
-@pytest.mark.parametrize("dtype", ["<f4", "<f8"])
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_logits_from_a_file(sonicmoe, tmp_path, dtype, order):
-    logits = np.random.default_rng(0).normal(size=(200, 8)).astype("float32")
-    path = tmp_path / "logits.npy"
-    np.save(path, np.array(logits, dtype=dtype, order=order))
-    arguments = ("--logits", path, "--top-k", 2, "--tile", 16, "--policy", "down")
-    (o,) = route(sonicmoe, *arguments)
-    chosen = np.argsort(-logits, axis=1, kind="stable")[:, :2]
-    counts = np.bincount(chosen.ravel(), minlength=8)
-    assert o["rows_per_expert_before"] == counts.tolist()
-    assert o["rows_per_expert_after"] == (counts // 16 * 16).tolist()
-    assert "#" in sonicmoe("route", *arguments).stdout
-
-
-def test_bad_files_are_named(sonicmoe, tmp_path):
-    good = tmp_path / "good.npy"
-    np.save(good, np.zeros((4, 4), dtype="float32"))
-    contents = {
-        "empty": b"",
-        "text": b"these are no logits at all",
-        "header": good.read_bytes()[:40],
-        "data": good.read_bytes()[:-1],
-    }
-    for name, array in {
-        "ints": np.zeros((4, 4), dtype="int64"),
-        "vector": np.zeros(4, dtype="float32"),
-        "none": np.zeros((0, 4), dtype="float32"),
-    }.items():
-        np.save(tmp_path / f"{name}.npy", array)
-    for name, content in contents.items():
-        (tmp_path / f"{name}.npy").write_bytes(content)
-    (tmp_path / "nan.npy").unlink(missing_ok=True)
-    np.save(tmp_path / "nan.npy", np.full((64, 4), np.nan, dtype="float32"))
-    for name in (*contents, "ints", "vector", "none", "nan"):
-        arguments = (
-            "route",
-            "--logits",
-            tmp_path / f"{name}.npy",
-            "--top-k",
-            1,
-            "--tile",
-            2,
-        )
-        result = sonicmoe(*arguments)
-        assert result.returncode == 2 and result.stderr.count("\n") == 1, name
-        assert name in result.stderr.lower(), result.stderr
 
 
 def test_many_experts_are_drawn_as_a_histogram(sonicmoe):

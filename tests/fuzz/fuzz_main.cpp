@@ -1,7 +1,10 @@
 // sonicmoe_fuzz --cases N [--seed S] [--seconds T] [--case C]: random shapes, layouts, routings and
-// options of the expert layer on every backend, each compared with the float64 oracle. A failure
-// prints one line that repeats it. All-zero results where the oracle has none count as failures.
-// --seconds ends the run early; the last line says how many cases were run.
+// options of the expert layer on every backend, each compared with the float64 oracle. All-zero
+// results where the oracle has none count as failures. --seconds ends the run early; the last line
+// says how many cases were run.
+// sonicmoe_fuzz --arguments N [--seed S] [--attack A]: random operations with one argument made
+// wrong: refused with its name and nothing changed, or computed right.
+// A failure prints one line that repeats it.
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -10,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "fuzz/arguments.hpp"
 #include "support/compare.hpp"
 #include "support/random.hpp"
 
@@ -118,23 +122,27 @@ int fuzz(std::uint64_t first, std::uint64_t count, std::uint64_t seconds) {
 }  // namespace sonicmoe::testing
 
 int main(int argc, char** argv) {
-  std::uint64_t cases = 1000, seed = 1, seconds = 0;
-  for (int i = 1; i < argc; ++i) {
+  std::uint64_t cases = 1000, arguments = 0, seed = 1, seconds = 0;
+  for (int i = 1; i < argc; i += 2) {
     const std::string flag = argv[i];
     char* end = nullptr;
     const std::uint64_t value = i + 1 < argc ? std::strtoull(argv[i + 1], &end, 10) : 0;
-    if (i + 1 >= argc || end == argv[i + 1] || *end != '\0' ||
-        (flag != "--cases" && flag != "--seed" && flag != "--seconds" && flag != "--case")) {
-      std::cerr << "usage: sonicmoe_fuzz [--cases N] [--seed S] [--seconds T] "
-                   "[--case SEED_OF_ONE_CASE]\n";
+    const bool is_number = i + 1 < argc && end != argv[i + 1] && *end == '\0';
+    if (is_number && flag == "--case") return sonicmoe::testing::fuzz(value, 1, 0);
+    if (is_number && flag == "--attack") return sonicmoe::testing::fuzz_arguments(value, 1);
+    std::uint64_t* const option = flag == "--cases"       ? &cases
+                                  : flag == "--arguments" ? &arguments
+                                  : flag == "--seed"      ? &seed
+                                  : flag == "--seconds"   ? &seconds
+                                                          : nullptr;
+    if (option == nullptr || !is_number) {
+      std::cerr << "usage: sonicmoe_fuzz [--cases N | --arguments N] [--seed S] [--seconds T] "
+                   "[--case NUMBER_OF_ONE] [--attack NUMBER_OF_ONE]\n";
       return 2;
     }
-    // Seeds of neighbouring runs do not overlap: case i of seed S is number S * 2^32 + i.
-    if (flag == "--cases") cases = value;
-    if (flag == "--seed") seed = value;
-    if (flag == "--seconds") seconds = value;
-    if (flag == "--case") return sonicmoe::testing::fuzz(value, 1, 0);
-    ++i;
+    *option = value;
   }
+  // Seeds of neighbouring runs do not overlap: case i of seed S is number S * 2^32 + i.
+  if (arguments > 0) return sonicmoe::testing::fuzz_arguments(seed << 32, arguments);
   return sonicmoe::testing::fuzz(seed << 32, cases, seconds);
 }

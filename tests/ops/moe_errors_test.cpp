@@ -84,7 +84,12 @@ TEST_P(MoeErrors, TheUnspoiledCallIsValid) {
   EXPECT_EQ(call.backward_error(), "(no error)");
 }
 
+// On a GPU the case itself would be declined; arguments_test.cpp attacks one that fits.
+#define SKIP_ON_A_GPU() \
+  if (GetParam().backend == "cuda") GTEST_SKIP() << "float32 and odd widths are for the CPU"
+
 TEST_P(MoeErrors, ForwardShapesAndDtypes) {
+  SKIP_ON_A_GPU();
   const MoECase c;
   using Spoil = std::function<void(MoEForwardArgs&)>;
   const std::vector<std::pair<std::string, Spoil>> spoils = {
@@ -119,6 +124,7 @@ TEST_P(MoeErrors, ForwardShapesAndDtypes) {
 }
 
 TEST_P(MoeErrors, Buffers) {
+  SKIP_ON_A_GPU();
   Call call(GetParam());
   const TensorView whole = call.forward.workspace;
   call.forward.workspace = reshaped(whole, {whole.size(0) - 1});
@@ -178,6 +184,7 @@ TEST_P(MoeErrors, Routing) {
 }
 
 TEST_P(MoeErrors, Backward) {
+  SKIP_ON_A_GPU();
   using Spoil = std::function<void(MoEBackwardArgs&)>;
   const std::vector<std::pair<std::string, Spoil>> spoils = {
       {"grad_out", [](auto& a) { a.grad_out = reshaped(a.grad_out, {12, 24}); }},
@@ -252,8 +259,7 @@ TEST(MoeDispatch, UnknownBackendIsAnError) {
   context.backend = "abacus";
   MoEShape shape;
   shape.hidden_size = shape.intermediate_size = shape.num_experts = 1;
-  EXPECT_NE(argument_of([&] { moe_forward_workspace(context, shape); }).find("abacus"),
-            std::string::npos);
+  EXPECT_EQ(argument_of([&] { moe_forward_workspace(context, shape); }), "backend");
 }
 
 }  // namespace

@@ -176,6 +176,41 @@ TEST_P(Specs, EveryGridGivesTheSameBits) {
   }
 }
 
+// In which order tiles are computed changes nothing in the results: blocks of tile rows that divide
+// an expert's or do not, for experts of 0 to 9 tiles; strided and in order.
+TEST_P(Specs, BlocksOfTileRowsGiveTheSameBits) {
+  if (GetParam().backend != "cuda") GTEST_SKIP() << "nothing else reads what this test forces";
+  MoECase sorted = many_tiles(), ungated = many_tiles(), large = many_tiles();
+  sorted.form = Form::kSorted;
+  sorted.num_pairs = 1090;
+  ungated.activation = Activation::kGELU;
+  large.num_tokens = 1500;
+  large.num_experts = 4;
+  large.hidden_size = 1032;
+  large.intermediate_size = 520;
+  for (const MoECase& wanted : {many_tiles(), sorted, ungated, large}) {
+    const MoECase c = fitted(GetParam(), wanted);
+    SCOPED_TRACE(c.describe());
+    for (const char* block_n : {"128", "256"}) {
+      const ForcedSpec spec({block_n, ""});
+      const auto run = [&](const char* rows, const char* grid) {
+        const Environment row_block("SONICMOE_CUDA_ROW_BLOCK", rows),
+            ctas("SONICMOE_CUDA_GRID", grid);
+        return run_moe(GetParam(), c);
+      };
+      const RunResult expected = run("1", "");
+      for (const char* rows : {"2", "3", "16"}) {
+        for (const char* grid : {"", "7"}) {
+          const RunResult other = run(rows, grid);
+          EXPECT_EQ(bitwise_difference(expected, other), "")
+              << "SONICMOE_CUDA_ROW_BLOCK=" << rows << " SONICMOE_CUDA_GRID=" << grid;
+          EXPECT_TRUE(other.violations.empty()) << other.violations.front();
+        }
+      }
+    }
+  }
+}
+
 // Who stores dH changes nothing in the results: tiles of every height, gated in both layouts and
 // not.
 TEST_P(Specs, RowsThatTheMathWarpsStore) {

@@ -34,6 +34,9 @@ class HostMemory final : public DeviceMemory {
   void download(void* host, const void* device, std::size_t bytes) override {
     std::memcpy(host, device, bytes);
   }
+  bool equal(const void* device, const void* host, std::size_t bytes) override {
+    return std::memcmp(device, host, bytes) == 0;
+  }
 #if defined(__SANITIZE_ADDRESS__)
   void forbid(void* data, std::size_t bytes) override { ASAN_POISON_MEMORY_REGION(data, bytes); }
   void permit(void* data, std::size_t bytes) override { ASAN_UNPOISON_MEMORY_REGION(data, bytes); }
@@ -88,6 +91,11 @@ std::vector<Target> find_targets() {
 
 }  // namespace
 
+bool DeviceMemory::equal(const void* device, const void* host, std::size_t bytes) {
+  std::vector<std::byte> copy(bytes);
+  download(copy.data(), device, bytes);
+  return std::memcmp(copy.data(), host, bytes) == 0;
+}
 void DeviceMemory::forbid(void*, std::size_t) {}
 void DeviceMemory::permit(void*, std::size_t) {}
 void DeviceMemory::poison_shared() {}

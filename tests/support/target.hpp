@@ -21,6 +21,8 @@ class DeviceMemory {
   virtual void release(void* data) = 0;
   virtual void upload(void* device, const void* host, std::size_t bytes) = 0;
   virtual void download(void* host, const void* device, std::size_t bytes) = 0;
+  /// Whether the device holds the same bytes as the host.
+  virtual bool equal(const void* device, const void* host, std::size_t bytes);
   /// Makes [data, data + bytes) an error to touch, or legal again, where a sanitizer can do that.
   virtual void forbid(void* data, std::size_t bytes);
   virtual void permit(void* data, std::size_t bytes);

@@ -29,6 +29,7 @@ class GuardedBuffer {
   std::size_t size() const { return bytes_; }
   void upload(const std::vector<std::byte>& payload);
   std::vector<std::byte> download() const;
+  bool holds(const std::vector<std::byte>& payload) const;
   bool guards_intact() const;
   /// As a uint8 tensor: a workspace or metadata.
   TensorView view() const;
@@ -60,6 +61,9 @@ class Tensor {
   Tensor() = default;  ///< absent
   Tensor(const Target& target, DType dtype, std::vector<std::int64_t> shape,
          Strides strides = Strides::kContiguous);
+  /// With any strides >= 0, the first element `start` bytes behind an address aligned to 64.
+  Tensor(const Target& target, DType dtype, std::vector<std::int64_t> shape,
+         std::vector<std::int64_t> strides, std::size_t start = 0);
 
   bool defined() const { return view_.defined(); }
   const TensorView& view() const { return view_; }
@@ -68,8 +72,12 @@ class Tensor {
 
   /// Row-major values, rounded to the dtype.
   void fill(const std::vector<double>& values);
+  /// Of int32, int64 or uint8.
   void fill_ids(const std::vector<std::int64_t>& ids);
   void fill_constant(double value);
+  /// Puts back what the host wrote last, or takes what is there now for that.
+  void restore() { buffer_.upload(image_); }
+  void remember() { image_ = buffer_.download(); }
   /// Row-major elements as they are now.
   std::vector<double> values() const;
 

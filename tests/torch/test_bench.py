@@ -413,6 +413,14 @@ def test_graphs_stand_beside_graphs():
     assert re.search(r"^mean of 1 +sonicmoe +graph 1\.500  2\.250  2\.000$", text, re.M)
 
 
+def test_a_problem_is_found_by_its_name_alone():
+    suites = json.loads((REPOSITORY / "bench" / "problems.json").read_text())["suites"]
+    names = [entry["name"] for suite in suites.values() for entry in suite["problems"]]
+    assert len(set(names)) == len(names)
+    known = compare_builds.known_problems()
+    assert set(names) - set(known) == {entry["name"] for entry in suites["cpu"]["problems"]}
+
+
 def test_anchors_name_shapes_of_the_problems_and_hold_pairs():
     problems = json.loads((REPOSITORY / "bench" / "problems.json").read_text())["suites"]
     names = {entry["name"] for suite in problems.values() for entry in suite["problems"]}

@@ -83,7 +83,7 @@ def test_opcheck_router():
         args = (None, None, *ROUTER_OPTIONS, *rounding)
         opcheck(ops.round_tokens_forward, (plain, *args))
         opcheck(ops.round_tokens_forward, (logits, *args), test_utils=graded)
-    tokens, experts, weights, ids, rows, _ = ops.round_tokens_forward(
+    tokens, experts, weights, ids, _, rows = ops.round_tokens_forward(
         plain, None, torch.tensor([1]), *ROUTER_OPTIONS, 8, 3, 0
     )
     opcheck(
@@ -187,8 +187,99 @@ def test_compile_under_autocast():
     assert y.dtype == torch.bfloat16 and torch.equal(y, run(module))
 
 
+def test_compile_the_bias_update():
+    rows = torch.tensor([3, 0, 1, 2], dtype=torch.int32)
+
+    def function(bias):
+        return 2 * sm.update_expert_bias_(bias, rows, 0.5)
+
+    torch._dynamo.reset()
+    ours, right = torch.zeros(E), torch.zeros(E)
+    y = torch.compile(function, fullgraph=True, backend="aot_eager")(ours)
+    assert torch.equal(y, function(right)) and torch.equal(ours, right)
+    assert ours._version > 0 and ours.abs().max() == 0.5
+
+
+def test_compile_torch_func():
+    _, wr, w1, b1, w2, b2 = tensors(False)
+
+    def loss(x):
+        return sm.moe_layer(x, wr, w1, w2, K, b1=b1, b2=b2)[0].square().sum()
+
+    gradient = torch.func.grad(loss)
+    batch = torch.randn(3, 8, D)
+    right = torch.func.vmap(gradient)(batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.vmap(gradient), fullgraph=True, backend="aot_eager")
+    assert right.abs().max() > 0 and torch.equal(compiled(batch), right)
+
+
 def test_fakes_cover_every_operator_with_meta_tensors():
     meta = [t.detach().to("meta") for t in tensors(False)]
     x, wr, w1, b1, w2, b2 = meta
     y, logits, rows = sm.moe_layer(x, wr, w1, w2, K, b1=b1, b2=b2)
     assert y.shape == (T, D) and logits.shape == (T, E) and rows.shape == (E,)
+
+
+def operator_calls():
+    """Every operator with legal arguments."""
+    plain = moe_args(0, False)
+    _, h, metadata = ops.moe_forward(*plain, *EXPERT_OPTIONS, True)
+    given, options = layer_args(True, False)
+    _, layer_logits, _, *saved = ops.moe_layer_forward(*given, None, *options, 0, True)
+    grads = torch.randn(T, D), torch.randn(T, E)
+    main = [None if t is None else torch.zeros(t.shape) for t in given[1:7]]
+    logits, seed, bias = torch.randn(T, E), torch.tensor([1]), torch.randn(E)
+    router = (K, 2, True, 1, 1, 1.0)  # sigmoid_topk, which takes a bias
+    tokens, experts, weights, ids, _, rows = ops.round_tokens_forward(
+        logits, bias, seed, *router, 8, 3, 0
+    )
+    chosen, chosen_weights = ops.route_forward(logits, bias, *router)
+    layer = (*grads, *given, layer_logits, *saved, *options)
+    return {
+        "moe_forward": (*plain, *EXPERT_OPTIONS, True),
+        "moe_backward": (grads[0], *plain, h, metadata, *EXPERT_OPTIONS, *(True,) * 6),
+        "moe_layer_forward": (*given, seed, *options, 0, True),
+        "moe_layer_backward": (*layer, True, True, False, True, True, True, True),
+        "moe_layer_backward_accumulate": (*layer, True, *main),
+        "route_forward": (logits, bias, *router),
+        "route_backward": (chosen_weights, logits, chosen, bias, *router),
+        "round_tokens_forward": (logits, bias, seed, *router, 8, 3, 0),
+        "round_tokens_backward": (weights, logits, ids, tokens, experts, bias, *router),
+        "load_balancing_loss_forward": (logits, rows, K, 1),
+        "load_balancing_loss_backward": (torch.ones(1), logits, rows, K, 1),
+        "router_z_loss_forward": (logits,),
+        "router_z_loss_backward": (torch.ones(1), logits),
+        "update_expert_bias_": (bias, rows, 0.1),
+    }
+
+
+def test_no_operator_takes_tensors_of_several_devices():
+    """torch runs the fake as soon as one tensor is on meta: it would return memory as it is."""
+    for name, arguments in operator_calls().items():
+        operator = getattr(ops, name)
+        operator(*arguments)
+        names = [argument.name for argument in operator.default._schema.arguments]
+        places = [i for i, value in enumerate(arguments) if isinstance(value, torch.Tensor)]
+        for place in places if len(places) > 1 else ():
+            mixed = list(arguments)
+            mixed[place] = mixed[place].to("meta")
+            named, first = (names[i] for i in (place, places[0]))
+            devices = "cpu", "meta"
+            if place == places[0]:
+                named, devices = names[places[1]], devices[::-1]
+            message = f"{name}: {named}: expected a tensor on {devices[0]}, as {first}, "
+            with pytest.raises(RuntimeError, match=f"{message}got {devices[1]}"):
+                operator(*mixed)
+        meta = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in arguments]
+        outputs = operator(*meta)
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs or ()
+        assert all(output.device.type == "meta" for output in outputs)
+
+
+def test_fakes_refuse_gradients_of_absent_tensors():
+    arguments = list(operator_calls()["moe_backward"])
+    arguments[3] = None
+    meta = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in arguments]
+    with pytest.raises(RuntimeError, match="need_b1: expected False, since b1 is absent"):
+        ops.moe_backward(*meta)

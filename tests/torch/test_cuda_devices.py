@@ -1,6 +1,8 @@
 """Tensors of one call on different devices, on a GPU: refused by name before anything runs, and the
 GPU's context lives on. Skipped without a GPU, as test_cuda.py."""
 
+import threading
+
 import pytest
 import sonicmoe_cpp as sm
 import torch
@@ -73,7 +75,7 @@ CALLS = {
     ),
     "update_expert_bias_": (
         sm.update_expert_bias_,
-        lambda: {"bias": torch.zeros(E), "rows_per_expert": torch.ones(E, dtype=torch.int32)},
+        lambda: {"bias": torch.zeros(E), "rows_per_expert": torch.arange(E, dtype=torch.int32)},
         {"rate": 0.1},
     ),
 }
@@ -93,7 +95,7 @@ def test_one_argument_elsewhere_is_refused(name, argument, elsewhere):
     named = [argument, "router_weight", "router_bias", "selection_bias", "seed_tensor", "x"]
     assert any(f"{key}: " in message for key in (*named, *others)), message
     torch.cuda.synchronize()  # an error of a kernel would surface here
-    results = call(**tensors, **options)
+    results = call(**{key: tensor.cuda() for key, tensor in make().items()}, **options)
     torch.cuda.synchronize()
     for result in results if isinstance(results, tuple) else (results,):
         assert result.double().abs().sum() > 0
@@ -120,6 +122,17 @@ def test_backward_operators_compare_devices(argument):
         backward(given | {argument: given[argument].cpu()})
     torch.cuda.synchronize()
     assert all(g.double().abs().sum() > 0 for g in backward(given))
+
+
+def test_the_first_use_of_the_gpu_in_a_thread():
+    """The thread has no current context until somebody makes the device's current."""
+    tensors = {key: tensor.cuda() for key, tensor in (experts() | slots()).items()}
+    expected = sm.moe(**tensors)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(sm.moe(**tensors)))
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

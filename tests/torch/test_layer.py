@@ -30,7 +30,10 @@ def test_one_node_equals_its_parts(scoring, router):
     parts = torch.nn.functional.linear(x, module.router_weight, module.router_b)
     expected, counts = layer_in_parts(module, x, parts)
     theirs = torch.autograd.grad((expected * grad).sum() + (parts * grad_logits).sum(), tensors)
-    assert torch.equal(rows, counts) and torch.equal(module.last_rows_per_expert, rows)
+    assert torch.equal(module.last_rows_per_expert, counts)
+    chosen, _ = sm.route(parts, K, scoring=scoring)
+    assert torch.equal(rows.long(), torch.bincount(chosen.flatten(), minlength=E))
+    assert torch.equal(module.last_rows_per_expert_before, rows)
     for a, b in zip([y, logits, *ours], [expected, parts, *theirs], strict=True):
         assert b.abs().max() > 0 and (a - b).abs().max() < 3e-5 * b.abs().max()
 
@@ -155,6 +158,17 @@ def test_the_selection_bias_stays_float32():
     exact = module.selection_bias.clone()
     module.bfloat16()
     assert module.w1.dtype == torch.bfloat16 and torch.equal(module.selection_bias, exact)
+
+
+def test_autocast_to_float16_is_refused_by_its_name():
+    """x is float32 there: a message about its dtype alone would send the reader astray."""
+    module, x = sm.MoE(16, 8, 4, 2), torch.randn(3, 16)
+    with torch.autocast("cpu", dtype=torch.float16):
+        with pytest.raises(
+            RuntimeError, match="x: expected float32 or bfloat16, got float16 of au"
+        ):
+            module(x)
+    assert module(x).abs().sum() > 0
 
 
 def test_autocast_keeps_the_router_in_float32():

@@ -99,6 +99,17 @@ def test_losses(scoring):
     assert (logits.grad - double.grad).abs().max() < 1e-5 * double.grad.abs().max()
 
 
+def test_rows_that_do_not_count_token_choice_are_refused():
+    """As after rounding, where they would hide what the router chose."""
+    logits = torch.randn(T, E)
+    rows = sm.route(logits, K)[0].flatten().bincount(minlength=E).int()
+    assert sm.load_balancing_loss(logits, rows, K) > 0
+    for wrong in (rows // 8 * 8, 0 * rows, 2 * rows):
+        message = f"rows_per_expert: expected counts of token choice, {T * K} in sum, got a sum"
+        with pytest.raises(RuntimeError, match=message):
+            sm.load_balancing_loss(logits, wrong, K)
+
+
 def test_update_expert_bias():
     bias = torch.zeros(4)
     returned = sm.update_expert_bias_(bias, torch.tensor([4, 0, 2, 2], dtype=torch.int32), 0.5)

@@ -9,100 +9,18 @@ import torch._dynamo.testing
 transformers = pytest.importorskip("transformers")
 
 import sonicmoe_cpp.integrations.transformers as hf
-
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES = {
-    "qwen3_moe": (
-        "Qwen3MoeForCausalLM",
-        {
-            "num_experts": 8,
-            "moe_intermediate_size": 24,
-            "head_dim": 8,
-            "norm_topk_prob": True,
-        },
-    ),
-    "olmoe": ("OlmoeForCausalLM", {"num_experts": 8, "intermediate_size": 24}),
-    "mixtral": (
-        "MixtralForCausalLM",
-        {"num_local_experts": 8, "intermediate_size": 24},
-    ),
-    "gpt_oss": (
-        "GptOssForCausalLM",
-        {"num_local_experts": 8, "intermediate_size": 24, "head_dim": 8},
-    ),
-    "deepseek_v3": (
-        "DeepseekV3ForCausalLM",
-        {
-            "n_routed_experts": 8,
-            "moe_intermediate_size": 24,
-            "intermediate_size": 48,
-            "n_group": 4,
-            "topk_group": 2,
-            "first_k_dense_replace": 1,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-        },
-    ),
-}
-
-
-def build(family, **changes):
-    name, options = FAMILIES[family]
-    config = transformers.AutoConfig.for_model(family, **(COMMON | options | changes))
-    config._attn_implementation = "eager"
-    config._experts_implementation = "eager"
-    model = getattr(transformers, name)(config)
-    with torch.no_grad():  # realistic magnitudes: the initial 0.02 makes every expert nearly zero
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.normal_(std=0.1)
-    return model.train()
-
-
-def tokens():
-    return torch.randint(3, 64, (2, 16))
-
-
-def outputs(model, ids, **options):
-    model.zero_grad()
-    out = model(ids, labels=ids, **options)
-    out.loss.backward()
-    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def same(ours, theirs, tolerance=2e-4):
-    assert theirs.abs().max() > 0 and ours.shape == theirs.shape
-    error = (ours - theirs).abs().max() / theirs.abs().max()
-    assert error < tolerance, f"relative error {error:.2e}"
-
-
-def compare(ours, theirs):
-    (out, grads), (expected, expected_grads) = ours, theirs
-    same(out.logits, expected.logits)
-    assert grads.keys() == expected_grads.keys()
-    for name in grads:
-        if expected_grads[name].abs().max() > 0:
-            same(grads[name], expected_grads[name])
-        else:
-            assert (grads[name] == 0).all()
+from hf_models import (
+    FAMILIES,
+    build,
+    compare,
+    exact,
+    moe_blocks,
+    outputs,
+    put,
+    router_of,
+    same,
+    tokens,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -222,19 +140,102 @@ def test_gradient_checkpointing_and_deepcopy():
         assert torch.equal(grad, results[1][1][name])
 
 
-def test_refusals():
-    model = build("gpt_oss")
-    model.model.layers[0].mlp.experts.alpha = 1.5
-    with pytest.raises(ValueError, match="_apply_gate"):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_selection_bias_in_another_dtype(dtype):
+    """model.to(dtype) casts the buffer with the weights; what is left of it selects."""
+    stock, ids = build("deepseek_v3"), tokens()
+    without = exact(stock)
+    for block in moe_blocks(stock):
+        bias = block.gate.e_score_correction_bias
+        bias.copy_(torch.randn(8))
+        block.gate.e_score_correction_bias = bias.to(dtype)
+    model = copy.deepcopy(stock)
+    hf.replace_moe_blocks(model)
+    expected = outputs(exact(stock), ids)
+    compare(outputs(model, ids), expected)
+    assert all(block.gate.e_score_correction_bias.dtype == dtype for block in moe_blocks(model))
+    assert (expected[0].logits - without(ids).logits).abs().max() > 1e-2
+
+
+def test_a_bfloat16_checkpoint_of_deepseek(tmp_path):
+    """Loading keeps the selection bias in float32, .bfloat16() does not; both work."""
+    stock, ids = build("deepseek_v3", num_hidden_layers=2).eval(), tokens()
+    stock.save_pretrained(tmp_path)
+    loaded = type(stock).from_pretrained(
+        tmp_path, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    cast = copy.deepcopy(loaded).bfloat16()
+    for model, dtype in ((loaded, torch.float32), (cast, torch.bfloat16)):
+        twin = copy.deepcopy(model)
+        twin.set_experts_implementation("eager")
         hf.replace_moe_blocks(model)
-    model = build("qwen3_moe")
-    model.model.layers[0].mlp.experts.act_fn = torch.nn.Tanh()
-    with pytest.raises(ValueError, match="activation Tanh"):
-        hf.replace_moe_blocks(model)
-    with pytest.raises(ValueError, match="has no block of"):
-        hf.replace_moe_blocks(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="router: expected one of"):
-        hf.replace_moe_blocks(build("qwen3_moe"), router="hash")
+        assert moe_blocks(model)[0].gate.e_score_correction_bias.dtype == dtype
+        with torch.no_grad():
+            right = exact(twin)(ids).logits
+            errors = [(m(ids).logits.double() - right).norm(dim=-1) for m in (model, twin)]
+        ours, theirs = (error.median() / right.norm(dim=-1).median() for error in errors)
+        assert ours < 1.25 * theirs < 0.05
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_settings_are_read_at_every_forward(hooked):
+    stock, ids = build("deepseek_v3"), tokens()
+    model = copy.deepcopy(stock)
+    hf.replace_moe_blocks(model)
+    results = []
+    for name, value in (("routed_scaling_factor", 0.5), ("norm_topk_prob", False), ("top_k", 2)):
+        for block in (*moe_blocks(model), *moe_blocks(stock)):
+            assert getattr(block.gate, name) != value
+            setattr(block.gate, name, value)
+        if hooked:
+            put(router_hook_that_keeps_all, model)
+        results.append(outputs(exact(stock), ids))
+        compare(outputs(model, ids), results[-1])
+        assert moe_blocks(model)[0].last_rows_per_expert.sum() == ids.numel() * block.gate.top_k
+    assert (results[0][0].logits - results[1][0].logits).abs().max() > 1e-3
+
+
+def router_hook_that_keeps_all(block):
+    router_of(block).register_forward_hook(lambda module, inputs, output: None)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_jitter_noise_is_that_of_the_stock_block(hooked):
+    stock, ids = build("mixtral", router_jitter_noise=0.3), tokens()
+    model = copy.deepcopy(stock)
+    hf.replace_moe_blocks(model)
+    if hooked:
+        put(router_hook_that_keeps_all, model)
+    results = []
+    for each in (model, stock):
+        torch.manual_seed(5)
+        results.append(outputs(each, ids))
+    compare(*results)
+    with torch.no_grad():
+        assert (stock.eval()(ids).logits - results[1][0].logits).abs().max() > 1e-2
+
+
+def test_replaced_again_with_other_options():
+    model, ids = build("qwen3_moe"), tokens()
+    assert hf.replace_moe_blocks(model) == hf.replace_moe_blocks(model, "token_rounding", 8) == 2
+    outputs(model, ids)
+    assert all((b.last_rows_per_expert % 8 == 0).all() for b in moe_blocks(model))
+    assert "router=token_rounding, tile=8" in repr(model)
+    hf.replace_moe_blocks(model)
+    outputs(model, ids)
+    assert all(b.last_rows_per_expert.sum() == ids.numel() * 3 for b in moe_blocks(model))
+
+
+def test_a_block_alone_and_a_block_of_a_subclass():
+    for subclass in (False, True):
+        block = moe_blocks(build("olmoe"))[0]
+        right, stock = exact(block), type(block)
+        if subclass:
+            block.__class__ = type("Mine", (stock,), {})
+        assert hf.replace_moe_blocks(block) == 1
+        assert isinstance(block, stock) and isinstance(block, hf.SonicMoEBlock)
+        x = torch.randn(2, 8, 32)
+        same(block(x), right(x.double()))
 
 
 def test_layers_share_one_compiled_graph():

@@ -16,7 +16,8 @@ import train_step
 
 TINY = (
     "--device cpu --hidden-size 64 --intermediate-size 32 --num-experts 8 --top-k 2 --heads 2 "
-    "--layers 2 --seq-len 64 --vocab-size 300 --microbatch 2 --steps 2 --warmup 1 --tile 8"
+    "--layers 2 --seq-len 64 --vocab-size 300 --microbatch 2 --steps 2 --warmup 1 --tile 8 "
+    "--limit 3000 --deadline 3600"  # a busy machine must not cut it short
 ).split()
 
 
@@ -105,7 +106,7 @@ def test_summary_compares_with_the_best_of_grouped_mm():
 def bench(tmp_path, *flags):
     record = tmp_path / "record.json"
     command = [sys.executable, str(BENCH / "bench_train.py"), *TINY, "--output", str(record)]
-    run = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=240)
+    run = subprocess.run([*command, *flags], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return json.loads(record.read_text())
 
@@ -123,8 +124,12 @@ def test_a_whole_run(tmp_path):
         assert rows[system, "search", None]["largest"] == 3
         for microbatch in (2, 3):
             row = rows[system, "timing", microbatch]
-            assert row["tokens_per_s"] > 0 and 0 < row["moe_share"] < 1.5
-            assert row["optimizer_ms"] < row["step_ms"]
+            moe = row["moe_forward_ms"] + row["moe_backward_ms"]
+            assert row["tokens_per_s"] * row["step_ms"] == pytest.approx(
+                64e3 * microbatch, rel=0.01
+            )
+            assert row["moe_share"] * row["step_ms"] == pytest.approx(moe, rel=0.01)
+            assert "optimizer_ms" in row
         ours = rows[system, "losses", 2]["losses"]
         theirs = rows["grouped_mm", "losses", 2]["losses"]
         assert len(ours) == 4 and ours == pytest.approx(theirs, abs=0.02)

@@ -6,8 +6,8 @@ import tarfile
 import numpy as np
 import pytest
 from pretrain import data, prepare, tokenfile
-from pretrain.config import UserError
 from pretrain.metrics import read_metrics
+from pretrain.schema import UserError
 from pretrain.train import main
 
 
@@ -66,9 +66,12 @@ def test_a_wide_vocabulary_takes_four_bytes(tmp_path):
         tokenfile.dtype_for(1 << 16) == "uint16" and tokenfile.dtype_for(1 + (1 << 16)) == "uint32"
     )
     path = tmp_path / "wide.bin"
-    count, digest = tokenfile.write_tokens(path, [np.array([1, 70_000]), np.array([2])], "uint32")
-    header = tokenfile.Header("uint32", 70_001, 2, count - 2, 9, digest, "x", [], {})
-    tokenfile.write_header(path, header)
+    with path.open("wb") as file:
+        pieces = [np.array([1, 70_000]), np.array([2])]
+        digest = tokenfile.write_tokens(file, pieces, "uint32")
+    with tokenfile.header_path(path).open("wb") as file:
+        header = tokenfile.Header("uint32", 70_001, 2, 1, 9, digest, "x", [], {})
+        tokenfile.write_header(file, header)
     file = tokenfile.read(path)
     assert file.train.tolist() == [1, 70_000] and file.validation.tolist() == [2]
 
@@ -88,10 +91,10 @@ def flip(path):
     [
         (lambda path: path.unlink(), ["No such file"]),
         (lambda path: tokenfile.header_path(path).unlink(), ["cannot read", "tokens.json"]),
-        (lambda path: tokenfile.header_path(path).write_text("{]"), ["no header of tokens"]),
-        (lambda path: tokenfile.header_path(path).write_text("[]"), ["no header of tokens"]),
-        (lambda path: change_header(path, format="other"), ["format 'other'"]),
-        (lambda path: change_header(path, dtype="int8"), ["'int8'"]),
+        (lambda path: tokenfile.header_path(path).write_text("{]"), ["cannot read", "tokens.json"]),
+        (lambda path: tokenfile.header_path(path).write_text("[]"), ["expected an object"]),
+        (lambda path: change_header(path, format="other"), ["format: expected", "'other'"]),
+        (lambda path: change_header(path, dtype="int8"), ["dtype: expected", "'int8'"]),
         (lambda path: change_header(path, vocab_size=40), ["outside the vocabulary of 40"]),
         (lambda path: change_header(path, vocab_size=301), ["tokenizer has", "301"]),
         (lambda path: change_header(path, tokenizer={}), ["tokenizer"]),

@@ -128,7 +128,7 @@ struct Problem {
       r.token.insert(r.token.end(), tokens.begin(), tokens.end());
       for (int i = 0; i < count; ++i) r.weight.push_back(0.25f + (hash(13, first + i) % 64) / 64.f);
       for (int t = 0; t < count; t += 128) {
-        r.tiles.push_back({first + t, std::min(128, count - t), e, 0});
+        r.tiles.push_back({first + t, count - t, e, t / 128});
       }
       r.experts.push_back({first, count, e, 0});
       r.offsets.push_back(int(r.token.size()));

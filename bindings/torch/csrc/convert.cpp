@@ -154,8 +154,12 @@ Call::Call(const Tensor& tensor) {
   context_.stream.handle = current_cuda_stream(index);
 }
 
+Tensor new_tensor(const Tensor& like, std::span<const std::int64_t> shape, ScalarType dtype) {
+  return new_empty(like, IntArrayRef(shape.data(), shape.size()), dtype);
+}
+
 Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype) {
-  return new_empty(like, IntArrayRef(shape.begin(), shape.size()), dtype);
+  return new_tensor(like, std::span<const std::int64_t>(shape.begin(), shape.size()), dtype);
 }
 
 Tensor new_like_contiguous(const Tensor& like, ScalarType dtype) {

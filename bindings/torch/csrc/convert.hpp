@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <span>
 
 #include "sonicmoe/sonicmoe.hpp"
 
@@ -48,6 +49,7 @@ class Call {
 
 /// Uninitialised, on the device of `like`, from torch's allocator. These throw std::runtime_error,
 /// "[CUDA ]out of memory. ...", where that has no room.
+Tensor new_tensor(const Tensor& like, std::span<const std::int64_t> shape, ScalarType dtype);
 Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype);
 /// Contiguous, of the shape of `like`.
 Tensor new_like_contiguous(const Tensor& like, ScalarType dtype);

@@ -133,15 +133,24 @@ bool keeps(const Tensor& like, ScalarType dtype, std::size_t bytes) {
          (dtype == ScalarType::Float || dtype == ScalarType::BFloat16);
 }
 
-}  // namespace
-
-Tensor new_kept(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype) {
-  const std::span<const std::int64_t> sizes(shape.begin(), shape.size());
+Tensor new_row_major(const Tensor& like, std::span<const std::int64_t> sizes, ScalarType dtype) {
   const std::size_t bytes = bytes_of(sizes, dtype);
-  if (!keeps(like, dtype, bytes)) return new_tensor(like, shape, dtype);
+  if (!keeps(like, dtype, bytes)) return new_tensor(like, sizes, dtype);
   std::vector<std::int64_t> strides(sizes.size(), 1);
   for (std::size_t i = sizes.size() - 1; i-- > 0;) strides[i] = strides[i + 1] * sizes[i + 1];
   return over_kept(sizes, strides, dtype, bytes);
+}
+
+// What the library asks of the gradient of a weight [E, a, b] or [E, d].
+bool has_unit_stride(const Tensor& tensor) {
+  const auto rank = tensor.dim();
+  return tensor.stride(rank - 1) == 1 || (rank == 3 && tensor.stride(1) == 1);
+}
+
+}  // namespace
+
+Tensor new_kept(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype) {
+  return new_row_major(like, {shape.begin(), shape.size()}, dtype);
 }
 
 Tensor new_kept_like(const Tensor& like) {
@@ -149,8 +158,12 @@ Tensor new_kept_like(const Tensor& like) {
   const std::span<const std::int64_t> shape(sizes.data(), sizes.size());
   const std::size_t bytes = bytes_of(shape, like.scalar_type());
   // Strides with gaps or overlaps are torch's to replace.
-  if (!is_dense(shape, {strides.data(), strides.size()}) || !keeps(like, like.scalar_type(), bytes))
-    return new_like(like);
+  if (!is_dense(shape, {strides.data(), strides.size()}) ||
+      !keeps(like, like.scalar_type(), bytes)) {
+    const Tensor tensor = new_like(like);
+    // Of elements that overlap torch keeps an order of dimensions that no gradient may have.
+    return has_unit_stride(tensor) ? tensor : new_row_major(like, shape, like.scalar_type());
+  }
   return over_kept(shape, {strides.data(), strides.size()}, like.scalar_type(), bytes);
 }
 

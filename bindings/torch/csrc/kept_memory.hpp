@@ -12,7 +12,8 @@ namespace sonicmoe_torch {
 /// and torch 2.10 (whose stable interface has no deleters) get torch's own memory. The storage
 /// cannot be resized.
 Tensor new_kept(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype);
-/// Of the shape, strides and dtype of `like`, a dense tensor.
+/// Of the shape and dtype of `like`, a weight, and of its order of dimensions, unless that leaves
+/// the gradient no unit stride. Always dense.
 Tensor new_kept_like(const Tensor& like);
 
 inline constexpr std::size_t kLeastKeptResult = std::size_t{4} << 20;

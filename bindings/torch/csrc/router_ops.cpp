@@ -1,5 +1,6 @@
 // Top-K routing, token rounding and the balancing losses.
 #include <algorithm>
+#include <numeric>
 #include <tuple>
 
 #include "ops.hpp"
@@ -145,6 +146,20 @@ constexpr const char* kLoadBalancingLossForwardSchema =
     "load_balancing_loss_forward(Tensor logits, Tensor rows_per_expert, int top_k, int scoring) "
     "-> Tensor loss";
 
+/// Counts taken after token rounding hide what the router chose: where every expert is rounded to
+/// zero rows the loss would be 0. Looked at where that costs no synchronisation.
+void check_token_choice(const Tensor& logits, const Tensor& rows_per_expert, std::int64_t top_k) {
+  if (rows_per_expert.is_cuda()) return;
+  const auto* rows = static_cast<const std::int32_t*>(rows_per_expert.const_data_ptr());
+  const std::int64_t sum = std::accumulate(rows, rows + rows_per_expert.numel(), std::int64_t{0});
+  const std::int64_t choices = logits.size(0) * top_k;
+  if (sum != choices) {
+    throw sonicmoe::Error("load_balancing_loss_forward", "rows_per_expert",
+                          "counts of token choice, " + std::to_string(choices) + " in sum",
+                          "a sum of " + std::to_string(sum));
+  }
+}
+
 Tensor load_balancing_loss_forward(const Tensor& logits, const Tensor& rows_per_expert,
                                    std::int64_t top_k, std::int64_t scoring) {
   const Views views("load_balancing_loss_forward");
@@ -153,6 +168,7 @@ Tensor load_balancing_loss_forward(const Tensor& logits, const Tensor& rows_per_
   sonicmoe::load_balancing_loss_forward(
       call.context(), static_cast<sonicmoe::Scoring>(scoring), top_k, views.in("logits", logits),
       views.in("rows_per_expert", rows_per_expert), views.out("loss", loss));
+  check_token_choice(logits, rows_per_expert, top_k);  // after all else is known to fit
   return loss;
 }
 

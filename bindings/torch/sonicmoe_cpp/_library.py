@@ -1,10 +1,13 @@
 """Loads the compiled operators and gives the integers that stand for their options."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from ._checks import check_same_device
 
 _PATH = Path(__file__).with_name("_C.so")
 if not _PATH.exists():
@@ -29,6 +32,23 @@ def run(operator: Callable, *arguments):
             torch.cuda.mem_get_info()  # raises if an earlier kernel's error is what failed
             raise torch.OutOfMemoryError(str(error)) from error
         raise
+
+
+def register_fake(name: str) -> Callable:
+    """As torch.library.register_fake. torch runs the fake of an operator as soon as one argument is
+    on the meta device, whatever the others are on: that is refused here."""
+    arguments = [argument.name for argument in getattr(ops, name).default._schema.arguments]
+
+    def register(fake: Callable) -> Callable:
+        @functools.wraps(fake)
+        def checked(*given):
+            check_same_device(name, arguments, given)
+            return fake(*given)
+
+        torch.library.register_fake(f"sonicmoe_cpp::{name}", checked)
+        return fake
+
+    return register
 
 
 def _codes(kind: int) -> dict[str, int]:
@@ -64,13 +84,6 @@ FORM_TOP_K, FORM_SORTED, FORM_PAIRS = range(3)
 _POLICY_NAMES = list(POLICIES)
 
 
-def code(codes: dict[str, int], argument: str, name: str) -> int:
-    """The integer of an option, or a ValueError that lists the legal names."""
-    if name not in codes:
-        raise ValueError(f"{argument}: expected one of {', '.join(codes)}, got {name!r}")
-    return codes[name]
-
-
 def gate_factor(activation: int) -> int:
     """g: rows of w1 per expert and unit of intermediate width."""
     return 2 if activation <= ACTIVATIONS["swiglu_clamped"] else 1
@@ -96,7 +109,3 @@ def metadata_bytes(form: int, num_tokens: int, num_pairs: int, num_experts: int)
     if form == FORM_TOP_K:
         return 4 * (num_experts + 3 * num_pairs)
     return 4 * (num_experts + 4 * num_pairs + num_tokens + 1)
-
-
-def no_double_backward(ctx, *grads):
-    raise RuntimeError("sonicmoe_cpp: double backward is not supported")

@@ -3,17 +3,12 @@
 import torch
 from torch import Tensor
 
-from ._library import (
-    FORM_SORTED,
-    gate_factor,
-    metadata_bytes,
-    no_double_backward,
-    ops,
-    run,
-)
+from ._autograd import no_double_backward, register_autograd
+from ._checks import refuse
+from ._library import FORM_SORTED, gate_factor, metadata_bytes, ops, register_fake, run
 
 
-@torch.library.register_fake("sonicmoe_cpp::moe_forward")
+@register_fake("moe_forward")
 def _(
     x, w1, b1, w2, b2, form, ids, token_ids, weights, activation, gate_up_layout, limit,
     deterministic, workspace_limit, save_for_backward,
@@ -28,14 +23,19 @@ def _(
     return y, h, x.new_empty((size,), dtype=torch.uint8)
 
 
-def grad_like(needed: bool, tensor: Tensor | None, like: Tensor) -> Tensor:
-    """What a backward operator returns for one weight: its layout is kept, unneeded is empty."""
-    if not needed or tensor is None:
+def grad_like(needed: bool, name: str, of: Tensor | None, like: Tensor) -> Tensor:
+    """What a backward operator returns for `of`: its layout is kept, unneeded is empty."""
+    if not needed:
         return like.new_empty((0,))
-    return torch.empty_like(tensor)
+    if of is None:
+        refuse("sonicmoe_cpp", f"need_{name}", f"False, since {name} is absent", "True")
+    grad = torch.empty_like(of)
+    # Of elements that overlap torch keeps an order of dimensions that no gradient may have.
+    strides = grad.stride()[-2:] if of.dim() == 3 else grad.stride()[-1:]
+    return grad if 1 in strides else of.new_empty(of.shape)
 
 
-@torch.library.register_fake("sonicmoe_cpp::moe_backward")
+@register_fake("moe_backward")
 def _(
     grad_out, x, w1, b1, w2, b2, form, ids, token_ids, weights, h, metadata, activation,
     gate_up_layout, limit, deterministic, workspace_limit, need_x, need_w1, need_b1, need_w2,
@@ -43,11 +43,11 @@ def _(
 ):  # fmt: skip
     return (
         x.new_empty(x.shape if need_x else (0,)),
-        grad_like(need_w1, w1, x),
-        b1.new_empty(b1.shape) if need_b1 else x.new_empty((0,)),
-        grad_like(need_w2, w2, x),
-        b2.new_empty(b2.shape) if need_b2 else x.new_empty((0,)),
-        x.new_empty(weights.shape if need_weights else (0,), dtype=torch.float32),
+        grad_like(need_w1, "w1", w1, x),
+        grad_like(need_b1, "b1", b1, x),
+        grad_like(need_w2, "w2", w2, x),
+        grad_like(need_b2, "b2", b2, x),
+        grad_like(need_weights, "weights", weights, x).float(),
     )
 
 
@@ -85,7 +85,5 @@ def _backward(ctx, grad_out, grad_h, grad_metadata):
     )  # fmt: skip
 
 
-torch.library.register_autograd(
-    "sonicmoe_cpp::moe_forward", _backward, setup_context=_setup_context
-)
-torch.library.register_autograd("sonicmoe_cpp::moe_backward", no_double_backward)
+register_autograd("moe_forward", _backward, _setup_context)
+register_autograd("moe_backward", no_double_backward)

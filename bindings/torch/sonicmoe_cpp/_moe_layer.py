@@ -5,13 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._autograd import no_double_backward, register_autograd, register_in_place
 from ._library import (
     FORM_PAIRS,
     FORM_TOP_K,
     gate_factor,
     metadata_bytes,
-    no_double_backward,
     ops,
+    register_fake,
     rounded_capacity,
     run,
 )
@@ -23,16 +24,31 @@ class LayerOutput(NamedTuple):
 
     y: Tensor  # [T, d]
     logits: Tensor  # [T, E] float32
-    rows_per_expert: Tensor  # [E] int32
-    topk_ids: Tensor  # [T, K] int32: token choice
+    rows_per_expert: Tensor  # [E] int32: rows computed, after any rounding
+    topk_ids: Tensor  # [T, K] int32: token choice, before any rounding
     token_ids: Tensor  # [P] int32, token rounding only
     expert_ids: Tensor  # [P] int32, token rounding only
     pair_weights: Tensor  # [T, K] or [P] float32
     h: Tensor  # [P, g*n]
     metadata: Tensor  # uint8
 
+    @property
+    def rows_per_expert_before(self) -> Tensor:
+        """[E] int32 of token choice: what the balancing loss and the bias update take."""
+        rounded = self.pair_weights.dim() == 1
+        if not rounded:
+            return self.rows_per_expert
+        return count_rows(self.topk_ids, self.logits.shape[1])
 
-@torch.library.register_fake("sonicmoe_cpp::moe_layer_forward")
+
+def count_rows(topk_ids: Tensor, num_experts: int) -> Tensor:
+    """[E] int32: how often each expert stands in topk_ids."""
+    # Unlike bincount, histc never waits for the GPU; on the CPU it takes floats only.
+    ids = topk_ids.float() if topk_ids.device.type == "cpu" else topk_ids
+    return torch.histc(ids, num_experts, 0, num_experts - 1).int()
+
+
+@register_fake("moe_layer_forward")
 def _(
     x, router_weight, router_bias, w1, b1, w2, b2, selection_bias, seed_tensor, activation,
     gate_up_layout, limit, deterministic, top_k, scoring, renormalize, num_groups, top_groups,
@@ -64,7 +80,7 @@ def _(
     )
 
 
-@torch.library.register_fake("sonicmoe_cpp::moe_layer_backward")
+@register_fake("moe_layer_backward")
 def _(
     grad_out, grad_logits, x, router_weight, router_bias, w1, b1, w2, b2, selection_bias, logits,
     topk_ids, token_ids, expert_ids, pair_weights, h, metadata, activation, gate_up_layout, limit,
@@ -72,123 +88,55 @@ def _(
     policy, workspace_limit, need_x, need_router_weight, need_router_bias, need_w1, need_b1,
     need_w2, need_b2,
 ):  # fmt: skip
-    def bias_grad(needed, bias):
-        return bias.new_empty(bias.shape) if needed else x.new_empty((0,))
-
-    router = torch.empty_like(router_weight)
     return (
         x.new_empty(x.shape if need_x else (0,)),
-        router if need_router_weight else router_weight.new_empty((0,)),
-        bias_grad(need_router_bias, router_bias),
-        grad_like(need_w1, w1, x),
-        bias_grad(need_b1, b1),
-        grad_like(need_w2, w2, x),
-        bias_grad(need_b2, b2),
+        grad_like(need_router_weight, "router_weight", router_weight, router_weight),
+        grad_like(need_router_bias, "router_bias", router_bias, x),
+        grad_like(need_w1, "w1", w1, x),
+        grad_like(need_b1, "b1", b1, x),
+        grad_like(need_w2, "w2", w2, x),
+        grad_like(need_b2, "b2", b2, x),
     )
 
 
-@torch.library.register_fake("sonicmoe_cpp::moe_layer_backward_accumulate")
+@register_fake("moe_layer_backward_accumulate")
 def _(grad_out, grad_logits, x, *rest):
     need_x = rest[28]
     return x.new_empty(x.shape if need_x else (0,))
 
 
-def _save(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
     """Keeps what backward needs; `inputs` are the operator's arguments, `output` its results."""
-    parameters, options, save_for_backward = inputs[:8], inputs[9:23], inputs[24]
-    if not save_for_backward:
+    parameters, options, save = inputs[:7], inputs[9:23], inputs[24]
+    if not save:
         raise RuntimeError("moe_layer_forward: a gradient is needed but save_for_backward is off")
     _, logits, rows, *saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rows, *saved)
-    ctx.save_for_backward(*parameters, logits, *saved)
+    ctx.save_for_backward(*parameters, logits, *saved)  # no bias: it has selected and may change
     ctx.options = options
 
 
-def _incoming(x, grad_out, grad_logits):
-    """Dense gradients of y and logits; zeros for y when only the logits were used."""
-    grad_out = torch.zeros_like(x) if grad_out is None else grad_out.contiguous()
-    return grad_out, None if grad_logits is None else grad_logits.contiguous()
+def backward_arguments(ctx, grad_out: Tensor | None, grad_logits: Tensor | None) -> tuple:
+    """What both backward operators begin with. Incoming gradients are dense; that of y is zero where
+    only the logits were used."""
+    saved = ctx.saved_tensors  # once: checkpointing recomputes on the first access only
+    grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out.contiguous()
+    grad_logits = None if grad_logits is None else grad_logits.contiguous()
+    selection_bias = None
+    return grad_out, grad_logits, *saved[:7], selection_bias, *saved[7:], *ctx.options
 
 
 def _backward(ctx, grad_out, grad_logits, *unused):
     none = (None,) * 25
     if grad_out is None and grad_logits is None:
         return none
-    saved = ctx.saved_tensors  # once: checkpointing recomputes on the first access only
-    grad_out, grad_logits = _incoming(saved[0], grad_out, grad_logits)
     needs = ctx.needs_input_grad[:7]
-    grads = run(ops.moe_layer_backward, grad_out, grad_logits, *saved, *ctx.options, *needs)
+    arguments = backward_arguments(ctx, grad_out, grad_logits)
+    grads = run(ops.moe_layer_backward, *arguments, *needs)
     return *(g if n else None for g, n in zip(grads, needs, strict=True)), *none[7:]
 
 
-torch.library.register_autograd("sonicmoe_cpp::moe_layer_forward", _backward, setup_context=_save)
-torch.library.register_autograd("sonicmoe_cpp::moe_layer_backward", no_double_backward)
-
-
-class MainGradLayer(torch.autograd.Function):
-    """The layer with parameter gradients accumulated into `param.main_grad` (float32).
-
-    Follows the protocol of Megatron and Transformer Engine: the buffer is looked up at backward
-    (`get_main_grad()` or `main_grad`), overwritten where `overwrite_main_grad` is set, and a
-    parameter that has the attribute `grad_added_to_main_grad` gets it set to True and a zero
-    gradient (so that its hooks fire); any other parameter gets no `.grad`.
-    """
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = run(ops.moe_layer_forward, *inputs)
-        _save(ctx, inputs, output)
-        ctx.parameters = inputs[1:7]
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, grad_logits, *unused):
-        none = (None,) * 25
-        if grad_out is None and grad_logits is None:
-            return none
-        saved = ctx.saved_tensors
-        grad_out, grad_logits = _incoming(saved[0], grad_out, grad_logits)
-        needs = ctx.needs_input_grad
-        buffers = [
-            _main_grad(parameter) if needed else None
-            for parameter, needed in zip(ctx.parameters, needs[1:7], strict=True)
-        ]
-        grad_x = run(
-            ops.moe_layer_backward_accumulate,
-            grad_out,
-            grad_logits,
-            *saved,
-            *ctx.options,
-            needs[0],
-            *buffers,
-        )
-        dummies = [
-            None if buffer is None else _mark_added(parameter)
-            for parameter, buffer in zip(ctx.parameters, buffers, strict=True)
-        ]
-        return grad_x if needs[0] else None, *dummies, *none[7:]
-
-
-def _main_grad(parameter: Tensor) -> Tensor:
-    if hasattr(parameter, "get_main_grad"):
-        buffer = parameter.get_main_grad()
-    else:
-        buffer = getattr(parameter, "main_grad", None)
-    if buffer is None or buffer.dtype != torch.float32 or buffer.shape != parameter.shape:
-        got = "none" if buffer is None else f"{buffer.dtype} {list(buffer.shape)}"
-        raise RuntimeError(
-            f"main_grad: expected a float32 buffer {list(parameter.shape)} on the parameter, "
-            f"got {got}"
-        )
-    if getattr(parameter, "overwrite_main_grad", False):
-        buffer.zero_()
-    return buffer
-
-
-def _mark_added(parameter: Tensor) -> Tensor | None:
-    if not hasattr(parameter, "grad_added_to_main_grad"):
-        return None
-    parameter.grad_added_to_main_grad = True
-    return parameter.new_zeros(()).expand(parameter.shape)
+register_autograd("moe_layer_forward", _backward, save_for_backward)
+register_autograd("moe_layer_backward", no_double_backward)
+register_in_place("moe_layer_backward_accumulate")

@@ -2,12 +2,13 @@
 
 import torch
 
-from ._library import no_double_backward, ops, rounded_capacity, run
+from ._autograd import no_double_backward, register_autograd, register_in_place
+from ._library import ops, register_fake, rounded_capacity, run
 
 # ------------------------------------------------------------------------------------------- route
 
 
-@torch.library.register_fake("sonicmoe_cpp::route_forward")
+@register_fake("route_forward")
 def _(logits, selection_bias, top_k, scoring, renormalize, num_groups, top_groups, scale):
     shape = (logits.shape[0], top_k)
     return (
@@ -16,17 +17,17 @@ def _(logits, selection_bias, top_k, scoring, renormalize, num_groups, top_group
     )
 
 
-@torch.library.register_fake("sonicmoe_cpp::route_backward")
+@register_fake("route_backward")
 def _(grad_topk_weights, logits, topk_ids, *options):
     return logits.new_empty(logits.shape)
 
 
 def _route_setup_context(ctx, inputs, output):
-    logits, selection_bias, *options = inputs
+    logits, _, *options = inputs
     topk_ids, _ = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(topk_ids)
-    ctx.save_for_backward(logits, topk_ids, selection_bias)
+    ctx.save_for_backward(logits, topk_ids)  # the bias has selected and may change
     ctx.options = options
 
 
@@ -34,20 +35,17 @@ def _route_backward(ctx, grad_ids, grad_weights):
     none = (None,) * 7
     if grad_weights is None:
         return None, *none
-    logits, topk_ids, selection_bias = ctx.saved_tensors
     grad = grad_weights.contiguous()
-    return run(ops.route_backward, grad, logits, topk_ids, selection_bias, *ctx.options), *none
+    return run(ops.route_backward, grad, *ctx.saved_tensors, None, *ctx.options), *none
 
 
-torch.library.register_autograd(
-    "sonicmoe_cpp::route_forward", _route_backward, setup_context=_route_setup_context
-)
-torch.library.register_autograd("sonicmoe_cpp::route_backward", no_double_backward)
+register_autograd("route_forward", _route_backward, _route_setup_context)
+register_autograd("route_backward", no_double_backward)
 
 # ------------------------------------------------------------------------------------ round_tokens
 
 
-@torch.library.register_fake("sonicmoe_cpp::round_tokens_forward")
+@register_fake("round_tokens_forward")
 def _(
     logits, selection_bias, seed_tensor, top_k, scoring, renormalize, num_groups, top_groups,
     scale, tile, policy, seed,
@@ -64,17 +62,17 @@ def _(
     )
 
 
-@torch.library.register_fake("sonicmoe_cpp::round_tokens_backward")
+@register_fake("round_tokens_backward")
 def _(grad_pair_weights, logits, *rest):
     return logits.new_empty(logits.shape)
 
 
 def _round_tokens_setup_context(ctx, inputs, output):
-    logits, selection_bias, _, *options = inputs
+    logits, _, _, *options = inputs
     token_ids, expert_ids, _, topk_ids, rows, rows_before = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(token_ids, expert_ids, topk_ids, rows, rows_before)
-    ctx.save_for_backward(logits, topk_ids, token_ids, expert_ids, selection_bias)
+    ctx.save_for_backward(logits, topk_ids, token_ids, expert_ids)
     ctx.options = options[:6]
 
 
@@ -82,31 +80,22 @@ def _round_tokens_backward(ctx, grad_tokens, grad_experts, grad_weights, *unused
     none = (None,) * 11
     if grad_weights is None:
         return None, *none
-    logits, topk_ids, token_ids, expert_ids, selection_bias = ctx.saved_tensors
-    grad_logits = run(
-        ops.round_tokens_backward,
-        grad_weights.contiguous(), logits, topk_ids, token_ids, expert_ids, selection_bias,
-        *ctx.options,
-    )  # fmt: skip
-    return grad_logits, *none
+    grad = grad_weights.contiguous()
+    return run(ops.round_tokens_backward, grad, *ctx.saved_tensors, None, *ctx.options), *none
 
 
-torch.library.register_autograd(
-    "sonicmoe_cpp::round_tokens_forward",
-    _round_tokens_backward,
-    setup_context=_round_tokens_setup_context,
-)
-torch.library.register_autograd("sonicmoe_cpp::round_tokens_backward", no_double_backward)
+register_autograd("round_tokens_forward", _round_tokens_backward, _round_tokens_setup_context)
+register_autograd("round_tokens_backward", no_double_backward)
 
 # ------------------------------------------------------------------------------------------ losses
 
 
-@torch.library.register_fake("sonicmoe_cpp::load_balancing_loss_forward")
+@register_fake("load_balancing_loss_forward")
 def _(logits, rows_per_expert, top_k, scoring):
     return logits.new_empty((1,))
 
 
-@torch.library.register_fake("sonicmoe_cpp::load_balancing_loss_backward")
+@register_fake("load_balancing_loss_backward")
 def _(grad_loss, logits, rows_per_expert, top_k, scoring):
     return logits.new_empty(logits.shape)
 
@@ -127,20 +116,16 @@ def _balancing_backward(ctx, grad_loss):
     return grad, None, None, None
 
 
-torch.library.register_autograd(
-    "sonicmoe_cpp::load_balancing_loss_forward",
-    _balancing_backward,
-    setup_context=_balancing_setup_context,
-)
-torch.library.register_autograd("sonicmoe_cpp::load_balancing_loss_backward", no_double_backward)
+register_autograd("load_balancing_loss_forward", _balancing_backward, _balancing_setup_context)
+register_autograd("load_balancing_loss_backward", no_double_backward)
 
 
-@torch.library.register_fake("sonicmoe_cpp::router_z_loss_forward")
+@register_fake("router_z_loss_forward")
 def _(logits):
     return logits.new_empty((1,))
 
 
-@torch.library.register_fake("sonicmoe_cpp::router_z_loss_backward")
+@register_fake("router_z_loss_backward")
 def _(grad_loss, logits):
     return logits.new_empty(logits.shape)
 
@@ -153,14 +138,13 @@ def _z_loss_backward(ctx, grad_loss):
     return run(ops.router_z_loss_backward, grad_loss.contiguous(), *ctx.saved_tensors)
 
 
-torch.library.register_autograd(
-    "sonicmoe_cpp::router_z_loss_forward",
-    _z_loss_backward,
-    setup_context=_z_loss_setup_context,
-)
-torch.library.register_autograd("sonicmoe_cpp::router_z_loss_backward", no_double_backward)
+register_autograd("router_z_loss_forward", _z_loss_backward, _z_loss_setup_context)
+register_autograd("router_z_loss_backward", no_double_backward)
 
 
-@torch.library.register_fake("sonicmoe_cpp::update_expert_bias_")
+@register_fake("update_expert_bias_")
 def _(bias, rows_per_expert, rate):
     return None
+
+
+register_in_place("update_expert_bias_")

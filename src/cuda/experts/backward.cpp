@@ -88,7 +88,7 @@ void check_backward(const Check& check, const MoEShape& shape, const MoEBackward
   const ExpertCall call{shape, args.options, {}};
   const Matrix grad_out = matrix(args.grad_out);
   check.refuse(hopper::reason_against(
-      call, HiddenGradientArgs{.grad_out = grad_out, .w2 = args.weights.w2}));
+      call, HiddenGradientArgs{.grad_out = grad_out, .w2 = args.weights.w2, .h = args.h.data()}));
   if (args.grad_w2.defined()) {
     check.refuse(hopper::reason_against(
         call, DownWeightGradientArgs{.grad_out = grad_out, .grad_w2 = args.grad_w2}));

@@ -1,12 +1,12 @@
 // What forward and backward share: the call's description, slabs, routing weights.
 #pragma once
 
+#include "core/check.hpp"
 #include "core/slabs.hpp"
 #include "cuda/experts/aggregate.hpp"
 #include "cuda/experts/gemms.hpp"
 #include "cuda/experts/metadata.hpp"
 #include "cuda/launch_check.hpp"
-#include "sonicmoe/error.hpp"
 
 namespace sonicmoe::cuda {
 

@@ -43,7 +43,8 @@ void check_forward(const Check& check, const MoEShape& shape, const MoEForwardAr
   const ExpertCall call{shape, args.options, {}};
   const Matrix out = stores_rows(shape) ? Matrix{nullptr, shape.hidden_size} : matrix(args.out);
   const ExpertWeights& w = args.weights;
-  check.refuse(hopper::reason_against(call, UpArgs{.x = matrix(args.x), .w1 = w.w1, .b1 = w.b1}));
+  const UpArgs up{.x = matrix(args.x), .w1 = w.w1, .b1 = w.b1, .h = args.h.data()};
+  check.refuse(hopper::reason_against(call, up));
   check.refuse(hopper::reason_against(
       call, DownArgs{.w2 = w.w2, .b2 = w.b2, .num_columns = shape.hidden_size, .out = out}));
 }

@@ -11,8 +11,8 @@
 #include <cstdint>
 #include <optional>
 
-#include "core/check.hpp"
 #include "core/integers.hpp"
+#include "core/objection.hpp"
 #include "sonicmoe/moe.hpp"
 
 namespace sonicmoe::cuda {
@@ -21,8 +21,9 @@ namespace sonicmoe::cuda {
 struct RowLists {
   const std::int32_t* offsets = nullptr;    ///< [E] cumulative ends; offsets[E-1] = R
   const std::int32_t* row_token = nullptr;  ///< [P] token of a row; null: row r is token r
-  /// Tiles of at most 128 rows of one expert, in row order: {first row, rows, expert, 0}. An expert
-  /// of m rows has ceil(m/128) tiles, all full but its last. [tile_capacity()] int4.
+  /// Tiles of at most 128 rows of one expert, in row order: {first row, rows from there to the
+  /// expert's end, expert, tile of the expert}. An expert of m rows has ceil(m/128) tiles, all full
+  /// but its last. [tile_capacity()] int4.
   const int4* tiles = nullptr;
   const std::int32_t* num_tiles = nullptr;  ///< [1]
   /// All experts by falling row count, ties by index: {first row, rows, expert, 0}. [E] int4.

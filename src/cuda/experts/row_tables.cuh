@@ -63,8 +63,8 @@ __device__ void write_tables(int first_expert, int num_experts, Count count, std
   if (!exists) return;
   if (lane == 0) tables.experts[rank] = {starts[e], rows, e, 0};
   for (int first = lane * kTileRows; first < rows; first += kRankLanes * kTileRows) {
-    tables.tiles[tile_starts[e] + first / kTileRows] = {starts[e] + first,
-                                                        min(kTileRows, rows - first), e, 0};
+    const int tile = first / kTileRows;
+    tables.tiles[tile_starts[e] + tile] = {starts[e] + first, rows - first, e, tile};
   }
 }
 

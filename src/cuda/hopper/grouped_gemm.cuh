@@ -117,8 +117,9 @@ struct OperandParams {
   const bf16* b_rows;  // kDepth: B [P, N] itself, for experts of fewer rows than a k-tile
   int64_t b_rows_ld;
 
-  // Tile table or expert list: {first row, rows, expert, 0}. Null: the tiles of one group of
-  // num_rows rows, max_entries of them.
+  // kRows: the tile table, {first row, rows from there to the expert's end, expert, tile of the
+  // expert}; null: the tiles of one group of num_rows rows, max_entries of them. kDepth: the expert
+  // list, {first row, rows, expert, 0}.
   const int4* entries;
   int num_rows;
   const std::int32_t* num_entries;  // on the device, or null: max_entries
@@ -131,6 +132,7 @@ struct OperandParams {
   int m_tiles;            // kDepth: ceil(d / 128); else 1
   int n_tiles;
   int n_group;       // column tiles that all rows pass before the next ones; 0: n_tiles
+  int row_block;     // tile rows of an expert that pass its columns together (tile_order.hpp)
   int depth;         // kRows: length of the reduction; kDepth: d, the columns of the gathered side
   int b_columns;     // kDepth: N, columns of b_rows
   int first_column;  // kRows: first column of B's outer side (slabs of d)

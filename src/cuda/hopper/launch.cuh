@@ -38,6 +38,15 @@ bool early_release(const OperandParams& o) {
   return o.depth <= (Spec::shape.gather ? 2048 : 512);
 }
 
+/// Tile rows that pass the columns together: 1 where columns come in groups, an order of their own.
+template <class Spec>
+int row_block(const ExpertCall& call, const OperandParams& o) {
+  if (o.n_group != o.n_tiles) return 1;
+  const std::int64_t mean_rows = ceil_div(call.shape.num_pairs, std::max(o.max_entries, 1));
+  return choose_row_block(Spec::shape.grouping == Grouping::kRows ? o.depth : mean_rows,
+                          std::int64_t{o.n_tiles} * Spec::shape.block_n);
+}
+
 /// Launches one CTA per multiprocessor (fewer when there are fewer tiles at most). `max_items`
 /// bounds the tiles that can exist.
 template <class Spec>
@@ -57,7 +66,9 @@ void launch(const ExpertCall& call, const Params<Spec>& params, std::int64_t max
   scheduled.operands.claims =
       in_order<Spec>(params.operands, max_items, grid) ? call.rows.claims : nullptr;
   scheduled.operands.early_release = early_release<Spec>(params.operands);
-  if (scheduled.operands.n_group == 0) scheduled.operands.n_group = params.operands.n_tiles;
+  OperandParams& o = scheduled.operands;
+  if (o.n_group == 0) o.n_group = o.n_tiles;
+  o.row_block = row_block<Spec>(call, o);
   grouped_gemm_kernel<Spec>
       <<<static_cast<unsigned>(grid), kThreads, bytes, call.stream>>>(scheduled);
   check_launch(cudaGetLastError(), Spec::name, call.shape);

@@ -1,7 +1,12 @@
 // Which tile a CTA computes next. Included by grouped_gemm.cuh only.
 //
-// Tiles are numbered with columns fastest, in groups of n_group column tiles: all rows of a group
-// come before the next one's. What a tile computes does not depend on who computes it.
+// Tiles are numbered expert by expert, in one of three orders:
+//   columns fastest  all columns of a tile row, then the next row: neighbours share the rows
+//   row_block > 1    blocks of tile rows, rows fastest (tile_order.hpp): CTAs that run together
+//                    cover a square of the product, and the weights pass once per block: `up` of
+//                    Mixtral-8x7B reads 3.3 GB from DRAM, with columns fastest 28
+//   n_group          groups of column tiles: all rows of all experts before the next group
+// What a tile computes does not depend on its number or on who computes it.
 // Two ways to hand them out (launch.cuh says which product takes which):
 //   in order   whoever is free claims the next tile: the CTAs work on neighbouring tiles at any
 //              time, whose operands are then in L2. With strides the faster CTAs run ahead: `down`
@@ -12,6 +17,8 @@
 // The first loader warp claims tiles with an atomic counter, two ahead, so that neither the atomic
 // nor the table entry is waited for, and passes them to the other warps through a small ring.
 #pragma once
+
+#include "cuda/hopper/tile_order.hpp"
 
 namespace sonicmoe::cuda::hopper {
 
@@ -54,8 +61,10 @@ class ItemSource {
 
   __device__ bool next(Item& t) {
     const bool more = index_ < items_;
+    if (more && p_.row_block > 1) reorder();
+    const int rows = kByRows ? min(entry_.y, kBlockM) : entry_.y;
     const uint4 v = {static_cast<uint32_t>(entry_.x),
-                     more ? static_cast<uint32_t>(entry_.y) : 0xffffffffu,
+                     more ? static_cast<uint32_t>(rows) : 0xffffffffu,
                      static_cast<uint32_t>(entry_.z), static_cast<uint32_t>(tile_)};
     tile::wait(l_.item_empty + 8 * ring_.stage, ring_.parity ^ 1, Role::kLoader, Slot::kItemEmpty,
                ring_.stage);
@@ -77,6 +86,9 @@ class ItemSource {
   }
 
  private:
+  static constexpr bool kByRows = Spec::shape.grouping == Grouping::kRows;
+
+  // The entry and the tile within it that index_ begins with, columns fastest.
   __device__ void fetch() {
     if (index_ >= items_) return;
     const int group = index_ / per_group_, first = group * p_.n_group;
@@ -87,6 +99,21 @@ class ItemSource {
       entry_ = __ldg(p_.entries + i);
     } else {
       entry_ = {i * kBlockM, min(kBlockM, p_.num_rows - i * kBlockM), 0, 0};
+    }
+  }
+  // The same tile number in blocks of tile rows. It belongs to the same expert in either order, so
+  // what is needed follows from the entry that was fetched, at the time it is used.
+  __device__ void reorder() {
+    if constexpr (kByRows) {
+      const int row = entry_.w, m_tiles = row + (entry_.y + kBlockM - 1) / kBlockM;
+      const TilePosition at =
+          tile_position(row * p_.n_tiles + tile_, m_tiles, p_.n_tiles, p_.row_block);
+      entry_.x += (at.m - row) * kBlockM;
+      entry_.y -= (at.m - row) * kBlockM;
+      tile_ = at.n;
+    } else {
+      const TilePosition at = tile_position(tile_, p_.m_tiles, p_.n_tiles, p_.row_block);
+      tile_ = at.m * p_.n_tiles + at.n;
     }
   }
   __device__ void claim() {

@@ -88,6 +88,9 @@ Reason check_halves(const ExpertCall& call, const ConstTensorView& w1) {
                                                : Reason();
 }
 
+// H is read and written by TMA.
+Reason check_rows_of_h(const void* h) { return aligned(h) ? Reason() : not_aligned("h"); }
+
 Reason check_slab(std::int64_t first_column, std::int64_t num_columns) {
   if (first_column % kVector != 0) {
     return not_a_multiple("workspace_limit", "a slab's first column", first_column);
@@ -127,6 +130,14 @@ int choose_add_group(std::int64_t num_tokens, std::int64_t depth, int n_tiles, i
   return static_cast<int>(std::clamp<std::int64_t>(window / tile, 1, n_tiles));
 }
 
+int choose_row_block(std::int64_t depth, std::int64_t columns) {
+  constexpr std::int64_t kCached = 48 << 20;  // bytes; L2 has 50 MB on an H100, 60 on an H200
+  constexpr int kSquare = 16, kMost = 1 << 16;
+  const int forced = number_from_environment("SONICMOE_CUDA_ROW_BLOCK");
+  if (forced > 0) return std::min(forced, kMost);
+  return 2 * depth * columns > kCached ? kSquare : 1;
+}
+
 int grid_limit(int processors) {
   const int wanted = number_from_environment("SONICMOE_CUDA_GRID");
   return wanted > 0 ? wanted : processors;
@@ -142,7 +153,8 @@ int partial_columns(const MoEShape& shape) { return choose_block_n(shape.interme
 
 Reason reason_against(const ExpertCall& call, const UpArgs& args) {
   return first_of(check_shape(call), check_matrix("x", args.x, call.shape.num_tokens),
-                  check_strided("w1", args.w1, kVector), check_halves(call, args.w1));
+                  check_strided("w1", args.w1, kVector), check_halves(call, args.w1),
+                  check_rows_of_h(args.h));
 }
 
 Reason reason_against(const ExpertCall& call, const DownArgs& args) {
@@ -153,7 +165,7 @@ Reason reason_against(const ExpertCall& call, const DownArgs& args) {
 
 Reason reason_against(const ExpertCall& call, const HiddenGradientArgs& args) {
   return first_of(check_shape(call), check_matrix("grad_out", args.grad_out, call.shape.num_tokens),
-                  check_strided("w2", args.w2, kVector));
+                  check_strided("w2", args.w2, kVector), check_rows_of_h(args.h));
 }
 
 Reason reason_against(const ExpertCall& call, const InputGradientArgs& args) {

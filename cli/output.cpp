@@ -1,0 +1,59 @@
+#include "cli/output.hpp"
+
+#include <array>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+
+#include "cli/command.hpp"
+
+#if defined(__unix__)
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <csignal>
+#endif
+
+namespace sonicmoe::cli {
+
+void prepare_streams() {
+#if defined(__unix__)
+  for (int stream = STDIN_FILENO; stream <= STDERR_FILENO; ++stream) {
+    if (fcntl(stream, F_GETFD) != -1 || errno != EBADF) continue;
+    // open() takes the lowest free number, this one; the wrong direction keeps its use an error.
+    (void)open("/dev/null", stream == STDIN_FILENO ? O_WRONLY : O_RDONLY);
+  }
+  // Of an output that fits the buffer the last write tells why it fails.
+  static std::array<char, 1 << 18> buffer;
+  if (isatty(STDOUT_FILENO) == 0) std::setvbuf(stdout, buffer.data(), _IOFBF, buffer.size());
+  std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);
+#endif
+}
+
+void report(const std::string& message) {
+  constexpr std::size_t kMostShown = 8192;
+  std::string line = message.substr(0, kMostShown);
+  while (!line.empty() && line.back() == '\n') line.pop_back();
+  for (char& c : line) {  // the names of files and what stands in them may be anything
+    const auto code = static_cast<unsigned char>(c);
+    if (c == '\n' || c == '\t')
+      c = ' ';
+    else if (code < 0x20 || code == 0x7f)
+      c = '?';
+  }
+  const char* prefix = line.starts_with("sonicmoe: ") ? "" : "sonicmoe: ";
+  std::fprintf(stderr, "%s%s\n", prefix, line.c_str());
+}
+
+int finish_output(int status) {
+  const bool lost = std::ferror(stdout) != 0;
+  errno = 0;
+  const bool failed = std::fclose(stdout) != 0;  // what the buffer holds, and what close() says
+  if (!lost && !failed) return status;
+  const char* reason = failed && errno != 0 ? std::strerror(errno) : "not all of it was taken";
+  std::fprintf(stderr, "sonicmoe: cannot write the output: %s\n", reason);
+  return status == kSuccess ? kFailure : status;
+}
+
+}  // namespace sonicmoe::cli

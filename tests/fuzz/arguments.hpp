@@ -1,0 +1,12 @@
+// Random wrong arguments, see fuzz_main.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace sonicmoe::testing {
+
+/// Attacks `first` to `first + count`: operation, shape, argument and attack follow from the
+/// number. Returns the exit code.
+int fuzz_arguments(std::uint64_t first, std::uint64_t count);
+
+}  // namespace sonicmoe::testing

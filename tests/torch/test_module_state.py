@@ -1,0 +1,207 @@
+"""Buffers and parameters of MoE through casting, deferred initialisation, loading and copying."""
+
+import copy
+
+import pytest
+import sonicmoe_cpp as sm
+import torch
+
+D, N, E, K = 8, 4, 6, 2
+OPTIONS = {
+    "scoring": "sigmoid_topk", "selection_bias": True, "router": "token_rounding", "tile": 4,
+    "policy": "stochastic", "seed": 7,
+}  # fmt: skip
+FINE = torch.tensor([1.001, -0.999, 0.001, 0.0, 1.0, -1.0])  # no bfloat16 values
+
+
+def layer(**options):
+    module = sm.MoE(D, N, E, K, **OPTIONS | options)
+    with torch.no_grad():
+        module.selection_bias.copy_(FINE)
+    return module
+
+
+def train(module, x=None):
+    """One step; returns y. The bias has to be usable and the seed has to advance."""
+    x = torch.randn(16, D, dtype=module.w1.dtype) if x is None else x
+    before, seed = module.selection_bias.clone(), module.rounding_seed.clone()
+    y = module(x)
+    y.float().square().sum().backward()
+    sm.update_expert_bias_(module.selection_bias, module.last_rows_per_expert_before, 1e-3)
+    assert module.w1.grad.abs().max() > 0 and not torch.equal(module.rounding_seed, seed)
+    moved = (module.selection_bias - before).abs()
+    assert moved.max() > 9e-4 and module.selection_bias.dtype == torch.float32
+    return y
+
+
+@pytest.fixture
+def default_dtype():
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("how", ["default", "context", "argument"])
+def test_the_bias_is_float32_whatever_the_dtype_of_the_layer(how, default_dtype):
+    if how == "default":
+        default_dtype(torch.bfloat16)
+    with torch.device("cpu"):
+        module = sm.MoE(D, N, E, K, dtype=torch.bfloat16 if how != "default" else None, **OPTIONS)
+    default_dtype(torch.float32)
+    assert module.w1.dtype == torch.bfloat16 and module.selection_bias.dtype == torch.float32
+    assert (module.selection_bias == 0).all() and module.rounding_seed.tolist() == [7]
+    train(module)
+
+
+CASTS = {
+    "bfloat16()": lambda m: m.bfloat16(),
+    "to(dtype)": lambda m: m.to(torch.bfloat16),
+    "to(device, dtype)": lambda m: m.to("cpu", torch.bfloat16),
+    "to(tensor)": lambda m: m.to(torch.zeros(1, dtype=torch.bfloat16)),
+    "type()": lambda m: m.type(torch.bfloat16),
+    "_apply": lambda m: m._apply(lambda t: t.bfloat16()),
+    "of a parent": lambda m: torch.nn.Sequential(m).bfloat16()[0],
+    "there and back": lambda m: m.half().double().float().bfloat16(),
+    "a copy": lambda m: copy.deepcopy(m.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_casting_leaves_the_buffers(cast):
+    module = CASTS[cast](layer())
+    assert module.w1.dtype == torch.bfloat16
+    assert torch.equal(module.selection_bias, FINE) and module.rounding_seed.dtype == torch.int64
+    train(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deferred_initialisation_makes_what_the_constructor_makes(dtype):
+    with torch.device("meta"):
+        module = layer()
+    module = module.to(dtype).to_empty(device="cpu")
+    with torch.no_grad():
+        module.selection_bias.fill_(float("nan"))
+        module.rounding_seed.fill_(-5)
+    module.reset_parameters()
+    assert (module.selection_bias == 0).all() and module.rounding_seed.tolist() == [7]
+    assert all(p.isfinite().all() and p.abs().max() > 0 for p in module.parameters())
+    train(module)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_loading_keeps_the_bias_float32(assign, dtype):
+    state = {name: value.to(dtype) for name, value in layer().state_dict().items()}
+    assert "rounding_seed" not in state
+    module = layer()
+    module.load_state_dict(state, assign=assign)
+    assert module.selection_bias.dtype == torch.float32
+    assert torch.equal(module.selection_bias, FINE.to(dtype).float())
+    train(module.float())
+
+
+def test_loading_into_a_module_on_meta():
+    """The seed is no part of a checkpoint and stays on meta: the first forward makes it anew."""
+    source, x = layer(), torch.randn(16, D)
+    with torch.device("meta"):
+        module = layer()
+    module.load_state_dict(source.state_dict(), assign=True)
+    assert module.rounding_seed.device.type == "meta"
+    outputs, seeds = [], []
+    for each in (source, module):
+        torch.manual_seed(5)
+        outputs.append(each(x))
+        seeds.append(each.rounding_seed)
+    assert torch.equal(*outputs) and torch.equal(*seeds)
+
+
+def test_a_bias_of_another_shape_is_refused_when_loading():
+    state = layer().state_dict() | {"selection_bias": torch.zeros(E + 1)}
+    for assign in (False, True):
+        with pytest.raises(RuntimeError, match="selection_bias"):
+            layer().load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (FINE.bfloat16(), "selection_bias: expected float32, got bfloat16"),
+        (FINE.double(), "selection_bias: expected float32, got float64"),
+        (FINE.to("meta"), "selection_bias: expected a tensor on cpu, as x, got meta"),
+        (FINE[:5], "selection_bias: expected shape \\[6\\], got shape \\[5\\]"),
+        (FINE[None], "selection_bias: expected 1 dimensions, got shape"),
+    ],
+)
+def test_a_bias_made_unusable_by_others_is_refused_at_use(bias, message):
+    """As sharding and offloading do it, behind the module's back; before a seed is drawn."""
+    module, x = layer(), torch.randn(16, D)
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.functional_call(module, {"selection_bias": bias}, (x,))
+    module._buffers["selection_bias"] = bias
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match=message):
+        module(x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_functional_call_uses_the_bias_it_is_given():
+    module, x = layer().eval(), torch.randn(16, D)
+    only_two = torch.tensor([0.0, 9.0, 0.0, 0.0, 9.0, 0.0])
+    torch.func.functional_call(module, {"selection_bias": only_two}, (x,))
+    assert module.last_rows_per_expert.tolist() == [0, 16, 0, 0, 16, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_cast_that_cannot_be_computed_is_refused_at_use(dtype):
+    module = layer().to(dtype)
+    with pytest.raises(RuntimeError, match="x: expected float32 or bfloat16, got float"):
+        module(torch.randn(16, D, dtype=dtype))
+    with pytest.raises(RuntimeError, match="router_w: expected float32 or bfloat16, got float"):
+        module(torch.randn(16, D))
+
+
+def test_a_default_dtype_that_cannot_be_computed_is_refused(default_dtype):
+    default_dtype(torch.float64)
+    with pytest.raises(ValueError, match="MoE: dtype: expected float32 or bfloat16, got .*default"):
+        sm.MoE(D, N, E, K)
+
+
+# ------------------------------------------------------------------------- rows of token choice
+
+
+@pytest.mark.parametrize("policy", ["nearest", "up", "down"])
+@pytest.mark.parametrize("experts", [1, 4])
+def test_the_balancing_loss_measures_token_choice(policy, experts):
+    """Evenly spread tokens give 1, also where rounding leaves every expert without a row."""
+    tokens, width = 24, 8
+    router = 5 * torch.eye(experts, width)
+    x = torch.eye(experts, width).repeat(tokens // experts, 1) * 5
+    options = {"router": "token_rounding", "tile": 16, "policy": policy}
+    module = sm.MoE(width, N, experts, 1, **options)
+    with torch.no_grad():
+        module.router_weight.copy_(router)
+    _, logits, rows = module(x, return_router=True)
+    assert rows.dtype == torch.int32 and rows.tolist() == [tokens // experts] * experts
+    assert torch.equal(module.last_rows_per_expert_before, rows)
+    assert (module.last_rows_per_expert % 16 == 0).all()
+    loss = sm.load_balancing_loss(logits, rows, top_k=1)
+    assert abs(loss - 1) < 1e-6
+    weights = module.router_weight, module.w1, module.w2
+    _, again, counted = sm.moe_layer(x, *weights, 1, **options)
+    assert torch.equal(counted, rows) and torch.equal(again, logits)
+
+
+def test_the_balancing_loss_of_a_rounded_layer_has_the_gradient_of_token_choice():
+    x = torch.randn(2, 32, D)
+    rounded = sm.MoE(D, N, E, K, router="token_rounding", tile=16)
+    plain = sm.MoE(D, N, E, K)
+    plain.load_state_dict(rounded.state_dict())
+    for module in (rounded, plain):
+        _, logits, rows = module(x, return_router=True)
+        assert int(rows.sum()) == 64 * K
+        sm.load_balancing_loss(logits, rows, top_k=K).backward()
+    assert not torch.equal(rounded.last_rows_per_expert, rounded.last_rows_per_expert_before)
+    right = plain.router_weight.grad
+    assert right.abs().max() > 0
+    assert (rounded.router_weight.grad - right).abs().max() <= 1e-6 * right.abs().max()
+    rounded.eval()(x)
+    assert torch.equal(rounded.last_rows_per_expert, rounded.last_rows_per_expert_before)
