@@ -16,10 +16,6 @@ DOCS = REPOSITORY / "docs"
 PAGES = (
     sorted(REPOSITORY.glob("*.md")) + sorted(DOCS.rglob("*.md")) + [REPOSITORY / "src/README.md"]
 )
-UNWRAPPED = {  # their lines are still longer than 100 columns
-    *(f"docs/guide/{page}.md" for page in ("cli", "python", "training")),
-    *(f"docs/ops/{page}.md" for page in ("balancing", "moe", "round_tokens", "router")),
-}
 SOURCES = ("bench", "bindings", "cli", "cmake", "examples", "include", "scripts", "src", "tests")
 SUFFIXES = {".py", ".cpp", ".hpp", ".cu", ".cuh", ".sh", ".toml", ".txt", ".md"}
 
@@ -89,8 +85,6 @@ def test_a_broken_link_is_noticed():
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_lines_are_wrapped(page):
-    if name(page) in UNWRAPPED:
-        pytest.skip("not wrapped yet")
     lines = enumerate(page.read_text().split("\n"), 1)
     assert [i for i, line in lines if len(line) > 100 and not line.startswith(("|", "!["))] == []
 
