@@ -5,7 +5,7 @@
 //
 // All inputs and buffers are poisoned as support/moe_run.hpp says: NaN in outputs, workspaces and
 // in rows of x that no pair uses, guards around each. In a build with SONICMOE_CUDA_STRESS the
-// kernels dawdle at random, role by role, and start from shared memory full of NaN: run all tests
+// kernels pause at random, role by role, and start from shared memory full of NaN: run all tests
 // of this binary with it.
 #include "ops/hazards.hpp"
 
