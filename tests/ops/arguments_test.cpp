@@ -12,7 +12,7 @@ namespace {
 
 // ThreadSanitizer takes twenty times as long and looks for races, not for wrong arguments.
 #if defined(__SANITIZE_THREAD__)
-constexpr std::size_t kStep = 10;
+constexpr std::size_t kStep = 40;
 #else
 constexpr std::size_t kStep = 1;
 #endif
