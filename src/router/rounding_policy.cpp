@@ -2,7 +2,7 @@
 
 #include <cstdlib>
 
-#include "router/philox.hpp"
+#include "math/philox.hpp"
 #include "sonicmoe/error.hpp"
 
 namespace sonicmoe {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <functional>
 
-#include "router/order.hpp"
+#include "math/order.hpp"
 #include "sonicmoe/error.hpp"
 
 namespace sonicmoe {

@@ -7,8 +7,8 @@
 
 #include "core/parallel.hpp"
 #include "core/workspace.hpp"
-#include "router/exact_sum.hpp"
-#include "router/order.hpp"
+#include "math/exact_sum.hpp"
+#include "math/order.hpp"
 #include "router/rounding_policy.hpp"
 #include "sonicmoe/error.hpp"
 

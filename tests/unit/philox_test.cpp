@@ -1,4 +1,4 @@
-#include "router/philox.hpp"
+#include "math/philox.hpp"
 
 #include <gtest/gtest.h>
 

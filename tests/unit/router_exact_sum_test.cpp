@@ -6,8 +6,8 @@
 #include <random>
 #include <vector>
 
-#include "router/exact_sum.hpp"
-#include "router/order.hpp"
+#include "math/exact_sum.hpp"
+#include "math/order.hpp"
 
 namespace sonicmoe {
 namespace {

@@ -1,7 +1,7 @@
 // A naive derivation of token rounding with full sorts, and calls of the library.
 #pragma once
 
-#include "router/philox.hpp"
+#include "math/philox.hpp"
 #include "router_test_support.hpp"
 
 namespace sonicmoe::router_test {

@@ -1,4 +1,4 @@
-// The exact sum of float32 values in shared memory: the arithmetic of router/exact_sum.hpp, so that
+// The exact sum of float32 values in shared memory: the arithmetic of math/exact_sum.hpp, so that
 // `nearest_score` decides by the same integers as the host. Integer adds commute, so atomics keep
 // the result independent of their order.
 #pragma once

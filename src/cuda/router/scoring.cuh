@@ -1,4 +1,4 @@
-// Device counterparts of router/order.hpp and router/scoring.hpp: keys that order floats, raw
+// Device counterparts of math/order.hpp and router/scoring.hpp: keys that order floats, raw
 // scores, and sums over a warp in a fixed order.
 #pragma once
 

@@ -109,7 +109,7 @@ __device__ std::int64_t exclusive_sum(std::int64_t value, std::int64_t (&of_warp
 
 // -------------------------------------------------------------------------------------- rounding
 
-// Word 0 of Philox4x32-10 for counter (expert, 0, 0, 0): router/philox.hpp's rounding_bits.
+// Word 0 of Philox4x32-10 for counter (expert, 0, 0, 0): math/philox.hpp's rounding_bits.
 __device__ std::uint32_t rounding_bits(std::uint64_t seed, std::uint32_t expert) {
   std::uint32_t counter[4] = {expert, 0, 0, 0};
   std::uint32_t key[2] = {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
