@@ -1,35 +1,51 @@
-// Enumerators and their public names, one table each.
+// Enumerators and their public names: tables whose rows have a `value` and a `name`.
 #pragma once
 
-#include <span>
+#include <array>
+#include <cstddef>
 #include <string>
 #include <string_view>
-#include <utility>
 
 #include "sonicmoe/error.hpp"
 
 namespace sonicmoe {
 
+/// A row of a table that holds nothing but names.
 template <class Enum>
-using NameTable = std::span<const std::pair<Enum, std::string_view>>;
+struct Name {
+  Enum value;
+  std::string_view name;
+};
 
-template <class Enum>
-std::string_view find_name(NameTable<Enum> table, Enum value) noexcept {
-  for (const auto& [entry, name] : table) {
-    if (entry == value) return name;
+/// "?" where no row has the value.
+template <class Row, std::size_t kCount, class Enum>
+std::string_view find_name(const Row (&table)[kCount], Enum value) noexcept {
+  for (const Row& row : table) {
+    if (row.value == value) return row.name;
   }
   return "?";
 }
 
 /// Throws Error listing the legal names.
-template <class Enum>
-Enum find_value(NameTable<Enum> table, std::string_view what, std::string_view name) {
+template <class Row, std::size_t kCount>
+auto find_value(const Row (&table)[kCount], std::string_view what, std::string_view name) {
   std::string legal;
-  for (const auto& [value, entry] : table) {
-    if (entry == name) return value;
-    legal += (legal.empty() ? "" : ", ") + std::string(entry);
+  for (const Row& row : table) {
+    if (row.name == name) return row.value;
+    legal += (legal.empty() ? "" : ", ") + std::string(row.name);
   }
   throw Error("sonicmoe", std::string(what), "one of " + legal, "\"" + std::string(name) + "\"");
+}
+
+/// The enumerators of a table. Its rows stand in the order of the integers, which start at 0.
+template <class Row, std::size_t kCount>
+constexpr auto values_of(const Row (&table)[kCount]) {
+  std::array<decltype(Row::value), kCount> values{};
+  for (std::size_t i = 0; i < kCount; ++i) {
+    values[i] = table[i].value;
+    if (static_cast<std::size_t>(table[i].value) != i) throw "rows out of order";  // at compile time
+  }
+  return values;
 }
 
 }  // namespace sonicmoe
