@@ -6,7 +6,7 @@
 #include <numbers>
 #include <vector>
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 class Random {  // SplitMix64
  public:
@@ -39,4 +39,4 @@ class Random {  // SplitMix64
   std::uint64_t state_;
 };
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -1,8 +1,8 @@
-#include "support/attacks.hpp"
+#include "rig/attacks.hpp"
 
 #include <set>
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 using Kind = Attack::Kind;
@@ -102,4 +102,4 @@ std::string describe(const Call& call, const Attack& attack) {
   return operand.name + " " + operand.memory->view().describe() + ": " + text();
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -6,10 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "rig/target.hpp"
 #include "sonicmoe/tensor.hpp"
-#include "support/target.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 /// Device memory of exactly `bytes` bytes, 64-byte aligned, between two guards. Payload and guards
 /// start out as poison, a pattern that reads as NaN in float32 and bfloat16 and as a negative
@@ -96,4 +96,4 @@ class Tensor {
   std::vector<std::byte> image_;  // the payload as last written by the host
 };
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

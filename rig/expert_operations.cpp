@@ -1,10 +1,10 @@
 // moe_forward and moe_backward in the three forms of routing.
 #include <algorithm>
 
+#include "rig/workbench.hpp"
 #include "sonicmoe/sonicmoe.hpp"
-#include "support/workbench.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 using Form = MoEShape::Form;
@@ -175,4 +175,4 @@ const std::vector<Operation>& all_operations() {
   return list;
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

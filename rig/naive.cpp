@@ -1,10 +1,10 @@
-#include "support/naive.hpp"
+#include "rig/naive.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <functional>
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 using oracle::Row;
@@ -304,4 +304,4 @@ Magnitudes magnitudes(const oracle::Problem& problem, const std::vector<Row>& ro
   return result;
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -1,12 +1,12 @@
-#include "support/tensor.hpp"
+#include "rig/tensor.hpp"
 
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
-#include "reference/oracle.hpp"
+#include "oracle/experts.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
@@ -211,4 +211,4 @@ std::string Tensor::violation_as_input() const {
   return buffer_.holds(image_) ? "" : "changed an input";
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -3,9 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 /// On the default stream of the current device.
 cudaError_t launch_poison_shared();
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

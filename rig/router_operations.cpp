@@ -1,8 +1,8 @@
 // The router's operations and the losses.
+#include "rig/workbench.hpp"
 #include "sonicmoe/sonicmoe.hpp"
-#include "support/workbench.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 TensorView logits_of(Workbench& bench) {
@@ -240,4 +240,4 @@ const std::vector<Operation>& router_operations() {
   return list;
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "support/call.hpp"
+#include "rig/call.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 struct Attack {
   enum class Kind : std::uint8_t {
@@ -40,4 +40,4 @@ std::vector<Attack> attacks_on(const Call& call);
 /// "x: dtype int32".
 std::string describe(const Call& call, const Attack& attack);
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

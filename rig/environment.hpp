@@ -5,7 +5,7 @@
 #include <optional>
 #include <string>
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 /// Sets a variable for one scope.
 class Environment {
@@ -29,4 +29,4 @@ class Environment {
   std::optional<std::string> old_;
 };
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -1,13 +1,13 @@
-// Every public operation as a valid call of small random shapes (support/call.hpp).
+// Every public operation as a valid call of small random shapes (rig/call.hpp).
 #pragma once
 
 #include <cstdint>
 #include <ostream>
 #include <vector>
 
-#include "support/call.hpp"
+#include "rig/call.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 /// Which of the tensors that may be left out are there.
 enum class Optionals : std::uint8_t { kAll, kNone, kSome };
@@ -29,4 +29,4 @@ const std::vector<Operation>& router_operations();
 /// All of these.
 const std::vector<Operation>& all_operations();
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -10,7 +10,7 @@
 
 #include "sonicmoe/context.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 /// Memory a backend's tensors lie in. The host sees it only through copies.
 class DeviceMemory {
@@ -55,4 +55,4 @@ const Target& host_target();
 /// Every available backend on every device it serves.
 const std::vector<Target>& targets();
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

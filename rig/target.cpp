@@ -1,4 +1,4 @@
-#include "support/target.hpp"
+#include "rig/target.hpp"
 
 #include <cstring>
 #include <new>
@@ -9,14 +9,14 @@
 #if defined(SONICMOE_HAS_CUDA)
 #include <cuda_runtime_api.h>
 
-#include "support/poison_shared.hpp"
+#include "rig/poison_shared.hpp"
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 class HostMemory final : public DeviceMemory {
@@ -110,4 +110,4 @@ const std::vector<Target>& targets() {
   return list;
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

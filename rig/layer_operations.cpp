@@ -1,8 +1,8 @@
 // moe_layer_forward and moe_layer_backward, with top-K routing and with token rounding.
+#include "rig/workbench.hpp"
 #include "sonicmoe/sonicmoe.hpp"
-#include "support/workbench.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 MoELayerForwardArgs forward_args(Workbench& bench, bool rounding, bool inference) {
@@ -126,4 +126,4 @@ const std::vector<Operation>& layer_operations() {
   return list;
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -1,8 +1,8 @@
 #include <cstdint>
 
-#include "support/poison_shared.hpp"
+#include "rig/poison_shared.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 constexpr int kThreads = 512;
@@ -39,4 +39,4 @@ cudaError_t launch_poison_shared() {
   return cudaGetLastError();
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

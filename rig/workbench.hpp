@@ -8,10 +8,10 @@
 #include <utility>
 #include <vector>
 
-#include "support/operations.hpp"
-#include "support/random.hpp"
+#include "rig/operations.hpp"
+#include "rig/random.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 /// How often a call has two threads: they take longer than such small shapes do.
 #if defined(__SANITIZE_THREAD__)
@@ -206,4 +206,4 @@ inline RoundingOptions rounding_options(Workbench& bench) {
   return options;
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

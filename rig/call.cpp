@@ -1,12 +1,12 @@
-#include "support/call.hpp"
+#include "rig/call.hpp"
 
 #include <algorithm>
 #include <cmath>
 
+#include "rig/moe_run.hpp"
 #include "sonicmoe/error.hpp"
-#include "support/moe_run.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 Outcome Call::run() const {
   try {
@@ -91,4 +91,4 @@ std::string difference(const Call& call, const Elements& actual, const Elements&
   return {};
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

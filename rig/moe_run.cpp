@@ -1,9 +1,9 @@
-#include "support/moe_run.hpp"
+#include "rig/moe_run.hpp"
 
 #include <bit>
 #include <sstream>
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 void note(std::vector<std::string>& violations, const std::string& name, const std::string& what) {
@@ -202,4 +202,4 @@ std::string bitwise_difference(const RunResult& a, const RunResult& b) {
   return all;
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -6,11 +6,11 @@
 #include <string>
 #include <vector>
 
-#include "reference/oracle.hpp"
+#include "oracle/experts.hpp"
+#include "rig/tensor.hpp"
 #include "sonicmoe/moe.hpp"
-#include "support/tensor.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 enum class Values : std::uint8_t {
   kRealistic,  ///< normal activations, weights scaled by their fan-in, weights of pairs in (0, 1)
@@ -93,4 +93,4 @@ struct MoEInputs {
   std::vector<std::int64_t> used_tokens_;
 };
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -1,13 +1,13 @@
-#include "support/moe_case.hpp"
+#include "rig/moe_case.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <sstream>
 
-#include "support/random.hpp"
+#include "rig/random.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 constexpr std::int64_t kInt32Max = std::numeric_limits<std::int32_t>::max();
@@ -266,4 +266,4 @@ std::vector<std::string> MoEInputs::violations() const {
   return result;
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

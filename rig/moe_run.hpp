@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "support/moe_case.hpp"
+#include "rig/moe_case.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 /// Gradients that moe_backward can leave out, as bits of RunOptions::gradients.
 enum Gradient : unsigned {
@@ -51,4 +51,4 @@ std::string bitwise_difference(const RunResult& a, const RunResult& b);
 /// Index of the first element that differs in a bit, as text; empty when none does.
 std::string bitwise_difference(const std::vector<double>& a, const std::vector<double>& b);
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

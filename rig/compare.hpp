@@ -5,10 +5,10 @@
 #include <string>
 #include <vector>
 
-#include "reference/oracle.hpp"
-#include "support/moe_run.hpp"
+#include "oracle/experts.hpp"
+#include "rig/moe_run.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 double max_abs(const std::vector<double>& values);
 /// Largest |actual - reference|; infinity for a NaN or a wrong number of elements.
@@ -51,4 +51,4 @@ std::vector<std::string> check_run(const MoECase& test_case, const RunOptions& o
 std::vector<std::string> check_run_exactly(const MoECase& test_case, const RunOptions& options,
                                            const RunResult& result);
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "api/arguments.hpp"
-#include "support/tensor.hpp"
+#include "rig/tensor.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 /// A tensor of a call.
 struct Operand {
@@ -170,4 +170,4 @@ class CallMaker {
   std::vector<Change> changes_;
 };
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -1,4 +1,4 @@
-#include "reference/oracle.hpp"
+#include "oracle/experts.hpp"
 
 #include <algorithm>
 #include <cmath>

@@ -3,9 +3,9 @@
 // the oracle is the yardstick for a backend (error <= 2 x naive).
 #pragma once
 
-#include "reference/oracle.hpp"
+#include "oracle/experts.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 /// h, a and out rounded as stored.
 oracle::ForwardResult naive_forward(const oracle::Problem& problem);
@@ -26,4 +26,4 @@ struct Magnitudes {
 Magnitudes magnitudes(const oracle::Problem& problem, const std::vector<oracle::Row>& rows,
                       const std::vector<double>& h, const ConstTensorView& grad_out);
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -4,9 +4,9 @@
 
 #include <string>
 
-#include "support/attacks.hpp"
+#include "rig/attacks.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 /// Runs attacks on one call.
 class Trial {
@@ -39,4 +39,4 @@ class Trial {
   std::string problem_;
 };
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

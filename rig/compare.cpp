@@ -1,13 +1,13 @@
-#include "support/compare.hpp"
+#include "rig/compare.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <sstream>
 
-#include "support/naive.hpp"
+#include "rig/naive.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 // One tensor of a run beside what it is compared with.
@@ -181,4 +181,4 @@ std::vector<std::string> check_run_exactly(const MoECase& test_case, const RunOp
   return problems;
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

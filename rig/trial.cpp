@@ -1,4 +1,4 @@
-#include "support/trial.hpp"
+#include "rig/trial.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -6,7 +6,7 @@
 
 #include "sonicmoe/error.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 using Kind = Attack::Kind;
@@ -341,4 +341,4 @@ std::string Trial::check_results(const Forgery& forgery, const Elements& expecte
   return forgery.other_values ? "" : difference(call_, actual, expected, forgery.rounding);
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig
