@@ -20,8 +20,8 @@
 //   constructor, store(half)                as above
 #pragma once
 
-#include "cuda/epilogue/vector8.cuh"
 #include "cuda/hopper/grouped_gemm.cuh"
+#include "cuda/vector8.cuh"
 
 namespace sonicmoe::cuda::hopper {
 

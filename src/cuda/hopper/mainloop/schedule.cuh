@@ -18,7 +18,7 @@
 // nor the table entry is waited for, and passes them to the other warps through a small ring.
 #pragma once
 
-#include "cuda/hopper/tile_order.hpp"
+#include "cuda/hopper/mainloop/tile_order.hpp"
 
 namespace sonicmoe::cuda::hopper {
 

@@ -4,9 +4,9 @@
 
 #include <type_traits>
 
-#include "cuda/epilogue/activation.cuh"
-#include "cuda/epilogue/hidden_input.cuh"
-#include "cuda/epilogue/store.cuh"
+#include "cuda/hopper/epilogue/activation.cuh"
+#include "cuda/hopper/epilogue/hidden_input.cuh"
+#include "cuda/hopper/epilogue/store.cuh"
 
 namespace sonicmoe::cuda::hopper {
 

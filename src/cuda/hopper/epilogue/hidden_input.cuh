@@ -3,7 +3,7 @@
 // the loader's gathers). The math warps, which need few rows, load them directly.
 #pragma once
 
-#include "cuda/epilogue/store.cuh"
+#include "cuda/hopper/epilogue/store.cuh"
 
 namespace sonicmoe::cuda::hopper {
 
