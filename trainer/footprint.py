@@ -33,7 +33,7 @@ class Layout:
     optimizer: int = 0  # transient during the optimizer's step
 
 
-# pretrain.train: float32 parameters, bfloat16 under autocast.
+# trainer.train: float32 parameters, bfloat16 under autocast.
 AUTOCAST = Layout(state=12, gradient=4, cast=2, element=2, residual=4, logit_rows=0)
 FLOAT32 = Layout(state=12, gradient=4, cast=0, element=4, residual=4, logit_rows=0)
 

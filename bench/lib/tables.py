@@ -1,6 +1,6 @@
 """The newest records of bench/results as tables in Markdown, for the pages of PAGES.
 
-`bench/plot_gpu.py --markdown` writes them between the pages' markers; a test holds the pages against
+`bench/plots.py --markdown` writes them between the pages' markers; a test holds the pages against
 the records. Needs neither torch nor a GPU.
 """
 
@@ -10,8 +10,8 @@ import json
 import re
 from pathlib import Path
 
-from bench_common import REPOSITORY
-from gpu_summary import CEILING, PEER, by_place, load_anchors, measured_speed, ratios_by_shape
+from bench.lib.record import REPOSITORY
+from bench.lib.summary import CEILING, PEER, by_place, load_anchors, measured_speed, ratios_by_shape
 
 RESULTS = REPOSITORY / "bench" / "results"
 PAGES = [REPOSITORY / "docs" / page for page in ("performance.md", "lab/h100.md")]

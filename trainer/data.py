@@ -77,7 +77,7 @@ def load_corpus(data: str) -> Corpus:
     return _split_by_position(text, path.name, data)
 
 
-_NO_TEXT = "expected a file of UTF-8 text, a folder of such, or a .bin of pretrain.prepare"
+_NO_TEXT = "expected a file of UTF-8 text, a folder of such, or a .bin of trainer.prepare"
 
 
 def _text(content: bytes) -> str:
@@ -105,7 +105,7 @@ def _read_folder(root: Path, suffix: str = "", skipped: set[str] = frozenset()) 
             taken += len(text)
             if taken > MOST_TEXT:
                 raise UserError(
-                    f"--data {root}: more than {MOST_TEXT >> 30} GiB of text: pretrain.prepare turns it "
+                    f"--data {root}: more than {MOST_TEXT >> 30} GiB of text: trainer.prepare turns it "
                     f"into a file of tokens"
                 )
             if text and not text.isspace():
@@ -208,7 +208,7 @@ def tokenized(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Tokens:
 
 
 def load_tokens(path: str) -> Tokens:
-    """What `python -m pretrain.prepare` wrote: the file is memory-mapped."""
+    """What `python -m trainer.prepare` wrote: the file is memory-mapped."""
     file = tokenfile.read(Path(path))
     header = file.header
     try:

@@ -1,4 +1,4 @@
-"""Entry point: python -m pretrain.train [flags], or make train ARGS="[flags]"."""
+"""Entry point: python -m trainer.train [flags], or make train ARGS="[flags]"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entry point: python -m pretrain.compare [flags]: top-K against policies of token rounding.
+"""Entry point: python -m trainer.compare [flags]: top-K against policies of token rounding.
 
 Trains every policy and top-K from the same seeds on the same tokens, validates all with plain top-K,
 and plots the validation curves. Flags of the trainer hold for every run. A run that is there already
@@ -210,7 +210,7 @@ def start_run(one: TrainConfig, argv: list[str], job: int, jobs: int) -> subproc
         Path(one.runs_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--runs-dir: {error.filename}: {error.strerror}") from error
-    command = [sys.executable, "-m", "pretrain.compare", *argv, "--only", one.name]
+    command = [sys.executable, "-m", "trainer.compare", *argv, "--only", one.name]
     with open(f"{one.run_dir}.log", "a") as log:
         # A session of its own: a signal to the group would reach the run beside ours, and two end it
         # without saving.

@@ -10,7 +10,7 @@
 Times are wall milliseconds, backward = both minus forward, variants taking turns; `routing` uses
 the kernels' own times (CUPTI), an overlap counted for the earlier kernel.
 
-    python bench/bench_gpu_cases.py --output bench/results/h100-$(date +%F)-cases.json
+    python -m bench.cases --output bench/results/h100-$(date +%F)-cases.json
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import routings
 import sonicmoe_cpp as sm
 import torch
-from gpu_common import (
+
+from bench.lib import routings
+from bench.lib.profile import busy_us
+from bench.lib.timing import (
     MIB,
     Call,
     Problem,
@@ -36,7 +38,6 @@ from gpu_common import (
     warm_seconds,
     write_record,
 )
-from gpu_profile import busy_us
 
 GIB = 2**30
 LIMITS = (None, 4 * GIB, 2 * GIB, 3 * GIB // 2, GIB, 3 * GIB // 4, GIB // 2)

@@ -1,7 +1,7 @@
 """Compiles torch-grouped_mm-compiled for many shapes at once: a process for each, side by side as far
 as the GPU's memory and the cores allow. Inductor's caches on disk (TORCHINDUCTOR_CACHE_DIR, else
-/tmp/torchinductor_USER) then serve bench_gpu.py. Called by `bench_gpu.py --compile-only`; itself a
-worker: gpu_compile.py NAME T d n E K.
+/tmp/torchinductor_USER) then serve bench/layer.py. Called by `bench/layer.py --compile-only`; itself a
+worker: -m bench.lib.compilation NAME T d n E K.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+
+from bench.lib.record import REPOSITORY
 
 GIB = 2**30
 CONTEXT_BYTES = GIB  # of CUDA and the libraries, per process
@@ -41,7 +42,7 @@ def next_to_start(waiting: list[int], running: list[int], workers: int, memory: 
 
 
 def worker_command(entry: dict) -> list[str]:
-    return [sys.executable, str(Path(__file__)), entry["name"], *map(str, entry["shape"])]
+    return [sys.executable, "-m", "bench.lib.compilation", entry["name"], *map(str, entry["shape"])]
 
 
 @dataclass
@@ -94,7 +95,9 @@ def compile_all(
         return next_to_start(sizes, [worker.needed for worker in running], workers, usable)
 
     def start(entry: dict) -> None:
-        process = subprocess.Popen(command(entry), env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command(entry), env=environment, cwd=REPOSITORY, start_new_session=True
+        )
         needed = needed_bytes(entry["shape"])
         running.append(Worker(entry["name"], needed, process, time.monotonic()))
 
@@ -119,8 +122,9 @@ def compile_all(
 def compile_shape(name: str, shape: tuple[int, ...], device: str = "cuda") -> None:
     """The first forward and backward: inductor compiles the latter when it is first asked for."""
     import torch
-    from gpu_common import Problem
-    from gpu_systems import CompiledGroupedMM
+
+    from bench.lib.timing import Problem
+    from bench.systems import CompiledGroupedMM
 
     p = Problem(name, shape, device)
     torch.autograd.grad(CompiledGroupedMM().layer(p), p.leaves, p.grad)

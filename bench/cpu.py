@@ -4,7 +4,7 @@ The baseline is what transformers' `grouped_mm` experts do: sort the routed rows
 two grouped GEMMs around SwiGLU, weigh, undo the sort and sum over the K slots. Both systems get the
 same inputs; results are checked first, then the two take turns, so that drifting clocks meet both.
 
-    python bench/bench_cpu.py --output bench/results/cpu-$(date +%F).json --plot bench-cpu.png
+    python -m bench.cpu --output bench/results/cpu-$(date +%F).json --plot bench-cpu.png
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from pathlib import Path
 import sonicmoe_cpp
 import torch
 import torch.nn.functional as F
-from bench_common import REPOSITORY, commit
+
+from bench.lib.record import REPOSITORY, commit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GRADIENTS = ("x", "w1", "w2", "weights")

@@ -1,6 +1,6 @@
-"""Draws records of bench_train.py: tokens/s, largest microbatch, the step's parts and the losses.
+"""Draws records of bench/train.py: tokens/s, largest microbatch, the step's parts and the losses.
 
-    python bench/plot_train.py bench/results/train-h200-2026-11-28.json --output docs/images/train-gpu.png
+    python -m bench.train_plots bench/results/train-h200-2026-11-28.json --output docs/images/train-gpu.png
 
 Several records, of one machine and model, are taken together.
 """
@@ -13,7 +13,8 @@ import statistics
 from pathlib import Path
 
 import matplotlib
-from bench_train import KINDS, summarize
+
+from bench.train import KINDS, summarize
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

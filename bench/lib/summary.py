@@ -13,7 +13,7 @@ import json
 import statistics
 from collections.abc import Iterable
 
-from bench_common import REPOSITORY
+from bench.lib.record import REPOSITORY
 
 ANCHORS = REPOSITORY / "bench" / "anchors.json"
 PEER, CEILING = "sonic-moe", "cublas-bmm"
@@ -29,13 +29,13 @@ def load_anchors() -> dict:
 
 
 def measured_speed(row: dict, prefix: str = "") -> Speed:
-    """Of a row of bench_gpu.py."""
+    """Of a row of bench/layer.py."""
     flops = 6.0 * row["T"] * row["K"] * row["n"] * row["d"]
     return flops / row[f"{prefix}fwd_ms"] / 1e9, 2 * flops / row[f"{prefix}bwd_ms"] / 1e9
 
 
 def best_speed(row: dict) -> Speed:
-    """Of what a row of anchors.json or of bench_gpu.py has, the pair that takes less time in all."""
+    """Of what a row of anchors.json or of bench/layer.py has, the pair that takes less time in all."""
     pairs = [tuple(row[kind]) for kind in ("wall", "busy", "published") if kind in row]
     pairs += [measured_speed(row, prefix) for prefix in ("busy_", "") if f"{prefix}fwd_ms" in row]
     return min(pairs, key=lambda pair: times(pair)[2])

@@ -1,4 +1,4 @@
-"""Entry point: python -m pretrain.prepare SOURCE --output NAME.bin: text to tokens.
+"""Entry point: python -m trainer.prepare SOURCE --output NAME.bin: text to tokens.
 
 SOURCE is a folder or a tar archive (compressed or not) of text, for example the sources that a
 Debian package brings. Files are taken in an order that their names' hashes give, up to --max-mib of

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from gpu_common import Call, Pace, rest
+
+from bench.lib.timing import Call, Pace, rest
 
 MARK = "spin_kernel"  # what torch.cuda._sleep launches
 LEAST_CALLS, MOST_CALLS = 3, 20  # counted in a profile

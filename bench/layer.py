@@ -22,10 +22,10 @@ and once:
     peak_fwd_mib, peak_bwd_mib  most allocated during each, likewise
     rel_err                   worst relative RMS error of y, dx, dw1, dw2 against float64 on samples
 
-The record ends with a summary beside the official layer's figures (gpu_summary.py).
+The record ends with a summary beside the official layer's figures (bench/lib/summary.py).
 
-    python bench/bench_gpu.py --suite paper --suite models --compile-only
-    python bench/bench_gpu.py --suite paper --suite models --runs 3 \\
+    python -m bench.layer --suite paper --suite models --compile-only
+    python -m bench.layer --suite paper --suite models --runs 3 \\
         --output bench/results/h100-$(date +%F).json
 """
 
@@ -37,10 +37,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import gpu_compile
-import gpu_summary
 import torch
-from gpu_common import (
+
+from bench.lib import compilation, summary
+from bench.lib.oracle import Oracle, one_routing
+from bench.lib.profile import busy_figures, kernel_table, profiled_halves
+from bench.lib.timing import (
     Pace,
     Problem,
     halves_ms,
@@ -52,9 +54,7 @@ from gpu_common import (
     warm_seconds,
     write_record,
 )
-from gpu_oracle import Oracle, one_routing
-from gpu_profile import busy_figures, kernel_table, profiled_halves
-from gpu_systems import SYSTEMS, Cublas, systems_named
+from bench.systems import SYSTEMS, Cublas, systems_named
 
 # ------------------------------------------------------------------------------------------ a figure
 
@@ -198,7 +198,7 @@ def describe(p: Problem, row: dict) -> str:
     def rates(prefix: str) -> str:
         if f"{prefix}fwd_ms" not in row:
             return ""
-        forward, backward = gpu_summary.measured_speed(row, prefix)
+        forward, backward = summary.measured_speed(row, prefix)
         return f"{prefix.rstrip('_') or 'wall'} {forward:.0f}/{backward:.0f}  "
 
     text = f"{p.name:14}{row['system']:26}" + rates("") + rates("busy_") + rates("graph_")
@@ -216,7 +216,7 @@ def describe(p: Problem, row: dict) -> str:
 
 def with_anchors(rows: list[dict]) -> dict:
     shapes = [entry["name"] for entry in suite_entries(["paper"])]
-    return rounded(gpu_summary.summary(rows, gpu_summary.load_anchors(), shapes))
+    return rounded(summary.summary(rows, summary.load_anchors(), shapes))
 
 
 def print_kernels(p: Problem, system, pace: Pace) -> None:
@@ -258,7 +258,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def compile_ahead(entries: list[dict], arguments: argparse.Namespace) -> int:
     free, _ = torch.cuda.mem_get_info()
-    outcomes = gpu_compile.compile_all(
+    outcomes = compilation.compile_all(
         entries, arguments.compile_workers, arguments.compile_limit, free
     )
     return int(any(outcome != "done" for outcome in outcomes.values()))
@@ -290,7 +290,7 @@ def main() -> int:
         print(f"{problem.name:14}{time.perf_counter() - begin:.1f} s", flush=True)
         del problem
     if "summary" in record:
-        print(gpu_summary.describe(record["summary"]))
+        print(summary.describe(record["summary"]))
     return 0
 
 

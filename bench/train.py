@@ -12,7 +12,7 @@ and mode runs in a process of its own. Kinds of rows:
             = 6 * active parameters (in products; K of E experts, no embedding) + 6 * layers * sequence
             * hidden size (causal attention, forward and backward)
             mode plain: moe_ms, moe_share (marks on the stream around each MoE layer's forward and
-            backward) and predicted_mib (pretrain/footprint.py)
+            backward) and predicted_mib (trainer/footprint.py)
             on a GPU: busy_ms and kernels, milliseconds per step by kind of kernel (CUPTI)
     search  largest microbatch that runs two steps, and what the formula predicts
     failed  the reason; for out of memory the sizes of the tensors
@@ -20,7 +20,7 @@ and mode runs in a process of its own. Kinds of rows:
 With --gpus N the processes run side by side, each on a GPU of its own: `gpu` in the rows says which, and
 product_tflops of the row `model` what that GPU reaches in a plain product of 8192^3, bfloat16.
 
-    python bench/bench_train.py --output bench/results/train-h200.json
+    python -m bench.train --output bench/results/train-h200.json
 """
 
 from __future__ import annotations
@@ -38,17 +38,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-for folder in ("bindings/torch", "examples"):
-    sys.path.insert(0, str(REPOSITORY / folder))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Segments that grow leave no holes between microbatches of different sizes.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-from bench_common import commit  # noqa: E402
-from pretrain import footprint  # noqa: E402
-from pretrain.config import TrainConfig, UserError  # noqa: E402
-from pretrain.gpus import gpu_names  # noqa: E402
+from bench.lib.record import commit  # noqa: E402
+from trainer import footprint  # noqa: E402
+from trainer.config import TrainConfig, UserError  # noqa: E402
+from trainer.gpus import gpu_names  # noqa: E402
 
 PEAK_FLOPS = 989e12  # per second
 SYSTEMS = {
@@ -97,7 +94,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--seq-len", type=int, default=4096)
     add("--vocab-size", type=int, default=16384, help="of synthetic tokens")
-    add("--data", default="", help="a .bin of pretrain.prepare; else synthetic tokens")
+    add("--data", default="", help="a .bin of trainer.prepare; else synthetic tokens")
     add("--tile", type=int, default=128, help="of token rounding")
     add("--policy", default="nearest", help="of token rounding")
     add("--microbatch", type=int, default=4, help="the common one, in sequences")
@@ -133,7 +130,7 @@ def model_config(arguments: argparse.Namespace, system: str) -> TrainConfig:
 
 def with_layers(arguments: argparse.Namespace, config: TrainConfig, vocab_size: int) -> TrainConfig:
     """As many layers as fit with grouped_mm's experts, so that every system has the same model."""
-    from train_step import LAYOUT
+    from bench.lib.step import LAYOUT
 
     if config.layers:
         return config
@@ -158,7 +155,8 @@ class Worker:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         import torch
-        from train_step import LAYOUT, MODES, Step
+
+        from bench.lib.step import LAYOUT, MODES, Step
 
         self.begin = time.monotonic()
         self.arguments = arguments
@@ -233,7 +231,7 @@ class Worker:
         self.emit("losses", microbatch=sequences, first_step_s=round(first, 1), losses=values)
 
     def timing(self, sequences: int) -> None:
-        from train_step import moe_ms, timed
+        from bench.lib.step import moe_ms, timed
 
         figures = timed(self.step, self.arguments.warmup, self.arguments.steps)
         tokens = sequences * self.config.seq_len
@@ -255,7 +253,7 @@ class Worker:
         return footprint.peak(self.config, self.layout, self.vocab_size, sequences)["peak"]
 
     def search(self, start: int) -> int:
-        from train_step import fits, largest
+        from bench.lib.step import fits, largest
 
         def fit(sequences: int) -> bool:
             return self.seconds_left() > 0 and fits(self.step, sequences)
@@ -280,7 +278,7 @@ def read_tokens(arguments: argparse.Namespace):
     import numpy as np
 
     if arguments.data:
-        from pretrain.data import load_tokens
+        from trainer.data import load_tokens
 
         tokens = load_tokens(arguments.data)
         return tokens.train, len(tokens.tokenizer)
@@ -323,7 +321,7 @@ def kind_of(kernel: str) -> str:
 
 def kernels(step) -> dict:
     """What the GPU does in a step, from two: milliseconds by kind, and the longest kernels."""
-    from gpu_profile import busy_us
+    from bench.lib.profile import busy_us
 
     by_kernel = busy_us(step, repeats=2)
     by_kind: dict[str, float] = {}
@@ -401,7 +399,15 @@ class Runs:
     def run_worker(self, run: str, seconds: float, gpu: str) -> None:
         """One system and mode in a process of its own; its rows are in the record as they come."""
         system, _, mode = run.partition(":")
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", "--limit", f"{seconds:.0f}"]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.train",
+            *sys.argv[1:],
+            "--worker",
+            "--limit",
+            f"{seconds:.0f}",
+        ]
         command += ["--run", run]
         log, told = [], False
         process = subprocess.Popen(
@@ -424,7 +430,7 @@ class Runs:
             self.add(failure(system, mode, f"{reason}: {tail}"[-1500:]), gpu)
 
     def add(self, row: dict, gpu: str = "") -> None:
-        from gpu_common import rounded, write_record
+        from bench.lib.timing import rounded, write_record
 
         if gpu and self.arguments.gpus > 1:
             row = row | {"gpu": gpu}
@@ -533,7 +539,7 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.worker:
         return work(arguments)
-    from gpu_common import rounded, write_record
+    from bench.lib.timing import rounded, write_record
 
     runs = Runs(arguments)
     runs.run_all()

@@ -6,7 +6,7 @@ time; the official layer, of the same record or of anchors.json, and the other s
 show the better of wall and busy time, the official layer as CUDA graphs where the newest
 graphs-h?00-*.json has it, and what the paper printed is a line.
 
-With --markdown it writes the tables of the pages of record_tables.py and draws nothing.
+With --markdown it writes the tables of the pages of bench/lib/tables.py and draws nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,18 @@ import json
 from pathlib import Path
 
 import matplotlib
-from bench_common import REPOSITORY
-from gpu_summary import CEILING, PEER, Speed, best_speed, load_anchors, measured_speed, peer_speed
-from record_tables import PAGES, tables, with_tables
+
+from bench.lib.record import REPOSITORY
+from bench.lib.summary import (
+    CEILING,
+    PEER,
+    Speed,
+    best_speed,
+    load_anchors,
+    measured_speed,
+    peer_speed,
+)
+from bench.lib.tables import PAGES, tables, with_tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

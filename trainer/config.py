@@ -57,7 +57,7 @@ class TrainConfig:
         "runs", text("a path in UTF-8", pattern="(?s:.+)"), "folder of the runs", RUN, "DIR"
     )
     data: str = setting(
-        "", path(), "text to train on: a file, a folder, or a .bin of pretrain.prepare, whose "
+        "", path(), "text to train on: a file, a folder, or a .bin of trainer.prepare, whose "
         "vocabulary it then is (default: the sources of Python's standard library)", RUN, "PATH",
     )  # fmt: skip
     seed: int = setting(

@@ -1,4 +1,4 @@
-"""The systems that bench_gpu.py times, and the dense products of cuBLAS."""
+"""The systems that bench/layer.py times, and the dense products of cuBLAS."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from gpu_common import BF16, Problem
+
+from bench.lib.timing import BF16, Problem
 
 
 class SonicMoE:

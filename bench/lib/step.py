@@ -1,4 +1,4 @@
-"""One training step of a bfloat16 Qwen3-MoE as bench_train.py times it: model, loss, optimizer."""
+"""One training step of a bfloat16 Qwen3-MoE as bench/train.py times it: model, loss, optimizer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from pretrain.config import TrainConfig
-from pretrain.data import Batches
-from pretrain.footprint import Layout, is_out_of_memory
-from pretrain.model import RoutingTap, new_model
 from torch.utils.checkpoint import checkpoint
+
+from trainer.config import TrainConfig
+from trainer.data import Batches
+from trainer.footprint import Layout, is_out_of_memory
+from trainer.model import RoutingTap, new_model
 
 LOGIT_ROWS = 4096  # tokens whose logits exist at a time
 BUCKET = 1 << 26  # parameters the optimizer converts to float32 at a time
@@ -50,7 +51,7 @@ MODES = {
 def experts_by_select(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """transformers' experts on grouped_mm with index_select instead of indexing: its backward adds
     rows instead of sorting indices."""
-    from gpu_systems import grouped_experts
+    from bench.systems import grouped_experts
 
     return grouped_experts(
         hidden_states, self.gate_up_proj, self.down_proj, top_k_index, top_k_weights

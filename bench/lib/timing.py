@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_common import REPOSITORY, commit
+
+from bench.lib.record import REPOSITORY, commit
 
 BF16 = torch.bfloat16
 MIB = 2**20

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from gpu_common import Problem
+
+from bench.lib.timing import Problem
 
 SAMPLED_TOKENS = 64
 SAMPLED_COLUMNS = 64
