@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string_view>
 
 #include "sonicmoe/context.hpp"
@@ -18,35 +19,75 @@
 
 namespace sonicmoe {
 
+/// The integers are stored in exported graphs: they never change, and a new scoring takes the next.
 enum class Scoring : std::uint8_t {
-  kTopKSoftmax,  ///< "topk_softmax"  top-K of logits, softmax over the K (gpt-oss, the paper)
-  kSoftmaxTopK,  ///< "softmax_topk"  top-K of softmax over E (Qwen3, Mixtral, OLMoE)
-  kSigmoidTopK,  ///< "sigmoid_topk"  top-K of sigmoid + bias, best groups first (DeepSeek-V3, GLM)
+  kTopKSoftmax = 0,  ///< top-K of logits, softmax over the K (gpt-oss, the paper)
+  kSoftmaxTopK = 1,  ///< top-K of softmax over E (Qwen3, Mixtral, OLMoE)
+  kSigmoidTopK = 2,  ///< top-K of sigmoid + bias, best groups first (DeepSeek-V3, GLM)
 };
 
+/// Whether weights are divided by their sum over the token's top-K.
+enum class Renormalization : std::uint8_t {
+  kOff,     ///< unless RouterOptions::renormalize asks for it
+  kOn,      ///< unless it is turned off
+  kAlways,  ///< turning it off is an error
+};
+
+/// What a caller needs to know of a scoring. Its arithmetic: src/math/scoring.hpp.
+struct ScoringTraits {
+  Scoring value;
+  std::string_view name;
+  Renormalization renormalization;
+  /// Selects by score + selection_bias, the best groups first. Otherwise by logit, and a selection
+  /// bias or more than one group is an error.
+  bool biased;
+};
+
+/// All scorings, in the order of their integers.
+inline constexpr ScoringTraits kScorings[] = {
+    {Scoring::kTopKSoftmax, "topk_softmax", Renormalization::kAlways, false},
+    {Scoring::kSoftmaxTopK, "softmax_topk", Renormalization::kOff, false},
+    {Scoring::kSigmoidTopK, "sigmoid_topk", Renormalization::kOn, true},
+};
+
+/// The row of `scoring`; the first where there is none.
+constexpr const ScoringTraits& traits_of(Scoring scoring) noexcept {
+  for (const ScoringTraits& traits : kScorings) {
+    if (traits.value == scoring) return traits;
+  }
+  return kScorings[0];
+}
+
+/// How token rounding moves an expert's row count to a multiple of M. The integers never change.
 enum class RoundingPolicy : std::uint8_t {
-  kNearest,       ///< "nearest"        the closer multiple, ties to the even multiple
-  kUp,            ///< "up"
-  kDown,          ///< "down"
-  kStochastic,    ///< "stochastic"     up with probability (f - floor) / M
-  kBalanced,      ///< "balanced"       keeps |R' - R| <= M/2
-  kNearestScore,  ///< "nearest_score"  whichever changes the expert's summed score least, ties down
+  kNearest = 0,       ///< "nearest"        the closer multiple, ties to the even multiple
+  kUp = 1,            ///< "up"
+  kDown = 2,          ///< "down"
+  kStochastic = 3,    ///< "stochastic"     up with probability (f - floor) / M
+  kBalanced = 4,      ///< "balanced"       keeps |R' - R| <= M/2
+  kNearestScore = 5,  ///< "nearest_score"  whichever changes the expert's summed score least, ties
+                      ///<                  down
 };
 
+/// The enumerator's name; "?" of an integer that is none.
 SONICMOE_API std::string_view name_of(Scoring scoring) noexcept;
 SONICMOE_API std::string_view name_of(RoundingPolicy policy) noexcept;
+/// The enumerator of a name. Throws Error listing the legal names.
 SONICMOE_API Scoring scoring_from_name(std::string_view name);
 SONICMOE_API RoundingPolicy rounding_policy_from_name(std::string_view name);
+/// All enumerators, in the order of their integers.
+SONICMOE_API std::span<const Scoring> all_scorings() noexcept;
+SONICMOE_API std::span<const RoundingPolicy> all_rounding_policies() noexcept;
 
 struct RouterOptions {
   std::int64_t top_k = 1;  ///< K, 1..E
   Scoring scoring = Scoring::kSoftmaxTopK;
-  /// Unset takes the scoring's default: on for sigmoid_topk (and always for topk_softmax), off for
-  /// softmax_topk. false with topk_softmax is an error.
+  /// Unset takes the scoring's default (kScorings): on for sigmoid_topk, off for softmax_topk.
+  /// topk_softmax always renormalises; false is an error.
   std::optional<bool> renormalize;
-  /// [E] float32, added for selection only, or absent. sigmoid_topk only; otherwise an error.
+  /// [E] float32, added for selection only, or absent. Biased scorings only: sigmoid_topk.
   ConstTensorView selection_bias;
-  /// sigmoid_topk: the E experts form `num_groups` equal groups; only the `top_groups` with the
+  /// Biased scorings: the E experts form `num_groups` equal groups; only the `top_groups` with the
   /// largest sum of their top 2 biased scores (top 1 when a group has one expert) can be selected.
   /// num_groups must divide E, top_groups <= num_groups, K <= top_groups * E / num_groups.
   std::int64_t num_groups = 1;
@@ -54,8 +95,9 @@ struct RouterOptions {
   float scale = 1.0f;
 
   bool renormalizes() const noexcept {
-    return scoring == Scoring::kTopKSoftmax ||
-           renormalize.value_or(scoring == Scoring::kSigmoidTopK);
+    const Renormalization chosen = traits_of(scoring).renormalization;
+    return chosen == Renormalization::kAlways ||
+           renormalize.value_or(chosen == Renormalization::kOn);
   }
 };
 

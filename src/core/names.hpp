@@ -43,7 +43,8 @@ constexpr auto values_of(const Row (&table)[kCount]) {
   std::array<decltype(Row::value), kCount> values{};
   for (std::size_t i = 0; i < kCount; ++i) {
     values[i] = table[i].value;
-    if (static_cast<std::size_t>(table[i].value) != i) throw "rows out of order";  // at compile time
+    if (static_cast<std::size_t>(table[i].value) != i)
+      throw "rows out of order";  // at compile time
   }
   return values;
 }

@@ -82,7 +82,8 @@ SONICMOE_CLONES void activate_backward(Activation activation, float limit, const
     }
   });
   Activations::visit<false>(activation, [&]<class E>(E) __attribute__((always_inline)) {
-    for (std::int64_t i = 0; i < count; ++i) d_gate[i] = d_out[i] * E::Function::pair(gate[i]).slope;
+    for (std::int64_t i = 0; i < count; ++i)
+      d_gate[i] = d_out[i] * E::Function::pair(gate[i]).slope;
   });
 }
 

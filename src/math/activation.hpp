@@ -6,8 +6,8 @@
 //   swish(x, k)      value and slope of x sigmoid(k x)
 //   erf(x), gaussian(x) = e^(-x^2 / 2)
 //
-// A function f has f.value(x), and f.pair(x): value and slope, for backward. The value of pair() may
-// be rounded otherwise than value().
+// A function f has f.value(x), and f.pair(x): value and slope, for backward. The value of pair()
+// may be rounded otherwise than value().
 #pragma once
 
 #include <type_traits>
@@ -32,7 +32,8 @@ inline constexpr float kTwoSqrt2OverPi = 1.595769122f;
 inline constexpr float kTanhCubic = 0.044715f;
 inline constexpr float kClampedSlope = 1.702f;
 
-// --------------------------------------------------------------------------- functions of one value
+// --------------------------------------------------------------------------- functions of one
+// value
 
 template <class Math>
 struct SiLU {
@@ -42,9 +43,7 @@ struct SiLU {
 
 template <class Math>
 struct GELU {
-  static SONICMOE_HD float value(float x) {
-    return 0.5f * x * (1.0f + Math::erf(x * kInvSqrt2));
-  }
+  static SONICMOE_HD float value(float x) { return 0.5f * x * (1.0f + Math::erf(x * kInvSqrt2)); }
   static SONICMOE_HD ValueAndSlope pair(float x) {
     const float cdf = 0.5f * (1.0f + Math::erf(x * kInvSqrt2));
     return {x * cdf, cdf + x * kInvSqrt2Pi * Math::gaussian(x)};
@@ -54,9 +53,7 @@ struct GELU {
 // 0.5 (1 + tanh(z)) = sigmoid(2 z).
 template <class Math>
 struct GELUTanh {
-  static SONICMOE_HD float inner(float x) {
-    return kTwoSqrt2OverPi * (x + kTanhCubic * x * x * x);
-  }
+  static SONICMOE_HD float inner(float x) { return kTwoSqrt2OverPi * (x + kTanhCubic * x * x * x); }
   static SONICMOE_HD float value(float x) { return x * Math::sigmoid(inner(x)); }
   static SONICMOE_HD ValueAndSlope pair(float x) {
     const SigmoidPair s = Math::sigmoid_pair(inner(x));
@@ -79,7 +76,8 @@ struct ReLUSquared {
   static SONICMOE_HD ValueAndSlope pair(float x) { return {value(x), 2.0f * relu(x)}; }
 };
 
-// -------------------------------------------------------------------------------------- activations
+// --------------------------------------------------------------------------------------
+// activations
 
 // A gated activation is A = f(g) factor with g = gate(gate), factor = factor(up); a gradient passes
 // to an input where it was not clamped.
@@ -120,7 +118,8 @@ struct Ungated : F {
   static constexpr bool kGated = false;
 };
 
-// --------------------------------------------------------------------------------------------- list
+// ---------------------------------------------------------------------------------------------
+// list
 
 template <Activation kKind, class F>
 struct Entry {
@@ -162,16 +161,13 @@ struct ActivationList {
 };
 
 template <class M>
-using Activations = ActivationList<Entry<Activation::kSwiGLU, Gated<SiLU<M>>>,
-                                   Entry<Activation::kGeGLU, Gated<GELU<M>>>,
-                                   Entry<Activation::kGeGLUTanh, Gated<GELUTanh<M>>>,
-                                   Entry<Activation::kReGLU, Gated<ReLU<M>>>,
-                                   Entry<Activation::kSwiGLUClamped, SwiGLUClamped<M>>,
-                                   Entry<Activation::kSiLU, Ungated<SiLU<M>>>,
-                                   Entry<Activation::kGELU, Ungated<GELU<M>>>,
-                                   Entry<Activation::kGELUTanh, Ungated<GELUTanh<M>>>,
-                                   Entry<Activation::kReLU, Ungated<ReLU<M>>>,
-                                   Entry<Activation::kReLUSquared, Ungated<ReLUSquared<M>>>>;
+using Activations = ActivationList<
+    Entry<Activation::kSwiGLU, Gated<SiLU<M>>>, Entry<Activation::kGeGLU, Gated<GELU<M>>>,
+    Entry<Activation::kGeGLUTanh, Gated<GELUTanh<M>>>, Entry<Activation::kReGLU, Gated<ReLU<M>>>,
+    Entry<Activation::kSwiGLUClamped, SwiGLUClamped<M>>, Entry<Activation::kSiLU, Ungated<SiLU<M>>>,
+    Entry<Activation::kGELU, Ungated<GELU<M>>>, Entry<Activation::kGELUTanh, Ungated<GELUTanh<M>>>,
+    Entry<Activation::kReLU, Ungated<ReLU<M>>>,
+    Entry<Activation::kReLUSquared, Ungated<ReLUSquared<M>>>>;
 
 static_assert(Activations<void>::is_complete());
 

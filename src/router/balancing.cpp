@@ -29,21 +29,19 @@ double sum_over_tokens(const Context& context, std::int64_t num_tokens,
   return std::accumulate(partial.begin(), partial.end(), 0.0);
 }
 
-// One token's shares p(e) of the balancing loss: raw(e) / sum of raw, raw = exp or sigmoid.
+// One token's shares p(e) = raw(e) / sum of raw.
 class TokenShares {
  public:
   TokenShares(Scoring scoring, std::int64_t num_experts)
-      : scoring_(scoring), raw_(static_cast<std::size_t>(num_experts)) {}
+      : of_scoring_(score_function(scoring)), raw_(static_cast<std::size_t>(num_experts)) {}
 
   void load(const float* logits) {
     const float largest =
         *std::max_element(logits, logits + static_cast<std::int64_t>(raw_.size()));
-    // Where every sigmoid would underflow, sigmoid(x) = exp(x) to the last bit and its scale does
-    // not matter, so the quotient is that of the softmax.
-    is_softmax_ = scoring_ != Scoring::kSigmoidTopK || largest < kSigmoidIsExp;
+    score_ = share_score(of_scoring_, largest);
     sum_ = 0.0;
     for (std::size_t e = 0; e < raw_.size(); ++e) {
-      raw_[e] = is_softmax_ ? std::exp(double{logits[e]} - largest) : sigmoid(logits[e]);
+      raw_[e] = raw_score(score_, logits[e], largest);
       sum_ += raw_[e];
     }
   }
@@ -55,23 +53,14 @@ class TokenShares {
   }
   /// d p(j) / d logit(e) = slope(e) * ([j = e] - p(j)).
   double slope(std::size_t e, float logit) const {
-    return (is_softmax_ ? raw_[e] : sigmoid_slope(logit)) / sum_;
+    return score_slope(score_, logit, raw_[e]) / sum_;
   }
 
  private:
-  static constexpr float kSigmoidIsExp = -600.0f;
-
-  Scoring scoring_;
+  ScoreFunction of_scoring_, score_{};
   std::vector<double> raw_;  // [E]
   double sum_ = 0.0;
-  bool is_softmax_ = true;
 };
-
-// E * f_e * p_e = balancing_scale * rows_e * sum_t p(t,e): E / (T*K) from f, 1 / T from p.
-double balancing_scale(std::int64_t num_tokens, std::int64_t num_experts, std::int64_t top_k) {
-  const auto tokens = static_cast<double>(num_tokens);
-  return static_cast<double>(num_experts) / (tokens * static_cast<double>(top_k)) / tokens;
-}
 
 double log_sum_exp(const float* logits, std::int64_t num_experts) {
   const double largest = *std::max_element(logits, logits + num_experts);

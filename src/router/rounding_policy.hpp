@@ -19,9 +19,6 @@ class RowRounder {
   std::int64_t next(std::int64_t expert, std::int64_t rows, bool up_changes_less);
 
  private:
-  bool rounds_up(std::int64_t expert, std::int64_t rows, bool up_changes_less) const;
-  bool nearest_is_up(std::int64_t rows) const;
-
   std::int64_t tile_;
   std::int64_t num_tokens_;
   RoundingPolicy policy_;

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "math/scoring.hpp"
 #include "sonicmoe/router.hpp"
 
 namespace sonicmoe {
@@ -15,17 +16,7 @@ namespace sonicmoe {
 /// Tokens of one task: long enough to pay for the task, and one word of a 64-bit membership mask.
 inline constexpr std::int64_t kTokenBlock = 64;
 
-double sigmoid(double x) noexcept;
-/// d sigmoid / dx, without cancellation for large |x|.
-double sigmoid_slope(double x) noexcept;
-
-/// What turns a logit of one token into its weight: scale * raw / denominator, with
-/// raw = exp(logit - shift) for the softmax scorings, sigmoid(logit) for sigmoid_topk.
-struct TokenNormalizer {
-  double shift;        ///< largest logit of the token, so that no exponential overflows
-  double denominator;  ///< Z_t; the sum over all E for softmax_topk without renormalisation
-};
-
+/// weight(t,e) of a logit of the token.
 float weight_of(const RouterOptions& options, const TokenNormalizer& normalizer,
                 float logit) noexcept;
 
@@ -35,32 +26,35 @@ class TokenRouter {
   TokenRouter(const RouterOptions& options, std::int64_t num_experts);
 
   /// Takes the logits [E] of the next token. False when they cannot be scored: a NaN, or for a
-  /// softmax a largest logit that is infinite; no other method may be called then.
+  /// relative score a largest logit that is infinite; no other method may be called then.
   bool load(const float* logits);
 
-  /// The top-K by descending selection score, ties to the lower expert. The softmax scorings
-  /// compare logits, since a softmax increases with them; sigmoid_topk compares the float32 sum of
-  /// sigmoid and bias among the experts of the best groups.
+  /// The top-K by descending selection score, ties to the lower expert. Biased scorings compare the
+  /// float32 sum of score and bias among the experts of the best groups; the others compare logits,
+  /// since scores increase with them.
   void select(std::int32_t* ids /* [K] */);
 
   /// For the token's own top-K.
   TokenNormalizer normalizer(const std::int32_t* ids /* [K] */);
 
-  /// The float32 scores by which token rounding ranks tokens: softmax over E, or sigmoid + bias.
+  /// The float32 scores by which token rounding ranks tokens: a relative score's share of its sum
+  /// over E, else score + bias.
   void ranking_scores(float* scores /* [E] */);
 
  private:
-  void fill_exponentials();
+  void fill_raw();
+  double raw_of(std::int32_t expert) const;
   void select_groups();
 
   const RouterOptions& options_;
   std::int64_t num_experts_;
-  bool is_softmax_;
+  ScoreFunction score_;
+  bool biased_;
   const float* logits_ = nullptr;      // [E]
-  double shift_ = 0.0;                 // softmax scorings
-  std::vector<double> raw_;            // [E] sigmoid, or exp(logit - shift) once needed
-  bool raw_filled_ = false;            // softmax scorings
-  std::vector<float> biased_;          // [E] sigmoid + bias
+  double shift_ = 0.0;                 // of a relative score
+  std::vector<double> raw_;            // [E] where filled
+  bool raw_filled_ = false;            // once needed
+  std::vector<float> biased_scores_;   // [E] score + bias, of a biased scoring
   std::vector<std::uint64_t> keys_;    // [E] ranking keys of the candidates
   std::vector<std::uint64_t> groups_;  // [num_groups] ranking keys of the groups
 };

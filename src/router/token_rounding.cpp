@@ -81,16 +81,16 @@ Cut find_cut(const Column& column, Class wanted, std::int64_t count) {
 bool up_changes_less(const Column& column, std::int64_t rows, std::int64_t tile) {
   const std::int64_t floor = rows - rows % tile;
   Cut kept = find_cut(column, Class::kChosen, floor);
-  ExactSum dropped;
+  ExactSum dropped{};
   for_each_member(column, Class::kChosen, [&](std::int64_t token) {
     if (!kept.keeps(column.keys[token])) dropped.add(key_value(column.keys[token]));
   });
   Cut strongest = find_cut(column, Class::kOther, floor + tile - rows);
-  ExactSum added;
+  ExactSum added{};
   for_each_member(column, Class::kOther, [&](std::int64_t token) {
     if (strongest.keeps(column.keys[token])) added.add(key_value(column.keys[token]));
   });
-  return ExactSum::compare_magnitude(added, dropped) < 0;
+  return ExactSum::magnitude_is_less(added, dropped);
 }
 
 // Writes the expert's rows in ascending token order.

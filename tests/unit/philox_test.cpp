@@ -21,7 +21,7 @@ TEST(Philox, KnownAnswers) {
 
 TEST(Philox, RoundingBitsTakeSeedAsKeyAndExpertAsCounter) {
   const std::uint64_t seed = 0x299f31d0a4093822u;
-  EXPECT_EQ(rounding_bits(seed, 7), philox4x32_10({7, 0, 0, 0}, {0xa4093822, 0x299f31d0})[0]);
+  EXPECT_EQ(rounding_bits(seed, 7), philox4x32_10({7, 0, 0, 0}, {0xa4093822, 0x299f31d0}).word[0]);
   EXPECT_EQ(rounding_bits(0, 0), 0x6627e8d5u);
 }
 

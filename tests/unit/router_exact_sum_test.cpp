@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <compare>
 #include <limits>
 #include <random>
 #include <vector>
@@ -13,13 +14,17 @@ namespace sonicmoe {
 namespace {
 
 ExactSum sum_of(const std::vector<float>& values) {
-  ExactSum sum;
+  ExactSum sum{};
   for (const float value : values) sum.add(value);
   return sum;
 }
 
 std::strong_ordering compare(const std::vector<float>& a, const std::vector<float>& b) {
-  return ExactSum::compare_magnitude(sum_of(a), sum_of(b));
+  ExactSum left = sum_of(a), right = sum_of(b);
+  const bool less = ExactSum::magnitude_is_less(left, right);
+  const bool greater = ExactSum::magnitude_is_less(right, left);
+  EXPECT_FALSE(less && greater);
+  return int{greater} <=> int{less};
 }
 
 constexpr float kMax = std::numeric_limits<float>::max();
@@ -87,12 +92,20 @@ TEST(OrderedKey, IncreasesWithTheValueAndTiesBothZeros) {
   EXPECT_LT(ordered_key(kInfinity), 0xffffffffu);
 }
 
+TEST(OrderedKey, NaNIsBelowAllNumbersAndNoValueHasTheOutermostKeys) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_GT(ordered_key(nan), 0u);
+  EXPECT_EQ(ordered_key(-nan), ordered_key(nan));
+  EXPECT_LT(ordered_key(nan), ordered_key(-kInfinity));
+  EXPECT_TRUE(std::isnan(key_value(ordered_key(nan))));
+}
+
 TEST(RankingKey, PutsGreaterValuesFirstThenLowerIndices) {
-  EXPECT_GT(ranking_key(2.0f, 9), ranking_key(1.0f, 0));
-  EXPECT_GT(ranking_key(1.0f, 3), ranking_key(1.0f, 4));
-  EXPECT_GT(ranking_key(-0.0f, 3), ranking_key(0.0f, 4));
-  for (const std::int64_t index : {0, 1, 511, 2147483646}) {
-    EXPECT_EQ(ranking_index(ranking_key(-3.5f, index)), index);
+  EXPECT_GT(ranking_key(ordered_key(2.0f), 9), ranking_key(ordered_key(1.0f), 0));
+  EXPECT_GT(ranking_key(ordered_key(1.0f), 3), ranking_key(ordered_key(1.0f), 4));
+  EXPECT_GT(ranking_key(ordered_key(-0.0f), 3), ranking_key(ordered_key(0.0f), 4));
+  for (const std::int32_t index : {0, 1, 511, 2147483646}) {
+    EXPECT_EQ(ranking_index(ranking_key(ordered_key(-3.5f), index)), index);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "math/order.hpp"
 #include "sonicmoe/router.hpp"
 
 namespace sonicmoe::cuda::router {
@@ -11,31 +12,8 @@ namespace sonicmoe::cuda::router {
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr double kSigmoidEpsilon = 1e-20;  // of router/scoring.cpp
 
-/// Key of an expert that cannot be selected. No value has it.
+/// Key of an expert that cannot be selected: no value has it (math/order.hpp).
 inline constexpr std::uint32_t kExcluded = 0;
-
-/// The host's ordered_key for numbers. The host refuses NaN; here it has the key 1, below all
-/// numbers, so that selection still returns legal indices.
-__device__ inline std::uint32_t ordered_key(float value) {
-  const std::uint32_t bits = __float_as_uint(value + 0.0f);  // -0 + 0 = +0
-  const auto sign = static_cast<std::uint32_t>(static_cast<std::int32_t>(bits) >> 31);
-  return value == value ? bits ^ (sign | 0x80000000u) : 1;
-}
-
-/// The value of a key; NaN for NaN's and for kExcluded.
-__device__ inline float key_value(std::uint32_t key) {
-  return __uint_as_float((key >> 31) != 0 ? key & 0x7fffffffu : ~key);
-}
-
-/// Orders by descending `key`, then ascending index, when sorted by descending ranking key.
-__device__ inline std::uint64_t ranking_key(std::uint32_t key, int index) {
-  return (std::uint64_t{key} << 32) | (0xffffffffu - static_cast<std::uint32_t>(index));
-}
-
-/// The index inside a ranking key.
-__device__ inline int ranking_index(std::uint64_t key) {
-  return static_cast<int>(0xffffffffu - static_cast<std::uint32_t>(key));
-}
 
 __device__ inline double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 

@@ -6,10 +6,11 @@
 //                a share of the unused places
 #include "cuda/dependent_launch.hpp"
 #include "cuda/ptx/pdl.cuh"
-#include "cuda/router/exact_sum.cuh"
 #include "cuda/router/launch.hpp"
 #include "cuda/router/rounding.hpp"
 #include "cuda/router/selection.cuh"
+#include "math/exact_sum.hpp"
+#include "math/rounding.hpp"
 
 namespace sonicmoe::cuda::router {
 namespace {
@@ -109,53 +110,6 @@ __device__ std::int64_t exclusive_sum(std::int64_t value, std::int64_t (&of_warp
 
 // -------------------------------------------------------------------------------------- rounding
 
-// Word 0 of Philox4x32-10 for counter (expert, 0, 0, 0): math/philox.hpp's rounding_bits.
-__device__ std::uint32_t rounding_bits(std::uint64_t seed, std::uint32_t expert) {
-  std::uint32_t counter[4] = {expert, 0, 0, 0};
-  std::uint32_t key[2] = {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t product0 = std::uint64_t{0xD2511F53u} * counter[0];
-    const std::uint64_t product1 = std::uint64_t{0xCD9E8D57u} * counter[2];
-    counter[0] = static_cast<std::uint32_t>(product1 >> 32) ^ counter[1] ^ key[0];
-    counter[1] = static_cast<std::uint32_t>(product1);
-    counter[2] = static_cast<std::uint32_t>(product0 >> 32) ^ counter[3] ^ key[1];
-    counter[3] = static_cast<std::uint32_t>(product0);
-    key[0] += 0x9E3779B9u;
-    key[1] += 0xBB67AE85u;
-  }
-  return counter[0];
-}
-
-__device__ bool nearest_is_up(std::int64_t rows, std::int64_t tile) {
-  const std::int64_t remainder = rows % tile;
-  if (remainder * 2 != tile) return remainder * 2 > tile;
-  return (rows / tile) % 2 != 0;  // a tie goes to the even multiple
-}
-
-// Every policy but `balanced`, for which this is what breaks its ties.
-__device__ bool rounds_up(const PolicyParams& p, std::int64_t expert, std::int64_t rows,
-                          bool score_says_up) {
-  switch (p.policy) {
-    case RoundingPolicy::kUp:
-      return true;
-    case RoundingPolicy::kDown:
-      return false;
-    case RoundingPolicy::kNearest:
-    case RoundingPolicy::kBalanced:
-      return nearest_is_up(rows, p.tile);
-    case RoundingPolicy::kStochastic: {
-      const std::uint64_t seed =
-          p.seed_tensor == nullptr ? p.seed : static_cast<std::uint64_t>(*p.seed_tensor);
-      const std::uint64_t bits = rounding_bits(seed, static_cast<std::uint32_t>(expert));
-      return bits * static_cast<std::uint64_t>(p.tile) < static_cast<std::uint64_t>(rows % p.tile)
-                                                             << 32;
-    }
-    case RoundingPolicy::kNearestScore:
-      return score_says_up;
-  }
-  return false;
-}
-
 struct RoundShared {
   std::int64_t remainder[kSelectThreads];  // -1: cannot round up
   bool up[kSelectThreads];
@@ -174,9 +128,7 @@ __device__ void balance(RoundShared& s, int count, std::int64_t tile) {
       s.up[i] = false;
       continue;
     }
-    const std::int64_t after_down = llabs(carry - remainder);
-    const std::int64_t after_up = llabs(carry - remainder + tile);
-    if (after_up != after_down) s.up[i] = after_up < after_down;
+    s.up[i] = balanced_is_up(carry, remainder, tile, s.up[i]);
     carry += (s.up[i] ? tile : 0) - remainder;
   }
   s.carry = carry;
@@ -188,16 +140,18 @@ __global__ void __launch_bounds__(kSelectThreads)
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
   if (threadIdx.x == 0) s.carry = 0;
+  const std::uint64_t seed =
+      p.seed_tensor == nullptr ? p.seed : static_cast<std::uint64_t>(*p.seed_tensor);
   std::int64_t running = 0;
   for (int first = 0; first < b.num_experts; first += kSelectThreads) {
     const int e = first + static_cast<int>(threadIdx.x);
     const bool exists = e < b.num_experts;
     const std::int64_t rows = exists ? b.rows_before[e] : 0;
     const std::int64_t remainder = rows % p.tile;
-    const bool up_fits = rows <= b.num_tokens - b.num_tokens % p.tile;  // ceil_M(f) <= T
-    s.up[threadIdx.x] =
-        exists && remainder != 0 && up_fits && rounds_up(p, e, rows, b.up_changes_less[e] != 0);
-    s.remainder[threadIdx.x] = up_fits ? remainder : -remainder;
+    const bool fits = up_fits(rows, p.tile, b.num_tokens);
+    s.up[threadIdx.x] = exists && remainder != 0 && fits &&
+                        rounds_up(p.policy, rows, p.tile, seed, e, b.up_changes_less[e] != 0);
+    s.remainder[threadIdx.x] = fits ? remainder : -remainder;
     __syncthreads();
     if (p.policy == RoundingPolicy::kBalanced && threadIdx.x == 0) {
       balance(s, min(kSelectThreads, b.num_experts - first), p.tile);

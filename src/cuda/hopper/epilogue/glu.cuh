@@ -10,36 +10,6 @@
 
 namespace sonicmoe::cuda::hopper {
 
-// Calls f with the activation as a compile-time constant.
-template <bool kGated, class F>
-SONICMOE_DEVICE void visit_activation(Activation kind, F f) {
-#define SONICMOE_CASE(name) \
-  case Activation::name:    \
-    return f(std::integral_constant<Activation, Activation::name>{})
-  if constexpr (kGated) {
-    switch (kind) {
-      SONICMOE_CASE(kSwiGLU);
-      SONICMOE_CASE(kGeGLU);
-      SONICMOE_CASE(kGeGLUTanh);
-      SONICMOE_CASE(kReGLU);
-      SONICMOE_CASE(kSwiGLUClamped);
-      default:
-        return;
-    }
-  } else {
-    switch (kind) {
-      SONICMOE_CASE(kSiLU);
-      SONICMOE_CASE(kGELU);
-      SONICMOE_CASE(kGELUTanh);
-      SONICMOE_CASE(kReLU);
-      SONICMOE_CASE(kReLUSquared);
-      default:
-        return;
-    }
-  }
-#undef SONICMOE_CASE
-}
-
 // Calls f with whether gate and up are halves of a row of H, at compile time. Else they alternate,
 // or there is no gate.
 template <bool kGated, class F>
@@ -54,9 +24,8 @@ SONICMOE_DEVICE void visit_halves(HiddenLayout layout, F f) {
 template <bool kGated, class Rows, class F>
 SONICMOE_DEVICE void visit_groups(const ActivationParams& params, HiddenLayout layout,
                                   const Rows& rows, F f) {
-  visit_activation<kGated>(params.kind, [&](auto kind) {
+  visit_activation<kGated>(params, [&](auto activation) {
     visit_halves<kGated>(layout, [&](auto halves) {
-      const ActivationParams activation{kind.value, params.limit};
       const int groups = rows.groups();
       for (int i = 0; i < groups; ++i) f(halves, activation, i);
     });
@@ -121,15 +90,15 @@ class UpEpilogue {
 
   __device__ void store(uint32_t half) {
     visit_groups<kGated>(p_.activation, p_.layout, rows_,
-                         [&](auto halves, const ActivationParams& activation, int i) {
+                         [&](auto halves, const auto& activation, int i) {
                            store_group<halves.value>(half, activation, i);
                          });
   }
 
  private:
   // Of this lane's row, eight units of every 64.
-  template <bool kHalves>
-  __device__ void store_group(uint32_t half, const ActivationParams& activation, int i) const {
+  template <bool kHalves, class Unit>
+  __device__ void store_group(uint32_t half, const Unit& activation, int i) const {
     constexpr bool kPairs = kGated && !kHalves;
     constexpr int kStep = kPairs ? 2 : 1;
     const float weight = weights_.of(w_, i);
@@ -167,9 +136,9 @@ class UpEpilogue {
   }
 
   // weight * act of a lane's eight units; v0, v1: as unpack_gate_up() takes them, or v0 alone.
-  template <bool kHalves>
-  static __device__ void activate(const ActivationParams& activation, const uint4& v0,
-                                  const uint4& v1, float weight, float (&a)[8]) {
+  template <bool kHalves, class Unit>
+  static __device__ void activate(const Unit& activation, const uint4& v0, const uint4& v1,
+                                  float weight, float (&a)[8]) {
     float g[8], u[8];
     if constexpr (kGated) {
       unpack_gate_up<kHalves>(v0, v1, g, u);
@@ -179,9 +148,9 @@ class UpEpilogue {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       if constexpr (kGated) {
-        a[j] = weight * gated(activation, g[j], u[j]);
+        a[j] = weight * activation.value(g[j], u[j]);
       } else {
-        a[j] = weight * plain(activation, g[j]);
+        a[j] = weight * activation.value(g[j]);
       }
     }
   }
@@ -222,15 +191,15 @@ class HiddenGradientEpilogue {
 
   __device__ void store(uint32_t half) {
     visit_groups<kGated>(p_.activation, p_.layout, rows_,
-                         [&](auto halves, const ActivationParams& activation, int i) {
+                         [&](auto halves, const auto& activation, int i) {
                            store_group<halves.value>(half, activation, i);
                          });
   }
 
  private:
   // Of this lane's row, eight units of every 64.
-  template <bool kHalves>
-  __device__ void store_group(uint32_t half, const ActivationParams& activation, int i) const {
+  template <bool kHalves, class Unit>
+  __device__ void store_group(uint32_t half, const Unit& activation, int i) const {
     constexpr bool kPairs = kGated && !kHalves;
     constexpr int kStep = kPairs ? 2 : 1;
     const float weight = input_.weight(w_, i);
@@ -288,8 +257,8 @@ class HiddenGradientEpilogue {
   }
 
   // dH of a lane's eight units, as vectors of gate and up or of the pairs of two runs, and A.
-  template <bool kHalves>
-  static __device__ void gated_chunk(const ActivationParams& activation, const uint4& h_first,
+  template <bool kHalves, class Unit>
+  static __device__ void gated_chunk(const Unit& activation, const uint4& h_first,
                                      const uint4& h_second, const float (&da)[8], float weight,
                                      uint4& first, uint4& second, float (&a)[8]) {
     float g[8], u[8];
@@ -297,7 +266,7 @@ class HiddenGradientEpilogue {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float dg, du;
-      gated_gradient(activation, g[j], u[j], weight * da[j], dg, du, a[j]);
+      activation.gradient(g[j], u[j], weight * da[j], dg, du, a[j]);
       g[j] = dg;
       u[j] = du;
     }
@@ -309,15 +278,15 @@ class HiddenGradientEpilogue {
     }
   }
 
-  static __device__ void plain_chunk(const ActivationParams& activation, const uint4& h,
-                                     const float (&da)[8], float weight, uint4& first,
-                                     float (&a)[8]) {
+  template <class Unit>
+  static __device__ void plain_chunk(const Unit& activation, const uint4& h, const float (&da)[8],
+                                     float weight, uint4& first, float (&a)[8]) {
     float x[8];
     unpack(h, x);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float dx;
-      plain_gradient(activation, x[j], weight * da[j], dx, a[j]);
+      activation.gradient(x[j], weight * da[j], dx, a[j]);
       x[j] = dx;
     }
     first = pack(x);
