@@ -21,11 +21,6 @@
 namespace sonicmoe::cli {
 namespace {
 
-constexpr std::array kPolicies{RoundingPolicy::kNearest,  RoundingPolicy::kUp,
-                               RoundingPolicy::kDown,     RoundingPolicy::kStochastic,
-                               RoundingPolicy::kBalanced, RoundingPolicy::kNearestScore};
-constexpr std::array kScorings{Scoring::kTopKSoftmax, Scoring::kSoftmaxTopK, Scoring::kSigmoidTopK};
-
 struct RouteCommand {
   RunOptions run;
   std::optional<std::int64_t> tokens;   // else those of the file, or kTokens
@@ -300,7 +295,10 @@ void print_histogram(const Outcome& o) {
 int run(RouteCommand command) {
   const Context context = command.run.context();
   if (command.tiles.empty()) command.tiles = {64, 128};
-  if (command.policies.empty()) command.policies.assign(kPolicies.begin(), kPolicies.end());
+  if (command.policies.empty()) {
+    const auto all = all_rounding_policies();
+    command.policies.assign(all.begin(), all.end());
+  }
   const RouteProblem problem = command.logits_file.empty() ? random_problem(command, context)
                                                            : problem_of_file(command, context);
   const Tensor logits = problem.logits.to(context.device);
@@ -342,10 +340,10 @@ void add_route(CLI::App& app, Action& action) {
              "Expert e is (e + 1)^SKEW times less likely than expert 0; default: 0.5");
   add_option(*command, "--logits", options->logits_file, text("FILE", "the name of a .npy file"),
              "Logits [T, E] from a .npy file (float32 or float64) in place of random ones");
-  add_option(*command, "--scoring", options->scoring, enumerator<Scoring>(kScorings),
-             "topk_softmax, softmax_topk or sigmoid_topk");
-  add_list_option(*command, "--policy", options->policies, enumerator<RoundingPolicy>(kPolicies),
-                  "Rounding policies; default: all six. The first is drawn");
+  add_option(*command, "--scoring", options->scoring, enumerator(all_scorings()),
+             "Scoring function");
+  add_list_option(*command, "--policy", options->policies, enumerator(all_rounding_policies()),
+                  "Rounding policies; default: all. The first is drawn");
   add_list_option(*command, "--tile", options->tiles, count,
                   "Tiles; default: 64,128. The last is drawn");
   options->run.add_to(*command);

@@ -186,7 +186,8 @@ Call make_loss(const Target& target, std::uint64_t seed, Optionals optionals) {
   }
   CallMaker<BalanceArgs> maker;
   if (loss == Loss::kBalancing) {
-    spoil_enumerator(maker, "scoring", 3, [](BalanceArgs& a) -> auto& { return a.scoring; });
+    spoil_enumerator(maker, "scoring", all_scorings(),
+                     [](BalanceArgs& a) -> auto& { return a.scoring; });
     spoil_count(maker, "top_k", bench.E, [](BalanceArgs& a) -> auto& { return a.top_k; });
   }
   const auto run = [](const Context& c, const BalanceArgs& a) {

@@ -109,13 +109,15 @@ inline constexpr std::int64_t kTwo62 = std::int64_t{1} << 62;
 inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-/// An enumerator of `count`: the first past them, and 255. `at(args)` gives the option.
-template <class Args, class At>
-void spoil_enumerator(CallMaker<Args>& maker, const char* option, int count, At at) {
-  maker.each(option, Expected::kRefused, {count, 255}, [at](Args& args, int value) {
-    auto& enumerator = at(args);
-    enumerator = static_cast<std::remove_reference_t<decltype(enumerator)>>(value);
-  });
+/// An enumerator: the first past `all` of them, and 255. `at(args)` gives the option.
+template <class Args, class Enum, class At>
+void spoil_enumerator(CallMaker<Args>& maker, const char* option, std::span<const Enum> all,
+                      At at) {
+  maker.each(option, Expected::kRefused, {static_cast<int>(all.size()), 255},
+             [at](Args& args, int value) {
+               auto& enumerator = at(args);
+               enumerator = static_cast<std::remove_reference_t<decltype(enumerator)>>(value);
+             });
 }
 
 /// A count from 1 to at most `most`.
@@ -146,8 +148,9 @@ void spoil_workspace_limit(CallMaker<Args>& maker) {
 /// at(args) is the ExpertOptions.
 template <class Args, class At>
 void spoil_expert_options(CallMaker<Args>& maker, At at) {
-  spoil_enumerator(maker, "activation", 10, [at](Args& a) -> auto& { return at(a).activation; });
-  spoil_enumerator(maker, "gate_up_layout", 2,
+  spoil_enumerator(maker, "activation", all_activations(),
+                   [at](Args& a) -> auto& { return at(a).activation; });
+  spoil_enumerator(maker, "gate_up_layout", all_gate_up_layouts(),
                    [at](Args& a) -> auto& { return at(a).gate_up_layout; });
   const auto clamped = [at](Args& args, float limit) {
     at(args).activation = Activation::kSwiGLUClamped;
@@ -160,7 +163,8 @@ void spoil_expert_options(CallMaker<Args>& maker, At at) {
 /// at(args) is the RouterOptions.
 template <class Args, class At>
 void spoil_router_options(CallMaker<Args>& maker, std::int64_t num_experts, At at) {
-  spoil_enumerator(maker, "scoring", 3, [at](Args& a) -> auto& { return at(a).scoring; });
+  spoil_enumerator(maker, "scoring", all_scorings(),
+                   [at](Args& a) -> auto& { return at(a).scoring; });
   spoil_count(maker, "top_k", num_experts, [at](Args& a) -> auto& { return at(a).top_k; });
   spoil_count(maker, "num_groups", num_experts,
               [at](Args& a) -> auto& { return at(a).num_groups; });
@@ -177,7 +181,8 @@ void spoil_router_options(CallMaker<Args>& maker, std::int64_t num_experts, At a
 /// at(args) is the RoundingOptions.
 template <class Args, class At>
 void spoil_rounding_options(CallMaker<Args>& maker, std::int64_t num_tokens, At at) {
-  spoil_enumerator(maker, "policy", 6, [at](Args& a) -> auto& { return at(a).policy; });
+  spoil_enumerator(maker, "policy", all_rounding_policies(),
+                   [at](Args& a) -> auto& { return at(a).policy; });
   spoil_count(maker, "tile", num_tokens, [at](Args& a) -> auto& { return at(a).tile; });
 }
 

@@ -132,18 +132,20 @@ void check_router_options(const Check& check, const RouterOptions& options,
   check.enumerator("scoring", options.scoring);
   check.finite("scale", options.scale);
   check.between("top_k", options.top_k, 1, num_experts);
-  check.that(options.scoring != Scoring::kTopKSoftmax || options.renormalize.value_or(true),
-             "renormalize", "unset or true with topk_softmax", "false");
-  const bool sigmoid = options.scoring == Scoring::kSigmoidTopK;
+  const ScoringTraits& traits = traits_of(options.scoring);
+  const std::string with_scoring = " with " + std::string(traits.name);
+  check.that(
+      traits.renormalization != Renormalization::kAlways || options.renormalize.value_or(true),
+      "renormalize", "unset or true" + with_scoring, "false");
   if (options.selection_bias.defined()) {
-    check.that(sigmoid, "selection_bias", "none with " + std::string(name_of(options.scoring)),
+    check.that(traits.biased, "selection_bias", "none" + with_scoring,
                options.selection_bias.describe());
     check_vector(check, "selection_bias", options.selection_bias, num_experts, DType::kFloat32);
   }
   check.that(options.num_groups >= 1 && num_experts % options.num_groups == 0, "num_groups",
              "a divisor of " + text(num_experts), text(options.num_groups));
-  check.that(sigmoid || options.num_groups == 1, "num_groups",
-             "1 with " + std::string(name_of(options.scoring)), text(options.num_groups));
+  check.that(traits.biased || options.num_groups == 1, "num_groups", "1" + with_scoring,
+             text(options.num_groups));
   check.between("top_groups", options.top_groups, 1, options.num_groups);
   const std::int64_t selectable = options.top_groups * (num_experts / options.num_groups);
   check.that(options.top_k <= selectable, "top_k",

@@ -76,8 +76,7 @@ struct ReLUSquared {
   static SONICMOE_HD ValueAndSlope pair(float x) { return {value(x), 2.0f * relu(x)}; }
 };
 
-// --------------------------------------------------------------------------------------
-// activations
+// ------------------------------------------------------------------------------------- activations
 
 // A gated activation is A = f(g) factor with g = gate(gate), factor = factor(up); a gradient passes
 // to an input where it was not clamped.
@@ -118,8 +117,7 @@ struct Ungated : F {
   static constexpr bool kGated = false;
 };
 
-// ---------------------------------------------------------------------------------------------
-// list
+// -------------------------------------------------------------------------------------------- list
 
 template <Activation kKind, class F>
 struct Entry {
@@ -130,6 +128,7 @@ struct Entry {
 template <class... Entries>
 struct ActivationList {
   /// Calls f(entry) with the entry of `kind`, among the gated or the ungated ones.
+  SONICMOE_HD_CALLS
   template <bool kGated, class F>
   static SONICMOE_HD void visit(Activation kind, F&& f) {
     (visit_if<kGated, Entries>(kind, f) || ...);
@@ -148,6 +147,7 @@ struct ActivationList {
   }
 
  private:
+  SONICMOE_HD_CALLS
   template <bool kGated, class E, class F>
   static SONICMOE_HD bool visit_if(Activation kind, F& f) {
     if constexpr (E::Function::kGated == kGated) {

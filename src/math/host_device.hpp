@@ -11,6 +11,13 @@
 #define SONICMOE_HD __attribute__((always_inline)) inline
 #endif
 
+/// Before a template that calls a function which it is given: that may be of either side.
+#if defined(__CUDACC__)
+#define SONICMOE_HD_CALLS _Pragma("nv_exec_check_disable")
+#else
+#define SONICMOE_HD_CALLS
+#endif
+
 namespace sonicmoe {
 
 // std::bit_cast, which is a function of the host alone.

@@ -41,6 +41,7 @@ struct Sigmoid {
 enum class ScoreFunction : std::uint8_t { kExponential, kSigmoid };
 
 /// Returns f(Exponential{}) or f(Sigmoid{}).
+SONICMOE_HD_CALLS
 template <class F>
 SONICMOE_HD auto visit_score(ScoreFunction score, F&& f) {
   switch (score) {
@@ -67,8 +68,12 @@ constexpr ScoreFunction score_function(Scoring scoring) {
 SONICMOE_HD double raw_score(ScoreFunction score, double logit, double shift) {
   return visit_score(score, [=](auto s) { return s.raw(logit, shift); });
 }
+/// d raw / d logit, given raw or the shift.
 SONICMOE_HD double score_slope(ScoreFunction score, double logit, double raw) {
   return visit_score(score, [=](auto s) { return s.slope(logit, raw); });
+}
+SONICMOE_HD double shifted_slope(ScoreFunction score, double logit, double shift) {
+  return visit_score(score, [=](auto s) { return s.slope(logit, s.raw(logit, shift)); });
 }
 SONICMOE_HD bool is_relative(ScoreFunction score) {
   return visit_score(score, [](auto s) { return s.kIsRelative; });
@@ -87,10 +92,12 @@ SONICMOE_HD float weight_of_score(float scale, const TokenNormalizer& normalizer
   return static_cast<float>(double{scale} * raw / normalizer.denominator);
 }
 
-// --------------------------------------------------------------------------------- balancing losses
+// --------------------------------------------------------------------------------- balancing
+// losses
 
-/// The score whose quotients raw(e) / sum of raw are a token's shares p(e), given its largest logit.
-/// Where every raw would underflow it is exp to the last bit, and the softmax has those quotients.
+/// The score whose quotients raw(e) / sum of raw are a token's shares p(e), given its largest
+/// logit. Where every raw would underflow it is exp to the last bit, and the softmax has those
+/// quotients.
 SONICMOE_HD ScoreFunction share_score(ScoreFunction score, float largest) {
   const bool underflows =
       visit_score(score, [=](auto s) { return largest < s.kIsExponentialBelow; });

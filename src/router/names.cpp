@@ -6,12 +6,9 @@ namespace sonicmoe {
 namespace {
 
 constexpr Name<RoundingPolicy> kPolicies[] = {
-    {RoundingPolicy::kNearest, "nearest"},
-    {RoundingPolicy::kUp, "up"},
-    {RoundingPolicy::kDown, "down"},
-    {RoundingPolicy::kStochastic, "stochastic"},
-    {RoundingPolicy::kBalanced, "balanced"},
-    {RoundingPolicy::kNearestScore, "nearest_score"},
+    {RoundingPolicy::kNearest, "nearest"},   {RoundingPolicy::kUp, "up"},
+    {RoundingPolicy::kDown, "down"},         {RoundingPolicy::kStochastic, "stochastic"},
+    {RoundingPolicy::kBalanced, "balanced"}, {RoundingPolicy::kNearestScore, "nearest_score"},
 };
 
 constexpr auto kAllScorings = values_of(kScorings);

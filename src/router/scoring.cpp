@@ -173,24 +173,28 @@ void renormalized_backward(const RouterOptions& options, std::int64_t num_expert
   double shift = 0.0;
   if (Score::kIsRelative) {
     shift = logits[ids[0]];
-    for (std::int64_t k = 1; k < options.top_k; ++k) shift = std::max(shift, double{logits[ids[k]]});
+    for (std::int64_t k = 1; k < options.top_k; ++k)
+      shift = std::max(shift, double{logits[ids[k]]});
   }
   double denominator = Score::kEpsilon;
   for (std::int64_t k = 0; k < options.top_k; ++k) {
     denominator += Score::raw(logits[ids[k]], shift);
   }
   const auto slope = [&](std::int64_t e, double raw) {
-    return options.scale * (Score::slope(logits[e], raw) / denominator);
+    return Score::slope(logits[e], raw) / denominator;
   };
   double dot = 0.0;
   for (std::int64_t e = 0; e < num_experts; ++e) {
     if (gradient[e] == 0.0) continue;  // no row: saves the exponential
     const double raw = Score::raw(logits[e], shift);
     dot += gradient[e] * (raw / denominator);
-    gradient[e] *= slope(e, raw);
+    // The same product in two orders: no bit of either scoring's gradients has ever changed.
+    gradient[e] = Score::kIsRelative ? gradient[e] * slope(e, raw) * options.scale
+                                     : gradient[e] * (options.scale * slope(e, raw));
   }
   for (std::int64_t k = 0; k < options.top_k; ++k) {
-    gradient[ids[k]] -= slope(ids[k], Score::raw(logits[ids[k]], shift)) * dot;
+    const double raw = Score::raw(logits[ids[k]], shift);
+    gradient[ids[k]] -= options.scale * slope(ids[k], raw) * dot;
   }
 }
 

@@ -25,7 +25,7 @@ struct LossParams {
   const std::int32_t* rows;  // [E]; balancing only
   std::int64_t num_tokens;
   int num_experts;
-  bool is_softmax;
+  ScoreFunction score;
 };
 
 __device__ float largest_logit(const float* logits, int num_experts, int lane) {
@@ -34,21 +34,19 @@ __device__ float largest_logit(const float* logits, int num_experts, int lane) {
   return warp_max(largest);
 }
 
-// One token's shares p(e) = raw(e) / sum, raw = exp or sigmoid. Where every sigmoid would
-// underflow, sigmoid(x) = exp(x) to the last bit and its scale does not matter, so the quotient is
-// that of the softmax.
+// One token's shares p(e) = raw(e) / sum of raw.
 struct TokenShares {
   double largest, sum;
   double mean;  // sum_e rows[e] p(e)
-  bool is_softmax;
+  ScoreFunction score;
 
   __device__ TokenShares(const LossParams& p, const float* logits, int lane) {
-    constexpr float kSigmoidIsExp = -600.0f;
-    largest = largest_logit(logits, p.num_experts, lane);
-    is_softmax = p.is_softmax || largest < kSigmoidIsExp;
+    const float largest_of_token = largest_logit(logits, p.num_experts, lane);
+    largest = largest_of_token;
+    score = share_score(p.score, largest_of_token);
     double my_sum = 0.0, my_dot = 0.0;
     for (int e = lane; e < p.num_experts; e += 32) {
-      const double raw = is_softmax ? exp(double{logits[e]} - largest) : sigmoid(logits[e]);
+      const double raw = raw_score(score, logits[e], largest);
       my_sum += raw;
       my_dot += raw * p.rows[e];
     }
@@ -56,9 +54,7 @@ struct TokenShares {
     mean = warp_sum(my_dot) / sum;
   }
   /// d p(j) / d logit(e) = slope(e) * ([j = e] - p(j)).
-  __device__ double slope(float logit) const {
-    return (is_softmax ? exp(double{logit} - largest) : sigmoid_slope(logit)) / sum;
-  }
+  __device__ double slope(float logit) const { return shifted_slope(score, logit, largest) / sum; }
 };
 
 __device__ double log_sum_exp(const LossParams& p, const float* logits, int lane) {
@@ -172,15 +168,13 @@ void launch_gradient(cudaStream_t stream, const LossParams& p, double scale,
   check_launch(operation);
 }
 
-LossParams loss_params(ConstTensorView logits, ConstTensorView rows, bool is_softmax) {
+LossParams loss_params(ConstTensorView logits, ConstTensorView rows, ScoreFunction score) {
   return {logits.as<float>(), rows.as<std::int32_t>(), logits.size(0),
-          static_cast<int>(logits.size(1)), is_softmax};
+          static_cast<int>(logits.size(1)), score};
 }
 
-// E * f_e * p_e = balancing_scale * rows_e * sum_t p(t,e): E / (T*K) from f, 1 / T from p.
 double balancing_scale(ConstTensorView logits, std::int64_t top_k) {
-  const auto tokens = static_cast<double>(logits.size(0));
-  return static_cast<double>(logits.size(1)) / (tokens * static_cast<double>(top_k)) / tokens;
+  return sonicmoe::balancing_scale(logits.size(0), logits.size(1), top_k);
 }
 
 // ------------------------------------------------------------------------------------ elementwise
@@ -215,7 +209,7 @@ void load_balancing_loss_forward(const Context& context, Scoring scoring, std::i
                                  ConstTensorView logits, ConstTensorView rows_per_expert,
                                  TensorView loss) {
   launch_loss<BalancingTerm>(stream_of(context),
-                             loss_params(logits, rows_per_expert, scoring != Scoring::kSigmoidTopK),
+                             loss_params(logits, rows_per_expert, score_function(scoring)),
                              balancing_scale(logits, top_k), loss, "load_balancing_loss_forward");
 }
 
@@ -223,18 +217,18 @@ void load_balancing_loss_backward(const Context& context, Scoring scoring, std::
                                   ConstTensorView logits, ConstTensorView rows_per_expert,
                                   ConstTensorView grad_loss, TensorView grad_logits) {
   launch_gradient<BalancingGradient>(
-      stream_of(context), loss_params(logits, rows_per_expert, scoring != Scoring::kSigmoidTopK),
+      stream_of(context), loss_params(logits, rows_per_expert, score_function(scoring)),
       balancing_scale(logits, top_k), grad_loss, grad_logits, "load_balancing_loss_backward");
 }
 
 void router_z_loss_forward(const Context& context, ConstTensorView logits, TensorView loss) {
-  launch_loss<ZTerm>(stream_of(context), loss_params(logits, {}, true),
+  launch_loss<ZTerm>(stream_of(context), loss_params(logits, {}, {}),
                      1.0 / static_cast<double>(logits.size(0)), loss, "router_z_loss_forward");
 }
 
 void router_z_loss_backward(const Context& context, ConstTensorView logits,
                             ConstTensorView grad_loss, TensorView grad_logits) {
-  launch_gradient<ZGradient>(stream_of(context), loss_params(logits, {}, true),
+  launch_gradient<ZGradient>(stream_of(context), loss_params(logits, {}, {}),
                              2.0 / static_cast<double>(logits.size(0)), grad_loss, grad_logits,
                              "router_z_loss_backward");
 }

@@ -42,28 +42,19 @@ struct GivenScores {
   __device__ float score(double raw, double, int) const { return static_cast<float>(raw); }
 };
 
-// Softmax over E, rounded to float32 once.
-struct SoftmaxScores {
-  static constexpr bool kSums = true;
+// Of a router's logits. A relative score: its share of the sum, rounded to float32 once; else the
+// score rounded to float32, + bias.
+template <class Score>
+struct RouterScores {
+  static constexpr bool kSums = Score::kIsRelative;
   const float* values;                 // [T, E] logits
   const TokenNormalizer* normalizers;  // [T]
+  const float* bias;                   // [E] or null
 
-  __device__ double shift(std::int64_t t) const { return normalizers[t].shift; }
-  __device__ double raw(float logit, double shift) const { return exp(double{logit} - shift); }
-  __device__ float score(double raw, double sum, int) const {
-    return static_cast<float>(raw / sum);
-  }
-};
-
-// Sigmoid, rounded to float32, + bias.
-struct SigmoidScores {
-  static constexpr bool kSums = false;
-  const float* values;  // [T, E] logits
-  const float* bias;    // [E] or null
-
-  __device__ double shift(std::int64_t) const { return 0.0; }
-  __device__ double raw(float logit, double) const { return sigmoid(logit); }
-  __device__ float score(double raw, double, int e) const {
+  __device__ double shift(std::int64_t t) const { return kSums ? normalizers[t].shift : 0.0; }
+  __device__ double raw(float logit, double shift) const { return Score::raw(logit, shift); }
+  __device__ float score(double raw, double sum, int e) const {
+    if (kSums) return static_cast<float>(raw / sum);
     return static_cast<float>(raw) + (bias == nullptr ? 0.0f : bias[e]);
   }
 };
@@ -187,12 +178,10 @@ void round_tokens_forward(const Context& context, const RoundTokensForwardArgs& 
   r.normalizers = b.normalizers;
   r.num_tokens = b.num_tokens;
   launch_route(stream, r, operation);
-  if (r.scoring.is_softmax) {
-    launch_rank(stream, SoftmaxScores{r.logits, b.normalizers}, args.topk_ids, b, operation);
-  } else {
-    launch_rank(stream, SigmoidScores{r.logits, r.scoring.selection_bias}, args.topk_ids, b,
-                operation);
-  }
+  visit_score(r.scoring.score, [&]<class Score>(Score) {
+    const RouterScores<Score> scores{r.logits, b.normalizers, r.scoring.selection_bias};
+    launch_rank(stream, scores, args.topk_ids, b, operation);
+  });
   launch_selection(stream, args.rounding, b, {r.scoring, r.logits, args.pair_weights.as<float>()},
                    outputs_of(args), operation);
 }

@@ -206,7 +206,7 @@ __device__ void load_keys(KeyRow<kSlots>& row, const ScoringParams& p, const flo
     const int e = lane + 32 * i;
     row[i] = holds_expert<kSlots>(i, lane, p.num_experts) ? __float_as_uint(logits[e]) : 0;
   });
-  if (p.is_softmax) {
+  if (!p.biased) {
     for_each_slot<kSlots>(slots, [&](int i) {
       const std::uint32_t key = ordered_key(__uint_as_float(row[i]));
       row[i] = holds_expert<kSlots>(i, lane, p.num_experts) ? key : kExcluded;
@@ -217,7 +217,8 @@ __device__ void load_keys(KeyRow<kSlots>& row, const ScoringParams& p, const flo
     const int e = lane + 32 * i;
     if (e >= p.num_experts) return;  // 0 = kExcluded
     const float bias = p.selection_bias == nullptr ? 0.0f : p.selection_bias[e];
-    row[i] = ordered_key(static_cast<float>(sigmoid(__uint_as_float(row[i]))) + bias);
+    const double score = raw_score(p, __uint_as_float(row[i]), 0.0);
+    row[i] = ordered_key(static_cast<float>(score) + bias);
   });
 }
 
@@ -245,7 +246,7 @@ __device__ void route_token(const RouteParams& r, std::int64_t t, int slots, int
   KeyRow<kSlots> row(shared_keys + lane);
   load_keys(row, p, logits, slots, lane);
   TokenNormalizer normalizer{0.0, 1.0};
-  if (p.is_softmax) {
+  if (is_relative(p.score)) {
     normalizer = softmax_normalizer(row, p.num_experts, !p.renormalizes, slots, lane);
   }
   if (p.top_groups < p.num_groups) {
@@ -261,14 +262,14 @@ __device__ void route_token(const RouteParams& r, std::int64_t t, int slots, int
     for (int k = lane + 32; k < p.top_k; k += 32) {
       sum += raw_score(p, logits[ids[k]], normalizer.shift);
     }
-    normalizer.denominator = warp_sum(sum) + (p.is_softmax ? 0.0 : kSigmoidEpsilon);
+    normalizer.denominator = warp_sum(sum) + score_epsilon(p.score);
   }
   if (r.normalizers != nullptr && lane == 0) r.normalizers[t] = normalizer;
   for (int k = lane; k < p.top_k; k += 32) {
     const int e = k == lane ? expert : static_cast<int>(ids[k]);
     if (r.topk_weights != nullptr) {
       const double score = k == lane ? raw : raw_score(p, logits[e], normalizer.shift);
-      r.topk_weights[t * p.top_k + k] = weight_of_score(p, normalizer, score);
+      r.topk_weights[t * p.top_k + k] = weight_of_score(p.scale, normalizer, score);
     }
     if (histogram != nullptr) atomicAdd(histogram + e, 1);
   }

@@ -50,7 +50,7 @@ template <class Id>
 __device__ Terms terms_of(const ScoringParams& p, const float* logits, const float* gradient,
                           const Id* ids, int lane) {
   Terms terms{0.0, 1.0, 0.0};
-  if (p.is_softmax) terms.shift = largest_logit(p, logits, ids, lane);
+  if (is_relative(p.score)) terms.shift = largest_logit(p, logits, ids, lane);
   double sum = 0.0, dot = 0.0;
   if (p.renormalizes) {
     for (int k = lane; k < p.top_k; k += 32) {
@@ -59,7 +59,7 @@ __device__ Terms terms_of(const ScoringParams& p, const float* logits, const flo
     for (int e = lane; e < p.num_experts; e += 32) {
       if (gradient[e] != 0.0f) dot += gradient[e] * raw_score(p, logits[e], terms.shift);
     }
-  } else if (p.is_softmax) {
+  } else if (is_relative(p.score)) {
     for (int e = lane; e < p.num_experts; e += 32) {
       const double raw = raw_score(p, logits[e], terms.shift);
       sum += raw;
@@ -68,7 +68,7 @@ __device__ Terms terms_of(const ScoringParams& p, const float* logits, const flo
   } else {
     return terms;
   }
-  terms.denominator = warp_sum(sum) + (p.is_softmax ? 0.0 : kSigmoidEpsilon);
+  terms.denominator = warp_sum(sum) + score_epsilon(p.score);
   terms.dot = warp_sum(dot) / terms.denominator;
   return terms;
 }
@@ -95,14 +95,14 @@ __device__ void backward_token(const BackwardParams& b, std::int64_t t, int lane
   __syncwarp();
 
   const Terms terms = terms_of(p, logits, gradient, ids, lane);
-  const bool all_in_denominator = !p.renormalizes && p.is_softmax;
+  const bool all_in_denominator = !p.renormalizes && is_relative(p.score);
   for (int e = lane; e < p.num_experts; e += 32) {
     const bool counts =
         all_in_denominator || (p.renormalizes && ((chosen[e / 32] >> (e % 32)) & 1u) != 0);
     const double difference = gradient[e] - (counts ? terms.dot : 0.0);
     double slope = 0.0;
     if (difference != 0.0) {  // saves the exponential, and 0 * inf far from the top-K
-      slope = p.is_softmax ? raw_score(p, logits[e], terms.shift) : sigmoid_slope(logits[e]);
+      slope = shifted_slope(p.score, logits[e], terms.shift);
     }
     gradient[e] = static_cast<float>(p.scale * (slope / terms.denominator) * difference);
   }
@@ -125,16 +125,16 @@ __device__ Slot slot_of(const BackwardParams& b, std::int64_t t, int lane) {
   const Id e = lane < p.top_k ? ids[lane] : Id{-1};
   const bool legal = e >= 0 && e < p.num_experts;
   const float logit = legal ? b.logits[t * p.num_experts + e] : -INFINITY;
-  const double shift = p.is_softmax ? warp_max(logit) : 0.0f;
+  const double shift = is_relative(p.score) ? warp_max(logit) : 0.0f;
   const double raw = legal ? raw_score(p, logit, shift) : 0.0;
-  const double denominator = warp_sum(raw) + (p.is_softmax ? 0.0 : kSigmoidEpsilon);
+  const double denominator = warp_sum(raw) + score_epsilon(p.score);
   return {legal ? static_cast<int>(e) : -1, logit, raw, shift, denominator};
 }
 
 // dl of an expert; `difference` is the parenthesis of the formulas.
 __device__ float logit_gradient(const ScoringParams& p, float logit, double raw, double denominator,
                                 double difference) {
-  const double slope = p.is_softmax ? raw : sigmoid_slope(logit);
+  const double slope = score_slope(p.score, logit, raw);
   return static_cast<float>(p.scale * (slope / denominator) * difference);
 }
 

@@ -1,29 +1,19 @@
-// Device counterparts of math/order.hpp and router/scoring.hpp: keys that order floats, raw
-// scores, and sums over a warp in a fixed order.
+// RouterOptions for a kernel, and sums over a warp in a fixed order. Keys and scores of one value
+// are the host's: math/order.hpp, math/scoring.hpp.
 #pragma once
 
 #include <cstdint>
 
 #include "math/order.hpp"
-#include "sonicmoe/router.hpp"
+#include "math/scoring.hpp"
 
 namespace sonicmoe::cuda::router {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
-inline constexpr double kSigmoidEpsilon = 1e-20;  // of router/scoring.cpp
 
 /// Key of an expert that cannot be selected: no value has it (math/order.hpp).
 inline constexpr std::uint32_t kExcluded = 0;
 
-__device__ inline double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
-
-/// d sigmoid / dx, without cancellation for large |x|.
-__device__ inline double sigmoid_slope(double x) {
-  const double z = exp(-fabs(x));
-  return z / ((1.0 + z) * (1.0 + z));
-}
-
-/// RouterOptions for a kernel.
 struct ScoringParams {
   const float* selection_bias;  // [E] or null
   int num_experts;
@@ -31,7 +21,8 @@ struct ScoringParams {
   int num_groups;
   int top_groups;
   float scale;
-  bool is_softmax;
+  ScoreFunction score;
+  bool biased;  // selects by score + bias, the best groups first; else by logit
   bool renormalizes;
 };
 
@@ -43,29 +34,19 @@ inline ScoringParams scoring_params(const RouterOptions& options, std::int64_t n
   p.num_groups = static_cast<int>(options.num_groups);
   p.top_groups = static_cast<int>(options.top_groups);
   p.scale = options.scale;
-  p.is_softmax = options.scoring != Scoring::kSigmoidTopK;
+  p.score = score_function(options.scoring);
+  p.biased = traits_of(options.scoring).biased;
   p.renormalizes = options.renormalizes();
   return p;
 }
 
-/// weight(t,e) = scale * raw / denominator, raw = exp(logit - shift) or sigmoid(logit).
-struct TokenNormalizer {
-  double shift;
-  double denominator;
-};
-
 __device__ inline double raw_score(const ScoringParams& p, float logit, double shift) {
-  return p.is_softmax ? exp(double{logit} - shift) : sigmoid(logit);
-}
-
-__device__ inline float weight_of_score(const ScoringParams& p, const TokenNormalizer& normalizer,
-                                        double raw) {
-  return static_cast<float>(double{p.scale} * raw / normalizer.denominator);
+  return raw_score(p.score, logit, shift);
 }
 
 __device__ inline float weight_of(const ScoringParams& p, const TokenNormalizer& normalizer,
                                   float logit) {
-  return weight_of_score(p, normalizer, raw_score(p, logit, normalizer.shift));
+  return weight_of_score(p.scale, normalizer, raw_score(p, logit, normalizer.shift));
 }
 
 // A butterfly: every lane ends with the same bits.
