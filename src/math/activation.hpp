@@ -32,8 +32,7 @@ inline constexpr float kTwoSqrt2OverPi = 1.595769122f;
 inline constexpr float kTanhCubic = 0.044715f;
 inline constexpr float kClampedSlope = 1.702f;
 
-// --------------------------------------------------------------------------- functions of one
-// value
+// ------------------------------------------------------------------------ functions of one value
 
 template <class Math>
 struct SiLU {

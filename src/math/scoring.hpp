@@ -92,8 +92,7 @@ SONICMOE_HD float weight_of_score(float scale, const TokenNormalizer& normalizer
   return static_cast<float>(double{scale} * raw / normalizer.denominator);
 }
 
-// --------------------------------------------------------------------------------- balancing
-// losses
+// ------------------------------------------------------------------------------ balancing losses
 
 /// The score whose quotients raw(e) / sum of raw are a token's shares p(e), given its largest
 /// logit. Where every raw would underflow it is exp to the last bit, and the softmax has those
