@@ -65,6 +65,17 @@ constexpr ScoreFunction score_function(Scoring scoring) {
   return ScoreFunction::kExponential;
 }
 
+static_assert(
+    [] {
+      for (const ScoringTraits& traits : kScorings) {
+        if (traits.biased && score_function(traits.value) == ScoreFunction::kExponential) {
+          return false;
+        }
+      }
+      return true;
+    }(),
+    "a bias is added to scores, and a relative score is one only after the sum over all experts");
+
 SONICMOE_HD double raw_score(ScoreFunction score, double logit, double shift) {
   return visit_score(score, [=](auto s) { return s.raw(logit, shift); });
 }

@@ -80,9 +80,9 @@ void check_logits(const char* operation, const RouterOptions& options,
   for (std::int64_t t = 0; t < logits.size(0); ++t) {
     const float* row = logits.as<float>() + t * E;
     const bool has_nan = std::any_of(row, row + E, [](float x) { return std::isnan(x); });
-    const bool has_softmax =
-        options.scoring == Scoring::kSigmoidTopK || std::isfinite(*std::max_element(row, row + E));
-    if (has_nan || !has_softmax) fail_unscorable(operation, logits.as<float>(), E, t);
+    const bool has_scores = !is_relative(score_function(options.scoring)) ||
+                            std::isfinite(*std::max_element(row, row + E));
+    if (has_nan || !has_scores) fail_unscorable(operation, logits.as<float>(), E, t);
   }
 }
 
