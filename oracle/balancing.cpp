@@ -16,12 +16,10 @@ double log_sum_exp(const Values& values) {
   return largest + std::log(sum);
 }
 
-// p(t, e) of one token [E]. Through logarithms, since every sigmoid of a token may underflow.
+// p(t, e) of one token [E]. Through logarithms, since every score of a token may underflow.
 Values shares(Scoring scoring, const Values& logits) {
   Values log_scores = logits;
-  if (scoring == Scoring::kSigmoidTopK) {
-    for (double& x : log_scores) x = std::min(x, 0.0) - std::log1p(std::exp(-std::abs(x)));
-  }
+  for (double& x : log_scores) x = score_of(scoring).log(x);
   return scores(Scoring::kSoftmaxTopK, log_scores);
 }
 
@@ -54,7 +52,7 @@ double load_balancing_loss(const Balance& balance, const Values& logits) {
   return loss;
 }
 
-// d p_e / dl_i = p_e l'_i ([e = i] - p_i), with l'_i = 1 (softmax) or 1 - sigmoid(l_i).
+// d p_e / dl_i = p_e l'_i ([e = i] - p_i), with l'_i = d ln score_i / dl_i.
 Values load_balancing_loss_gradient(const Balance& balance, const Values& logits) {
   const auto E = static_cast<std::int64_t>(balance.rows.size());
   const std::int64_t T = tokens_of(logits, E);
@@ -64,7 +62,7 @@ Values load_balancing_loss_gradient(const Balance& balance, const Values& logits
     const Values row = row_of(logits, E, t), p = shares(balance.scoring, row);
     const double mean = std::inner_product(p.begin(), p.end(), factor.begin(), 0.0);
     for (std::size_t i = 0; i < p.size(); ++i) {
-      const double slope = balance.scoring == Scoring::kSigmoidTopK ? sigmoid(-row[i]) : 1.0;
+      const double slope = score_of(balance.scoring).log_slope(row[i]);
       result.push_back(p[i] * slope * (factor[i] - mean));
     }
   }

@@ -8,7 +8,9 @@
 namespace sonicmoe::oracle {
 namespace {
 
-bool is_sigmoid(const RouterOptions& options) { return options.scoring == Scoring::kSigmoidTopK; }
+double sigmoid(double x) {
+  return x >= 0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x));
+}
 
 // Indices by descending value, equal ones by ascending index.
 template <class T>
@@ -43,21 +45,22 @@ struct Normalized {
 
 Normalized normalize(const RouterOptions& options, const Values& logits, const Ids& ids) {
   Normalized result;
-  const bool whole_softmax = !is_sigmoid(options) && !options.renormalizes();
+  const Score score = score_of(options.scoring);
+  const bool whole_softmax = score.relative && !options.renormalizes();
   result.in_z.assign(logits.size(), whole_softmax);
   if (options.renormalizes()) {
     for (const std::int64_t id : ids) result.in_z[at(id)] = true;
   }
-  double shift = -std::numeric_limits<double>::infinity();
+  double shift = score.relative ? -std::numeric_limits<double>::infinity() : 0.0;
   for (std::size_t e = 0; e < logits.size(); ++e) {
-    if (result.in_z[e]) shift = std::max(shift, logits[e]);
+    if (score.relative && result.in_z[e]) shift = std::max(shift, logits[e]);
   }
   double sum = 0.0;
   for (std::size_t e = 0; e < logits.size(); ++e) {
-    result.raw.push_back(is_sigmoid(options) ? sigmoid(logits[e]) : std::exp(logits[e] - shift));
+    result.raw.push_back(score.value(logits[e] - shift));
     if (result.in_z[e]) sum += result.raw[e];
   }
-  if (whole_softmax || options.renormalizes()) result.z = sum + (is_sigmoid(options) ? 1e-20 : 0.0);
+  if (whole_softmax || options.renormalizes()) result.z = sum + score.epsilon;
   return result;
 }
 
@@ -74,14 +77,25 @@ Result for_each_token(const Values& logits, std::int64_t num_experts, Function f
 
 }  // namespace
 
-double sigmoid(double x) {
-  return x >= 0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x));
+Score score_of(Scoring scoring) {
+  switch (scoring) {
+    case Scoring::kTopKSoftmax:
+    case Scoring::kSoftmaxTopK:
+      return {true, 0.0, [](double x) { return std::exp(x); }, [](double x) { return x; },
+              [](double) { return 1.0; }};
+    case Scoring::kSigmoidTopK:
+      return {false, 1e-20, sigmoid,
+              [](double x) { return std::min(x, 0.0) - std::log1p(std::exp(-std::abs(x))); },
+              [](double x) { return sigmoid(-x); }};
+  }
+  return {};
 }
 
 Values scores(Scoring scoring, const Values& logits) {
+  const Score score = score_of(scoring);
   Values result;
-  if (scoring == Scoring::kSigmoidTopK) {
-    for (const double logit : logits) result.push_back(sigmoid(logit));
+  if (!score.relative) {
+    for (const double logit : logits) result.push_back(score.value(logit));
     return result;
   }
   const double largest = *std::max_element(logits.begin(), logits.end());
@@ -103,7 +117,7 @@ std::vector<float> ranking_scores(const RouterOptions& options, const Values& lo
 Ids select(const RouterOptions& options, const Values& logits) {
   // A softmax increases with its logits, but its float32 values need not: ties would appear.
   Ids chosen = descending(logits);
-  if (is_sigmoid(options)) {
+  if (traits_of(options.scoring).biased) {
     const std::vector<float> ranking = ranking_scores(options, logits);
     const Ids groups = best_groups(options, ranking);
     const std::int64_t size = static_cast<std::int64_t>(logits.size()) / options.num_groups;
@@ -123,7 +137,7 @@ Values weights(const RouterOptions& options, const Values& logits, const Ids& id
   return result;
 }
 
-// With w_e = weight(e) and l'_i = d ln raw_i / dl_i (softmax: 1, sigmoid: 1 - sigmoid(l_i)):
+// With w_e = weight(e) and l'_i = d ln raw_i / dl_i:
 //   d w_e / dl_i = w_e l'_i ([e = i] - [i in Z] raw_i / Z),  so
 //   dLogits_i    = l'_i (g_i w_i - [i in Z] raw_i / Z * sum_e g_e w_e).
 Values weights_gradient(const RouterOptions& options, const Values& logits, const Ids& ids,
@@ -135,7 +149,7 @@ Values weights_gradient(const RouterOptions& options, const Values& logits, cons
   }
   const double sum = std::accumulate(terms.begin(), terms.end(), 0.0);
   for (std::size_t i = 0; i < logits.size(); ++i) {
-    const double slope = is_sigmoid(options) ? sigmoid(-logits[i]) : 1.0;
+    const double slope = score_of(options.scoring).log_slope(logits[i]);
     result.push_back(slope * (terms[i] - (n.in_z[i] ? n.raw[i] / n.z * sum : 0.0)));
   }
   return result;

@@ -14,9 +14,17 @@
 
 namespace sonicmoe::oracle {
 
-double sigmoid(double x);
+/// What a scoring makes of one logit.
+struct Score {
+  bool relative;   ///< divided by its sum, over the top-K or over all experts: a softmax
+  double epsilon;  ///< added to the sum over the top-K
+  double (*value)(double logit);
+  double (*log)(double logit);        ///< ln value, also where value underflows
+  double (*log_slope)(double logit);  ///< d ln value / d logit
+};
+Score score_of(Scoring scoring);
 
-/// score(t, e) of every expert [E]: softmax over E, or sigmoid.
+/// score(t, e) of every expert [E]: of a relative one, its share of the sum over E.
 Values scores(Scoring scoring, const Values& logits);
 
 /// The scores [E] by which token rounding ranks tokens, with the selection bias.

@@ -213,12 +213,16 @@ __device__ void load_keys(KeyRow<kSlots>& row, const ScoringParams& p, const flo
     });
     return;
   }
-  for_each_slot<kSlots>(slots, [&](int i) {
-    const int e = lane + 32 * i;
-    if (e >= p.num_experts) return;  // 0 = kExcluded
-    const float bias = p.selection_bias == nullptr ? 0.0f : p.selection_bias[e];
-    const double score = raw_score(p, __uint_as_float(row[i]), 0.0);
-    row[i] = ordered_key(static_cast<float>(score) + bias);
+  visit_score(p.score, [&]<class Score>(Score) {  // one branch for all of them
+    if constexpr (!Score::kIsRelative) {          // as every biased scoring's
+      for_each_slot<kSlots>(slots, [&](int i) {
+        const int e = lane + 32 * i;
+        if (e >= p.num_experts) return;  // 0 = kExcluded
+        const float bias = p.selection_bias == nullptr ? 0.0f : p.selection_bias[e];
+        const double score = Score::raw(__uint_as_float(row[i]), 0.0);
+        row[i] = ordered_key(static_cast<float>(score) + bias);
+      });
+    }
   });
 }
 
