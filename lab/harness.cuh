@@ -20,7 +20,7 @@
 
 // One second at any clock this chip runs: a wait that long is a hang.
 #define SONICMOE_WAIT_LIMIT 2000000000u
-#include "cuda/tile/pipeline.cuh"
+#include "cuda/hopper/tile/pipeline.cuh"
 
 namespace experiment {
 

@@ -5,11 +5,11 @@
 // peak needs 16 bytes/clk of A and 32 of B.
 #include <memory>
 
+#include "cuda/hopper/tile/swizzle.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/tma.cuh"
-#include "cuda/tile/swizzle.cuh"
 #include "harness.cuh"
 
 namespace {

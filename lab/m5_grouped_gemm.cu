@@ -5,8 +5,8 @@
 #include <numeric>
 
 #include "cublas.cuh"
-#include "cuda/epilogue/activation.cuh"
 #include "cuda/experts/gemms.hpp"
+#include "cuda/hopper/epilogue/activation.cuh"
 #include "power.cuh"
 
 using namespace experiment;

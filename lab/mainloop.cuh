@@ -10,6 +10,7 @@
 #pragma once
 
 #include "background.cuh"
+#include "cuda/hopper/tile/swizzle.cuh"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/math.cuh"
@@ -18,7 +19,6 @@
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
-#include "cuda/tile/swizzle.cuh"
 #include "harness.cuh"
 
 namespace experiment {
