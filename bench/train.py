@@ -107,7 +107,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=float, default=150, help="seconds for one system and mode")
     add("--deadline", type=float, default=570, help="seconds for all")
     add("--device", default="cuda", choices=("cuda", "cpu"))
-    add("--gpus", type=int, default=1, help="processes at a time, each on its own GPU")
+    add("--gpus", type=int, default=1, help="processes at a time, each on its own GPU; 0: on all")
     add("--no-kernels", action="store_true", help="do not profile the kernels")
     add("--output", type=Path)
     add("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -513,6 +513,7 @@ def header(arguments: argparse.Namespace) -> dict:
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench.train: torch sees no GPU here (--device cpu runs a tiny model)")
+    arguments.gpus = arguments.gpus or torch.cuda.device_count()
     record = new_record(arguments.device)
     record["versions"]["transformers"] = transformers.__version__
     return record
