@@ -69,70 +69,10 @@ const T& at(const std::vector<T>& v, std::int64_t i) {
   return v[static_cast<std::size_t>(i)];
 }
 
-struct FloatActivation {
-  float value, d_gate, d_up;
-};
-
-// The formulas in float, as a program of that precision would evaluate them.
-FloatActivation activate(const Inputs& in, const float* h) {
-  const float limit = in.options.limit;
-  const auto sigmoid = [](float v) { return 1.0f / (1.0f + std::exp(-v)); };
-  struct Scalar {
-    float value, slope;
-  };
-  const auto silu = [&](float g) -> Scalar {
-    const float s = sigmoid(g);
-    return {g * s, s * (1.0f + g * (1.0f - s))};
-  };
-  const auto gelu = [](float g) -> Scalar {
-    const float cdf = 0.5f * (1.0f + std::erf(g * 0.70710678f));
-    return {g * cdf, cdf + g * 0.39894228f * std::exp(-0.5f * g * g)};
-  };
-  const auto gelu_tanh = [](float g) -> Scalar {
-    const float t = std::tanh(0.79788456f * (g + 0.044715f * g * g * g));
-    const float inner = 0.79788456f * (1.0f + 0.134145f * g * g);
-    return {0.5f * g * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * g * (1.0f - t * t) * inner};
-  };
-  const auto relu = [](float g) -> Scalar { return {std::max(g, 0.0f), g > 0.0f ? 1.0f : 0.0f}; };
-  const auto gated = [&](Scalar f) {
-    return FloatActivation{f.value * h[1], f.slope * h[1], f.value};
-  };
-  const auto plain = [](Scalar f) { return FloatActivation{f.value, f.slope, 0.0f}; };
-  switch (in.options.activation) {
-    case Activation::kSwiGLU:
-      return gated(silu(h[0]));
-    case Activation::kGeGLU:
-      return gated(gelu(h[0]));
-    case Activation::kGeGLUTanh:
-      return gated(gelu_tanh(h[0]));
-    case Activation::kReGLU:
-      return gated(relu(h[0]));
-    case Activation::kSwiGLUClamped: {
-      const float g = std::min(h[0], limit), u = std::clamp(h[1], -limit, limit);
-      const float s = sigmoid(1.702f * g);
-      const float slope = s * (1.0f + 1.702f * g * (1.0f - s));
-      return {(u + 1.0f) * g * s, h[0] <= limit ? (u + 1.0f) * slope : 0.0f,
-              h[1] >= -limit && h[1] <= limit ? g * s : 0.0f};
-    }
-    case Activation::kSiLU:
-      return plain(silu(h[0]));
-    case Activation::kGELU:
-      return plain(gelu(h[0]));
-    case Activation::kGELUTanh:
-      return plain(gelu_tanh(h[0]));
-    case Activation::kReLU:
-      return plain(relu(h[0]));
-    case Activation::kReLUSquared:
-      return {std::max(h[0], 0.0f) * std::max(h[0], 0.0f), 2.0f * std::max(h[0], 0.0f), 0.0f};
-  }
-  return {};
-}
-
-FloatActivation activate_at(const Inputs& in, const std::vector<float>& h, std::int64_t row,
-                            std::int64_t j) {
-  const float pair[2] = {at(h, row * in.columns + in.gate(j)),
-                         in.gated() ? at(h, row * in.columns + in.up(j)) : 0.0f};
-  return activate(in, pair);
+oracle::ActivationOf<float> activate_at(const Inputs& in, const std::vector<float>& h,
+                                        std::int64_t row, std::int64_t j) {
+  const float up = in.gated() ? at(h, row * in.columns + in.up(j)) : 0.0f;
+  return oracle::activate_in_float(in.options, at(h, row * in.columns + in.gate(j)), up);
 }
 
 }  // namespace
@@ -192,7 +132,7 @@ oracle::BackwardResult naive_backward(const oracle::Problem& problem, const std:
         d_a += at(d_out, t * in.d + k) * at(in.w2, (e * in.d + k) * in.n + j);
       }
       d_a = stored(in.dtype, d_a);
-      const FloatActivation act = activate_at(in, h, r, j);
+      const auto act = activate_at(in, h, r, j);
       d_s += d_a * stored(in.dtype, act.value);
       at(d_h, in.gate(j)) = stored(in.dtype, s * d_a * act.d_gate);
       if (in.gated()) at(d_h, in.up(j)) = stored(in.dtype, s * d_a * act.d_up);
