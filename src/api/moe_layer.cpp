@@ -216,7 +216,7 @@ MoEShape checked_shape(const Check& check, const MoELayerOptions& options, const
   shape.intermediate_size = weights.w2.size(2);
   shape.activation = options.experts.activation;
   shape.deterministic = options.experts.deterministic;
-  shape.dtype = x.dtype();
+  shape.numerics = Numerics::of(x.dtype());
   check.that(shape.hidden_size > 0, "x", "hidden_size > 0", x.describe());
   check.that(shape.num_experts > 0, "w2", "at least one expert", weights.w2.describe());
   check_layer_options(check, options, shape.num_experts);
@@ -374,7 +374,7 @@ MoEShape moe_layer_shape(const MoELayerOptions& options, ConstTensorView x,
 WorkspacePlan moe_layer_forward_workspace(const Context& context, const MoELayerOptions& options,
                                           const MoEShape& shape, bool inference,
                                           std::optional<std::size_t> workspace_limit) {
-  return run_operation("moe_layer_forward_workspace", context, [&](const Check& check) {
+  return answer("moe_layer_forward_workspace", context, [&](const Check& check) {
     check_planned(check, options, shape);
     return forward_plan(check, choose_backend(context, check.operation()), context, options, shape,
                         inference, workspace_limit);
@@ -384,7 +384,7 @@ WorkspacePlan moe_layer_forward_workspace(const Context& context, const MoELayer
 WorkspacePlan moe_layer_backward_workspace(const Context& context, const MoELayerOptions& options,
                                            const MoEShape& shape,
                                            std::optional<std::size_t> workspace_limit) {
-  return run_operation("moe_layer_backward_workspace", context, [&](const Check& check) {
+  return answer("moe_layer_backward_workspace", context, [&](const Check& check) {
     check_planned(check, options, shape);
     return backward_plan(check, choose_backend(context, check.operation()), context, options, shape,
                          workspace_limit);

@@ -81,10 +81,10 @@ const Backend& choose_backend(const Context& context, std::string_view operation
   for (const auto& backend : backend_list()) {
     const std::string against = reason_against(*backend, context, wanted);
     if (against.empty()) {
-      if (log_dispatch_enabled()) {  // a description may ask the device: not on every call
-        log_dispatch(operation, std::string(backend->name()) + " (" + backend->description() + ")" +
-                                    (reasons.empty() ? "" : "; passed over: " + reasons));
-      }
+      log_choice({}, [&] {  // a description may ask the device: not on every call
+        return std::string(backend->name()) + " (" + backend->description() + ")" +
+               (reasons.empty() ? "" : "; passed over: " + reasons);
+      });
       return *backend;
     }
     reasons += (reasons.empty() ? "" : "; ") + std::string(backend->name()) + ": " + against;

@@ -115,8 +115,8 @@ class Backend {
 std::span<const std::unique_ptr<Backend>> backend_list();
 
 /// The backend for a call of `operation`: context.backend if named, else SONICMOE_BACKEND, else the
-/// first available one that serves the device. Logs the choice and the reasons under
-/// SONICMOE_LOG=dispatch. Throws Error when none fits, with each backend's reason.
+/// first available one that serves the device. Adds the choice and its reasons to the
+/// DispatchLine. Throws Error when none fits, with each backend's reason.
 const Backend& choose_backend(const Context& context, std::string_view operation);
 
 // Factories, one per backend folder. A backend left out of the build has none.

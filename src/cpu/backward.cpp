@@ -26,7 +26,7 @@ struct RowScratch {
   float* row_sums;  // [kRows] dS
 
   static RowScratch carve(const MoEShape& shape, WorkspaceCarver& carver) {
-    const std::int64_t depth = std::max(shape.hidden_size, shape.hidden_columns());
+    const std::int64_t depth = std::max(shape.hidden_size, shape.h_columns());
     constexpr std::int64_t kWidth = std::max(Tile<Compute>::kUnits, Tile<Compute>::kColumns);
     RowScratch s;
     s.rows = carver.take<Compute>(panel_size(Tile<Compute>::kRows, depth));
@@ -50,7 +50,7 @@ struct SumScratch {
     SumScratch s;
     s.router_weight = carver.take<float>(panel_size(shape.num_experts, kRouterColumns));
     s.columns = carver.take<float>(
-        static_cast<std::size_t>(std::max(shape.hidden_size, shape.hidden_columns())));
+        static_cast<std::size_t>(std::max(shape.hidden_size, shape.h_columns())));
     return s;
   }
 };
@@ -86,7 +86,7 @@ Buffers<Storage, Compute> carve(WorkspaceCarver& carver, int threads, const MoES
   const auto pairs = static_cast<std::size_t>(shape.num_pairs);
   b.blocks = carver.take<RowBlock>(
       static_cast<std::size_t>(max_row_blocks<Compute>(shape.num_pairs, shape.num_experts)));
-  b.dh = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.hidden_columns()));
+  b.dh = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.h_columns()));
   b.a = b.dx = carver.take<Storage>(
       pairs * static_cast<std::size_t>(std::max(shape.intermediate_size, slab)));
   b.sums = carver.take<float>(static_cast<std::size_t>(threads) * kTokenBlock *
@@ -314,7 +314,7 @@ class Backward {
 
 WorkspacePlan backward_plan(int threads, const MoEShape& shape, std::optional<std::size_t> limit) {
   WorkspacePlan plan;
-  visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
+  visit_types(shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
     plan = plan_slabs("moe_backward", shape.hidden_size, Tile<Compute>::kColumns, limit,
                       [&](std::int64_t slab) {
                         WorkspaceCarver carver;
@@ -328,7 +328,7 @@ WorkspacePlan backward_plan(int threads, const MoEShape& shape, std::optional<st
 void backward(int threads, const MoEShape& shape, const MoEBackwardArgs& args,
               const RouterShare* router) {
   const WorkspacePlan plan = backward_plan(threads, shape, args.workspace_limit);
-  visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
+  visit_types(shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
     Backward<Storage, Compute>(threads, shape, args, router, plan.slab_columns).run();
   });
 }

@@ -188,7 +188,7 @@ class Forward {
 WorkspacePlan forward_plan(int threads, const MoEShape& shape, bool inference,
                            std::optional<std::size_t> limit) {
   WorkspacePlan plan;
-  visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
+  visit_types(shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
     plan = plan_slabs("moe_forward", shape.hidden_size, Tile<Compute>::kColumns, limit,
                       [&](std::int64_t slab) {
                         WorkspaceCarver carver;
@@ -201,7 +201,7 @@ WorkspacePlan forward_plan(int threads, const MoEShape& shape, bool inference,
 
 void forward(int threads, const MoEShape& shape, const MoEForwardArgs& args) {
   const WorkspacePlan plan = forward_plan(threads, shape, !args.h.defined(), args.workspace_limit);
-  visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
+  visit_types(shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
     Forward<Storage, Compute>(threads, shape, args, plan.slab_columns).run();
   });
 }

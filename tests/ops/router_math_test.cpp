@@ -166,7 +166,7 @@ MoEShape shape_of(const ProductCase& c) {
   shape.num_tokens = c.num_tokens;
   shape.hidden_size = c.hidden_size;
   shape.num_experts = c.num_experts;
-  shape.dtype = c.x;
+  shape.numerics = Numerics::of(c.x);
   return shape;
 }
 

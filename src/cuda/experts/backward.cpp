@@ -29,7 +29,7 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab)
   Buffers b{};
   const std::int64_t parts = ceil_div(shape.intermediate_size, kLeastPartialColumns);
   b.tables = carve_row_tables(carver, shape);
-  b.grad_h = carver.take_bytes(elements(shape.num_pairs, shape.hidden_columns()) * kElementBytes);
+  b.grad_h = carver.take_bytes(elements(shape.num_pairs, shape.h_columns()) * kElementBytes);
   const std::int64_t stored = stores_rows(shape) ? slab : 0;
   b.scaled_a = carver.take_bytes(
       elements(shape.num_pairs, std::max(shape.intermediate_size, stored)) * kElementBytes);
@@ -134,7 +134,7 @@ void backward(const Context& context, const MoEShape& shape, const MoEBackwardAr
     router::layer_grad_logits(call.stream, m, args.x, plan.slab_columns, grad_x, b.terms, *router);
   }
   if (args.grad_b1.defined()) {
-    bias_gradient(call.stream, shape, m, {b.grad_h, shape.hidden_columns()}, false, nullptr,
+    bias_gradient(call.stream, shape, m, {b.grad_h, shape.h_columns()}, false, nullptr,
                   args.grad_b1, args.accumulate);
   }
   if (args.grad_b2.defined()) {

@@ -64,7 +64,7 @@ ExpertCall gemm_call(cudaStream_t stream, int device, std::int64_t num_tokens,
   call.shape.intermediate_size = terms.count * num_experts;
   call.shape.form = MoEShape::Form::kSorted;
   call.shape.activation = Activation::kReLU;
-  call.shape.dtype = DType::kBFloat16;
+  call.shape.numerics = Numerics::of(DType::kBFloat16);
   call.rows.tiles = terms.tiles;
   call.rows.num_tiles = terms.num_tiles;
   call.rows.experts = terms.slices;
