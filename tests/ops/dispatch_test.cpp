@@ -6,12 +6,12 @@
 #include <algorithm>
 
 #include "core/backend.hpp"
+#include "rig/environment.hpp"
+#include "rig/target.hpp"
+#include "rig/tensor.hpp"
 #include "sonicmoe/sonicmoe.hpp"
-#include "support/environment.hpp"
-#include "support/target.hpp"
-#include "support/tensor.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 using ::testing::HasSubstr;
@@ -128,4 +128,4 @@ TEST(Memory, KeptDoesNotGrowWithGranularityAtConstantNK) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig
