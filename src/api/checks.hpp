@@ -45,6 +45,12 @@ void check_numerics(const Check& check, const Numerics& numerics);
 /// One that operations take: countable, tokens and pairs up to kMostRows, widths below 2^31.
 void check_shape(const Check& check, const MoEShape& shape);
 
+/// A limit that the plan of a call found room under.
+void check_limit(const Check& check, const WorkspacePlan& plan, std::optional<std::size_t> limit);
+/// The scratch of a call under its plan.
+void check_workspace(const Check& check, const WorkspacePlan& plan, const TensorView& workspace,
+                     std::optional<std::size_t> limit);
+
 /// num_tokens, num_experts, top_k of a router.
 void check_router_sizes(const Check& check, std::int64_t num_tokens, std::int64_t num_experts,
                         std::int64_t top_k);

@@ -192,6 +192,22 @@ void check_countable(const Check& check, const MoEShape& s) {
                 {s.num_experts, s.h_columns(), s.hidden_size});
 }
 
+void check_limit(const Check& check, const WorkspacePlan& plan, std::optional<std::size_t> limit) {
+  if (!limit || plan.bytes <= *limit) return;
+  check.fail("workspace_limit", "at least " + std::to_string(plan.minimum_bytes) + " bytes",
+             std::to_string(*limit));
+}
+
+void check_workspace(const Check& check, const WorkspacePlan& plan, const TensorView& workspace,
+                     std::optional<std::size_t> limit) {
+  check_limit(check, plan, limit);
+  check.buffer("workspace", workspace, plan.bytes, WorkspaceCarver::kAlignment);
+  log_choice("workspace", [&] {
+    return std::to_string(plan.bytes) + " bytes, d in " + std::to_string(plan.num_slabs) +
+           (plan.num_slabs == 1 ? " slab" : " slabs");
+  });
+}
+
 void check_parameter_gradient(const Check& check, const char* name, const ConstTensorView& grad,
                               const ConstTensorView& parameter, bool accumulate) {
   if (!grad.defined()) return;
@@ -231,8 +247,10 @@ WorkspacePlan moe_forward_workspace(const Context& context, const MoEShape& shap
                                     std::optional<std::size_t> workspace_limit) {
   return answer("moe_forward_workspace", context, [&](const Check& check) {
     check_shape(check, shape);
-    return choose_backend(context, check.operation())
-        .moe_forward_workspace(context, shape, inference, workspace_limit);
+    const ExpertPlan plan = choose_backend(context, check.operation())
+                                .plan_moe_forward(context, shape, inference, workspace_limit);
+    check_limit(check, plan.workspace, workspace_limit);
+    return plan.workspace;
   });
 }
 
@@ -240,8 +258,10 @@ WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& sha
                                      std::optional<std::size_t> workspace_limit) {
   return answer("moe_backward_workspace", context, [&](const Check& check) {
     check_shape(check, shape);
-    return choose_backend(context, check.operation())
-        .moe_backward_workspace(context, shape, workspace_limit);
+    const ExpertPlan plan = choose_backend(context, check.operation())
+                                .plan_moe_backward(context, shape, workspace_limit);
+    check_limit(check, plan.workspace, workspace_limit);
+    return plan.workspace;
   });
 }
 
@@ -262,11 +282,11 @@ void moe_forward(const Context& context, const MoEForwardArgs& args) {
     const MoEShape shape = check_moe_forward(check, args);
     const Backend& backend = choose_backend(context, check.operation());
     backend.check_moe_forward(check, shape, args);
-    const WorkspacePlan plan =
-        backend.moe_forward_workspace(context, shape, !args.h.defined(), args.workspace_limit);
-    check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
+    const ExpertPlan plan =
+        backend.plan_moe_forward(context, shape, !args.h.defined(), args.workspace_limit);
+    check_workspace(check, plan.workspace, args.workspace, args.workspace_limit);
     check_memory(check, args);
-    backend.moe_forward(context, shape, args);
+    backend.moe_forward(context, plan, args);
   });
 }
 
@@ -285,10 +305,10 @@ void moe_backward(const Context& context, const MoEBackwardArgs& args) {
     const MoEShape shape = check_moe_backward(check, args);
     const Backend& backend = choose_backend(context, check.operation());
     backend.check_moe_backward(check, shape, args);
-    const WorkspacePlan plan = backend.moe_backward_workspace(context, shape, args.workspace_limit);
-    check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
+    const ExpertPlan plan = backend.plan_moe_backward(context, shape, args.workspace_limit);
+    check_workspace(check, plan.workspace, args.workspace, args.workspace_limit);
     check_memory(check, args);
-    backend.moe_backward(context, shape, args, nullptr);
+    backend.moe_backward(context, plan, args);
   });
 }
 

@@ -113,47 +113,54 @@ class ReferenceBackend final : public HostRouterBackend {
 
   // The oracle brings its own memory, so there is nothing a limit could bound: one slab, no bytes
   // beyond a token amount.
-  WorkspacePlan moe_forward_workspace(const Context&, const MoEShape& shape, bool,
-                                      std::optional<std::size_t> limit) const override {
-    return plan("moe_forward_workspace", shape, limit);
+  ExpertPlan plan_moe_forward(const Context&, const MoEShape& shape, bool,
+                              std::optional<std::size_t>) const override {
+    return fixed_plan(shape);
   }
-  WorkspacePlan moe_backward_workspace(const Context&, const MoEShape& shape,
-                                       std::optional<std::size_t> limit) const override {
-    return plan("moe_backward_workspace", shape, limit);
+  ExpertPlan plan_moe_backward(const Context&, const MoEShape& shape,
+                               std::optional<std::size_t>) const override {
+    return fixed_plan(shape);
   }
 
-  void moe_forward(const Context&, const MoEShape& shape,
+  void moe_forward(const Context&, const ExpertPlan& plan,
                    const MoEForwardArgs& args) const override {
-    check_offsets(args.routing, shape.num_pairs);
+    check_offsets(args.routing, plan.shape.num_pairs);
     // H is rounded as if stored in inference too: the same bits with and without it.
     const oracle::ForwardResult result = oracle::forward(
         {args.options, args.x, args.weights, args.routing}, oracle::Storage::kHidden);
     write(args.out, result.out);
     write(args.h, result.h);
-    if (args.metadata.defined()) write_metadata(args.metadata, shape, result.rows);
+    if (args.metadata.defined()) write_metadata(args.metadata, plan.shape, result.rows);
   }
 
-  void moe_backward(const Context&, const MoEShape& shape, const MoEBackwardArgs& args,
-                    RouterShare* router) const override {
-    const std::vector<oracle::Row> rows = read_metadata(args.metadata, shape);
-    oracle::BackwardResult result =
-        oracle::backward({args.options, args.x, args.weights, args.routing}, rows,
-                         oracle::to_double(args.h), args.grad_out);
-    write(args.grad_routing_weights, result.grad_routing_weights);
+  void moe_backward(const Context&, const ExpertPlan& plan,
+                    const MoEBackwardArgs& args) const override {
+    write_gradients(args, backward(plan, args));
+  }
+
+  void moe_layer_backward(const Context& context, const LayerPlan& plan,
+                          const MoELayerBackwardArgs& args) const override {
+    const LayerBackwardScratch scratch = layer_scratch(plan, args);
+    const MoEBackwardArgs experts = expert_args(args, scratch);
+    oracle::BackwardResult result = backward(plan.experts, experts);
+    write(experts.grad_routing_weights, result.grad_routing_weights);
     // The router may still refuse the ids: before anything is added to the caller's gradients.
-    if (router != nullptr) {
-      router->compute_grad_logits();
-      const std::vector<double> share =
-          oracle::router_grad_x(oracle::to_double(router->grad_logits), router->router_weight);
-      for (std::size_t i = 0; i < share.size(); ++i) result.grad_x[i] += share[i];
-    }
-    write(args.grad_x, result.grad_x);
-    write(args.grad_w1, result.grad_w1, args.accumulate);
-    write(args.grad_b1, result.grad_b1, args.accumulate);
-    write(args.grad_w2, result.grad_w2, args.accumulate);
-    write(args.grad_b2, result.grad_b2, args.accumulate);
+    layer_grad_logits(context, args, scratch);
+    const std::vector<double> from_router =
+        oracle::router_grad_x(oracle::to_double(scratch.grad_logits), args.router_weight);
+    for (std::size_t i = 0; i < from_router.size(); ++i) result.grad_x[i] += from_router[i];
+    write_gradients(experts, result);
+    router_logits_backward(context, args.x, scratch.grad_logits, args.grad_router_weight,
+                           args.grad_router_bias, args.accumulate, scratch.router);
   }
 
+  std::size_t router_logits_workspace_bytes(const Context&, const MoEShape&) const override {
+    return 0;
+  }
+  std::size_t router_logits_backward_workspace_bytes(const Context&,
+                                                     const MoEShape&) const override {
+    return 0;
+  }
   void router_logits(const Context&, ConstTensorView x, ConstTensorView weight,
                      ConstTensorView bias, TensorView logits, TensorView) const override {
     write(logits, oracle::router_logits(x, weight, bias));
@@ -166,19 +173,26 @@ class ReferenceBackend final : public HostRouterBackend {
     write(grad_weight, result.weight, accumulate);
     write(grad_bias, result.bias, accumulate);
   }
-  std::size_t router_logits_workspace_bytes(const Context&, const MoEShape&) const override {
-    return 0;
-  }
 
  private:
-  static WorkspacePlan plan(const char* operation, const MoEShape& shape,
-                            std::optional<std::size_t> limit) {
+  static ExpertPlan fixed_plan(const MoEShape& shape) {
     constexpr std::size_t kBytes = 64;
-    if (limit && *limit < kBytes) {
-      throw Error(operation, "workspace_limit", "at least " + std::to_string(kBytes) + " bytes",
-                  std::to_string(*limit));
-    }
-    return {kBytes, kBytes, shape.hidden_size, 1};
+    return {shape, {kBytes, kBytes, shape.hidden_size, 1}};
+  }
+
+  static oracle::BackwardResult backward(const ExpertPlan& plan, const MoEBackwardArgs& args) {
+    return oracle::backward({args.options, args.x, args.weights, args.routing},
+                            read_metadata(args.metadata, plan.shape), oracle::to_double(args.h),
+                            args.grad_out);
+  }
+
+  static void write_gradients(const MoEBackwardArgs& args, const oracle::BackwardResult& result) {
+    write(args.grad_routing_weights, result.grad_routing_weights);
+    write(args.grad_x, result.grad_x);
+    write(args.grad_w1, result.grad_w1, args.accumulate);
+    write(args.grad_b1, result.grad_b1, args.accumulate);
+    write(args.grad_w2, result.grad_w2, args.accumulate);
+    write(args.grad_b2, result.grad_b2, args.accumulate);
   }
 };
 
