@@ -45,7 +45,7 @@ class CpuBackend final : public HostRouterBackend {
     const LayerBackwardScratch scratch = layer_scratch(plan, args);
     const MoEBackwardArgs experts = expert_args(args, scratch);
     cpu::backward_rows(threads, plan.experts, experts);
-    layer_grad_logits(context, args, scratch);  // may still refuse the ids
+    host_grad_logits(context, args, scratch);  // may still refuse the ids
     const cpu::RouterGradX router{scratch.grad_logits, args.router_weight};
     cpu::backward_gradients(threads, plan.experts, experts, &router);
     router_logits_backward(context, args.x, scratch.grad_logits, args.grad_router_weight,

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "layer/parts.hpp"
-
 namespace sonicmoe {
 namespace {
 
@@ -62,6 +60,19 @@ void ComposedBackend::moe_layer_forward(const Context& context, const LayerPlan&
   MoEForwardArgs experts = expert_args(args);
   experts.workspace = scratch.experts;
   moe_forward(context, plan.experts, experts);
+}
+
+void ComposedBackend::host_grad_logits(const Context& context, const MoELayerBackwardArgs& args,
+                                       const LayerBackwardScratch& scratch) const {
+  if (args.options.rounding) {
+    round_tokens_backward(context, round_tokens_args(args, scratch));
+  } else {
+    route_backward(context, route_args(args, scratch));
+  }
+  if (!args.grad_logits.defined()) return;
+  auto* sum = scratch.grad_logits.as<float>();
+  const auto* added = args.grad_logits.as<float>();
+  for (std::int64_t i = 0; i < scratch.grad_logits.numel(); ++i) sum[i] += added[i];
 }
 
 }  // namespace sonicmoe

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/backend.hpp"
+#include "layer/parts.hpp"
 
 namespace sonicmoe {
 
@@ -34,6 +35,12 @@ class ComposedBackend : public Backend {
                                       ConstTensorView grad_logits, TensorView grad_weight,
                                       TensorView grad_bias, bool accumulate,
                                       TensorView workspace) const = 0;
+
+ protected:
+  /// For backward in host memory: scratch.grad_logits = the gradient of the logits through the
+  /// routing weights, from scratch.grad_routing_weights, plus args.grad_logits.
+  void host_grad_logits(const Context& context, const MoELayerBackwardArgs& args,
+                        const LayerBackwardScratch& scratch) const;
 };
 
 }  // namespace sonicmoe

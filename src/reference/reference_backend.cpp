@@ -145,7 +145,7 @@ class ReferenceBackend final : public HostRouterBackend {
     oracle::BackwardResult result = backward(plan.experts, experts);
     write(experts.grad_routing_weights, result.grad_routing_weights);
     // The router may still refuse the ids: before anything is added to the caller's gradients.
-    layer_grad_logits(context, args, scratch);
+    host_grad_logits(context, args, scratch);
     const std::vector<double> from_router =
         oracle::router_grad_x(oracle::to_double(scratch.grad_logits), args.router_weight);
     for (std::size_t i = 0; i < from_router.size(); ++i) result.grad_x[i] += from_router[i];

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "layer/composed_backend.hpp"
-#include "layer/parts.hpp"
 
 namespace sonicmoe {
 
@@ -33,12 +32,6 @@ class HostRouterBackend : public ComposedBackend {
                               ConstTensorView grad_loss, TensorView grad_logits) const override;
   void update_expert_bias(const Context& context, TensorView bias, ConstTensorView rows_per_expert,
                           float rate) const override;
-
- protected:
-  /// scratch.grad_logits = the gradient of the logits through the routing weights, from
-  /// scratch.grad_routing_weights, plus args.grad_logits.
-  void layer_grad_logits(const Context& context, const MoELayerBackwardArgs& args,
-                         const LayerBackwardScratch& scratch) const;
 };
 
 }  // namespace sonicmoe
