@@ -11,9 +11,11 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "core/check.hpp"
 #include "core/plan.hpp"
+#include "sonicmoe/backend.hpp"
 #include "sonicmoe/moe.hpp"
 #include "sonicmoe/moe_layer.hpp"
 #include "sonicmoe/router.hpp"
@@ -30,6 +32,8 @@ class Backend {
   /// What it runs on: "oneDNN 2.6.3, AVX2, 2 threads".
   virtual std::string description() const = 0;
   virtual bool serves(DeviceType type) const = 0;
+  /// The devices that it finds beside the CPU.
+  virtual std::vector<DeviceInfo> devices() const { return {}; }
 
   // Plans. `shape` is moe_shape() or moe_layer_shape() of the arguments.
   virtual ExpertPlan plan_moe_forward(const Context& context, const MoEShape& shape, bool inference,
@@ -95,10 +99,5 @@ std::span<const std::unique_ptr<Backend>> backend_list();
 /// first available one that serves the device. Adds the choice and its reasons to the
 /// DispatchLine. Throws Error when none fits, with each backend's reason.
 const Backend& choose_backend(const Context& context, std::string_view operation);
-
-// Factories, one per backend folder. A backend left out of the build has none.
-std::unique_ptr<Backend> make_cpu_backend();
-std::unique_ptr<Backend> make_cuda_backend();
-std::unique_ptr<Backend> make_reference_backend();
 
 }  // namespace sonicmoe

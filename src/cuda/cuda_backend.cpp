@@ -18,6 +18,7 @@ class CudaBackend final : public ComposedBackend {
   std::string unavailable_reason() const override { return cuda::unavailable_reason(); }
   std::string description() const override { return cuda::description() + ", bfloat16"; }
   bool serves(DeviceType type) const override { return type == DeviceType::kCuda; }
+  std::vector<DeviceInfo> devices() const override { return cuda::devices(); }
 
   ExpertPlan plan_moe_forward(const Context&, const MoEShape& shape, bool inference,
                               std::optional<std::size_t> limit) const override {
