@@ -208,8 +208,8 @@ void check_gradients(const Side& side, const ProductCase& c) {
     grad_weight.fill_constant(before);
     grad_bias.fill_constant(before);
   }
-  const GuardedBuffer workspace(side.target,
-                                backend.router_logits_backward_workspace_bytes(side.context, shape_of(c)));
+  const GuardedBuffer workspace(
+      side.target, backend.router_logits_backward_workspace_bytes(side.context, shape_of(c)));
   backend.router_logits_backward(side.context, x.view(), grad.view(), grad_weight.view(),
                                  grad_bias.view(), c.accumulate, workspace.view());
   const Values xs = x.values(), gs = grad.values();
