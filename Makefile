@@ -12,7 +12,7 @@ ARGS ?=
 
 # Spinning OpenMP threads starve the other processes of a small or busy machine.
 export OMP_WAIT_POLICY ?= passive
-export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)/examples
+export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)
 
 .PHONY: all setup build test test-cpp test-python train compare fuzz sanitize bench format \
         format-check install-test cuda clean
@@ -43,10 +43,10 @@ install-test: build
 	bash tests/install/install_test.sh
 
 train: build
-	$(PY) -m pretrain.train $(ARGS)
+	$(PY) -m trainer.train $(ARGS)
 
 compare: build
-	$(PY) -m pretrain.compare $(ARGS)
+	$(PY) -m trainer.compare $(ARGS)
 
 fuzz: build
 	"$(BUILD)/tests/sonicmoe_fuzz" --cases $(FUZZ_CASES)
@@ -61,8 +61,8 @@ sanitize: setup
 
 # Times the CPU; the GPU's pictures are drawn from the records in bench/results.
 bench: build
-	$(PY) bench/bench_cpu.py $(ARGS)
-	$(PY) bench/plot_gpu.py
+	$(PY) -m bench.cpu $(ARGS)
+	$(PY) -m bench.plots
 
 format: setup
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i

@@ -25,6 +25,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+if not __package__:  # run as a file, from anywhere
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 Reading = tuple[float, float, float]  # seconds (monotonic), watts, MHz
 SUITES = ["paper", "models", "coarse"]
 LEAST_SHARE = 0.01  # of the call, of a kernel that has a line of its own
@@ -84,7 +87,8 @@ def lasting_load(call: Callable[[], object], settle: float, seconds: float) -> t
     """Milliseconds of a call, and from when to when (monotonic) they were measured. Calls are issued
     without a pause, some milliseconds of them ahead of the GPU."""
     import torch
-    from gpu_common import warm_seconds
+
+    from bench.lib.timing import warm_seconds
 
     batch = max(1, round(0.01 / warm_seconds(call, 0.05)))
     marks: list[torch.cuda.Event] = []
@@ -108,10 +112,11 @@ def lasting_load(call: Callable[[], object], settle: float, seconds: float) -> t
 def measure(arguments: argparse.Namespace) -> int:
     """Of the package on the path: prints one JSON object per problem."""
     import torch
-    from bench_gpu import EagerLayer
-    from gpu_common import Pace, Problem, require_gpu, suite_entries
-    from gpu_profile import busy_by_name, busy_us, profiled_halves
-    from gpu_systems import systems_named
+
+    from bench.layer import EagerLayer
+    from bench.lib.profile import busy_by_name, busy_us, profiled_halves
+    from bench.lib.timing import Pace, Problem, require_gpu, suite_entries
+    from bench.systems import systems_named
 
     require_gpu()
     (system,) = systems_named([arguments.system])
@@ -143,7 +148,7 @@ def measure(arguments: argparse.Namespace) -> int:
 
 
 def known_problems() -> list[str]:
-    from gpu_common import suite_entries
+    from bench.lib.timing import suite_entries
 
     return [entry["name"] for entry in suite_entries(SUITES)]
 
@@ -209,7 +214,7 @@ def main() -> int:
     add = parser.add_argument
     add("builds", nargs="+", metavar="NAME=FOLDER")
     add("--problem", action="append", help="of bench/problems.json; default: 7B-n256")
-    add("--system", default="sonicmoe", help="of bench_gpu.py")
+    add("--system", default="sonicmoe", help="of bench/layer.py")
     add("--rounds", type=int, default=2)
     add("--settle", type=float, default=1.5, help="seconds of load before what is timed")
     add("--seconds", type=float, default=0.5, help="measured; of the profile at most twenty calls")

@@ -3,16 +3,16 @@
 #   scripts/gpu.sh build [name...]        compile the Hopper experiments into build-cuda/
 #   scripts/gpu.sh experiments [name...]  run them (building what is missing), each under a time limit
 #   scripts/gpu.sh test                   all tests that need the GPU: library, router, Python package
-#   scripts/gpu.sh bench [args...]        bench/bench_gpu.py: this library, torch grouped_mm, cuBLAS
-#   scripts/gpu.sh cases [args...]        bench/bench_gpu_cases.py: limits, skew, rounding, routing
+#   scripts/gpu.sh bench [args...]        bench/layer.py: this library, torch grouped_mm, cuBLAS
+#   scripts/gpu.sh cases [args...]        bench/cases.py: limits, skew, rounding, routing
 #   scripts/gpu.sh power [case]           energy of each product alone, beside cuBLAS (m5_grouped_gemm power)
-#   scripts/gpu.sh train DATA [args...]   bench/bench_train.py on DATA, all systems, over the GPUs there are
+#   scripts/gpu.sh train DATA [args...]   bench/train.py on DATA, all systems, over the GPUs there are
 # test, bench, cases and train use the binaries of `make build` (or of SONICMOE_BUILD, another build directory).
 # Output goes to $OUT if set, else build-cuda/out: one log per program and rows.jsonl, a JSON object
 # per measured row.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
-readonly experiments_dir=bench/experiments/hopper
+readonly experiments_dir=lab
 readonly build=build-cuda
 readonly out=${OUT:-$build/out}
 [ "${1:-}" = test ] && default_limit=300 || default_limit=60  # seconds per program
@@ -124,9 +124,9 @@ case "${1:-}" in
   experiments) shift; run_experiments "$@" ;;
   test) run_tests ;;
   bench|cases)
-    [ "$1" = cases ] && script=bench_gpu_cases.py || script=bench_gpu.py
+    [ "$1" = cases ] && script=bench.cases || script=bench.layer
     shift
-    python=$(find_python) && PYTHONPATH=bindings/torch "$python" "bench/$script" "$@"
+    python=$(find_python) && PYTHONPATH=bindings/torch "$python" -m "$script" "$@"
     ;;
   power)
     build_one m5_grouped_gemm || exit 1
@@ -134,11 +134,11 @@ case "${1:-}" in
     ;;
   train)
     python=$(find_python) || exit 1
-    data=${2:?which tokens? A .bin of pretrain.prepare: docs/guide/training.md}
+    data=${2:?which tokens? A .bin of trainer.prepare: docs/guide/training.md}
     shift 2
     mkdir -p "$out"
     gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-    "$python" bench/bench_train.py --data "$data" --gpus "$gpus" --loss-steps 200 --limit 200 --deadline 2600 \
+    PYTHONPATH=bindings/torch "$python" -m bench.train --data "$data" --gpus "$gpus" --loss-steps 200 --limit 200 --deadline 2600 \
       --output "$out/train.json" "$@" 2>&1 | tee "$out/train.log"
     ;;
   *) sed -n '2,12p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;

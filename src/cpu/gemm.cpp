@@ -1,5 +1,7 @@
 #include "cpu/gemm.hpp"
 
+#include <sys/mman.h>
+
 #include <dnnl.hpp>
 
 #if defined(_OPENMP)
@@ -9,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <mutex>
 #include <new>
 #include <vector>
 
@@ -66,10 +69,14 @@ const dnnl::engine& engine() {
 }
 
 // oneDNN writes machine code when it first needs a kernel, and ends the process where there is no
-// memory for it. So it is asked for first, more than any kernels take.
-void require_memory_for_code() {
-  constexpr std::size_t kBytes = std::size_t{32} << 20;  // never touched
-  ::operator delete(::operator new(kBytes));
+// memory for it. So it is asked for first, more than the code takes, and where oneDNN gets it from:
+// a heap may hold what the system has no more of.
+void require_memory_for_code(std::size_t megabytes) {
+  const std::size_t bytes = megabytes << 20;
+  void* const room =
+      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (room == MAP_FAILED) throw std::bad_alloc();
+  munmap(room, bytes);
 }
 
 void sgemm(std::int64_t m, std::int64_t n, std::int64_t k, Operand<float> a, Operand<float> b,
@@ -87,7 +94,7 @@ void sgemm(std::int64_t m, std::int64_t n, std::int64_t k, Operand<float> a, Ope
 // All the kernels of sgemm, by products small and not so small.
 bool make_sgemm_kernels() {
   const OneThread guard;
-  require_memory_for_code();
+  require_memory_for_code(32);
   for (const std::int64_t size : {2, 32, 96}) {
     const std::vector<float> ones(static_cast<std::size_t>(size * size), 1.0f);
     std::vector<float> product = ones;
@@ -137,7 +144,9 @@ class MatmulCache {
   const Entry& find(const Key& key) {
     const auto found = entries_.find(key);
     if (found != entries_.end()) return found->second;
-    require_memory_for_code();
+    static std::mutex one_at_a_time;  // so that none takes the memory that another has asked for
+    const std::lock_guard lock(one_at_a_time);
+    require_memory_for_code(8);
     const auto [m, n, k, lda, ldb, ldc, majors, add] = key;
     using Type = dnnl::memory::data_type;
     Entry entry{{},

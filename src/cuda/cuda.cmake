@@ -19,7 +19,7 @@ set_target_properties(sonicmoe PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_ARC
   CUDA_COMPILER_LAUNCHER "${CMAKE_CURRENT_SOURCE_DIR}/cuda/strict_nvcc.sh")
 target_compile_options(sonicmoe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
   -std=c++20 -gencode=arch=compute_90a,code=sm_90a -Xptxas=--warn-on-spills,--warning-as-error>)
-if(SONICMOE_CUDA_STRESS)  # tile/pipeline.cuh
+if(SONICMOE_CUDA_STRESS)  # hopper/tile/pipeline.cuh
   target_compile_definitions(sonicmoe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:SONICMOE_STRESS>)
 endif()
 target_include_directories(sonicmoe PRIVATE ${CUDAToolkit_INCLUDE_DIRS})

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "reference/oracle.hpp"
+#include "oracle/experts.hpp"
 #include "router/host_router.hpp"
 #include "sonicmoe/error.hpp"
 

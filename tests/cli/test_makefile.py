@@ -73,7 +73,7 @@ def test_setup_asks_the_environments_own_python(project):
 
 @pytest.mark.parametrize(
     ("target", "module"),
-    [("train", "pretrain.train"), ("compare", "pretrain.compare"), ("test-python", "pytest")],
+    [("train", "trainer.train"), ("compare", "trainer.compare"), ("test-python", "pytest")],
 )
 def test_commands_keep_the_folder_in_one_word(project, target, module):
     root = str(project.root)
@@ -83,7 +83,7 @@ def test_commands_keep_the_folder_in_one_word(project, target, module):
     assert f"-DPython3_EXECUTABLE={python}" in configure["argv"]
     last = calls[-1]
     assert last["argv"][:3] == [python, "-m", module]
-    assert last["PYTHONPATH"] == f"{root}/bindings/torch:{root}/examples"
+    assert last["PYTHONPATH"] == f"{root}/bindings/torch:{root}"
     if target == "test-python":
         assert last["SONICMOE_CLI"] == f"{root}/build/cli/sonicmoe"
 

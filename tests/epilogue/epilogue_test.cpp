@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/epilogue/glu.cuh"
+#include "cuda/hopper/epilogue/glu.cuh"
 
 namespace sonicmoe::cuda::hopper {
 namespace {

@@ -11,11 +11,11 @@
 #endif
 #include <unistd.h>
 
-#include "support/operations.hpp"
-#include "support/random.hpp"
-#include "support/trial.hpp"
+#include "rig/operations.hpp"
+#include "rig/random.hpp"
+#include "rig/trial.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 // Neighbouring numbers attack one call, which costs more to make than to attack.
@@ -91,4 +91,4 @@ int fuzz_arguments(std::uint64_t first, std::uint64_t count) {
   return failed == 0 && count > 0 ? 0 : 1;
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 /// Attacks `first` to `first + count`: operation, shape, argument and attack follow from the
 /// number. Returns the exit code.
 int fuzz_arguments(std::uint64_t first, std::uint64_t count);
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

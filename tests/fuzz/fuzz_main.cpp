@@ -14,10 +14,10 @@
 #include <vector>
 
 #include "fuzz/arguments.hpp"
-#include "support/compare.hpp"
-#include "support/random.hpp"
+#include "rig/compare.hpp"
+#include "rig/random.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 using Form = MoEShape::Form;
@@ -119,7 +119,7 @@ int fuzz(std::uint64_t first, std::uint64_t count, std::uint64_t seconds) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig
 
 int main(int argc, char** argv) {
   std::uint64_t cases = 1000, arguments = 0, seed = 1, seconds = 0;
@@ -128,8 +128,8 @@ int main(int argc, char** argv) {
     char* end = nullptr;
     const std::uint64_t value = i + 1 < argc ? std::strtoull(argv[i + 1], &end, 10) : 0;
     const bool is_number = i + 1 < argc && end != argv[i + 1] && *end == '\0';
-    if (is_number && flag == "--case") return sonicmoe::testing::fuzz(value, 1, 0);
-    if (is_number && flag == "--attack") return sonicmoe::testing::fuzz_arguments(value, 1);
+    if (is_number && flag == "--case") return sonicmoe::rig::fuzz(value, 1, 0);
+    if (is_number && flag == "--attack") return sonicmoe::rig::fuzz_arguments(value, 1);
     std::uint64_t* const option = flag == "--cases"       ? &cases
                                   : flag == "--arguments" ? &arguments
                                   : flag == "--seed"      ? &seed
@@ -143,6 +143,6 @@ int main(int argc, char** argv) {
     *option = value;
   }
   // Seeds of neighbouring runs do not overlap: case i of seed S is number S * 2^32 + i.
-  if (arguments > 0) return sonicmoe::testing::fuzz_arguments(seed << 32, arguments);
-  return sonicmoe::testing::fuzz(seed << 32, cases, seconds);
+  if (arguments > 0) return sonicmoe::rig::fuzz_arguments(seed << 32, arguments);
+  return sonicmoe::rig::fuzz(seed << 32, cases, seconds);
 }

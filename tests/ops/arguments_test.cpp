@@ -4,10 +4,10 @@
 
 #include <tuple>
 
-#include "support/operations.hpp"
-#include "support/trial.hpp"
+#include "rig/operations.hpp"
+#include "rig/trial.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 // ThreadSanitizer takes twenty times as long and looks for races, not for wrong arguments.
@@ -47,4 +47,4 @@ INSTANTIATE_TEST_SUITE_P(Backends, Arguments,
                          });
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

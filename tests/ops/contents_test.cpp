@@ -7,11 +7,11 @@
 #include <limits>
 #include <string>
 
-#include "support/operations.hpp"
-#include "support/random.hpp"
-#include "support/workbench.hpp"
+#include "rig/operations.hpp"
+#include "rig/random.hpp"
+#include "rig/workbench.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 // Values on a device are not read back to be checked: the host's backends only.
@@ -328,4 +328,4 @@ TEST_P(Contents, AnySeedAndAnyCounts) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -6,11 +6,11 @@
 #include <algorithm>
 
 #include "core/backend.hpp"
+#include "rig/environment.hpp"
+#include "rig/target.hpp"
 #include "sonicmoe/sonicmoe.hpp"
-#include "support/environment.hpp"
-#include "support/target.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 using ::testing::HasSubstr;
@@ -117,4 +117,4 @@ TEST(Memory, KeptDoesNotGrowWithGranularityAtConstantNK) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -7,10 +7,10 @@
 #include <cstdlib>
 #include <string>
 
-#include "support/compare.hpp"
-#include "support/moe_run.hpp"
+#include "rig/compare.hpp"
+#include "rig/moe_run.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 using Form = MoEShape::Form;
 
@@ -63,4 +63,4 @@ inline int repeats() {
   return text == nullptr ? 20 : std::atoi(text);
 }
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

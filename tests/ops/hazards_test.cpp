@@ -14,7 +14,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 INSTANTIATE_TEST_SUITE_P(Backends, Hazards, ::testing::ValuesIn(targets()),
@@ -281,4 +281,4 @@ TEST_P(Hazards, RepeatedCallsGiveTheSameBits) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -10,14 +10,14 @@
 #include <numeric>
 #include <vector>
 
-#include "reference/oracle.hpp"
+#include "oracle/experts.hpp"
+#include "rig/random.hpp"
+#include "rig/target.hpp"
+#include "rig/tensor.hpp"
 #include "sonicmoe/backend.hpp"
 #include "sonicmoe/moe.hpp"
-#include "support/random.hpp"
-#include "support/target.hpp"
-#include "support/tensor.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 constexpr std::size_t kPeriod = 4194301;  // a prime: no two rows start at the same place of it
@@ -368,4 +368,4 @@ TEST_P(Large, LastExpertsPast2To31Elements) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

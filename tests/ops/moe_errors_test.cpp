@@ -3,10 +3,10 @@
 
 #include <functional>
 
+#include "rig/moe_case.hpp"
 #include "sonicmoe/sonicmoe.hpp"
-#include "support/moe_case.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 std::string argument_of(const std::function<void()>& call) {
@@ -263,4 +263,4 @@ TEST(MoeDispatch, UnknownBackendIsAnError) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -7,11 +7,11 @@
 #include <cmath>
 #include <numeric>
 
-#include "support/compare.hpp"
-#include "support/naive.hpp"
-#include "support/random.hpp"
+#include "rig/compare.hpp"
+#include "rig/naive.hpp"
+#include "rig/random.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 struct LayerCase {
@@ -563,4 +563,4 @@ TEST_P(MoELayerTest, LimitAndRepetitionChangeNoBit) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

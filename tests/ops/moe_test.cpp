@@ -5,11 +5,11 @@
 #include <limits>
 
 #include "core/metadata.hpp"
+#include "rig/compare.hpp"
+#include "rig/moe_run.hpp"
 #include "sonicmoe/error.hpp"
-#include "support/compare.hpp"
-#include "support/moe_run.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 using Form = MoEShape::Form;
@@ -402,4 +402,4 @@ TEST_P(Moe, MetadataIsTheHosts) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

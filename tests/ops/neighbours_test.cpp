@@ -2,10 +2,10 @@
 // where they share no byte, with the results of tensors that lie apart.
 #include <gtest/gtest.h>
 
-#include "support/moe_run.hpp"
-#include "support/operations.hpp"
+#include "rig/moe_run.hpp"
+#include "rig/operations.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 class Neighbours : public ::testing::TestWithParam<Target> {
@@ -119,4 +119,4 @@ TEST_P(Neighbours, GradientsAsBlocksOfOneBuffer) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -14,9 +14,9 @@
 #include <thread>
 
 #include "core/parallel.hpp"
+#include "rig/moe_case.hpp"
+#include "rig/operations.hpp"
 #include "sonicmoe/sonicmoe.hpp"
-#include "support/moe_case.hpp"
-#include "support/operations.hpp"
 
 namespace {
 
@@ -58,7 +58,7 @@ void operator delete(void* data, std::size_t, std::align_val_t) noexcept { std::
 void operator delete(void* data, const std::nothrow_t&) noexcept { std::free(data); }
 void operator delete[](void* data, const std::nothrow_t&) noexcept { std::free(data); }
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -267,4 +267,4 @@ TEST(ParallelFor, EveryTaskRunsOnceWithoutThreads) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

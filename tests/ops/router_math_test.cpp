@@ -4,7 +4,7 @@
 
 #include "ops/router_sides.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 class RouterMath : public ::testing::TestWithParam<Target> {};
@@ -265,4 +265,4 @@ TEST_P(RouterMath, GradientsOfNoTokensAreZero) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

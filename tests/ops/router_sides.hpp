@@ -11,12 +11,12 @@
 #include <vector>
 
 #include "core/backend.hpp"
+#include "rig/random.hpp"
+#include "rig/target.hpp"
+#include "rig/tensor.hpp"
 #include "sonicmoe/sonicmoe.hpp"
-#include "support/random.hpp"
-#include "support/target.hpp"
-#include "support/tensor.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 using Values = std::vector<double>;
 
@@ -89,4 +89,4 @@ inline Values make_logits(std::int64_t num_tokens, std::int64_t num_experts, dou
 
 inline constexpr double kOneRounding = 1.5e-7;  // relative to the largest: two float32 roundings
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -6,7 +6,7 @@
 
 #include "ops/router_sides.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 class RouterOps : public ::testing::TestWithParam<Target> {};
@@ -413,4 +413,4 @@ TEST_P(RouterOps, RoundTokensAgreesWithTheHost) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

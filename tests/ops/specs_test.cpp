@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "ops/hazards.hpp"
-#include "support/environment.hpp"
-#include "support/random.hpp"
+#include "rig/environment.hpp"
+#include "rig/random.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 class Specs : public Hazards {};
@@ -262,4 +262,4 @@ TEST_P(Specs, DelaysInEveryRoleChangeNoBit) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

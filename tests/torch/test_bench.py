@@ -10,18 +10,11 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY / "bench"))
+sys.path.insert(0, str(REPOSITORY))
 
-import bench_gpu
-import bench_gpu_cases as cases
-import compare_builds
-import gpu_common
-import gpu_compile
-import gpu_profile
-import gpu_summary
-import gpu_systems
-import routings
-from gpu_profile import Halves, Span
+from bench import cases, compare_builds, layer, systems
+from bench.lib import compilation, profile, routings, summary, timing
+from bench.lib.profile import Halves, Span
 
 T, E, K = 2048, 64, 6
 
@@ -150,25 +143,25 @@ def spans(*items: tuple[str, float, float]) -> list[Span]:
 
 
 def test_marks_split_a_profile_into_forward_and_backward_of_each_call():
-    profile = spans(
+    recorded = spans(
         ("before", 0, 1),
         (MARK, 1, 2), ("up", 2, 5), ("down", 5, 6),
         (MARK, 6, 7), ("dH", 7, 9),
         (MARK, 9, 10), ("up", 10, 12),
         (MARK, 12, 13), ("dH", 13, 17), ("dW", 17, 18),
     )  # fmt: skip
-    first, second = gpu_profile.halves_of(profile, 2)
-    assert first == Halves(profile[2:4], profile[5:6])
-    assert second == Halves(profile[7:8], profile[9:])
+    first, second = profile.halves_of(recorded, 2)
+    assert first == Halves(recorded[2:4], recorded[5:6])
+    assert second == Halves(recorded[7:8], recorded[9:])
     with pytest.raises(RuntimeError, match="3 calls: 4 marks, not 6"):
-        gpu_profile.halves_of(profile, 3)
+        profile.halves_of(recorded, 3)
 
 
 def test_busy_time_is_the_union_of_intervals():
     """b begins within a, c lies within b, d comes after a pause: 10 + 5 + 0 + 2."""
     overlapping = spans(("a", 0, 10), ("b", 4, 15), ("c", 6, 8), ("d", 20, 22))
-    assert gpu_profile.busy_by_name(overlapping) == {"a": 10, "b": 5, "c": 0, "d": 2}
-    assert gpu_profile.busy_ms(overlapping) == pytest.approx(0.017)
+    assert profile.busy_by_name(overlapping) == {"a": 10, "b": 5, "c": 0, "d": 2}
+    assert profile.busy_ms(overlapping) == pytest.approx(0.017)
 
 
 def test_busy_figures_are_of_the_median_call():
@@ -177,7 +170,7 @@ def test_busy_figures_are_of_the_median_call():
         Halves(spans(("f", 0, 1000 * forward)), spans(("b", 0, 1000 * backward)))
         for forward, backward in ((1, 4), (9, 3), (2, 50))
     ]
-    assert gpu_profile.busy_figures(calls) == {"busy_fwd_ms": 2, "busy_bwd_ms": 4}
+    assert profile.busy_figures(calls) == {"busy_fwd_ms": 2, "busy_bwd_ms": 4}
 
 
 def test_a_profile_counts_its_last_calls_only(monkeypatch):
@@ -190,11 +183,11 @@ def test_a_profile_counts_its_last_calls_only(monkeypatch):
         run()
         return log
 
-    monkeypatch.setattr(gpu_profile, "mark", lambda: launch(MARK))
-    monkeypatch.setattr(gpu_profile, "device_spans", device_spans)
-    monkeypatch.setattr(gpu_profile, "rest", lambda pace: launch("rest"))
-    pace = gpu_common.Pace(seconds=0.08, settle=0.1, rest=0.5)
-    calls = gpu_profile.profiled_halves(lambda: launch("f"), lambda y: launch("b"), 20.0, pace)
+    monkeypatch.setattr(profile, "mark", lambda: launch(MARK))
+    monkeypatch.setattr(profile, "device_spans", device_spans)
+    monkeypatch.setattr(profile, "rest", lambda pace: launch("rest"))
+    pace = timing.Pace(seconds=0.08, settle=0.1, rest=0.5)
+    calls = profile.profiled_halves(lambda: launch("f"), lambda y: launch("b"), 20.0, pace)
     assert log.pop(0).name == "rest"
     assert len(log) == 4 * (5 + 4) and len(calls) == 4
     assert all((f.name, b.name) == ("f", "b") for (f,), (b,) in calls)
@@ -203,7 +196,7 @@ def test_a_profile_counts_its_last_calls_only(monkeypatch):
 
 def test_kernel_table():
     calls = [spans(("a", 0, 3), ("b", 3, 8), ("a", 8, 9)), spans(("b", 0, 7), ("a", 7, 8))]
-    assert gpu_profile.kernel_table(calls) == [(6.0, 1.0, "b"), (2.5, 1.5, "a")]
+    assert profile.kernel_table(calls) == [(6.0, 1.0, "b"), (2.5, 1.5, "a")]
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -227,17 +220,17 @@ def test_forward_and_backward_are_timed_apart(monkeypatch):
         def elapsed_time(self, later):
             return later.at - self.at
 
-    monkeypatch.setattr(gpu_common.torch.cuda, "Event", Event)
-    monkeypatch.setattr(gpu_common.torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(gpu_common, "warm_seconds", lambda call, seconds: 0.01)
-    monkeypatch.setattr(gpu_common.time, "sleep", lambda seconds: log.append(seconds))
-    pace = gpu_common.Pace(seconds=0.1, settle=0.03, rest=0.5)
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "warm_seconds", lambda call, seconds: 0.01)
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: log.append(seconds))
+    pace = timing.Pace(seconds=0.1, settle=0.03, rest=0.5)
 
     def backward(result):
         assert result == "f"
         work("b", 50.0 if len(log) == 20 else 5.0)  # one outlier
 
-    assert gpu_common.halves_ms(lambda: work("f", 2.0), backward, pace) == (2.0, 5.0)
+    assert timing.halves_ms(lambda: work("f", 2.0), backward, pace) == (2.0, 5.0)
     assert log == [0.5] + ["f", "b"] * (3 + 10)
 
 
@@ -247,13 +240,13 @@ def test_medians_of_runs():
         {"fwd_ms": 1.0, "bwd_ms": 9.0},
         {"fwd_ms": 2.0, "bwd_ms": 4.0},
     ]
-    assert bench_gpu.median_of_runs(runs) == {
+    assert layer.median_of_runs(runs) == {
         "fwd_ms": 2.0,
         "bwd_ms": 5.0,
         "spread": {"fwd_ms": [1.0, 3.0], "bwd_ms": [4.0, 9.0]},
     }
-    assert bench_gpu.median_of_runs(runs[:1]) == runs[0]
-    assert bench_gpu.median_of_runs([]) == {}
+    assert layer.median_of_runs(runs[:1]) == runs[0]
+    assert layer.median_of_runs([]) == {}
 
 
 class FakeSystem:
@@ -270,12 +263,12 @@ def test_systems_take_turns_and_one_that_fails_stops(monkeypatch):
             raise torch.cuda.OutOfMemoryError
         return {"fwd_ms": float(len(turns)), "bwd_ms": 8.0}
 
-    monkeypatch.setattr(bench_gpu, "one_routing", lambda p: None)
-    monkeypatch.setattr(bench_gpu, "figures_once", lambda *_: {"first_call_s": 0.123456})
-    monkeypatch.setattr(bench_gpu, "figures_of_run", figures_of_run)
-    p = bench_gpu.Problem("tiny", (4, 8, 8, 2, 1), "cpu")
-    arguments = bench_gpu.parse_arguments(["--runs", "3", "--no-check"])
-    rows = bench_gpu.bench_problem(p, [FakeSystem("small"), FakeSystem("big")], arguments)
+    monkeypatch.setattr(layer, "one_routing", lambda p: None)
+    monkeypatch.setattr(layer, "figures_once", lambda *_: {"first_call_s": 0.123456})
+    monkeypatch.setattr(layer, "figures_of_run", figures_of_run)
+    p = layer.Problem("tiny", (4, 8, 8, 2, 1), "cpu")
+    arguments = layer.parse_arguments(["--runs", "3", "--no-check"])
+    rows = layer.bench_problem(p, [FakeSystem("small"), FakeSystem("big")], arguments)
     assert turns == ["small", "big"] * 2 + ["small"]
     small, big = rows
     assert small["fwd_ms"] == 3.0 and small["spread"]["fwd_ms"] == [1.0, 5.0]
@@ -284,16 +277,16 @@ def test_systems_take_turns_and_one_that_fails_stops(monkeypatch):
 
 
 def test_a_system_of_unknown_options_is_left_out(monkeypatch, capsys):
-    unknown = gpu_systems.SonicMoE("new", no_such_option=1)
-    monkeypatch.setitem(gpu_systems.SYSTEMS, "new", lambda: unknown)
-    systems = gpu_systems.systems_named(["sonicmoe", "new"])
-    assert [system.name for system in systems] == ["sonicmoe"]
+    unknown = systems.SonicMoE("new", no_such_option=1)
+    monkeypatch.setitem(systems.SYSTEMS, "new", lambda: unknown)
+    found = systems.systems_named(["sonicmoe", "new"])
+    assert [system.name for system in found] == ["sonicmoe"]
     assert "new: skipped, sonicmoe_cpp does not know no_such_option" in capsys.readouterr().out
 
 
 def test_the_official_layer_is_left_out_where_it_is_not_installed(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_systems.importlib.util, "find_spec", lambda name: None)
-    assert gpu_systems.systems_named(["sonic-moe"]) == []
+    monkeypatch.setattr(systems.importlib.util, "find_spec", lambda name: None)
+    assert systems.systems_named(["sonic-moe"]) == []
     assert "sonic-moe: skipped, the package" in capsys.readouterr().out
 
 
@@ -301,7 +294,7 @@ def test_the_official_layer_is_left_out_where_it_is_not_installed(monkeypatch, c
 
 
 def test_compilations_start_as_memory_allows():
-    start = gpu_compile.next_to_start
+    start = compilation.next_to_start
     assert start([70, 20, 8], [], workers=6, memory=75) == 0
     assert start([20, 8, 4], [70], workers=6, memory=75) == 2
     assert start([20, 8], [70], workers=6, memory=75) is None
@@ -313,17 +306,17 @@ def test_compilations_start_as_memory_allows():
 def test_a_compilation_may_need_more_than_the_tensors_it_holds():
     tokens, d, n, experts, top_k = shape = (32768, 4096, 256, 256, 16)
     held = 2 * (2 * 3 * experts * n * d + 2 * tokens * top_k * (d + n))
-    assert held < gpu_compile.needed_bytes(shape) < 4 * held
+    assert held < compilation.needed_bytes(shape) < 4 * held
 
 
 def test_compilations_end_each_in_its_own_way():
     endings = {"a": "pass", "b": "raise SystemExit(3)", "c": "import time; time.sleep(60)"}
     entries = [{"name": name, "shape": [64, 8, 8, 2, 1]} for name in endings]
-    outcomes = gpu_compile.compile_all(
+    outcomes = compilation.compile_all(
         entries,
         workers=2,
         limit=1.5,
-        memory=8 * gpu_compile.GIB,
+        memory=8 * compilation.GIB,
         command=lambda entry: [sys.executable, "-S", "-c", endings[entry["name"]]],
     )
     assert outcomes == {"a": "done", "b": "failed (exit 3)", "c": "stopped after 2 s"}
@@ -336,11 +329,11 @@ def test_ratios_by_hand():
     """Ours takes 2 + 4, cuBLAS here 1 + 2; the peer 3 + 3 where cuBLAS takes 2 + 1 (times of
     speeds 1/f, 2/b): forward (3/2) / 2, backward (3/1) / 2, both (6/3) / 2."""
     ours, cublas, peer, peer_cublas = (1 / 2, 2 / 4), (1, 1), (1 / 3, 2 / 3), (1 / 2, 2)
-    ratios = gpu_summary.scaled_ratios(ours, cublas, peer, peer_cublas)
+    ratios = summary.scaled_ratios(ours, cublas, peer, peer_cublas)
     assert ratios == pytest.approx([0.75, 1.5, 1.0])
-    assert gpu_summary.best_speed({"wall": [100, 700], "busy": [400, 400]}) == (400, 400)
+    assert summary.best_speed({"wall": [100, 700], "busy": [400, 400]}) == (400, 400)
     measured = layer_row("a", "sonic-moe", 9.0, 9.0, busy_fwd_ms=0.5, busy_bwd_ms=4.0)
-    assert gpu_summary.best_speed(measured) == pytest.approx((2, 0.5))
+    assert summary.best_speed(measured) == pytest.approx((2, 0.5))
 
 
 def layer_row(shape: str, system: str, fwd_ms: float, bwd_ms: float, **more) -> dict:
@@ -370,7 +363,7 @@ def test_summary_has_the_ratios_and_their_geometric_mean():
         {"shape": "c", "system": "sonicmoe", "out_of_memory": True},
         layer_row("a", "torch-grouped_mm", 9, 9),
     ]
-    summed = gpu_summary.summary(rows, ANCHORS, ["a", "b", "c", "d"])
+    summed = summary.summary(rows, ANCHORS, ["a", "b", "c", "d"])
     assert set(summed["shapes"]) == {"a", "b"} and set(summed["shapes"]["a"]) == {"sonicmoe"}
     assert summed["shapes"]["a"]["sonicmoe"]["busy"] == pytest.approx([2, 2, 2])
     assert summed["shapes"]["b"]["sonicmoe"]["wall"] == pytest.approx([0.625] * 3)
@@ -378,7 +371,7 @@ def test_summary_has_the_ratios_and_their_geometric_mean():
     assert set(mean) == {"busy", "wall"} and mean["busy"]["shapes"] == mean["wall"]["shapes"] == 2
     assert mean["busy"]["ratios"] == pytest.approx([2**0.5] * 3)
     assert mean["wall"]["ratios"] == pytest.approx([(1.25 * 0.625) ** 0.5] * 3)
-    text = gpu_summary.describe(bench_gpu.rounded(summed))
+    text = summary.describe(layer.rounded(summed))
     assert re.search(r"^b +sonicmoe +busy 1\.000  1\.000  1\.000  wall 0\.625", text, re.M)
     assert re.search(r"^mean of 2 +sonicmoe +busy 1\.414", text, re.M)
 
@@ -391,7 +384,7 @@ def test_a_peer_of_the_same_run_counts_before_the_anchors():
         layer_row("a", "sonic-moe", 30, 90, busy_fwd_ms=3, busy_bwd_ms=9),
         {"shape": "b", "system": "sonic-moe", "out_of_memory": True},
     ]
-    table = gpu_summary.ratios_by_shape(rows, ANCHORS)
+    table = summary.ratios_by_shape(rows, ANCHORS)
     assert table["a"]["sonicmoe"]["wall"] == pytest.approx([1.5, 2.25, 2])
     assert table["b"]["sonicmoe"]["wall"] == pytest.approx([1, 1, 1])
 
@@ -404,12 +397,12 @@ def test_graphs_stand_beside_graphs():
         layer_row("a", "sonic-moe", 8, 8, graph_fwd_ms=3, graph_bwd_ms=9),
         layer_row("b", "sonic-moe", 8, 8),
     ]
-    summed = gpu_summary.summary(rows, ANCHORS, ["a", "b"])
+    summed = summary.summary(rows, ANCHORS, ["a", "b"])
     assert summed["shapes"]["a"]["sonicmoe"]["graph"] == pytest.approx([1.5, 2.25, 2])
     assert set(summed["shapes"]["b"]["sonicmoe"]) == {"wall"}
     mean = summed["geometric_means"]["sonicmoe"]
     assert (mean["wall"]["shapes"], mean["graph"]["shapes"]) == (2, 1)
-    text = gpu_summary.describe(summed)
+    text = summary.describe(summed)
     assert re.search(r"^mean of 1 +sonicmoe +graph 1\.500  2\.250  2\.000$", text, re.M)
 
 
@@ -424,24 +417,24 @@ def test_a_problem_is_found_by_its_name_alone():
 def test_anchors_name_shapes_of_the_problems_and_hold_pairs():
     problems = json.loads((REPOSITORY / "bench" / "problems.json").read_text())["suites"]
     names = {entry["name"] for suite in problems.values() for entry in suite["problems"]}
-    rows = gpu_summary.load_anchors()["rows"]
+    rows = summary.load_anchors()["rows"]
     assert len({(row["shape"], row["system"]) for row in rows}) == len(rows)
     for row in rows:
         assert row["shape"] in names
-        assert all(100 < speed < 800 for speed in gpu_summary.best_speed(row))
+        assert all(100 < speed < 800 for speed in summary.best_speed(row))
 
 
 def test_plots_take_the_newest_record_and_the_better_of_wall_and_busy():
     pytest.importorskip("matplotlib")
-    import plot_gpu
+    from bench import plots
 
     row = {"T": 1000, "d": 10, "n": 10, "E": 4, "K": 1, "fwd_ms": 1.0, "bwd_ms": 4.0}
     old, new = (
         {"date": date, "rows": [row | {"shape": "a", "system": "sonicmoe"}]} for date in "12"
     )
     undated = {"rows": [{}]}
-    assert plot_gpu.newest([new, undated, old], "system", "sonicmoe") is new
-    assert plot_gpu.newest([new, undated], "case", "limit") is None
+    assert plots.newest([new, undated, old], "system", "sonicmoe") is new
+    assert plots.newest([new, undated], "case", "limit") is None
     anchors = {
         "rows": [
             {"shape": "a", "system": "peer", "wall": [100, 700], "busy": [400, 400]},
@@ -449,33 +442,33 @@ def test_plots_take_the_newest_record_and_the_better_of_wall_and_busy():
             {"shape": "b", "system": "peer", "wall": [1, 1]},
         ]
     }
-    assert plot_gpu.speeds(new, anchors) == {
+    assert plots.speeds(new, anchors) == {
         "a": {"sonicmoe": pytest.approx((6e-4, 3e-4)), "peer": (400, 400)}
     }
     replayed = {"shape": "a", "system": "sonic-moe", "graph_fwd_ms": 2.0, "graph_bwd_ms": 2.0}
     graphs = {"rows": [row | replayed, row | replayed | {"shape": "c"}]}
-    drawn = plot_gpu.speeds(new, anchors, graphs)
+    drawn = plots.speeds(new, anchors, graphs)
     assert set(drawn) == {"a"} and drawn["a"]["sonic-moe"] == pytest.approx((3e-4, 6e-4))
 
 
 def test_the_picture_shows_every_system(tmp_path):
     pytest.importorskip("matplotlib")
-    import plot_gpu
+    from bench import plots
 
-    anchors = gpu_summary.load_anchors()
+    anchors = summary.load_anchors()
     shapes = ("7B-n256", "gpt-oss-20b")  # the latter is in no other record
     record = {
         "device": "a GPU",
         "date": "2026-11-25",
         "versions": {"torch": "2"},
         "rows": [
-            layer_row(shape, name, 2e-3, 4e-3) for shape in shapes for name in gpu_systems.SYSTEMS
+            layer_row(shape, name, 2e-3, 4e-3) for shape in shapes for name in systems.SYSTEMS
         ],
     }
-    drawn = {s for systems in plot_gpu.speeds(record, anchors).values() for s in systems}
-    assert drawn == set(plot_gpu.BARS) | set(plot_gpu.LINES)
-    assert len(plot_gpu.handles_of(drawn)) == len(drawn)
-    plot_gpu.plot_speeds(record, anchors, tmp_path / "speeds.png")
+    drawn = {s for systems in plots.speeds(record, anchors).values() for s in systems}
+    assert drawn == set(plots.BARS) | set(plots.LINES)
+    assert len(plots.handles_of(drawn)) == len(drawn)
+    plots.plot_speeds(record, anchors, tmp_path / "speeds.png")
     assert (tmp_path / "speeds.png").stat().st_size > 10_000
 
 

@@ -7,16 +7,20 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY / "bench"), str(REPOSITORY / "examples")]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples")]
 
-import record_tables
 import train_small
+
+from bench.lib import tables as record_tables
 
 DOCS = REPOSITORY / "docs"
 PAGES = (
     sorted(REPOSITORY.glob("*.md")) + sorted(DOCS.rglob("*.md")) + [REPOSITORY / "src/README.md"]
 )
-SOURCES = ("bench", "bindings", "cli", "cmake", "examples", "include", "scripts", "src", "tests")
+SOURCES = (
+    *("bench", "bindings", "cli", "cmake", "examples", "include", "lab", "scripts", "src", "tests"),
+    "trainer",
+)
 SUFFIXES = {".py", ".cpp", ".hpp", ".cu", ".cuh", ".sh", ".toml", ".txt", ".md"}
 
 
@@ -120,7 +124,7 @@ def test_the_front_pages_stay_short():
 
 
 def test_tables_are_those_of_the_records():
-    """`python bench/plot_gpu.py --markdown` writes them."""
+    """`python -m bench.plots --markdown` writes them."""
     tables, shown = record_tables.tables(), set()
     for page in record_tables.PAGES:
         text = page.read_text()

@@ -10,7 +10,7 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 ROOT = Path(__file__).resolve().parents[2]
-for folder in ("examples", "bindings/torch"):
+for folder in (".", "bindings/torch"):
     sys.path.insert(0, str(ROOT / folder))
 
 TINY = {
@@ -53,7 +53,7 @@ def flags(tmp_path, text_folder):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A folder with a text and the finished run of four steps on it, to be copied."""
-    from pretrain.train import main
+    from trainer.train import main
 
     folder = tmp_path_factory.mktemp("finished")
     write_text(folder / "text")
@@ -83,7 +83,7 @@ def contents(folder):
 @pytest.fixture
 def refuse(capsys):
     """Asserts that a program answers with one line that holds the words, and with that exit code."""
-    from pretrain.train import main
+    from trainer.train import main
 
     def check(argv, *words, entry=main, code=2):
         capsys.readouterr()

@@ -1,6 +1,7 @@
-"""bench/bench_train.py: its arithmetic, and a whole run on a tiny model without a GPU."""
+"""bench/train.py: its arithmetic, and a whole run on a tiny model without a GPU."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
 
-import bench_train
-import train_step
+from bench import train
+from bench.lib import step
 
 TINY = (
     "--device cpu --hidden-size 64 --intermediate-size 32 --num-experts 8 --top-k 2 --heads 2 "
@@ -25,14 +26,14 @@ TINY = (
 @pytest.mark.parametrize("start", [1, 4])
 def test_search_finds_the_limit(limit, start):
     asked = []
-    best, tried = train_step.largest(lambda n: asked.append(n) or n <= limit, start, 8)
+    best, tried = step.largest(lambda n: asked.append(n) or n <= limit, start, 8)
     assert best == min(limit, 8)
     assert len(asked) == len(set(asked)) == len(tried) <= 6
 
 
 def test_buckets_hold_every_parameter_once():
     parameters = [torch.empty(n) for n in (3, 5, 1, 9, 2)]
-    buckets = list(train_step._buckets(parameters, 6))
+    buckets = list(step._buckets(parameters, 6))
     assert [len(bucket) for bucket in buckets] == [2, 2, 1]
     assert [p for bucket in buckets for p in bucket] == parameters
 
@@ -40,7 +41,7 @@ def test_buckets_hold_every_parameter_once():
 def test_master_weights_keep_what_bfloat16_loses():
     parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     reference = torch.nn.Parameter(torch.ones(4))
-    ours = train_step.MasterAdamW([parameter], lr=1e-4, warmup=1)
+    ours = step.MasterAdamW([parameter], lr=1e-4, warmup=1)
     theirs = torch.optim.AdamW([reference], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     for _ in range(40):
         parameter.grad = torch.full((4,), 0.25, dtype=torch.bfloat16)
@@ -53,7 +54,7 @@ def test_master_weights_keep_what_bfloat16_loses():
 
 def test_gradients_are_clipped_to_norm_one():
     parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
-    optimizer = train_step.MasterAdamW([parameter], lr=1.0, warmup=1)
+    optimizer = step.MasterAdamW([parameter], lr=1.0, warmup=1)
     parameter.grad = torch.tensor([30.0, 40.0], dtype=torch.bfloat16)
     optimizer.step()
     moment = optimizer.buckets[0][2].state[optimizer.buckets[0][1][0]]["exp_avg"]
@@ -73,7 +74,7 @@ def test_gradients_are_clipped_to_norm_one():
     ],
 )
 def test_kinds_of_kernels(kernel, kind):
-    assert bench_train.kind_of(kernel) == kind
+    assert train.kind_of(kernel) == kind
 
 
 def timing(system, mode, microbatch, speed):
@@ -93,20 +94,26 @@ def test_summary_compares_with_the_best_of_grouped_mm():
         {"kind": "losses", "system": "grouped_mm", "mode": "plain", "losses": [5.0] * 10 + [4.0] * 10},
         {"kind": "search", "system": "sonicmoe", "mode": "plain", "largest": 16},
     ]  # fmt: skip
-    summary = bench_train.summarize(rows)
+    summary = train.summarize(rows)
     ratios = summary["tokens_per_s_over_best_grouped_mm"]
     assert ratios["common"]["sonicmoe"] == 1.5 and ratios["largest"]["sonicmoe"] == 2.5
     difference = summary["losses_against_grouped_mm"]["sonicmoe:plain"]
     assert difference["steps"] == 20 and difference["largest"] == 1.0
     assert difference["largest_of_means"] == pytest.approx(0.1)
     assert summary["largest_microbatch"] == {"sonicmoe:plain": 16}
-    assert bench_train.summarize([])["tokens_per_s_over_best_grouped_mm"] == {}
+    assert train.summarize([])["tokens_per_s_over_best_grouped_mm"] == {}
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(REPOSITORY / "bindings" / "torch")}
 
 
 def bench(tmp_path, *flags):
     record = tmp_path / "record.json"
-    command = [sys.executable, str(BENCH / "bench_train.py"), *TINY, "--output", str(record)]
-    run = subprocess.run([*command, *flags], capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.train", *TINY, "--output", str(record)]
+    run = subprocess.run(
+        [*command, *flags], capture_output=True, text=True, cwd=REPOSITORY, env=environment()
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     return json.loads(record.read_text())
 
@@ -153,6 +160,6 @@ def test_a_record_is_drawn(tmp_path):
     record = {"rows": rows, "device": "x", "date": "2026-01-01T", "versions": {"torch": "2"}}
     (tmp_path / "r.json").write_text(json.dumps(record))
     picture = tmp_path / "p.png"
-    command = [str(BENCH / "plot_train.py"), str(tmp_path / "r.json"), "--output", str(picture)]
-    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    command = ["-m", "bench.train_plots", str(tmp_path / "r.json"), "--output", str(picture)]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=REPOSITORY)
     assert picture.stat().st_size > 1000

@@ -10,10 +10,11 @@ import time
 
 import pytest
 from conftest import command_line, contents, write_text
-from pretrain import loop
-from pretrain.compare import main as compare
-from pretrain.compare import plot, summarize
-from pretrain.metrics import read_metrics
+
+from trainer import loop
+from trainer.compare import main as compare
+from trainer.compare import plot, summarize
+from trainer.metrics import read_metrics
 
 
 def test_compare(flags, tmp_path, monkeypatch):
@@ -58,7 +59,7 @@ def test_a_signal_to_the_group_stops_and_saves_runs_side_by_side(flags, tmp_path
     argv = flags("--seeds", "1", "--jobs", "2", name="two", steps=100000, eval_every=100000)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "pretrain.compare", *argv], env=environment, start_new_session=True
+        [sys.executable, "-m", "trainer.compare", *argv], env=environment, start_new_session=True
     )
     runs = [tmp_path / "runs" / "two" / run for run in ("topk-0", "nearest-0")]
     paths = [run / "metrics.jsonl" for run in runs]

@@ -7,10 +7,11 @@ import os
 import pytest
 import torch
 from conftest import contents
-from pretrain import checkpoint
-from pretrain.metrics import read_metrics
-from pretrain.train import main
 from safetensors.torch import load_file, save_file
+
+from trainer import checkpoint
+from trainer.metrics import read_metrics
+from trainer.train import main
 
 FILES = [
     "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",

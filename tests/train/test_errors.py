@@ -6,9 +6,10 @@ import os
 import pytest
 import torch
 from conftest import contents
-from pretrain import checkpoint, files
-from pretrain.compare import main as compare
-from pretrain.train import main
+
+from trainer import checkpoint, files
+from trainer.compare import main as compare
+from trainer.train import main
 
 NO_UTF8 = os.fsdecode(b"x\xff")
 

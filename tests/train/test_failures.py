@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 from conftest import contents
-from pretrain import checkpoint, files, loop, prepare, program, restore, trainer
-from pretrain.metrics import read_metrics
-from pretrain.train import main
+
+from trainer import checkpoint, files, loop, prepare, program, restore, trainer
+from trainer.metrics import read_metrics
+from trainer.train import main
 
 
 def hidden(folder):

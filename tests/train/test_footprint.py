@@ -7,10 +7,11 @@ import subprocess
 
 import pytest
 import torch
-from pretrain import footprint
-from pretrain.config import TrainConfig
-from pretrain.model import RoutingTap, autocast, new_model
 from torch.autograd.graph import saved_tensors_hooks
+
+from trainer import footprint
+from trainer.config import TrainConfig
+from trainer.model import RoutingTap, autocast, new_model
 
 VOCABULARY = 512
 PURE = footprint.Layout(14, 2, 0, 2, 2, logit_rows=256)  # bfloat16 parameters

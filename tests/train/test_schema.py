@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 import pytest
-from pretrain.config import RULES, TrainConfig, parse_train, read_config, validate
-from pretrain.schema import UserError, check_fields, flag_of, list_of, number, text, whole
+
+from trainer.config import RULES, TrainConfig, parse_train, read_config, validate
+from trainer.schema import UserError, check_fields, flag_of, list_of, number, text, whole
 
 SETTINGS = {**dataclasses.asdict(TrainConfig(name="run")), "data_digest": "0" * 64}
 FOREIGN = [None, True, [], {}, [3], "many", "\ud800", "x" * 5000, -1, 2.5, 2**70, 1e300, ""]

@@ -10,10 +10,11 @@ import tarfile
 
 import pytest
 from conftest import contents
-from pretrain import data, files, prepare, tokenfile
-from pretrain.program import printable
-from pretrain.schema import UserError
-from pretrain.train import main
+
+from trainer import data, files, prepare, tokenfile
+from trainer.program import printable
+from trainer.schema import UserError
+from trainer.train import main
 
 LATIN = os.fsdecode(b"caf\xe9.txt")
 ODD_NAMES = [LATIN, os.fsdecode(b"\xff\xfe.txt"), "new\nline.txt", "escape\x1b[31m.txt", "ü.txt"]
@@ -78,7 +79,7 @@ def test_too_much_text_is_refused_before_it_is_read(monkeypatch, text_folder, tm
     with pytest.raises(UserError, match="More than 1024 MiB"):
         data.load_corpus(str(tmp_path / "sparse.txt"))
     monkeypatch.setattr(data, "MOST_TEXT", 10_000)
-    with pytest.raises(UserError, match="pretrain.prepare"):
+    with pytest.raises(UserError, match="trainer.prepare"):
         data.load_corpus(str(text_folder))
 
 

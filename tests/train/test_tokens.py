@@ -5,10 +5,11 @@ import tarfile
 
 import numpy as np
 import pytest
-from pretrain import data, prepare, tokenfile
-from pretrain.metrics import read_metrics
-from pretrain.schema import UserError
-from pretrain.train import main
+
+from trainer import data, prepare, tokenfile
+from trainer.metrics import read_metrics
+from trainer.schema import UserError
+from trainer.train import main
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import signal
 
 import pytest
 import torch
-from pretrain import checkpoint, loop, restore, trainer
-from pretrain.metrics import read_metrics
-from pretrain.train import main
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
+
+from trainer import checkpoint, loop, restore, trainer
+from trainer.metrics import read_metrics
+from trainer.train import main
 
 
 def losses(run):
@@ -99,7 +100,7 @@ def test_run_folder_and_stock_transformers(flags, run_dir, monkeypatch):
 
 
 def test_held_out_files_are_not_trained_on(text_folder):
-    from pretrain.data import load_corpus
+    from trainer.data import load_corpus
 
     first = load_corpus(str(text_folder))
     assert first.validation and not set(first.validation) & set(first.train)

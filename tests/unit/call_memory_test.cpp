@@ -10,9 +10,9 @@
 
 #include "core/check.hpp"
 #include "core/layout.hpp"
-#include "support/random.hpp"
+#include "rig/random.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 using Extents = std::vector<std::int64_t>;
@@ -238,4 +238,4 @@ TEST(CallMemory, DevicesAndAlignment) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -1,12 +1,12 @@
 // The comparators reject what they exist to reject: zeros, a swapped row, a dropped expert, NaN.
-#include "support/compare.hpp"
+#include "rig/compare.hpp"
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 const Target& reference_target() { return targets().back(); }
@@ -133,4 +133,4 @@ TEST(GuardedBuffers, FindWritesOutside) {
 #endif
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -7,10 +7,10 @@
 #include <cstring>
 #include <vector>
 
+#include "rig/moe_case.hpp"
 #include "sonicmoe/error.hpp"
-#include "support/moe_case.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 class MetadataCheck : public ::testing::TestWithParam<MoEShape::Form> {
@@ -108,4 +108,4 @@ TEST_P(MetadataCheck, OneByteEverywhere) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

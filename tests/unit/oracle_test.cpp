@@ -1,16 +1,15 @@
 // The oracle against closed forms and against central differences of its own forward: what every
 // other test rests on.
-#include "reference/oracle.hpp"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <functional>
 
-#include "support/compare.hpp"
-#include "support/moe_case.hpp"
+#include "oracle/experts.hpp"
+#include "rig/compare.hpp"
+#include "rig/moe_case.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 using oracle::Problem;
@@ -333,4 +332,4 @@ TEST(OracleStorage, RoundsOnlyWhatItSays) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

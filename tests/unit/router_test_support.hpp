@@ -18,9 +18,9 @@
 #include <string>
 #include <vector>
 
+#include "rig/target.hpp"
+#include "rig/tensor.hpp"
 #include "sonicmoe/sonicmoe.hpp"
-#include "support/target.hpp"
-#include "support/tensor.hpp"
 
 namespace sonicmoe::router_test {
 
@@ -30,10 +30,10 @@ inline constexpr float kInf = std::numeric_limits<float>::infinity();
 inline std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 /// The backend under test: the one SONICMOE_BACKEND names, else the first.
-inline const testing::Target& target() {
-  static const testing::Target& chosen = []() -> const testing::Target& {
+inline const rig::Target& target() {
+  static const rig::Target& chosen = []() -> const rig::Target& {
     const char* wanted = std::getenv("SONICMOE_BACKEND");
-    for (const testing::Target& candidate : testing::targets()) {
+    for (const rig::Target& candidate : rig::targets()) {
       if (wanted == nullptr || candidate.backend == wanted) return candidate;
     }
     throw Error("router tests: no such backend");
@@ -88,7 +88,7 @@ class Buffer {
   }
 
   std::vector<std::int64_t> shape_;
-  testing::GuardedBuffer buffer_;
+  rig::GuardedBuffer buffer_;
 };
 
 /// |actual - expected| <= tolerance * max|expected| everywhere. A NaN fails, and so does all-zero

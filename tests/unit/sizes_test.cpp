@@ -8,11 +8,11 @@
 #include <string>
 #include <vector>
 
+#include "rig/random.hpp"
+#include "rig/target.hpp"
 #include "sonicmoe/sonicmoe.hpp"
-#include "support/random.hpp"
-#include "support/target.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 using Wide = __int128;
@@ -308,4 +308,4 @@ TEST(Sizes, OfExpandedTensors) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -7,11 +7,11 @@
 #include <string>
 #include <vector>
 
+#include "rig/random.hpp"
 #include "sonicmoe/error.hpp"
 #include "sonicmoe/tensor.hpp"
-#include "support/random.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 namespace {
 
 using Extents = std::vector<std::int64_t>;
@@ -136,4 +136,4 @@ TEST(TensorView, ContiguousStridesOfHugeShapes) {
 }
 
 }  // namespace
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

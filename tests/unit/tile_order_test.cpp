@@ -1,5 +1,5 @@
-// The order of an expert's tiles on the GPU (cuda/hopper/tile_order.hpp).
-#include "cuda/hopper/tile_order.hpp"
+// The order of an expert's tiles on the GPU (cuda/hopper/mainloop/tile_order.hpp).
+#include "cuda/hopper/mainloop/tile_order.hpp"
 
 #include <gtest/gtest.h>
 

@@ -3,10 +3,10 @@
 #include <algorithm>
 
 #include "core/integers.hpp"
-#include "cuda/epilogue/vector8.cuh"
 #include "cuda/experts/aggregate.hpp"
 #include "cuda/launch_check.hpp"
 #include "cuda/ptx/memory.cuh"
+#include "cuda/vector8.cuh"
 
 namespace sonicmoe::cuda {
 namespace {

@@ -28,6 +28,8 @@
 
 #include <cstdint>
 
+#include "cuda/hopper/tile/pipeline.cuh"
+#include "cuda/hopper/tile/swizzle.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/math.cuh"
@@ -36,8 +38,6 @@
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
-#include "cuda/tile/pipeline.cuh"
-#include "cuda/tile/swizzle.cuh"
 
 namespace sonicmoe::cuda::hopper {
 
@@ -187,10 +187,10 @@ struct Item {
 
 }  // namespace sonicmoe::cuda::hopper
 
-#include "cuda/hopper/schedule.cuh"
+#include "cuda/hopper/mainloop/schedule.cuh"
 // The roles.
-#include "cuda/hopper/loader.cuh"
-#include "cuda/hopper/math.cuh"
+#include "cuda/hopper/mainloop/loader.cuh"
+#include "cuda/hopper/mainloop/math.cuh"
 
 namespace sonicmoe::cuda::hopper {
 

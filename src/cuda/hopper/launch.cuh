@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <string>
 
-#include "cuda/epilogue/glu.cuh"
 #include "cuda/experts/gemms.hpp"
+#include "cuda/hopper/epilogue/glu.cuh"
 #include "cuda/hopper/grouped_gemm.cuh"
 #include "cuda/hopper/select.hpp"
 #include "cuda/hopper/tensor_map.hpp"

@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
-#include "cuda/epilogue/glu.cuh"
-#include "cuda/epilogue/store.cuh"
+#include "cuda/hopper/epilogue/glu.cuh"
+#include "cuda/hopper/epilogue/store.cuh"
 #include "cuda/hopper/grouped_gemm.cuh"
 #include "cuda/hopper/select.hpp"
 

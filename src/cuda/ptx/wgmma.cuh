@@ -36,7 +36,7 @@ SONICMOE_DEVICE void fence_accumulators(float (&d)[kCount]) {
 }
 
 // Wgmma<N, A, B>::mma(d, a, b, accumulate): d = A·B (+ d when accumulate), 64 x N x 16, with matrix
-// descriptors a and b (tile/swizzle.cuh). Asynchronous: read d only after wgmma_wait_group.
+// descriptors a and b (hopper/tile/swizzle.cuh). Asynchronous: read d only after wgmma_wait_group.
 template <int kN, Major kMajorA, Major kMajorB>
 struct Wgmma;
 

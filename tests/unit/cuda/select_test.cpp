@@ -3,12 +3,12 @@
 
 #include <gtest/gtest.h>
 
-#include "support/environment.hpp"
+#include "rig/environment.hpp"
 
 namespace sonicmoe::cuda::hopper {
 namespace {
 
-using sonicmoe::testing::Environment;
+using sonicmoe::rig::Environment;
 
 struct Shape {
   std::int64_t tokens, d, n, experts, top_k;

@@ -10,8 +10,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cuda/hopper/tile/swizzle.cuh"
 #include "cuda/ptx/math.cuh"
-#include "cuda/tile/swizzle.cuh"
 
 // Of H [num_rows, parts, width], in boxes of four rows x parts x box_width.
 struct CUtensorMap {

@@ -1,0 +1,554 @@
+"""A real model in training on one GPU: this library beside torch's grouped_mm and transformers' loop.
+
+The model is Qwen3-MoE of transformers with random weights of one seed, the same for every system;
+parameters and gradients bfloat16, masters and AdamW's moments float32, attention through SDPA, the
+logits for 4096 tokens at a time. One step is one microbatch and the optimizer. Every pair of system
+and mode runs in a process of its own. Kinds of rows:
+
+    losses  cross-entropy of the first steps, from the initial weights, at the common microbatch
+    timing  at the common and at the largest microbatch (sequences), medians over the timed steps:
+            step_ms, optimizer_ms, tokens_per_s = tokens / step_ms, peak_mib (most allocated),
+            mfu = tokens_per_s * FLOPs per token / 989e12 (H100, dense bfloat16), where FLOPs per token
+            = 6 * active parameters (in products; K of E experts, no embedding) + 6 * layers * sequence
+            * hidden size (causal attention, forward and backward)
+            mode plain: moe_ms, moe_share (marks on the stream around each MoE layer's forward and
+            backward) and predicted_mib (trainer/footprint.py)
+            on a GPU: busy_ms and kernels, milliseconds per step by kind of kernel (CUPTI)
+    search  largest microbatch that runs two steps, and what the formula predicts
+    failed  the reason; for out of memory the sizes of the tensors
+
+With --gpus N the processes run side by side, each on a GPU of its own: `gpu` in the rows says which, and
+product_tflops of the row `model` what that GPU reaches in a plain product of 8192^3, bfloat16.
+
+    python -m bench.train --output bench/results/train-h200.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Segments that grow leave no holes between microbatches of different sizes.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+from bench.lib.record import commit  # noqa: E402
+from trainer import footprint  # noqa: E402
+from trainer.config import TrainConfig, UserError  # noqa: E402
+from trainer.gpus import gpu_names  # noqa: E402
+
+PEAK_FLOPS = 989e12  # per second
+SYSTEMS = {
+    "sonicmoe": {"experts": "sonicmoe_cpp"},
+    "sonicmoe-rounding": {"experts": "sonicmoe_cpp", "router": "token-rounding"},
+    "grouped_mm": {"experts": "grouped_mm"},
+    "grouped_mm_select": {"experts": "grouped_mm_select"},
+    "eager": {"experts": "eager"},
+}
+DEFAULT_RUNS = (
+    "sonicmoe:plain sonicmoe-rounding:plain grouped_mm:plain grouped_mm:compile sonicmoe:compile "
+    "sonicmoe-rounding:compile grouped_mm_select:compile eager:plain sonicmoe:graph "
+    "sonicmoe:compile+graph grouped_mm:compile+graph"
+)
+KINDS = {  # of kernels, the first that fits
+    "sonicmoe": "sonicmoe",
+    "attention": "flash|fmha|sdpa|attention",
+    "optimizer": "multi_tensor|fused_adam|FusedAdam|lpnorm",
+    "products": "nvjet|gemm|cutlass|xmma|splitK",
+    "compiled": "^triton_",
+    "sort and index": "sort|radix|scatter|gather|index|histogram|cub::",
+    "copies": "Memcpy|Memset|copy_kernel",
+}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--run", nargs="+", metavar="SYSTEM:MODE", default=DEFAULT_RUNS.split(),
+        help=f"systems {', '.join(SYSTEMS)}; modes plain, compile, compile-model, graph, compile+graph")  # fmt: skip
+    add("--hidden-size", type=int, default=1536)
+    add("--intermediate-size", type=int, default=256)
+    add("--num-experts", type=int, default=128)
+    add("--top-k", type=int, default=8)
+    add("--heads", type=int, default=12)
+    add("--layers", type=int, default=0, help="0: as many as fit, within --most-parameters")
+    add("--most-parameters", type=float, default=2e9)
+    add("--memory-gib", type=float, default=78.0, help="what the number of layers must fit")
+    add(
+        "--cap-gib",
+        type=float,
+        default=0,
+        help="let torch hold no more, as on a smaller GPU; 0: all",
+    )
+    add("--seq-len", type=int, default=4096)
+    add("--vocab-size", type=int, default=16384, help="of synthetic tokens")
+    add("--data", default="", help="a .bin of trainer.prepare; else synthetic tokens")
+    add("--tile", type=int, default=128, help="of token rounding")
+    add("--policy", default="nearest", help="of token rounding")
+    add("--microbatch", type=int, default=4, help="the common one, in sequences")
+    add("--most", type=int, default=64, help="the search ends here; 0: no search")
+    add("--loss-steps", type=int, default=0)
+    add("--warmup", type=int, default=3, help="steps before the timed ones")
+    add("--steps", type=int, default=10, help="timed steps")
+    add("--lr", type=float, default=3e-4, help="after 50 steps of warm-up")
+    add("--seed", type=int, default=0)
+    add("--limit", type=float, default=150, help="seconds for one system and mode")
+    add("--deadline", type=float, default=570, help="seconds for all")
+    add("--device", default="cuda", choices=("cuda", "cpu"))
+    add("--gpus", type=int, default=1, help="processes at a time, each on its own GPU")
+    add("--no-kernels", action="store_true", help="do not profile the kernels")
+    add("--output", type=Path)
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.cap_gib < 0:
+        parser.error("--cap-gib starts at 0")
+    for run in arguments.run:
+        if run.partition(":")[0] not in SYSTEMS:
+            parser.error(f"--run {run}: expected one of {', '.join(SYSTEMS)} before the colon")
+    return arguments
+
+
+def model_config(arguments: argparse.Namespace, system: str) -> TrainConfig:
+    """dtype float32 means that nothing is cast: the parameters are bfloat16 themselves."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    given |= {"batch_size": arguments.microbatch, "warmup": 50, "dtype": "float32"}
+    return TrainConfig(**given | SYSTEMS[system])
+
+
+def with_layers(arguments: argparse.Namespace, config: TrainConfig, vocab_size: int) -> TrainConfig:
+    """As many layers as fit with grouped_mm's experts, so that every system has the same model."""
+    from bench.lib.step import LAYOUT
+
+    if config.layers:
+        return config
+    layers = footprint.layers_that_fit(
+        dataclasses.replace(config, experts="grouped_mm", router="topk"),
+        LAYOUT,
+        vocab_size,
+        int(arguments.memory_gib * footprint.GIB),
+        arguments.microbatch,
+        arguments.most_parameters,
+    )
+    if not layers:
+        raise SystemExit(f"bench_train: not one layer fits {arguments.memory_gib} GiB")
+    return dataclasses.replace(config, layers=layers)
+
+
+# ---------------------------------------------------------------------------------------- the worker
+
+
+class Worker:
+    """Measures one system in one mode, and prints a row as soon as it is known."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        import torch
+
+        from bench.lib.step import LAYOUT, MODES, Step
+
+        self.begin = time.monotonic()
+        self.arguments = arguments
+        system, _, mode = arguments.run[0].partition(":")
+        self.plain = mode == "plain"
+        self.head = {"system": system, "mode": mode}
+        self.layout, self.device = LAYOUT, torch.device(arguments.device)
+        if mode not in MODES:
+            raise UserError(f"--run: expected one of {', '.join(MODES)} after the colon")
+        if MODES[mode].graph and self.device.type != "cuda":
+            raise UserError("a CUDA graph needs a GPU")
+        if system == "eager" and not self.plain:
+            raise UserError(
+                "transformers' loop depends on the routing: neither compiled nor captured"
+            )
+        tokens, self.vocab_size = read_tokens(arguments)
+        config = model_config(arguments, system)
+        self.config = with_layers(arguments, config, self.vocab_size)
+        self.step = Step(self.config, tokens, self.vocab_size, self.device, MODES[mode])
+        self.capacity = self.cap_memory(footprint.capacity_of(self.device.type))
+
+    def cap_memory(self, capacity: int) -> int:
+        """Holds torch to --cap-gib; the bytes that are then left of the capacity."""
+        import torch
+
+        if not self.arguments.cap_gib or self.device.type != "cuda":
+            return capacity
+        cap = int(self.arguments.cap_gib * footprint.GIB)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+        return min(cap, capacity)
+
+    def seconds_left(self) -> float:
+        return self.arguments.limit - (time.monotonic() - self.begin)
+
+    def emit(self, kind: str, **figures) -> None:
+        print("ROW " + json.dumps({**self.head, "kind": kind, **figures}), flush=True)
+
+    def run(self) -> None:
+        arguments, common = self.arguments, self.arguments.microbatch
+        count = footprint.parameters(self.config, self.vocab_size)
+        self.emit(
+            "model",
+            **dataclasses.asdict(count) | {"vocab_size": self.vocab_size},
+            checksum=f"{self.step.checksum:.9e}",
+            **product_speed(self.device),
+            set_up_s=round(time.monotonic() - self.begin, 1),
+        )
+        begin = time.monotonic()
+        self.step.set_microbatch(common)
+        if arguments.loss_steps:
+            self.losses(common, begin)
+        self.timing(common)
+        if not arguments.most or "graph" in self.head["mode"]:
+            return
+        if best := self.search(common):
+            self.step.set_microbatch(best)
+            self.timing(best)
+
+    def losses(self, sequences: int, begin: float) -> None:
+        """Stops early, with what there is, to leave time for the rest."""
+        losses, first = [], None
+        for index in range(self.arguments.loss_steps):
+            self.step()
+            losses.append(self.step.loss.clone())
+            if index % 10 == 0:
+                losses[-1].item()  # waits, so that the clock below says how far the device is
+                first = first or time.monotonic() - begin
+                if self.seconds_left() < 0.35 * self.arguments.limit:
+                    break
+        values = [round(float(loss), 5) for loss in losses]
+        self.emit("losses", microbatch=sequences, first_step_s=round(first, 1), losses=values)
+
+    def timing(self, sequences: int) -> None:
+        from bench.lib.step import moe_ms, timed
+
+        figures = timed(self.step, self.arguments.warmup, self.arguments.steps)
+        tokens = sequences * self.config.seq_len
+        speed = tokens / figures["step_ms"] * 1e3
+        flops = footprint.flops_per_token(self.config, self.vocab_size)
+        figures |= {"tokens_per_s": speed, "mfu": speed * flops / PEAK_FLOPS}
+        if self.device.type == "cuda":
+            figures |= cuda_memory()
+        if self.plain:
+            figures["predicted_mib"] = self.peak(sequences) / footprint.MIB
+            figures |= moe_ms(self.step, 3)
+            moe = figures["moe_forward_ms"] + figures["moe_backward_ms"]
+            figures["moe_share"] = moe / figures["step_ms"]
+        if self.device.type == "cuda" and not self.arguments.no_kernels:
+            figures |= kernels(self.step)
+        self.emit("timing", microbatch=sequences, **figures)
+
+    def peak(self, sequences: int) -> int:
+        return footprint.peak(self.config, self.layout, self.vocab_size, sequences)["peak"]
+
+    def search(self, start: int) -> int:
+        from bench.lib.step import fits, largest
+
+        def fit(sequences: int) -> bool:
+            return self.seconds_left() > 0 and fits(self.step, sequences)
+
+        best, tried = largest(fit, start, self.arguments.most)
+        predicted = footprint.largest_microbatch(
+            self.config, self.layout, self.vocab_size, self.capacity
+        )
+        tried = {str(number): fitted for number, fitted in sorted(tried.items())}
+        complete = self.seconds_left() > 0
+        self.emit("search", largest=best, predicted=predicted, tried=tried, complete=complete)
+        return best if complete else 0
+
+    def out_of_memory(self) -> str:
+        return footprint.out_of_memory_report(
+            self.config, self.layout, self.vocab_size, self.arguments.microbatch, self.capacity
+        )
+
+
+def read_tokens(arguments: argparse.Namespace):
+    """Tokens and the size of their vocabulary."""
+    import numpy as np
+
+    if arguments.data:
+        from trainer.data import load_tokens
+
+        tokens = load_tokens(arguments.data)
+        return tokens.train, len(tokens.tokenizer)
+    count = max(1 << 20, arguments.most * arguments.seq_len * 2)
+    draw = np.random.default_rng(arguments.seed)
+    return draw.integers(arguments.vocab_size, size=count).astype(np.uint32), arguments.vocab_size
+
+
+def cuda_memory() -> dict[str, float]:
+    import torch
+
+    return {
+        "peak_mib": torch.cuda.max_memory_allocated() / footprint.MIB,
+        "reserved_mib": torch.cuda.max_memory_reserved() / footprint.MIB,
+    }
+
+
+def product_speed(device, size: int = 8192) -> dict[str, float]:
+    """TFLOP/s of a bfloat16 product, by which GPUs of one kind differ from each other."""
+    import torch
+
+    if device.type != "cuda":
+        return {}
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    repeats = 150  # 0.2 s, of which the first third settles the clock
+    for index in range(repeats):
+        if index == repeats // 3:
+            begin.record()
+        a @ a.T
+    end.record()
+    torch.cuda.synchronize()
+    flops = 2 * size**3 * (repeats - repeats // 3)
+    return {"product_tflops": flops / begin.elapsed_time(end) / 1e9}
+
+
+def kind_of(kernel: str) -> str:
+    return next((kind for kind, part in KINDS.items() if re.search(part, kernel)), "pointwise")
+
+
+def kernels(step) -> dict:
+    """What the GPU does in a step, from two: milliseconds by kind, and the longest kernels."""
+    from bench.lib.profile import busy_us
+
+    by_kernel = busy_us(step, repeats=2)
+    by_kind: dict[str, float] = {}
+    for name, us in by_kernel.items():
+        by_kind[kind_of(name)] = by_kind.get(kind_of(name), 0.0) + us / 1e3
+    longest = sorted(by_kernel.items(), key=lambda item: -item[1])[:15]
+    return {
+        "busy_ms": sum(by_kernel.values()) / 1e3,
+        "kernels": by_kind,
+        "longest_kernels_ms": {name[:100]: us / 1e3 for name, us in longest},
+    }
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Runs in a process of its own; prints rows."""
+    worker = None
+    try:
+        worker = Worker(arguments)
+        worker.run()
+    except RuntimeError as error:
+        if worker is None or not footprint.is_out_of_memory(error):
+            raise
+        first_line = str(error).splitlines()[0]
+        worker.emit("failed", out_of_memory=True, reason=first_line, sizes=worker.out_of_memory())
+        return 1
+    except UserError as error:
+        system, _, mode = arguments.run[0].partition(":")
+        print("ROW " + json.dumps(failure(system, mode, str(error))), flush=True)
+        return 2
+    return 0
+
+
+# ---------------------------------------------------------------------------------------- the parent
+
+
+def failure(system: str, mode: str, reason: str) -> dict:
+    return {"system": system, "mode": mode, "kind": "failed", "reason": reason}
+
+
+class Runs:
+    """The processes, the record of their rows, and the time that is left."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.record = arguments, new_record(arguments)
+        self.begin, self.lock = time.monotonic(), threading.Lock()
+        self.processes: list[subprocess.Popen] = []
+        self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for name in gpu_names(arguments.gpus):
+            self.gpus.put(name)
+
+    def run_all(self) -> None:
+        pool = ThreadPoolExecutor(self.gpus.qsize())
+        try:
+            for done in [pool.submit(self.run, run) for run in self.arguments.run]:
+                done.result()
+        except BaseException:  # Ctrl-C: nothing more begins, what runs ends
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in self.processes:
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown()
+
+    def run(self, run: str) -> None:
+        gpu = self.gpus.get()
+        try:
+            left = self.arguments.deadline - (time.monotonic() - self.begin)
+            if left < 20:
+                self.add(failure(*run.split(":"), "not begun: no time left"))
+            else:
+                self.run_worker(run, min(self.arguments.limit, left - 10), gpu)
+        finally:
+            self.gpus.put(gpu)
+
+    def run_worker(self, run: str, seconds: float, gpu: str) -> None:
+        """One system and mode in a process of its own; its rows are in the record as they come."""
+        system, _, mode = run.partition(":")
+        command = [
+            sys.executable,
+            "-m",
+            "bench.train",
+            *sys.argv[1:],
+            "--worker",
+            "--limit",
+            f"{seconds:.0f}",
+        ]
+        command += ["--run", run]
+        log, told = [], False
+        process = subprocess.Popen(
+            ["timeout", "-k", "5", f"{seconds + 30:.0f}", *command],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+        )  # fmt: skip
+        self.processes.append(process)
+        for line in process.stdout:
+            if line.startswith("ROW "):
+                row = json.loads(line[4:])
+                told = told or row["kind"] == "failed"
+                self.add(row, gpu)
+            else:
+                log.append(line.rstrip())
+        code = process.wait()
+        if code and not told:
+            reason = f"stopped after {seconds + 30:.0f} s" if code == 124 else f"exit code {code}"
+            tail = " | ".join(line for line in log[-12:] if line.strip())
+            self.add(failure(system, mode, f"{reason}: {tail}"[-1500:]), gpu)
+
+    def add(self, row: dict, gpu: str = "") -> None:
+        from bench.lib.timing import rounded, write_record
+
+        if gpu and self.arguments.gpus > 1:
+            row = row | {"gpu": gpu}
+        with self.lock:
+            self.record["rows"].append(rounded(row))
+            write_record(self.record, self.arguments.output)
+            print(describe(row), flush=True)
+
+
+def describe(row: dict) -> str:
+    text = f"{row['system']:18}{row['mode']:14}{row['kind']:7}"
+    if row["kind"] == "timing":
+        text += f"{row['microbatch']:3} x  {row['step_ms']:8.1f} ms  {row['tokens_per_s']:9.0f}/s"
+        text += f"  MFU {row['mfu']:.1%}"
+        if "peak_mib" in row:
+            text += f"  peak {row['peak_mib'] / 1024:.1f} GiB"
+        if "moe_share" in row:
+            text += f"  MoE {row['moe_share']:.0%}"
+        if "busy_ms" in row:
+            text += f"  busy {row['busy_ms']:.1f} ms"
+    elif row["kind"] == "search":
+        text += f"largest {row['largest']}, predicted {row['predicted']}"
+    elif row["kind"] == "losses":
+        text += f"{len(row['losses'])} steps: {row['losses'][0]:.4f} .. {row['losses'][-1]:.4f}"
+    elif row["kind"] == "model":
+        text += f"{row['layers']} layers, {row['total'] / 1e6:.0f} M parameters, "
+        text += f"{row['active'] / 1e6:.0f} M active"
+    else:
+        text += row["reason"][:400] + ("\n    " + row["sizes"] if "sizes" in row else "")
+    return text
+
+
+def loss_difference(losses: list[float], others: list[float], window: int = 10) -> dict:
+    """The largest difference of two curves, step by step and between means of `window` steps."""
+    steps = min(len(losses), len(others))
+    differences = [a - b for a, b in zip(losses, others, strict=False)]
+    means = [
+        sum(differences[i : i + window]) / window for i in range(0, steps - window + 1, window)
+    ]
+    return {
+        "steps": steps,
+        "largest": max(map(abs, differences)),
+        "largest_of_means": max(map(abs, means), default=None),
+    }
+
+
+def summarize(rows: list[dict]) -> dict:
+    """Ratios to the best of torch's grouped_mm, and how far the loss curves are from its."""
+    timing = [row for row in rows if row["kind"] == "timing"]
+    at: dict[str, dict[str, dict[str, float]]] = {"common": {}, "largest": {}}
+    common = min((row["microbatch"] for row in timing), default=0)
+    for row in timing:
+        place = at["common" if row["microbatch"] == common else "largest"]
+        place.setdefault(row["system"], {})[row["mode"]] = row["tokens_per_s"]
+    ratios = {}
+    for name, systems in at.items():
+        baseline = max(
+            (s for key in systems if key.startswith("grouped_mm") for s in systems[key].values()),
+            default=None,
+        )
+        if baseline:
+            ratios[name] = {key: max(speeds.values()) / baseline for key, speeds in systems.items()}
+    curves = {(r["system"], r["mode"]): r["losses"] for r in rows if r["kind"] == "losses"}
+    reference = next((c for key, c in curves.items() if key[0] == "grouped_mm"), None)
+    differences = {
+        f"{system}:{mode}": loss_difference(curve, reference)
+        for (system, mode), curve in curves.items()
+        if reference
+    }
+    searches = {f"{r['system']}:{r['mode']}": r["largest"] for r in rows if r["kind"] == "search"}
+    return {
+        "tokens_per_s_over_best_grouped_mm": ratios,
+        "largest_microbatch": searches,
+        "losses_against_grouped_mm": differences,
+    }
+
+
+def new_record(arguments: argparse.Namespace) -> dict:
+    import platform
+    import shlex
+
+    import sonicmoe_cpp
+    import torch
+    import transformers
+
+    cuda = arguments.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise SystemExit("bench_train: torch sees no GPU here (--device cpu runs a tiny model)")
+    return {
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "versions": {
+            "sonicmoe_cpp": sonicmoe_cpp.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+        },
+        "command": shlex.join(["python", *sys.argv]),
+        "rows": [],
+    }
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.worker:
+        return work(arguments)
+    from bench.lib.timing import rounded, write_record
+
+    runs = Runs(arguments)
+    runs.run_all()
+    record = runs.record
+    record["summary"] = rounded(summarize(record["rows"]))
+    write_record(record, arguments.output)
+    print(json.dumps(record["summary"], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,168 @@
+// Which tile a CTA computes next. Included by grouped_gemm.cuh only.
+//
+// Tiles are numbered expert by expert, in one of three orders:
+//   columns fastest  all columns of a tile row, then the next row: neighbours share the rows
+//   row_block > 1    blocks of tile rows, rows fastest (tile_order.hpp): CTAs that run together
+//                    cover a square of the product, and the weights pass once per block: `up` of
+//                    Mixtral-8x7B reads 3.3 GB from DRAM, with columns fastest 28
+//   n_group          groups of column tiles: all rows of all experts before the next group
+// What a tile computes does not depend on its number or on who computes it.
+// Two ways to hand them out (launch.cuh says which product takes which):
+//   in order   whoever is free claims the next tile: the CTAs work on neighbouring tiles at any
+//              time, whose operands are then in L2. With strides the faster CTAs run ahead: `down`
+//              of 30B-n256 read 5.6 GB from DRAM where 0.8 GB are needed.
+//   strided    every gridDim-th tile: the CTAs drift apart, which spares them asking for the same
+//              lines of L2 at the same time. 7-15% faster where the operands stay in L2 anyway.
+//
+// The first loader warp claims tiles with an atomic counter, two ahead, so that neither the atomic
+// nor the table entry is waited for, and passes them to the other warps through a small ring.
+#pragma once
+
+#include "cuda/hopper/mainloop/tile_order.hpp"
+
+namespace sonicmoe::cuda::hopper {
+
+inline constexpr int kItemSlots = 4;
+// Not lane 0: its arrivals on the pipeline's barriers are releases, which would wait for an atomic
+// under way.
+inline constexpr int kClaimLane = 31;
+
+// Warps that read an item: all that have a role but the first loader warp.
+__host__ __device__ constexpr int item_readers(GemmShape s) {
+  return kLoaderWarp + s.loader_warps - 1 + s.epilogue_warps();
+}
+
+// {first row, rows (-1: no more tiles), expert, tile within the entry}
+template <class Spec>
+__device__ Item make_item(const OperandParams& p, const uint4& v) {
+  Item t;
+  t.row0 = static_cast<int>(v.x);
+  t.rows = static_cast<int>(v.y);
+  t.expert = static_cast<int>(v.z);
+  t.m = static_cast<int>(v.w) / p.n_tiles;
+  t.n = static_cast<int>(v.w) % p.n_tiles;
+  const int depth = Spec::shape.grouping == Grouping::kRows ? p.depth : t.rows;
+  t.k_tiles = (depth + kBlockK - 1) / kBlockK;
+  return t;
+}
+
+// The first loader warp's side, called by all its lanes.
+template <class Spec>
+class ItemSource {
+ public:
+  __device__ ItemSource(const OperandParams& p, const SharedLayout& l, int lane)
+      : p_(p), l_(l), lane_(lane), index_(blockIdx.x) {
+    const int entries = p.num_entries == nullptr ? p.max_entries : __ldg(p.num_entries);
+    per_group_ = entries * p.m_tiles * p.n_group;
+    items_ = entries * p.m_tiles * p.n_tiles;
+    fetch();
+    claim();
+  }
+
+  __device__ bool next(Item& t) {
+    const bool more = index_ < items_;
+    if (more && p_.row_block > 1) reorder();
+    const int rows = kByRows ? min(entry_.y, kBlockM) : entry_.y;
+    const uint4 v = {static_cast<uint32_t>(entry_.x),
+                     more ? static_cast<uint32_t>(rows) : 0xffffffffu,
+                     static_cast<uint32_t>(entry_.z), static_cast<uint32_t>(tile_)};
+    tile::wait(l_.item_empty + 8 * ring_.stage, ring_.parity ^ 1, Role::kLoader, Slot::kItemEmpty,
+               ring_.stage);
+    if (lane_ == 0) {
+      ptx::store_shared_v4(l_.items + 16 * ring_.stage, v);
+      ptx::mbarrier_arrive(l_.item_full + 8 * ring_.stage);
+    }
+    __syncwarp();
+    ring_.advance();
+    if (!more) {
+      retire();
+      return false;
+    }
+    t = make_item<Spec>(p_, v);
+    index_ = __shfl_sync(~0u, claimed_, kClaimLane);
+    fetch();
+    claim();
+    return true;
+  }
+
+ private:
+  static constexpr bool kByRows = Spec::shape.grouping == Grouping::kRows;
+
+  // The entry and the tile within it that index_ begins with, columns fastest.
+  __device__ void fetch() {
+    if (index_ >= items_) return;
+    const int group = index_ / per_group_, first = group * p_.n_group;
+    const int tiles = p_.m_tiles * min(p_.n_group, p_.n_tiles - first);  // of an entry
+    const int within = index_ - group * per_group_, i = within / tiles;
+    tile_ = first + within % tiles;
+    if (p_.entries != nullptr) {
+      entry_ = __ldg(p_.entries + i);
+    } else {
+      entry_ = {i * kBlockM, min(kBlockM, p_.num_rows - i * kBlockM), 0, 0};
+    }
+  }
+  // The same tile number in blocks of tile rows. It belongs to the same expert in either order, so
+  // what is needed follows from the entry that was fetched, at the time it is used.
+  __device__ void reorder() {
+    if constexpr (kByRows) {
+      const int row = entry_.w, m_tiles = row + (entry_.y + kBlockM - 1) / kBlockM;
+      const TilePosition at =
+          tile_position(row * p_.n_tiles + tile_, m_tiles, p_.n_tiles, p_.row_block);
+      entry_.x += (at.m - row) * kBlockM;
+      entry_.y -= (at.m - row) * kBlockM;
+      tile_ = at.n;
+    } else {
+      const TilePosition at = tile_position(tile_, p_.m_tiles, p_.n_tiles, p_.row_block);
+      tile_ = at.m * p_.n_tiles + at.n;
+    }
+  }
+  __device__ void claim() {
+    if (p_.claims == nullptr) {
+      claimed_ = index_ + static_cast<int>(gridDim.x);
+    } else if (lane_ == kClaimLane) {
+      claimed_ = static_cast<int>(gridDim.x + atomicAdd(p_.claims, 1u));
+    }
+  }
+  // The last CTA clears the counters for the next launch.
+  __device__ void retire() {
+    if (p_.claims == nullptr) return;
+    if (lane_ == kClaimLane && atomicAdd(p_.claims + 1, 1u) == gridDim.x - 1) {
+      p_.claims[0] = 0;
+      p_.claims[1] = 0;
+    }
+  }
+
+  const OperandParams& p_;
+  const SharedLayout& l_;
+  int lane_, index_, items_, per_group_, tile_ = 0, claimed_ = 0;
+  int4 entry_{};
+  tile::RingState<kItemSlots> ring_;
+};
+
+// Every other warp's side.
+template <class Spec>
+class ItemSink {
+ public:
+  __device__ ItemSink(const OperandParams& p, const SharedLayout& l, int lane, Role role)
+      : p_(p), l_(l), lane_(lane), role_(role) {}
+
+  __device__ bool next(Item& t) {
+    tile::wait(l_.item_full + 8 * ring_.stage, ring_.parity, role_, Slot::kItemFull, ring_.stage);
+    const uint4 v = ptx::load_shared_v4(l_.items + 16 * ring_.stage);
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(l_.item_empty + 8 * ring_.stage);
+    ring_.advance();
+    if (static_cast<int>(v.y) < 0) return false;
+    t = make_item<Spec>(p_, v);
+    return true;
+  }
+
+ private:
+  const OperandParams& p_;
+  const SharedLayout& l_;
+  int lane_;
+  Role role_;
+  tile::RingState<kItemSlots> ring_;
+};
+
+}  // namespace sonicmoe::cuda::hopper
