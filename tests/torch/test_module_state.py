@@ -17,20 +17,20 @@ FINE = torch.tensor([1.001, -0.999, 0.001, 0.0, 1.0, -1.0])  # no bfloat16 value
 def layer(**options):
     module = sm.MoE(D, N, E, K, **OPTIONS | options)
     with torch.no_grad():
-        module.selection_bias.copy_(FINE)
+        module.router.selection_bias.copy_(FINE)
     return module
 
 
 def train(module, x=None):
     """One step; returns y. The bias has to be usable and the seed has to advance."""
-    x = torch.randn(16, D, dtype=module.w1.dtype) if x is None else x
-    before, seed = module.selection_bias.clone(), module.rounding_seed.clone()
+    x = torch.randn(16, D, dtype=module.experts.w1.dtype) if x is None else x
+    before, seed = module.router.selection_bias.clone(), module.rounding_seed.clone()
     y = module(x)
     y.float().square().sum().backward()
-    sm.update_expert_bias_(module.selection_bias, module.last_rows_per_expert_before, 1e-3)
-    assert module.w1.grad.abs().max() > 0 and not torch.equal(module.rounding_seed, seed)
-    moved = (module.selection_bias - before).abs()
-    assert moved.max() > 9e-4 and module.selection_bias.dtype == torch.float32
+    sm.update_expert_bias_(module.router.selection_bias, module.last_rows_per_expert_before, 1e-3)
+    assert module.experts.w1.grad.abs().max() > 0 and not torch.equal(module.rounding_seed, seed)
+    moved = (module.router.selection_bias - before).abs()
+    assert moved.max() > 9e-4 and module.router.selection_bias.dtype == torch.float32
     return y
 
 
@@ -47,8 +47,11 @@ def test_the_bias_is_float32_whatever_the_dtype_of_the_layer(how, default_dtype)
     with torch.device("cpu"):
         module = sm.MoE(D, N, E, K, dtype=torch.bfloat16 if how != "default" else None, **OPTIONS)
     default_dtype(torch.float32)
-    assert module.w1.dtype == torch.bfloat16 and module.selection_bias.dtype == torch.float32
-    assert (module.selection_bias == 0).all() and module.rounding_seed.tolist() == [7]
+    assert (
+        module.experts.w1.dtype == torch.bfloat16
+        and module.router.selection_bias.dtype == torch.float32
+    )
+    assert (module.router.selection_bias == 0).all() and module.rounding_seed.tolist() == [7]
     train(module)
 
 
@@ -68,8 +71,11 @@ CASTS = {
 @pytest.mark.parametrize("cast", CASTS)
 def test_casting_leaves_the_buffers(cast):
     module = CASTS[cast](layer())
-    assert module.w1.dtype == torch.bfloat16
-    assert torch.equal(module.selection_bias, FINE) and module.rounding_seed.dtype == torch.int64
+    assert module.experts.w1.dtype == torch.bfloat16
+    assert (
+        torch.equal(module.router.selection_bias, FINE)
+        and module.rounding_seed.dtype == torch.int64
+    )
     train(module)
 
 
@@ -79,10 +85,10 @@ def test_deferred_initialisation_makes_what_the_constructor_makes(dtype):
         module = layer()
     module = module.to(dtype).to_empty(device="cpu")
     with torch.no_grad():
-        module.selection_bias.fill_(float("nan"))
+        module.router.selection_bias.fill_(float("nan"))
         module.rounding_seed.fill_(-5)
     module.reset_parameters()
-    assert (module.selection_bias == 0).all() and module.rounding_seed.tolist() == [7]
+    assert (module.router.selection_bias == 0).all() and module.rounding_seed.tolist() == [7]
     assert all(p.isfinite().all() and p.abs().max() > 0 for p in module.parameters())
     train(module)
 
@@ -94,8 +100,8 @@ def test_loading_keeps_the_bias_float32(assign, dtype):
     assert "rounding_seed" not in state
     module = layer()
     module.load_state_dict(state, assign=assign)
-    assert module.selection_bias.dtype == torch.float32
-    assert torch.equal(module.selection_bias, FINE.to(dtype).float())
+    assert module.router.selection_bias.dtype == torch.float32
+    assert torch.equal(module.router.selection_bias, FINE.to(dtype).float())
     train(module.float())
 
 
@@ -115,7 +121,7 @@ def test_loading_into_a_module_on_meta():
 
 
 def test_a_bias_of_another_shape_is_refused_when_loading():
-    state = layer().state_dict() | {"selection_bias": torch.zeros(E + 1)}
+    state = layer().state_dict() | {"router.selection_bias": torch.zeros(E + 1)}
     for assign in (False, True):
         with pytest.raises(RuntimeError, match="selection_bias"):
             layer().load_state_dict(state, assign=assign)
@@ -135,8 +141,8 @@ def test_a_bias_made_unusable_by_others_is_refused_at_use(bias, message):
     """As sharding and offloading do it, behind the module's back; before a seed is drawn."""
     module, x = layer(), torch.randn(16, D)
     with pytest.raises(RuntimeError, match=message):
-        torch.func.functional_call(module, {"selection_bias": bias}, (x,))
-    module._buffers["selection_bias"] = bias
+        torch.func.functional_call(module, {"router.selection_bias": bias}, (x,))
+    module.router._buffers["selection_bias"] = bias
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match=message):
         module(x)
@@ -146,7 +152,7 @@ def test_a_bias_made_unusable_by_others_is_refused_at_use(bias, message):
 def test_a_functional_call_uses_the_bias_it_is_given():
     module, x = layer().eval(), torch.randn(16, D)
     only_two = torch.tensor([0.0, 9.0, 0.0, 0.0, 9.0, 0.0])
-    torch.func.functional_call(module, {"selection_bias": only_two}, (x,))
+    torch.func.functional_call(module, {"router.selection_bias": only_two}, (x,))
     assert module.last_rows_per_expert.tolist() == [0, 16, 0, 0, 16, 0]
 
 
@@ -155,7 +161,9 @@ def test_a_cast_that_cannot_be_computed_is_refused_at_use(dtype):
     module = layer().to(dtype)
     with pytest.raises(RuntimeError, match="x: expected float32 or bfloat16, got float"):
         module(torch.randn(16, D, dtype=dtype))
-    with pytest.raises(RuntimeError, match="router_w: expected float32 or bfloat16, got float"):
+    with pytest.raises(
+        RuntimeError, match="router_weight: expected float32 or bfloat16, got float"
+    ):
         module(torch.randn(16, D))
 
 
@@ -178,14 +186,14 @@ def test_the_balancing_loss_measures_token_choice(policy, experts):
     options = {"router": "token_rounding", "tile": 16, "policy": policy}
     module = sm.MoE(width, N, experts, 1, **options)
     with torch.no_grad():
-        module.router_weight.copy_(router)
+        module.router.weight.copy_(router)
     _, logits, rows = module(x, return_router=True)
     assert rows.dtype == torch.int32 and rows.tolist() == [tokens // experts] * experts
     assert torch.equal(module.last_rows_per_expert_before, rows)
     assert (module.last_rows_per_expert % 16 == 0).all()
     loss = sm.load_balancing_loss(logits, rows, top_k=1)
     assert abs(loss - 1) < 1e-6
-    weights = module.router_weight, module.w1, module.w2
+    weights = module.router.weight, module.experts.w1, module.experts.w2
     _, again, counted = sm.moe_layer(x, *weights, 1, **options)
     assert torch.equal(counted, rows) and torch.equal(again, logits)
 
@@ -200,8 +208,8 @@ def test_the_balancing_loss_of_a_rounded_layer_has_the_gradient_of_token_choice(
         assert int(rows.sum()) == 64 * K
         sm.load_balancing_loss(logits, rows, top_k=K).backward()
     assert not torch.equal(rounded.last_rows_per_expert, rounded.last_rows_per_expert_before)
-    right = plain.router_weight.grad
+    right = plain.router.weight.grad
     assert right.abs().max() > 0
-    assert (rounded.router_weight.grad - right).abs().max() <= 1e-6 * right.abs().max()
+    assert (rounded.router.weight.grad - right).abs().max() <= 1e-6 * right.abs().max()
     rounded.eval()(x)
     assert torch.equal(rounded.last_rows_per_expert, rounded.last_rows_per_expert_before)

@@ -52,7 +52,7 @@ MODULE = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 6, "top_k": 2
 EXTENT = (*NO_INTEGER, 0, 2**31)
 WRONG_MODULE = {
     **WRONG, **dict.fromkeys(MODULE, EXTENT), "top_k": WRONG["top_k"],
-    **dict.fromkeys(("selection_bias", "bias", "router_bias"), (*NO_FLAG, None)),
+    **dict.fromkeys(("selection_bias", "expert_bias", "router_bias"), (*NO_FLAG, None)),
     "dtype": (torch.float16, torch.float64, torch.int32, torch.complex64, torch.bool),
     # Larger tiles and smaller limits are for the call to refuse, which knows the number of tokens.
     "tile": (*NO_INTEGER, 0, 2**31),

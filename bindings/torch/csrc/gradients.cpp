@@ -8,7 +8,7 @@
 namespace sonicmoe_torch {
 
 Gradients::Gradients(const Views& views, const Tensor& like, const Needs& needs, std::size_t count,
-                     const Tensors& main_grads)
+                     std::span<const Tensor> main_grads)
     : views_(views), like_(like), needs_(needs), main_grads_(main_grads) {
   const auto refuse = [&](const char* argument, std::size_t expected, std::size_t got) {
     throw sonicmoe::Error(views.operation(), argument, std::to_string(expected) + " values",
@@ -24,7 +24,7 @@ bool Gradients::next(const char* name, const OptionalTensor& of) {
   const bool need = needs_[next_need_++];
   if (need && !of) {
     throw sonicmoe::Error(views_.operation(), "needs",
-                          std::string("false for ") + name + ", which is absent", "true");
+                          std::string("false for ") + name + ", as the tensor is absent", "true");
   }
   return need;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,7 +13,6 @@ namespace sonicmoe_torch {
 
 using Needs = std::vector<bool>;
 using Tensors = std::vector<Tensor>;
-using OptionalTensors = std::vector<OptionalTensor>;
 
 /// The N elements of a list, to be given names; throws where there are more or fewer.
 template <std::size_t N, class T>
@@ -40,7 +40,7 @@ class Gradients {
   /// `like` is any tensor of the call. Throws unless there are `count` needs and as many buffers
   /// as needed parameters, or none.
   Gradients(const Views& views, const Tensor& like, const Needs& needs, std::size_t count,
-            const Tensors& main_grads = {});
+            std::span<const Tensor> main_grads = {});
 
   bool accumulate() const noexcept { return !main_grads_.empty(); }
 
@@ -61,7 +61,7 @@ class Gradients {
   const Views& views_;
   const Tensor& like_;
   const Needs& needs_;
-  const Tensors& main_grads_;
+  const std::span<const Tensor> main_grads_;
   std::size_t next_need_ = 0, next_buffer_ = 0;
 };
 

@@ -76,25 +76,24 @@ moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTe
 }
 
 constexpr const char* kBackwardSchema =
-    "moe_layer_backward(Tensor grad_out, Tensor? grad_logits, Tensor x, Tensor?[] parameters, "
-    "Tensor[] saved, int[] options, float[] reals, bool[] needs, Tensor(a!)[] main_grads) -> "
+    "moe_layer_backward(Tensor grad_out, Tensor? grad_logits, Tensor x, Tensor router_weight, "
+    "Tensor? router_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor[] saved, "
+    "int[] options, float[] reals, bool[] needs, Tensor(a!)[] main_grads) -> "
     "(Tensor grad_x, Tensor grad_router_weight, Tensor grad_router_bias, Tensor grad_w1, "
     "Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)";
 
-// parameters: router_weight, router_bias, w1, b1, w2, b2. saved: logits and what follows
-// rows_per_expert in the results of forward. Of the results those that `needs` does not name come
+// saved: logits and what follows rows_per_expert in the results of forward. Of the results those that `needs` does not name come
 // back empty. main_grads: none, or a float32 buffer for each parameter that `needs` names, in
 // order, to which its gradient is added in place of a result.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_backward(
     const Tensor& grad_out, const OptionalTensor& grad_logits, const Tensor& x,
-    const OptionalTensors& parameters, const Tensors& saved, const Integers& options,
-    const Reals& reals, const Needs& needs, const Tensors& main_grads) {
+    const Tensor& router_weight, const OptionalTensor& router_bias, const Tensor& w1,
+    const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, const Tensors& saved,
+    const Integers& options, const Reals& reals, const Needs& needs, const Tensors& main_grads) {
   const Views views("moe_layer_backward");
   const Call call(x);
   const LayerCall layer = unpack_layer(PackedOptions(views.operation(), options, reals), views,
                                        std::nullopt, std::nullopt);
-  const auto [router_weight, router_bias, w1, b1, w2, b2] =
-      exactly<6>(views, "parameters", parameters);
   const auto [logits, topk_ids, token_ids, expert_ids, routing_weights, h, metadata] =
       exactly<7>(views, "saved", saved);
   sonicmoe::MoELayerBackwardArgs args{

@@ -72,21 +72,21 @@ std::tuple<Tensor, Tensor, Tensor> moe_forward(
 }
 
 constexpr const char* kBackwardSchema =
-    "moe_backward(Tensor grad_out, Tensor x, Tensor?[] parameters, int form, Tensor ids, "
-    "Tensor? token_ids, Tensor? weights, Tensor h, Tensor metadata, int[] options, float[] reals, "
-    "bool[] needs) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, "
+    "moe_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
+    "int form, Tensor ids, Tensor? token_ids, Tensor? weights, Tensor[] saved, int[] options, "
+    "float[] reals, bool[] needs) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, "
     "Tensor grad_b2, Tensor grad_weights)";
 
-// parameters: w1, b1, w2, b2. Of the results those that `needs` does not name come back empty.
+// saved: h and metadata of forward. Of the results those that `needs` does not name come back empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
-    const Tensor& grad_out, const Tensor& x, const OptionalTensors& parameters, std::int64_t form,
-    const Tensor& ids, const OptionalTensor& token_ids, const OptionalTensor& weights,
-    const Tensor& h, const Tensor& metadata, const Integers& options, const Reals& reals,
-    const Needs& needs) {
+    const Tensor& grad_out, const Tensor& x, const Tensor& w1, const OptionalTensor& b1,
+    const Tensor& w2, const OptionalTensor& b2, std::int64_t form, const Tensor& ids,
+    const OptionalTensor& token_ids, const OptionalTensor& weights, const Tensors& saved,
+    const Integers& options, const Reals& reals, const Needs& needs) {
   const Views views("moe_backward");
   const Call call(x);
   const ExpertCall experts = unpack(views, options, reals);
-  const auto [w1, b1, w2, b2] = exactly<4>(views, "parameters", parameters);
+  const auto [h, metadata] = exactly<2>(views, "saved", saved);
   sonicmoe::MoEBackwardArgs args{
       .options = experts.options,
       .grad_out = views.rows("grad_out", grad_out),

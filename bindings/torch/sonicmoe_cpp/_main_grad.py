@@ -99,6 +99,8 @@ def _main_grad(parameter: Tensor) -> Tensor:
     if buffer.dtype != torch.float32 or list(buffer.shape) != shape or buffer.device != device:
         got = f"{names_of((buffer.dtype,))} {list(buffer.shape)} on {buffer.device}"
         refuse("moe_layer", "main_grad", expected, got)
+    if buffer.is_neg():
+        refuse("moe_layer", "main_grad", expected, "a view with the negative bit")
     return buffer
 
 

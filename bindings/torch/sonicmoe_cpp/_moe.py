@@ -1,5 +1,7 @@
 """Fake implementations and autograd of the experts' operators (csrc/moe_ops.cpp)."""
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from .options import ExpertOptions
 
 @register_fake("moe_forward")
 def _(x, w1, b1, w2, b2, form, ids, token_ids, weights, options, reals, save_for_backward):
-    num_tokens = x.shape[:-1].numel()
+    num_tokens = math.prod(x.shape[:-1])
     num_pairs = num_tokens if form == FORM_SORTED else ids.numel()
     y = x.new_empty(x.shape)
     if not save_for_backward:
@@ -24,12 +26,12 @@ def _(x, w1, b1, w2, b2, form, ids, token_ids, weights, options, reals, save_for
     return y, h, x.new_empty((size,), dtype=torch.uint8)
 
 
-def grad_like(operation: str, needed: bool, name: str, of: Tensor | None, like: Tensor) -> Tensor:
+def new_gradient(operation: str, like: Tensor, name: str, need: bool, of: Tensor | None) -> Tensor:
     """What a backward operator returns for `of`: its layout is kept, unneeded is empty."""
-    if not needed:
+    if not need:
         return like.new_empty((0,))
     if of is None:
-        refuse(operation, "needs", f"False for grad_{name}, which is absent", "True")
+        refuse(operation, "needs", f"False for {name}, as the tensor is absent", "True")
     grad = torch.empty_like(of)
     # Of elements that overlap torch keeps an order of dimensions that no gradient may have.
     strides = grad.stride()[-2:] if of.dim() == 3 else grad.stride()[-1:]
@@ -38,14 +40,17 @@ def grad_like(operation: str, needed: bool, name: str, of: Tensor | None, like: 
 
 @register_fake("moe_backward")
 def _(
-    grad_out, x, parameters, form, ids, token_ids, weights, h, metadata, options, reals, needs
+    grad_out, x, w1, b1, w2, b2, form, ids, token_ids, weights, saved, options, reals, needs
 ):  # fmt: skip
-    need_x, *need_parameters, need_weights = needs
-    named = zip(need_parameters, ("w1", "b1", "w2", "b2"), parameters, strict=True)
+    need_x, need_w1, need_b1, need_w2, need_b2, need_weights = needs
+    grad_like = functools.partial(new_gradient, "moe_backward", x)
     return (
         x.new_empty(x.shape if need_x else (0,)),
-        *(grad_like("moe_backward", need, name, of, x) for need, name, of in named),
-        grad_like("moe_backward", need_weights, "weights", weights, x).float(),
+        grad_like("grad_w1", need_w1, w1),
+        grad_like("grad_b1", need_b1, b1),
+        grad_like("grad_w2", need_w2, w2),
+        grad_like("grad_b2", need_b2, b2),
+        grad_like("grad_weights", need_weights, weights).float(),
     )
 
 
@@ -69,8 +74,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, *unused: None) -> tuple:
     need_x, need_w1, need_b1, need_w2, need_b2, _, _, _, need_weights, *others = needs
     grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_weights = run(
         ops.moe_backward,
-        grad_out.contiguous(), x, (w1, b1, w2, b2), ctx.form, ids, token_ids, weights, h, metadata,
-        *ctx.options, (need_x, need_w1, need_b1, need_w2, need_b2, need_weights),
+        grad_out.contiguous(), x, w1, b1, w2, b2, ctx.form, ids, token_ids, weights,
+        [h, metadata], *ctx.options, (need_x, need_w1, need_b1, need_w2, need_b2, need_weights),
     )  # fmt: skip
     return (
         grad_x if need_x else None,

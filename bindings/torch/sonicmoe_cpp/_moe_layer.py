@@ -1,5 +1,6 @@
 """Fake implementations and autograd of the whole layer (csrc/moe_layer_ops.cpp)."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from ._library import (
     rounded_capacity,
     run,
 )
-from ._moe import grad_like
+from ._moe import new_gradient
 from .options import LayerOptions
 
 PARAMETERS = ("router_weight", "router_bias", "w1", "b1", "w2", "b2")
@@ -58,7 +59,7 @@ def _(
 ):  # fmt: skip
     layer = LayerOptions.unpack(iter(options), iter(reals))
     rounding, top_k = layer.rounding, layer.router.top_k
-    num_tokens = x.shape[:-1].numel()
+    num_tokens = math.prod(x.shape[:-1])
     num_experts = w1.shape[0]
     pairs = num_tokens * top_k
     if rounding is not None:
@@ -85,14 +86,18 @@ def _(
 
 
 @register_fake("moe_layer_backward")
-def _(grad_out, grad_logits, x, parameters, saved, options, reals, needs, main_grads):
-    need_x, *needed = needs
-    named = zip(needed, PARAMETERS, parameters, strict=True)
-    fresh = not main_grads
-    return (
-        x.new_empty(x.shape if need_x else (0,)),
-        *(grad_like("moe_layer_backward", n and fresh, name, of, x) for n, name, of in named),
+def _(
+    grad_out, grad_logits, x, router_weight, router_bias, w1, b1, w2, b2, saved, options, reals,
+    needs, main_grads,
+):  # fmt: skip
+    need_x, *others = needs
+    fresh = [need and not main_grads for need in others]
+    parameters = (router_weight, router_bias, w1, b1, w2, b2)
+    grads = (
+        new_gradient("moe_layer_backward", x, f"grad_{name}", *given)
+        for name, *given in zip(PARAMETERS, fresh, parameters, strict=True)
     )
+    return x.new_empty(x.shape if need_x else (0,)), *grads
 
 
 def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -120,14 +125,15 @@ def run_backward(
 ) -> tuple:
     """The gradients of all arguments of forward, None where not needed. Of the parameters they are
     added to main_grads where there are any, one for each that is needed."""
-    x, *tensors = ctx.saved_tensors  # once: checkpointing recomputes on the first access only
-    parameters, saved = tensors[: len(PARAMETERS)], tensors[len(PARAMETERS) :]
+    # Once: checkpointing recomputes on the first access only.
+    x, router_weight, router_bias, w1, b1, w2, b2, *saved = ctx.saved_tensors
     # Incoming gradients are dense; that of y is zero where only the logits were used.
     grad_out = torch.zeros_like(x) if grad_out is None else grad_out.contiguous()
     grad_logits = None if grad_logits is None else grad_logits.contiguous()
     grads = run(
         ops.moe_layer_backward,
-        grad_out, grad_logits, x, parameters, saved, *ctx.options, needs, main_grads,
+        grad_out, grad_logits, x, router_weight, router_bias, w1, b1, w2, b2, saved, *ctx.options,
+        needs, main_grads,
     )  # fmt: skip
     others = len(ctx.needs_input_grad) - len(needs)
     return *(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * others

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._autograd import register_autograd, register_in_place, register_once_differentiable
 from ._library import ops, register_fake, rounded_capacity, run
-from .options import RouterOptions, RoundingOptions
+from .options import RoundingOptions, RouterOptions
 
 # ------------------------------------------------------------------------------------------- route
 

@@ -18,8 +18,8 @@ from .options import (
     ExpertOptions,
     LayerKeywords,
     Packed,
-    RouterOptions,
     RoundingOptions,
+    RouterOptions,
     layer_options,
     with_keywords,
 )
