@@ -58,7 +58,7 @@ def overlapping(tensor: Tensor) -> Tensor:
 def layouts(name: str, tensor: Tensor):
     """Values in memory that is not plain. Parameters are never copied, so some strides are refused
     for them; everything else is taken as it is."""
-    parameter = name.startswith(("w", "b", "router"))
+    parameter = name.startswith(("w", "b", "router", "selection_bias"))
     copied = NAMED if parameter else RIGHT
     yield "spread", spread(tensor), copied
     yield "misaligned", misaligned(tensor), REFUSED

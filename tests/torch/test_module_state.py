@@ -1,6 +1,7 @@
 """Buffers and parameters of MoE through casting, deferred initialisation, loading and copying."""
 
 import copy
+import pickle
 
 import pytest
 import sonicmoe_cpp as sm
@@ -171,6 +172,102 @@ def test_a_default_dtype_that_cannot_be_computed_is_refused(default_dtype):
     default_dtype(torch.float64)
     with pytest.raises(ValueError, match="MoE: dtype: expected float32 or bfloat16, got .*default"):
         sm.MoE(D, N, E, K)
+
+
+# ---------------------------------------------------------------------------- names of parameters
+
+FORMER = {
+    "router_weight": "router.weight", "router_b": "router.bias",
+    "selection_bias": "router.selection_bias", "w1": "experts.w1", "w2": "experts.w2",
+    "b1": "experts.b1", "b2": "experts.b2",
+}  # fmt: skip
+
+
+def with_former_names(state, prefix=""):
+    former = {name: old for old, name in FORMER.items()}
+    return {prefix + former[name.removeprefix(prefix)]: value for name, value in state.items()}
+
+
+def full(**options):
+    """Every parameter there is."""
+    return layer(router_bias=True, expert_bias=True, **options)
+
+
+def test_the_state_dict_has_the_names_of_the_children():
+    assert set(full().state_dict()) == set(FORMER.values())
+    assert set(layer().state_dict()) == {
+        "router.weight", "router.selection_bias", "experts.w1", "experts.w2"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_state_dict_of_before_the_children_loads(assign, inside, device):
+    source, x = full().eval(), torch.randn(16, D)
+    with torch.device(device):
+        target = full().eval()
+    if device == "meta" and not assign:
+        target.to_empty(device="cpu")
+    wrapped, prefix = (torch.nn.Sequential(target), "0.") if inside else (target, "")
+    state = with_former_names(source.state_dict())
+    given = {prefix + name: value for name, value in state.items()}
+    kept = dict(given)
+    assert str(wrapped.load_state_dict(given, assign=assign)) == "<All keys matched successfully>"
+    assert given.keys() == kept.keys(), "the caller's dict was changed"
+    assert torch.equal(target(x), source(x))
+    assert set(target.state_dict()) == set(FORMER.values())
+
+
+def test_former_names_hide_no_mistake():
+    state = with_former_names(full().state_dict())
+    missing = {name: value for name, value in state.items() if name != "w2"}
+    with pytest.raises(RuntimeError, match="Missing key.+experts.w2"):
+        full().load_state_dict(missing)
+    with pytest.raises(RuntimeError, match="Unexpected key.+w3"):
+        full().load_state_dict(state | {"w3": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="Unexpected key.+w2"):
+        full().load_state_dict(state | full().state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for experts.w1"):
+        full().load_state_dict(state | {"w1": torch.zeros(E, N, D)})
+
+
+def test_copies_compute_with_the_options_of_the_original():
+    source = full(activation="geglu", scale=0.5, num_groups=3, top_groups=2)
+    twins = copy.deepcopy(source), pickle.loads(pickle.dumps(source))
+    x = torch.randn(16, D)
+    for mode in (True, False):
+        outputs = []
+        for module in (source.train(mode), *(twin.train(mode) for twin in twins)):
+            torch.manual_seed(1)
+            outputs.append(module(x))
+            assert module.options == source.options
+        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("shape", [(D,), (16, D), (2, 8, D), (2, 1, 4, D), (2, 0, D)])
+def test_y_is_no_view_and_has_the_shape_of_x(shape):
+    module = sm.MoE(D, N, E, K)
+    x = torch.randn(shape, requires_grad=True)
+    y, logits, _ = module(x, return_router=True)
+    assert y.shape == shape and y._base is None and logits.shape == (*shape[:-1], E)
+    rows = module(x.reshape(-1, D))
+    assert torch.equal(y.reshape(-1, D), rows)
+    y += 1  # changes nothing that backward needs
+    y.square().sum().backward()
+    assert x.grad.shape == shape and (x.numel() == 0 or x.grad.abs().max() > 0)
+
+
+@pytest.mark.parametrize("strides", ["transposed", "expanded", "sliced", "columns"])
+def test_x_of_any_strides(strides):
+    module = sm.MoE(D, N, E, K)
+    x = {
+        "transposed": lambda: torch.randn(8, 2, D).transpose(0, 1),
+        "expanded": lambda: torch.randn(1, 8, D).expand(2, 8, D),
+        "sliced": lambda: torch.randn(2, 9, D)[:, :8],
+        "columns": lambda: torch.randn(2, 8, 2 * D)[..., :D],
+    }[strides]()
+    assert not x.is_contiguous() and torch.equal(module(x), module(x.contiguous()))
 
 
 # ------------------------------------------------------------------------- rows of token choice
