@@ -18,7 +18,8 @@ constexpr const char* kForwardSchema =
     "Tensor topk_ids, Tensor token_ids, Tensor expert_ids, Tensor routing_weights, Tensor h, "
     "Tensor metadata)";
 
-// x and y [..., d], logits [..., E]. token_ids and expert_ids are empty for plain top-K, h and metadata without save_for_backward.
+// x and y [..., d], logits [..., E]. token_ids and expert_ids are empty for plain top-K, h and
+// metadata without save_for_backward.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
                   const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
@@ -82,9 +83,9 @@ constexpr const char* kBackwardSchema =
     "(Tensor grad_x, Tensor grad_router_weight, Tensor grad_router_bias, Tensor grad_w1, "
     "Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)";
 
-// saved: logits and what follows rows_per_expert in the results of forward. Of the results those that `needs` does not name come
-// back empty. main_grads: none, or a float32 buffer for each parameter that `needs` names, in
-// order, to which its gradient is added in place of a result.
+// saved: logits and what follows rows_per_expert in the results of forward. Of the results those
+// that `needs` does not name come back empty. main_grads: none, or a float32 buffer for each
+// parameter that `needs` names, in order, to which its gradient is added in place of a result.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_backward(
     const Tensor& grad_out, const OptionalTensor& grad_logits, const Tensor& x,
     const Tensor& router_weight, const OptionalTensor& router_bias, const Tensor& w1,
@@ -138,8 +139,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_bac
   const Tensor workspace = new_workspace(x, plan.bytes, args.workspace_limit.has_value());
   args.workspace = views.out("workspace", workspace);
   sonicmoe::moe_layer_backward(call.context(), args);
-  return {grad_x.tensor,  grad_router_weight.tensor, grad_router_bias.tensor, grad_w1.tensor,
-          grad_b1.tensor, grad_w2.tensor,            grad_b2.tensor};
+  return {grad_x.tensor,           grad_router_weight.tensor,
+          grad_router_bias.tensor, grad_w1.tensor,
+          grad_b1.tensor,          grad_w2.tensor,
+          grad_b2.tensor};
 }
 
 }  // namespace

@@ -37,11 +37,13 @@ constexpr const char* kForwardSchema =
     "(Tensor y, Tensor h, Tensor metadata)";
 
 // x and y [..., d], h [P, g*n], metadata bytes; the last two empty without save_for_backward.
-std::tuple<Tensor, Tensor, Tensor> moe_forward(
-    const Tensor& x, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
-    const OptionalTensor& b2, std::int64_t form, const Tensor& ids, const OptionalTensor& token_ids,
-    const OptionalTensor& weights, const Integers& options, const Reals& reals,
-    bool save_for_backward) {
+std::tuple<Tensor, Tensor, Tensor> moe_forward(const Tensor& x, const Tensor& w1,
+                                               const OptionalTensor& b1, const Tensor& w2,
+                                               const OptionalTensor& b2, std::int64_t form,
+                                               const Tensor& ids, const OptionalTensor& token_ids,
+                                               const OptionalTensor& weights,
+                                               const Integers& options, const Reals& reals,
+                                               bool save_for_backward) {
   const Views views("moe_forward");
   const Call call(x);
   const ExpertCall experts = unpack(views, options, reals);
@@ -74,10 +76,12 @@ std::tuple<Tensor, Tensor, Tensor> moe_forward(
 constexpr const char* kBackwardSchema =
     "moe_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
     "int form, Tensor ids, Tensor? token_ids, Tensor? weights, Tensor[] saved, int[] options, "
-    "float[] reals, bool[] needs) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, "
+    "float[] reals, bool[] needs) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_b1, Tensor "
+    "grad_w2, "
     "Tensor grad_b2, Tensor grad_weights)";
 
-// saved: h and metadata of forward. Of the results those that `needs` does not name come back empty.
+// saved: h and metadata of forward. Of the results those that `needs` does not name come back
+// empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     const Tensor& grad_out, const Tensor& x, const Tensor& w1, const OptionalTensor& b1,
     const Tensor& w2, const OptionalTensor& b2, std::int64_t form, const Tensor& ids,

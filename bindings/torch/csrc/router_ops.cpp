@@ -65,12 +65,12 @@ Tensor route_backward(const Tensor& grad_topk_weights, const Tensor& logits, con
   const Call call(logits);
   const auto router = unpack(PackedOptions(views.operation(), options, reals), views, std::nullopt);
   const Tensor grad_logits = new_like_contiguous(logits, ScalarType::Float);
-  sonicmoe::route_backward(
-      call.context(), {.options = router,
-                       .logits = views.in("logits", logits),
-                       .topk_ids = views.in("topk_ids", topk_ids),
-                       .grad_topk_weights = views.in("grad_topk_weights", grad_topk_weights),
-                       .grad_logits = views.out("grad_logits", grad_logits)});
+  sonicmoe::route_backward(call.context(),
+                           {.options = router,
+                            .logits = views.in("logits", logits),
+                            .topk_ids = views.in("topk_ids", topk_ids),
+                            .grad_topk_weights = views.in("grad_topk_weights", grad_topk_weights),
+                            .grad_logits = views.out("grad_logits", grad_logits)});
   return grad_logits;
 }
 
@@ -98,8 +98,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> round_tokens_forward(
     const Integers& options, const Reals& reals) {
   const Views views("round_tokens_forward");
   const Call call(logits);
-  const auto [router, rounding] = unpack(PackedOptions(views.operation(), options, reals), views,
-                                         selection_bias, seed_tensor);
+  const auto [router, rounding] =
+      unpack(PackedOptions(views.operation(), options, reals), views, selection_bias, seed_tensor);
   const auto logits_view = views.in("logits", logits);
   const LogitsShape shape = shape_of("round_tokens_forward", logits_view);
   const std::int64_t capacity =
@@ -138,8 +138,8 @@ Tensor round_tokens_backward(const Tensor& grad_pair_weights, const Tensor& logi
                              const Reals& reals) {
   const Views views("round_tokens_backward");
   const Call call(logits);
-  const auto layer = unpack(PackedOptions(views.operation(), options, reals), views, std::nullopt,
-                            std::nullopt);
+  const auto layer =
+      unpack(PackedOptions(views.operation(), options, reals), views, std::nullopt, std::nullopt);
   const Tensor grad_logits = new_like_contiguous(logits, ScalarType::Float);
   sonicmoe::round_tokens_backward(
       call.context(), {.options = layer.router,
