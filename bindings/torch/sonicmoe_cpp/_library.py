@@ -37,12 +37,12 @@ def run(operator: Callable, *arguments):
 def register_fake(name: str) -> Callable:
     """As torch.library.register_fake. torch runs the fake of an operator as soon as one argument is
     on the meta device, whatever the others are on: that is refused here."""
-    arguments = [argument.name for argument in getattr(ops, name).default._schema.arguments]
+    names = [argument.name for argument in getattr(ops, name).default._schema.arguments]
 
     def register(fake: Callable) -> Callable:
         @functools.wraps(fake)
         def checked(*given):
-            check_same_device(name, arguments, given)
+            check_same_device(name, names, given)
             return fake(*given)
 
         torch.library.register_fake(f"sonicmoe_cpp::{name}", checked)
@@ -51,8 +51,19 @@ def register_fake(name: str) -> Callable:
     return register
 
 
-def _codes(kind: int) -> dict[str, int]:
-    return {name: code for code, name in enumerate(ops.enum_names(kind).split(","))}
+class _Enum(NamedTuple):
+    """An enumeration of the library, by name."""
+
+    codes: dict[str, int]
+    traits: dict[str, list[str]]
+
+    def having(self, trait: str) -> frozenset[str]:
+        return frozenset(name for name, words in self.traits.items() if trait in words)
+
+
+def _enum(kind: int) -> _Enum:
+    rows = [row.split() for row in ops.enum_names(kind).split(",")]
+    return _Enum({row[0]: int(row[1]) for row in rows}, {row[0]: row[2:] for row in rows})
 
 
 class Backend(NamedTuple):
@@ -70,34 +81,34 @@ def backends() -> list[Backend]:
     return [Backend(name, available == "1", reason) for name, available, reason in lines]
 
 
-# The library's own names, in the order of its enumerations.
-ACTIVATIONS = _codes(0)
-GATE_UP_LAYOUTS = _codes(1)
-SCORINGS = _codes(2)
-POLICIES = _codes(3)
-# swiglu .. swiglu_clamped hold gate and up in one projection (g = 2).
-GATED = frozenset(list(ACTIVATIONS)[: ACTIVATIONS["swiglu_clamped"] + 1])
+_activations, _scorings = _enum(0), _enum(2)
+
+# The library's own names and what it says of them.
+ACTIVATIONS = _activations.codes
+GATE_UP_LAYOUTS = _enum(1).codes
+SCORINGS = _scorings.codes
+POLICIES = _enum(3).codes
+GATED = _activations.having("gated")  # gate and up in one projection: g = 2
+ALWAYS_RENORMALIZED = _scorings.having("renormalizes")
+BIASED = _scorings.having("biased")  # take a selection bias and groups
 
 # How moe_forward reads its routing tensors.
 FORM_TOP_K, FORM_SORTED, FORM_PAIRS = range(3)
 
-_POLICY_NAMES = list(POLICIES)
 
-
-def gate_factor(activation: int) -> int:
+def gate_factor(activation: str) -> int:
     """g: rows of w1 per expert and unit of intermediate width."""
-    return 2 if activation <= ACTIVATIONS["swiglu_clamped"] else 1
+    return 2 if activation in GATED else 1
 
 
-def rounded_capacity(num_tokens: int, num_experts: int, top_k: int, tile: int, policy: int) -> int:
+def rounded_capacity(num_tokens: int, num_experts: int, top_k: int, tile: int, policy: str) -> int:
     """Length of the pair list of token rounding, as sonicmoe::rounded_capacity (for symbolic T)."""
     pairs = num_tokens * top_k
-    name = _POLICY_NAMES[policy]
-    if name == "down":
+    if policy == "down":
         return pairs
-    if name == "balanced":
+    if policy == "balanced":
         return pairs + tile // 2
-    if name == "nearest":
+    if policy == "nearest":
         return pairs + num_experts * (tile // 2)
     return pairs + num_experts * (tile - 1)
 
