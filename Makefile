@@ -82,10 +82,11 @@ tidy: build
 	      '/(src/(?!cuda)|cli|oracle|rig)/?.*\.cpp$$' > "$(BUILD)-tidy.log" 2>&1 || \
 	      { grep -E -A4 '(error|warning):' "$(BUILD)-tidy.log"; exit 1; }
 
-# The pages and the reference of headers and docstrings, in build/docs. A broken link is an error.
+# The pages and the reference of headers and docstrings, in build/docs. A broken link is an error,
+# but not with -q, which silences the count of warnings too.
 docs: setup
 	$(PY) scripts/api_reference.py
-	PATH="$$PWD/$(VENV)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict
+	PATH="$$PWD/$(VENV)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # Experiments on a GPU by themselves (lab/README.md). Needs nvcc.
 lab: build

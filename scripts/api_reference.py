@@ -2,9 +2,9 @@
 
     python scripts/api_reference.py    fails on a public declaration without a /// comment
 
-As a hook of mkdocs.yml it adds the pages api/cpp/NAME.md to the site. A declaration is shown as it
-stands, comment and all: formulas, shapes and units are aligned there. On all pages a link out of
-docs/ becomes its text, because the site has no such page.
+As a hook of mkdocs.yml it lists folders in the navigation and adds the pages api/cpp/NAME.md. A
+declaration is shown as it stands, comment and all: formulas, shapes and units are aligned there. On
+all pages a link out of docs/ becomes its text, because the site has no such page.
 """
 
 from __future__ import annotations
@@ -108,6 +108,22 @@ def page_of(header: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------- hooks of mkdocs
+
+
+def on_config(config):
+    """FOLDER/ in the navigation stands for its pages, README first."""
+
+    def pages(folder: str) -> list[str]:
+        docs = Path(config.docs_dir)
+        found = sorted((docs / folder).glob("*.md"), key=lambda p: (p.name != "README.md", p.name))
+        return [str(page.relative_to(docs)) for page in found]
+
+    for entry in config.nav:
+        if isinstance(entry, dict):
+            for title, value in entry.items():
+                if isinstance(value, str) and value.endswith("/"):
+                    entry[title] = pages(value)
+    return config
 
 
 def on_files(files, config):
