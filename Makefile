@@ -72,6 +72,7 @@ format: setup
 format-check: setup
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/ruff format -q --check . && $(VENV)/bin/ruff check -q .
+	cd bindings/torch && ../../$(VENV)/bin/mypy --no-error-summary
 
 # Experiments on a GPU by themselves (lab/README.md). Needs nvcc.
 lab: build
