@@ -154,23 +154,26 @@ def _below_autograd() -> contextlib.AbstractContextManager:
 def _levels_below() -> Iterator[None]:
     """torch switches differentiation off inside a Function; levels of torch.func below this one
     have to see to it themselves."""
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        with torch._C._AutoDispatchBelowAutograd():
-            yield
+    with (
+        torch.enable_grad(),
+        forward_ad._set_fwd_grad_enabled(True),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
+        yield
 
 
 def _apply(function: type[torch.autograd.Function], inputs: tuple) -> Any:
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)
     # The dispatcher has already entered one level of torch.func: differentiate at that level.
-    from torch._functorch.autograd_function import enable_single_level_autograd_function
+    from torch._functorch import autograd_function as functorch
 
-    with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*inputs)
+    with functorch.enable_single_level_autograd_function():  # type: ignore[attr-defined]
+        return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
 
 
 def _vmap_rule(operator: Any) -> Callable:
-    """One call for each sample. Slices are copied: rows of a batch of byte buffers are unaligned."""
+    """One call for each sample. Slices are copied: rows of byte buffers are unaligned."""
 
     def rule(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
         leaves, spec = pytree.tree_flatten(inputs)
