@@ -22,6 +22,6 @@ target_compile_options(sonicmoe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
 if(SONICMOE_CUDA_STRESS)  # hopper/tile/pipeline.cuh
   target_compile_definitions(sonicmoe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:SONICMOE_STRESS>)
 endif()
-target_include_directories(sonicmoe PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+target_include_directories(sonicmoe SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 target_link_libraries(sonicmoe PRIVATE CUDA::cudart_static)
 set_property(GLOBAL PROPERTY SONICMOE_HAS_CUDA ON)

@@ -14,8 +14,6 @@
 namespace sonicmoe::cuda {
 namespace {
 
-constexpr std::int64_t kLeastPartialColumns = 128;
-
 struct Buffers {
   RowTables tables;
   void* grad_h;    // [P, g*n]
@@ -41,9 +39,9 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab)
   return b;
 }
 
-void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const Metadata& m,
-                     const Buffers& b, const RouterShare* router, std::int64_t slab) {
-  const MoEShape& shape = call.shape;
+void input_gradients(const ProductCall& call, const MoEShape& shape, const MoEBackwardArgs& args,
+                     const Metadata& m, const Buffers& b, const RouterShare* router,
+                     std::int64_t slab) {
   const bool sorted = shape.form == MoEShape::Form::kSorted;
   const bool stores = stores_rows(shape), adds = adds_rows(shape);
   if (adds && router == nullptr) zero_rows(call.stream, shape, matrix(args.grad_x));
@@ -54,13 +52,14 @@ void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const 
       router::logits_grad_input(call.stream, call.device, router->grad_logits,
                                 router->router_weight, c, columns, out, b.terms);
     }
-    SONICMOE_RUN_GEMM(call, input_gradient,
-                      InputGradientArgs{.grad_h = b.grad_h,
-                                        .w1 = args.weights.w1,
-                                        .first_column = c,
-                                        .num_columns = columns,
-                                        .out = stores ? Matrix{b.grad_x, columns} : out,
-                                        .add_rows = adds});
+    run(call, "grad_x",
+        RowsArgs{.a = b.grad_h,
+                 .weight = args.weights.w1,
+                 .depth_dim = 1,
+                 .first_column = c,
+                 .num_columns = columns,
+                 .out = stores ? Matrix{b.grad_x, columns} : out,
+                 .add_rows = adds});
     if (sorted) zero_tail(call.stream, shape, m, out, columns);
     if (stores) {
       aggregate(call.stream, shape, m,
@@ -85,26 +84,33 @@ WorkspacePlan backward_plan(const MoEShape& shape, std::optional<std::size_t> li
 }
 
 void check_backward(const Check& check, const MoEShape& shape, const MoEBackwardArgs& args) {
-  const ExpertCall call{shape, args.options, {}};
+  const Products& products = products_of(check.device().index);
+  const ProductCall call{.num_tokens = shape.num_tokens, .num_rows = shape.num_pairs};
   const Matrix grad_out = matrix(args.grad_out);
-  check.refuse(hopper::reason_against(
-      call, HiddenGradientArgs{.grad_out = grad_out, .w2 = args.weights.w2, .h = args.h.data()}));
+  const GradHArgs grad_h{.grad_out = grad_out,
+                         .w2 = args.weights.w2,
+                         .function = hidden_function(shape, args.options),
+                         .h = args.h.data()};
+  check.refuse(products.reason_against(call, grad_h));
   if (args.grad_w2.defined()) {
-    check.refuse(hopper::reason_against(
-        call, DownWeightGradientArgs{.grad_out = grad_out, .grad_w2 = args.grad_w2}));
+    const WeightGradientArgs product{.gathered = grad_out, .grad = args.grad_w2};
+    const Reason reason = renamed(products.reason_against(call, product), "gathered", "grad_out");
+    check.refuse(renamed(reason, "grad", "grad_w2"));
   }
   if (args.grad_x.defined()) {
-    const Matrix out =
-        stores_rows(shape) ? Matrix{nullptr, shape.hidden_size} : matrix(args.grad_x);
-    auto objection = hopper::reason_against(
-        call,
-        InputGradientArgs{.w1 = args.weights.w1, .num_columns = shape.hidden_size, .out = out});
-    if (objection && objection->argument == "out") objection->argument = "grad_x";
-    check.refuse(objection);
+    const RowsArgs product{
+        .weight = args.weights.w1,
+        .depth_dim = 1,
+        .num_columns = shape.hidden_size,
+        .out = stores_rows(shape) ? Matrix{nullptr, shape.hidden_size} : matrix(args.grad_x)};
+    const Reason reason = renamed(products.reason_against(call, product), "weight", "w1");
+    check.refuse(renamed(reason, "out", "grad_x"));
   }
   if (args.grad_w1.defined()) {
-    check.refuse(hopper::reason_against(
-        call, UpWeightGradientArgs{.x = matrix(args.x), .grad_w1 = args.grad_w1}));
+    const WeightGradientArgs product{
+        .gathered = matrix(args.x), .grad = args.grad_w1, .gathered_dim = 2};
+    const Reason reason = renamed(products.reason_against(call, product), "gathered", "x");
+    check.refuse(renamed(reason, "grad", "grad_w1"));
   }
 }
 
@@ -116,15 +122,15 @@ void backward(const Context& context, const MoEShape& shape, const MoEBackwardAr
   // The metadata is only read here; the view type is shared with the forward that fills it.
   const Metadata m = metadata_view(shape, const_cast<void*>(args.metadata.data()));
   if (!routing_weights(args.routing).defined()) b.tables.row_weight = nullptr;
-  const ExpertCall call = expert_call(context, shape, args.options, m, b.tables);
+  const ProductCall call = product_call(context, shape, row_lists(m, b.tables));
   build_row_tables(call.stream, shape, args.routing, m, b.tables);
 
   const Matrix grad_out = matrix(args.grad_out), x = matrix(args.x);
-  SONICMOE_RUN_GEMM(call, hidden_gradient,
-                    HiddenGradientArgs{grad_out, args.weights.w2, args.h.data(),
-                                       b.tables.row_weight, b.grad_h, b.scaled_a, b.partial});
+  run(call, "grad_h",
+      GradHArgs{grad_out, args.weights.w2, hidden_function(shape, args.options), args.h.data(),
+                b.tables.row_weight, b.grad_h, b.scaled_a, b.partial});
   if (args.grad_routing_weights.defined()) {
-    const std::int64_t width = hopper::partial_columns(shape);
+    const std::int64_t width = products_of(call.device).partial_columns(shape.intermediate_size);
     finish_weight_gradient(call.stream, shape, m, b.partial,
                            static_cast<int>(ceil_div(shape.intermediate_size, width)), grad_out,
                            args.weights.b2, args.grad_routing_weights.as<float>());
@@ -142,13 +148,12 @@ void backward(const Context& context, const MoEShape& shape, const MoEBackwardAr
                   args.accumulate);
   }
   if (args.grad_w2.defined()) {
-    SONICMOE_RUN_GEMM(call, down_weight_gradient,
-                      DownWeightGradientArgs{grad_out, b.scaled_a, args.grad_w2, args.accumulate});
+    run(call, "grad_w2",
+        WeightGradientArgs{grad_out, b.scaled_a, args.grad_w2, 1, args.accumulate});
   }
-  if (args.grad_x.defined()) input_gradients(call, args, m, b, router, plan.slab_columns);
+  if (args.grad_x.defined()) input_gradients(call, shape, args, m, b, router, plan.slab_columns);
   if (args.grad_w1.defined()) {
-    SONICMOE_RUN_GEMM(call, up_weight_gradient,
-                      UpWeightGradientArgs{b.grad_h, x, args.grad_w1, args.accumulate});
+    run(call, "grad_w1", WeightGradientArgs{x, b.grad_h, args.grad_w1, 2, args.accumulate});
   }
 }
 

@@ -1,4 +1,4 @@
-// The router's gradient products on the experts' grouped GEMMs (wgmma). dlogits goes in as bf16
+// The router's gradient products on the experts' grouped products. dlogits goes in as bf16
 // terms, high = bf16(dlogits) and low = bf16(dlogits - high), 16 bits in all, split from float32
 // here or written so by the backward of renormalised weights:
 //   dX share [T, d] = high Wr       one "expert" of T rows; rounded to bf16 as every row of dX~ is,
@@ -10,10 +10,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-
 #include "core/workspace.hpp"
-#include "cuda/experts/gemms.hpp"
+#include "cuda/products.hpp"
 
 namespace sonicmoe::cuda::router {
 
@@ -27,12 +25,6 @@ inline bool holds_terms(const ConstTensorView& grad_logits) {
 }
 inline std::int64_t num_experts_of(const ConstTensorView& grad_logits) {
   return grad_logits.size(grad_logits.rank() - 1);
-}
-
-/// Tokens of a slice where T are cut into `slices`: whole steps of all kernels' reductions.
-inline std::int64_t slice_rows(std::int64_t num_tokens, std::int64_t slices) {
-  constexpr std::int64_t kStep = 64;
-  return std::max(round_up(ceil_div(num_tokens, slices), kStep), kStep);
 }
 
 /// Scratch of one product.
@@ -51,8 +43,8 @@ struct GradientTerms {
 GradientTerms carve_share_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
                                 std::int64_t num_experts);
 /// For dWr: both terms and the slices, whose number (at least 1) is a function of the shape alone.
-GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
-                                 std::int64_t num_experts, std::int64_t d);
+GradientTerms carve_weight_terms(WorkspaceCarver& carver, const Products& products,
+                                 std::int64_t num_tokens, std::int64_t num_experts, std::int64_t d);
 
 /// out [T, num_columns] bf16 = grad_logits router_weight[:, first_column...]. False, and nothing
 /// enqueued, where the kernels decline. Where grad_logits holds terms, the high ones and the lists
@@ -67,8 +59,8 @@ bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorVi
                                   ConstTensorView grad_logits, float* parts,
                                   const GradientTerms& terms);
 
-/// Whether both products take their grad_logits as terms: slabs of `num_columns` of `grad_x` as
-/// `out` of the first.
+/// Whether both products of the current device take their grad_logits as terms: slabs of
+/// `num_columns` of `grad_x` as `out` of the first.
 bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::int64_t num_columns,
                          Matrix grad_x);
 

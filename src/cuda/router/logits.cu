@@ -8,10 +8,10 @@
 #include <type_traits>
 
 #include "core/workspace.hpp"
+#include "cuda/device.hpp"
 #include "cuda/router/bias.cuh"
 #include "cuda/router/gradient_gemm.hpp"
 #include "cuda/router/launch.hpp"
-#include "cuda/router/logits_gemm.hpp"
 #include "cuda/router/router.hpp"
 #include "cuda/router/simt_gemm.cuh"
 #include "cuda/router/split_gemm.cuh"
@@ -116,10 +116,11 @@ struct GradientParts {
   std::int64_t num_weight_parts;
 };
 
-std::size_t carve(void* base, std::int64_t num_tokens, std::int64_t num_experts, std::int64_t d,
-                  GradientParts& parts) {
+std::size_t carve(void* base, const Context& context, std::int64_t num_tokens,
+                  std::int64_t num_experts, std::int64_t d, GradientParts& parts) {
   WorkspaceCarver carver(base);
-  parts.terms = carve_weight_terms(carver, num_tokens, num_experts, d);
+  parts.terms =
+      carve_weight_terms(carver, products_of(context.device.index), num_tokens, num_experts, d);
   parts.num_weight_parts = parts.terms.num_slices * kWeightTerms;
   parts.weight =
       carver.take<float>(static_cast<std::size_t>(parts.num_weight_parts * num_experts * d));
@@ -284,9 +285,11 @@ void router_logits(const Context& context, ConstTensorView x, ConstTensorView we
   const std::int64_t num_experts = weight.size(0);
   const cudaStream_t stream = stream_of(context);
   if (num_tokens == 0) return;
-  if (tensor_core_logits_fit(x, weight)) {
-    return launch_tensor_core_logits(stream, context.device.index, x, weight, bias, logits);
-  }
+  const Products& products = products_of(context.device.index);
+  const ProductCall call{
+      .num_tokens = num_tokens, .stream = stream, .device = context.device.index};
+  const LogitsArgs args{.x = x, .weight = weight, .bias = bias, .logits = logits.as<float>()};
+  if (!products.reason_against(call, args)) return products.run(call, args);
   const SimtShape shape{num_tokens, num_experts, x.size(1), x.size(1)};
   const StoreLogits store{logits.as<float>(), num_experts, RouterBias(bias)};
   visit_float_dtype(x, [&]<class X>(const X* x_data) {
@@ -298,9 +301,9 @@ void router_logits(const Context& context, ConstTensorView x, ConstTensorView we
   });
 }
 
-std::size_t router_logits_workspace_bytes(const Context&, const MoEShape& shape) {
+std::size_t router_logits_workspace_bytes(const Context& context, const MoEShape& shape) {
   GradientParts parts;
-  return carve(nullptr, shape.num_tokens, shape.num_experts, shape.hidden_size, parts);
+  return carve(nullptr, context, shape.num_tokens, shape.num_experts, shape.hidden_size, parts);
 }
 
 void router_logits_backward(const Context& context, ConstTensorView x, ConstTensorView grad_logits,
@@ -312,7 +315,7 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
   const std::int64_t d = x.size(1);
   const std::int64_t num_experts = num_experts_of(grad_logits);
   GradientParts parts;
-  carve(workspace.data(), num_tokens, num_experts, d, parts);
+  carve(workspace.data(), context, num_tokens, num_experts, d, parts);
   if (grad_weight.defined()) {
     std::int64_t num_parts = parts.num_weight_parts;
     if (!weight_parts_on_grouped_gemm(stream, context.device.index, x, grad_logits, parts.weight,

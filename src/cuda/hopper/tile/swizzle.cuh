@@ -5,7 +5,8 @@
 
 #include <cstdint>
 
-#include "cuda/ptx/wgmma.cuh"
+#include "cuda/ptx/common.cuh"
+#include "cuda/ptx/major.hpp"
 
 namespace sonicmoe::tile {
 
