@@ -5,15 +5,16 @@
 #include <numeric>
 
 #include "cublas.cuh"
-#include "cuda/experts/gemms.hpp"
 #include "cuda/hopper/epilogue/activation.cuh"
+#include "cuda/hopper/products.hpp"
 #include "power.cuh"
 
 using namespace experiment;
 using namespace sonicmoe;
-namespace hopper = sonicmoe::cuda::hopper;
 
 namespace {
+
+const cuda::Products& products = cuda::hopper::products();
 
 struct Case {
   const char* name;
@@ -91,11 +92,9 @@ struct Problem {
     fill_random(w2.data, 4, fill);
     fill_random(b1, 5, fill);
     fill_random(b2, 6, fill);
-    call.shape = {
-        c.T, c.d, c.n, c.E, int64_t(P), MoEShape::Form::kTopK, c.activation, DType::kBFloat16};
-    call.options = {c.activation, c.layout, 7.0f};
-    call.rows = {offsets.data(),   token.data(),   tiles.data(),
-                 num_tiles.data(), experts.data(), claims.data()};
+    call.num_tokens = c.T;
+    call.num_rows = int64_t(P);
+    call.rows = {token.data(), tiles.data(), num_tiles.data(), experts.data(), claims.data()};
   }
 
   struct Rows {
@@ -151,7 +150,7 @@ struct Problem {
   DeviceBuffer<int4> tiles, experts;
   DeviceBuffer<int> num_tiles;
   DeviceBuffer<std::uint32_t> claims{std::vector<std::uint32_t>{0, 0}};
-  cuda::ExpertCall call;
+  cuda::ProductCall call;
 };
 
 // The six calls, in order.
@@ -168,36 +167,38 @@ std::vector<std::pair<const char*, std::function<void()>>> calls(Problem& p) {
     return TensorView(f.data(), DType::kFloat32, v.shape(), strides);
   };
   const cuda::Matrix x{p.x.data(), c.d}, dout{p.grad_out.data(), c.d};
-  const cuda::UpArgs up{x, p.w1.view(), bias(p.b1, p.g * c.n), p.h.data(), p.a.data()};
-  const cuda::DownArgs down{p.a.data(), p.w2.view(),       bias(p.b2, c.d), 0,
-                            c.d,        {p.y.data(), c.d}, nullptr};
-  const cuda::HiddenGradientArgs hidden{dout,
-                                        p.w2.view(),
-                                        p.h.data(),
-                                        p.weight.data(),
-                                        p.grad_h.data(),
-                                        p.scaled_a.data(),
-                                        p.partial.data()};
-  const cuda::InputGradientArgs input{p.grad_h.data(), p.w1.view(), 0, c.d, {p.grad_x.data(), c.d}};
-  const cuda::DownWeightGradientArgs dw2{dout, p.scaled_a.data(), gradient(p.grad_w2, p.float_w2),
-                                         c.float_gradients};
-  const cuda::UpWeightGradientArgs dw1{p.grad_h.data(), x, gradient(p.grad_w1, p.float_w1),
-                                       c.float_gradients};
-  auto require = [](const std::optional<Objection>& reason) {
+  const cuda::HiddenFunction function{c.activation, c.layout, 7.0f};
+  const cuda::UpArgs up{x, p.w1.view(), bias(p.b1, p.g * c.n), function, p.h.data(), p.a.data()};
+  const cuda::RowsArgs down{.a = p.a.data(),
+                            .weight = p.w2.view(),
+                            .bias = bias(p.b2, c.d),
+                            .num_columns = c.d,
+                            .out = {p.y.data(), c.d}};
+  const cuda::GradHArgs grad_h{dout,
+                               p.w2.view(),
+                               function,
+                               p.h.data(),
+                               p.weight.data(),
+                               p.grad_h.data(),
+                               p.scaled_a.data(),
+                               p.partial.data()};
+  const cuda::RowsArgs grad_x{.a = p.grad_h.data(),
+                              .weight = p.w1.view(),
+                              .depth_dim = 1,
+                              .num_columns = c.d,
+                              .out = {p.grad_x.data(), c.d}};
+  const cuda::WeightGradientArgs dw2{dout, p.scaled_a.data(), gradient(p.grad_w2, p.float_w2), 1,
+                                     c.float_gradients};
+  const cuda::WeightGradientArgs dw1{x, p.grad_h.data(), gradient(p.grad_w1, p.float_w1), 2,
+                                     c.float_gradients};
+  const auto product = [&p](const char* name, const auto& args) {
+    const auto reason = products.reason_against(p.call, args);
     if (reason) expect(false, "declined: " + reason->argument + ", expected " + reason->expected);
+    return std::pair<const char*, std::function<void()>>(
+        name, [&p, args] { products.run(p.call, args); });
   };
-  require(hopper::reason_against(p.call, up));
-  require(hopper::reason_against(p.call, down));
-  require(hopper::reason_against(p.call, hidden));
-  require(hopper::reason_against(p.call, input));
-  require(hopper::reason_against(p.call, dw2));
-  require(hopper::reason_against(p.call, dw1));
-  return {{"up", [&p, up] { hopper::up(p.call, up); }},
-          {"down", [&p, down] { hopper::down(p.call, down); }},
-          {"hidden_gradient", [&p, hidden] { hopper::hidden_gradient(p.call, hidden); }},
-          {"input_gradient", [&p, input] { hopper::input_gradient(p.call, input); }},
-          {"down_weight_gradient", [&p, dw2] { hopper::down_weight_gradient(p.call, dw2); }},
-          {"up_weight_gradient", [&p, dw1] { hopper::up_weight_gradient(p.call, dw1); }}};
+  return {product("up", up),         product("down", down),   product("grad_h", grad_h),
+          product("grad_x", grad_x), product("grad_w2", dw2), product("grad_w1", dw1)};
 }
 
 // --------------------------------------------------------------------------------------- checking
@@ -364,7 +365,7 @@ bool untouched(const DeviceBuffer<bf16>& b, int64_t from) {
 void check(Problem& p, int64_t max_samples) {
   const Case& c = p.c;
   poison(p);
-  const int block = hopper::partial_columns(p.call.shape);
+  const int block = products.partial_columns(c.n);
   const Reference ref{c.T,
                       c.d,
                       c.n,

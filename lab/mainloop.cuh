@@ -19,6 +19,7 @@
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
 #include "harness.cuh"
 
 namespace experiment {
