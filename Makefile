@@ -7,6 +7,7 @@ JOBS ?= $(shell nproc)
 VENV := .venv
 # For the shell, which knows the folder's whole name whatever it holds (blanks, quotes, $).
 PY := "$$PWD/$(VENV)/bin/python"
+GPU_PYTHON ?= $(PY)
 FUZZ_CASES ?= 100000
 ARGS ?=
 
@@ -15,7 +16,7 @@ export OMP_WAIT_POLICY ?= passive
 export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)
 
 .PHONY: all setup build test test-cpp test-python train compare fuzz sanitize bench format \
-        format-check install-test cuda clean
+        format-check install-test lab gpu-test gpu-bench gpu-cases gpu-train gpu-power clean
 
 all: build
 
@@ -72,9 +73,30 @@ format-check: setup
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/ruff format -q --check . && $(VENV)/bin/ruff check -q .
 
-# Needs nvcc; running what it builds needs a Hopper GPU (scripts/gpu.sh).
-cuda:
-	bash scripts/gpu.sh build
+# Experiments on a GPU by themselves (lab/README.md). Needs nvcc.
+lab: build
+	cmake --build "$(BUILD)" --target lab -j $(JOBS)
+
+# On a GPU, with what `make build` made. GPU_PYTHON names a Python whose torch sees the GPU.
+gpu-test:
+	"$(BUILD)/cli/sonicmoe" info | grep -q '^cuda  *on' || { "$(BUILD)/cli/sonicmoe" info; exit 1; }
+	"$(BUILD)/tests/sonicmoe_ops_tests" --gtest_brief=1 --gtest_filter='*cuda*'
+	SONICMOE_BACKEND=cuda "$(BUILD)/tests/sonicmoe_unit_tests" --gtest_brief=1
+	"$(BUILD)/tests/sonicmoe_fuzz" --cases 1000
+	$(GPU_PYTHON) -m pytest -q --timeout 300 tests/torch/test_cuda.py
+
+gpu-bench:  # this library, torch's grouped_mm, cuBLAS, sonic-moe where it is installed
+	$(GPU_PYTHON) -m bench.layer $(ARGS)
+
+gpu-cases:  # limits, skew, token rounding, routing's share
+	$(GPU_PYTHON) -m bench.cases $(ARGS)
+
+gpu-power:  # ARGS=SHAPE: energy of each product alone, beside cuBLAS
+	"$(BUILD)/lab/products" power $(ARGS)
+
+gpu-train:  # DATA=tokens.bin: a whole model with all systems, over the GPUs there are
+	$(GPU_PYTHON) -m bench.train --data "$(DATA)" --gpus 0 --loss-steps 200 --limit 200 \
+	      --deadline 2600 $(ARGS)
 
 clean:
 	rm -rf "$(BUILD)" "$(BUILD)"-* "$(BUILD).log"

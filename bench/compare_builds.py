@@ -114,8 +114,9 @@ def measure(arguments: argparse.Namespace) -> int:
     import torch
 
     from bench.layer import EagerLayer
+    from bench.lib.problem import Problem, suite_entries
     from bench.lib.profile import busy_by_name, busy_us, profiled_halves
-    from bench.lib.timing import Pace, Problem, require_gpu, suite_entries
+    from bench.lib.timing import Pace, require_gpu
     from bench.systems import systems_named
 
     require_gpu()
@@ -148,7 +149,7 @@ def measure(arguments: argparse.Namespace) -> int:
 
 
 def known_problems() -> list[str]:
-    from bench.lib.timing import suite_entries
+    from bench.lib.problem import suite_entries
 
     return [entry["name"] for entry in suite_entries(SUITES)]
 

@@ -40,20 +40,11 @@ from pathlib import Path
 import torch
 
 from bench.lib import compilation, summary
-from bench.lib.oracle import Oracle, one_routing
+from bench.lib.oracle import Oracle
+from bench.lib.problem import Problem, suite_entries
 from bench.lib.profile import busy_figures, kernel_table, profiled_halves
-from bench.lib.timing import (
-    Pace,
-    Problem,
-    halves_ms,
-    memory,
-    new_record,
-    require_gpu,
-    rounded,
-    suite_entries,
-    warm_seconds,
-    write_record,
-)
+from bench.lib.record import new_record, rounded, write_record
+from bench.lib.timing import Pace, halves_ms, memory, require_gpu, warm_seconds
 from bench.systems import SYSTEMS, Cublas, systems_named
 
 # ------------------------------------------------------------------------------------------ a figure
@@ -177,7 +168,7 @@ class Measured:
 
 
 def bench_problem(p: Problem, systems: list, arguments: argparse.Namespace) -> list[dict]:
-    routing = one_routing(p)
+    routing = p.routing()
     oracle = None if arguments.no_check else Oracle(p, *routing)
     measured = [Measured(system) for system in systems]
     for one in measured:

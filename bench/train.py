@@ -42,7 +42,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Segments that grow leave no holes between microbatches of different sizes.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-from bench.lib.record import commit  # noqa: E402
+from bench.lib.record import new_record, rounded, write_record  # noqa: E402
 from trainer import footprint  # noqa: E402
 from trainer.config import TrainConfig, UserError  # noqa: E402
 from trainer.gpus import gpu_names  # noqa: E402
@@ -107,7 +107,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=float, default=150, help="seconds for one system and mode")
     add("--deadline", type=float, default=570, help="seconds for all")
     add("--device", default="cuda", choices=("cuda", "cpu"))
-    add("--gpus", type=int, default=1, help="processes at a time, each on its own GPU")
+    add("--gpus", type=int, default=1, help="processes at a time, each on its own GPU; 0: on all")
     add("--no-kernels", action="store_true", help="do not profile the kernels")
     add("--output", type=Path)
     add("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -124,7 +124,8 @@ def model_config(arguments: argparse.Namespace, system: str) -> TrainConfig:
     """dtype float32 means that nothing is cast: the parameters are bfloat16 themselves."""
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
-    given |= {"batch_size": arguments.microbatch, "warmup": 50, "dtype": "float32"}
+    given |= {"batch_size": arguments.microbatch, "dtype": "float32"}
+    given |= {"steps": 1 << 30, "warmup": 50, "min_lr_ratio": 1.0}  # constant after the warm-up
     return TrainConfig(**given | SYSTEMS[system])
 
 
@@ -143,7 +144,7 @@ def with_layers(arguments: argparse.Namespace, config: TrainConfig, vocab_size: 
         arguments.most_parameters,
     )
     if not layers:
-        raise SystemExit(f"bench_train: not one layer fits {arguments.memory_gib} GiB")
+        raise SystemExit(f"bench.train: not one layer fits {arguments.memory_gib} GiB")
     return dataclasses.replace(config, layers=layers)
 
 
@@ -221,7 +222,7 @@ class Worker:
         losses, first = [], None
         for index in range(self.arguments.loss_steps):
             self.step()
-            losses.append(self.step.loss.clone())
+            losses.append(self.step.losses[0].clone())
             if index % 10 == 0:
                 losses[-1].item()  # waits, so that the clock below says how far the device is
                 first = first or time.monotonic() - begin
@@ -365,7 +366,7 @@ class Runs:
     """The processes, the record of their rows, and the time that is left."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.record = arguments, new_record(arguments)
+        self.arguments, self.record = arguments, header(arguments)
         self.begin, self.lock = time.monotonic(), threading.Lock()
         self.processes: list[subprocess.Popen] = []
         self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -430,8 +431,6 @@ class Runs:
             self.add(failure(system, mode, f"{reason}: {tail}"[-1500:]), gpu)
 
     def add(self, row: dict, gpu: str = "") -> None:
-        from bench.lib.timing import rounded, write_record
-
         if gpu and self.arguments.gpus > 1:
             row = row | {"gpu": gpu}
         with self.lock:
@@ -508,39 +507,22 @@ def summarize(rows: list[dict]) -> dict:
     }
 
 
-def new_record(arguments: argparse.Namespace) -> dict:
-    import platform
-    import shlex
-
-    import sonicmoe_cpp
+def header(arguments: argparse.Namespace) -> dict:
     import torch
     import transformers
 
-    cuda = arguments.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise SystemExit("bench_train: torch sees no GPU here (--device cpu runs a tiny model)")
-    return {
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "versions": {
-            "sonicmoe_cpp": sonicmoe_cpp.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "cuda": torch.version.cuda,
-            "python": platform.python_version(),
-        },
-        "command": shlex.join(["python", *sys.argv]),
-        "rows": [],
-    }
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("bench.train: torch sees no GPU here (--device cpu runs a tiny model)")
+    arguments.gpus = arguments.gpus or torch.cuda.device_count()
+    record = new_record(arguments.device)
+    record["versions"]["transformers"] = transformers.__version__
+    return record
 
 
 def main() -> int:
     arguments = parse_arguments()
     if arguments.worker:
         return work(arguments)
-    from bench.lib.timing import rounded, write_record
-
     runs = Runs(arguments)
     runs.run_all()
     record = runs.record

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <functional>
 
+#include "oracle/activation.hpp"
+
 namespace sonicmoe::rig {
 namespace {
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <utility>
 
-#include "oracle/experts.hpp"
+#include "oracle/values.hpp"
 
 namespace sonicmoe::rig {
 namespace {

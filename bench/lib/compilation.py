@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bench.lib.problem import GIB
 from bench.lib.record import REPOSITORY
 
-GIB = 2**30
 CONTEXT_BYTES = GIB  # of CUDA and the libraries, per process
 SHARE = 0.93  # of the free memory that the workers may need together
 
@@ -123,8 +123,8 @@ def compile_shape(name: str, shape: tuple[int, ...], device: str = "cuda") -> No
     """The first forward and backward: inductor compiles the latter when it is first asked for."""
     import torch
 
-    from bench.lib.timing import Problem
-    from bench.systems import CompiledGroupedMM
+    from bench.lib.problem import Problem
+    from bench.systems.grouped_mm import CompiledGroupedMM
 
     p = Problem(name, shape, device)
     torch.autograd.grad(CompiledGroupedMM().layer(p), p.leaves, p.grad)

@@ -2,18 +2,30 @@
 // the CPU everywhere, allocates float64 copies of its inputs and is orders of magnitude slower than
 // the cpu backend; its use is to be compared with.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "core/backend.hpp"
+#include "core/metadata.hpp"
+#include "oracle/balancing.hpp"
 #include "oracle/experts.hpp"
-#include "router/host_router.hpp"
+#include "oracle/rounding.hpp"
+#include "oracle/router.hpp"
+#include "router/scoring.hpp"
+#include "router/token_ids.hpp"
 #include "sonicmoe/error.hpp"
 
 namespace sonicmoe {
 namespace {
+
+using oracle::Ids;
+using oracle::to_double;
+using oracle::to_ids;
+using oracle::Values;
 
 void write_element(const TensorView& view, std::int64_t offset, double value, bool add) {
   if (view.dtype() == DType::kFloat32) {
@@ -27,7 +39,7 @@ void write_element(const TensorView& view, std::int64_t offset, double value, bo
 
 // Rounds row-major `values` into a strided float32 or bfloat16 view, or adds them to it. An absent
 // view takes nothing.
-void write(const TensorView& view, const std::vector<double>& values, bool add = false) {
+void write(const TensorView& view, const Values& values, bool add = false) {
   if (!view.defined()) return;
   for (std::size_t i = 0; i < values.size(); ++i) {
     auto rest = static_cast<std::int64_t>(i);
@@ -40,76 +52,86 @@ void write(const TensorView& view, const std::vector<double>& values, bool add =
   }
 }
 
-// Routing metadata kept for backward: ends [E], and per row of H its input position and its token
-// (sorted rows need neither: both equal the row).
-struct Metadata {
-  std::int32_t* ends;       // [E]
-  std::int32_t* positions;  // [P]
-  std::int32_t* tokens;     // [P]
-
-  Metadata(void* base, const MoEShape& shape)
-      : ends(static_cast<std::int32_t*>(base)),
-        positions(ends + shape.num_experts),
-        tokens(positions + shape.num_pairs) {}
-};
-
-void write_metadata(const TensorView& view, const MoEShape& shape,
-                    const std::vector<oracle::Row>& rows) {
-  const Metadata metadata(view.data(), shape);
-  std::fill_n(metadata.ends, shape.num_experts, 0);
-  for (std::size_t r = 0; r < rows.size(); ++r) {
-    for (std::int64_t e = rows[r].expert; e < shape.num_experts; ++e) ++metadata.ends[e];
-    if (shape.form == MoEShape::Form::kSorted) continue;
-    metadata.positions[r] = static_cast<std::int32_t>(rows[r].position);
-    metadata.tokens[r] = static_cast<std::int32_t>(rows[r].token);
-  }
+// Into a contiguous int32 or int64 view; places past the ids become -1.
+void write_ids(const TensorView& view, Ids ids) {
+  if (!view.defined()) return;
+  ids.resize(static_cast<std::size_t>(view.numel()), -1);
+  visit_id_dtype(view.dtype(), [&]<class Id>(IdTag<Id>) {
+    std::transform(ids.begin(), ids.end(), view.as<Id>(),
+                   [](std::int64_t id) { return static_cast<Id>(id); });
+  });
 }
 
-std::vector<oracle::Row> read_metadata(const ConstTensorView& view, const MoEShape& shape) {
-  const Metadata metadata(const_cast<void*>(view.data()), shape);
-  const auto require = [](bool holds) {
-    if (!holds) {
-      throw Error("moe_backward", "metadata", "what moe_forward wrote for this call",
-                  "indices out of range");
-    }
-  };
-  const auto in = [](std::int32_t index, std::int64_t end) { return index >= 0 && index < end; };
+std::vector<oracle::Row> rows_of(const MoEShape& shape, const Metadata& metadata) {
   std::vector<oracle::Row> rows;
   for (std::int64_t e = 0; e < shape.num_experts; ++e) {
-    require(in(metadata.ends[e], shape.num_pairs + 1));
-    for (auto r = static_cast<std::int64_t>(rows.size()); r < metadata.ends[e]; ++r) {
-      if (shape.form == MoEShape::Form::kSorted) {
-        rows.push_back({r, r, e});
-      } else {
-        rows.push_back({metadata.positions[r], metadata.tokens[r], e});
-        require(in(metadata.positions[r], shape.num_pairs) &&
-                in(metadata.tokens[r], shape.num_tokens));
-      }
+    for (std::int64_t r = metadata.first_row(e); r < metadata.offsets[e]; ++r) {
+      rows.push_back({metadata.pair_of(r), metadata.token_of(r), e});
     }
   }
   return rows;
 }
 
-void check_offsets(const Routing& routing, std::int64_t num_pairs) {
-  const auto* sorted = std::get_if<SortedRouting>(&routing);
-  if (sorted == nullptr) return;
-  const std::vector<double> ends = oracle::to_double(sorted->offsets);
-  double previous = 0.0;
-  for (std::size_t e = 0; e < ends.size(); ++e) {
-    if (ends[e] < previous || ends[e] > static_cast<double>(num_pairs)) {
-      throw Error(
-          "moe_forward", "offsets", "non-decreasing ends from 0 to " + std::to_string(num_pairs),
-          std::to_string(static_cast<std::int64_t>(ends[e])) + " at expert " + std::to_string(e));
-    }
-    previous = ends[e];
+// What only contents can show is refused in the words of the other CPU backend.
+void check_logits(const char* operation, const RouterOptions& options,
+                  const ConstTensorView& logits) {
+  const std::int64_t E = logits.size(1);
+  check_selection_bias(operation, options, E);
+  for (std::int64_t t = 0; t < logits.size(0); ++t) {
+    const float* row = logits.as<float>() + t * E;
+    const bool has_nan = std::any_of(row, row + E, [](float x) { return std::isnan(x); });
+    const bool has_softmax =
+        options.scoring == Scoring::kSigmoidTopK || std::isfinite(*std::max_element(row, row + E));
+    if (has_nan || !has_softmax) fail_unscorable(operation, logits.as<float>(), E, t);
   }
 }
 
-class ReferenceBackend final : public HostRouterBackend {
+// [T, K], each token's K distinct and in 0..E-1.
+Ids checked_ids(const char* operation, const ConstTensorView& topk_ids, std::int64_t num_experts) {
+  Ids ids(static_cast<std::size_t>(topk_ids.size(1)));
+  for (std::int64_t t = 0; t < topk_ids.size(0); ++t) {
+    if (!load_ids(topk_ids, t, num_experts, ids.data())) {
+      fail_token_ids(operation, topk_ids, num_experts, t);
+    }
+  }
+  return to_ids(topk_ids);
+}
+
+Ids tokens_of_slots(std::size_t slots, std::int64_t top_k) {
+  Ids tokens;
+  for (std::size_t p = 0; p < slots; ++p) tokens.push_back(static_cast<std::int64_t>(p) / top_k);
+  return tokens;
+}
+
+// The elements of a [T, E] matrix at the listed pairs.
+Values elements(const Values& matrix, std::int64_t num_experts, const Ids& tokens,
+                const Ids& experts) {
+  Values result;
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    result.push_back(matrix[static_cast<std::size_t>(tokens[i] * num_experts + experts[i])]);
+  }
+  return result;
+}
+
+// The pairs' gradients as a matrix [T, E]; places that name no token and expert are unused.
+Values as_matrix(const Ids& tokens, const Ids& experts, const Values& grad, std::int64_t num_tokens,
+                 std::int64_t num_experts) {
+  Values matrix(static_cast<std::size_t>(num_tokens * num_experts), 0.0);
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    const std::int64_t t = tokens[i], e = experts[i];
+    if (t < 0 || t >= num_tokens || e < 0 || e >= num_experts) continue;
+    matrix[static_cast<std::size_t>(t * num_experts + e)] += grad[i];
+  }
+  return matrix;
+}
+
+class ReferenceBackend final : public Backend {
  public:
   std::string_view name() const override { return "reference"; }
   std::string description() const override { return "float64 loops, 1 thread"; }
   bool serves(DeviceType type) const override { return type == DeviceType::kCpu; }
+
+  // ------------------------------------------------------------------------------------ experts
 
   // The oracle brings its own memory, so there is nothing a limit could bound: one slab, no bytes
   // beyond a token amount.
@@ -124,27 +146,29 @@ class ReferenceBackend final : public HostRouterBackend {
 
   void moe_forward(const Context&, const MoEShape& shape,
                    const MoEForwardArgs& args) const override {
-    check_offsets(args.routing, shape.num_pairs);
+    std::vector<std::int32_t> own(moe_metadata_bytes(shape) / sizeof(std::int32_t) + 1);
+    void* metadata = args.metadata.defined() ? args.metadata.data() : own.data();
+    build_metadata(shape, args.routing, metadata_view(shape, metadata));  // checks offsets, too
     // H is rounded as if stored in inference too: the same bits with and without it.
     const oracle::ForwardResult result = oracle::forward(
         {args.options, args.x, args.weights, args.routing}, oracle::Storage::kHidden);
     write(args.out, result.out);
     write(args.h, result.h);
-    if (args.metadata.defined()) write_metadata(args.metadata, shape, result.rows);
   }
 
   void moe_backward(const Context&, const MoEShape& shape, const MoEBackwardArgs& args,
                     RouterShare* router) const override {
-    const std::vector<oracle::Row> rows = read_metadata(args.metadata, shape);
+    const Metadata metadata = metadata_view(shape, const_cast<void*>(args.metadata.data()));
+    check_metadata(shape, metadata);
     oracle::BackwardResult result =
-        oracle::backward({args.options, args.x, args.weights, args.routing}, rows,
-                         oracle::to_double(args.h), args.grad_out);
+        oracle::backward({args.options, args.x, args.weights, args.routing},
+                         rows_of(shape, metadata), to_double(args.h), args.grad_out);
     write(args.grad_routing_weights, result.grad_routing_weights);
     // The router may still refuse the ids: before anything is added to the caller's gradients.
     if (router != nullptr) {
       router->compute_grad_logits();
-      const std::vector<double> share =
-          oracle::router_grad_x(oracle::to_double(router->grad_logits), router->router_weight);
+      const Values share =
+          oracle::router_grad_x(to_double(router->grad_logits), router->router_weight);
       for (std::size_t i = 0; i < share.size(); ++i) result.grad_x[i] += share[i];
     }
     write(args.grad_x, result.grad_x);
@@ -154,6 +178,107 @@ class ReferenceBackend final : public HostRouterBackend {
     write(args.grad_b2, result.grad_b2, args.accumulate);
   }
 
+  // ------------------------------------------------------------------------------------- router
+
+  void route_forward(const Context&, const RouteForwardArgs& args) const override {
+    check_logits("route_forward", args.options, args.logits);
+    const std::int64_t E = args.logits.size(1), K = args.options.top_k;
+    const Values logits = to_double(args.logits);
+    const Ids ids = oracle::token_choice(args.options, logits, E);
+    write_ids(args.topk_ids, ids);
+    write(args.topk_weights, elements(oracle::weight_matrix(args.options, logits, E, ids), E,
+                                      tokens_of_slots(ids.size(), K), ids));
+    Ids rows(static_cast<std::size_t>(E), 0);
+    for (const std::int64_t id : ids) ++rows[static_cast<std::size_t>(id)];
+    write_ids(args.rows_per_expert, rows);
+  }
+
+  void route_backward(const Context&, const RouteBackwardArgs& args) const override {
+    const std::int64_t T = args.logits.size(0), E = args.logits.size(1), K = args.options.top_k;
+    const Ids ids = checked_ids("route_backward", args.topk_ids, E);
+    const Values grad =
+        as_matrix(tokens_of_slots(ids.size(), K), ids, to_double(args.grad_topk_weights), T, E);
+    write(args.grad_logits,
+          oracle::weight_matrix_gradient(args.options, to_double(args.logits), E, ids, grad));
+  }
+
+  std::size_t round_tokens_workspace_bytes(const Context&, std::int64_t, std::int64_t,
+                                           std::int64_t) const override {
+    return kWorkspaceBytes;
+  }
+
+  void round_tokens_forward(const Context&, const RoundTokensForwardArgs& args) const override {
+    check_logits("round_tokens_forward", args.options, args.logits);
+    const std::int64_t T = args.logits.size(0), E = args.logits.size(1);
+    const Values logits = to_double(args.logits);
+    const Ids ids = oracle::token_choice(args.options, logits, E);
+    const oracle::RoundedRows rounded =
+        oracle::round_rows(args.rounding, oracle::ranking_matrix(args.options, logits, E), ids, T);
+    Values weights = elements(oracle::weight_matrix(args.options, logits, E, ids), E,
+                              rounded.token_ids, rounded.expert_ids);
+    weights.resize(static_cast<std::size_t>(args.pair_weights.numel()), 0.0);
+    write(args.pair_weights, weights);
+    write_ids(args.topk_ids, ids);
+    write_rounded(args, rounded);
+  }
+
+  void round_select(const Context&, const RoundSelectArgs& args) const override {
+    const std::int64_t T = args.scores.size(0), E = args.scores.size(1);
+    const auto* scores = args.scores.as<float>();
+    for (std::int64_t i = 0; i < T * E; ++i) {
+      if (!std::isnan(scores[i])) continue;
+      throw Error("round_select", "scores", "numbers", "NaN for token " + std::to_string(i / E));
+    }
+    const Ids ids = checked_ids("round_select", args.topk_ids, E);
+    write_rounded(args, oracle::round_rows(args.rounding, {scores, scores + T * E}, ids, T));
+  }
+
+  void round_tokens_backward(const Context&, const RoundTokensBackwardArgs& args) const override {
+    const std::int64_t T = args.logits.size(0), E = args.logits.size(1);
+    const Ids ids = checked_ids("round_tokens_backward", args.topk_ids, E);
+    const Values grad = as_matrix(to_ids(args.token_ids), to_ids(args.expert_ids),
+                                  to_double(args.grad_pair_weights), T, E);
+    write(args.grad_logits,
+          oracle::weight_matrix_gradient(args.options, to_double(args.logits), E, ids, grad));
+  }
+
+  // ---------------------------------------------------------------------------------- balancing
+
+  void load_balancing_loss_forward(const Context&, Scoring scoring, std::int64_t top_k,
+                                   ConstTensorView logits, ConstTensorView rows_per_expert,
+                                   TensorView loss) const override {
+    const oracle::Balance balance{scoring, top_k, to_ids(rows_per_expert)};
+    write(loss, {oracle::load_balancing_loss(balance, to_double(logits))});
+  }
+  void load_balancing_loss_backward(const Context&, Scoring scoring, std::int64_t top_k,
+                                    ConstTensorView logits, ConstTensorView rows_per_expert,
+                                    ConstTensorView grad_loss,
+                                    TensorView grad_logits) const override {
+    const oracle::Balance balance{scoring, top_k, to_ids(rows_per_expert)};
+    write_scaled(grad_logits, grad_loss,
+                 oracle::load_balancing_loss_gradient(balance, to_double(logits)));
+  }
+  void router_z_loss_forward(const Context&, ConstTensorView logits,
+                             TensorView loss) const override {
+    write(loss, {oracle::router_z_loss(to_double(logits), logits.size(1))});
+  }
+  void router_z_loss_backward(const Context&, ConstTensorView logits, ConstTensorView grad_loss,
+                              TensorView grad_logits) const override {
+    write_scaled(grad_logits, grad_loss,
+                 oracle::router_z_loss_gradient(to_double(logits), logits.size(1)));
+  }
+  void update_expert_bias(const Context&, TensorView bias, ConstTensorView rows_per_expert,
+                          float rate) const override {
+    write(bias, oracle::updated_expert_bias(to_double(bias), to_ids(rows_per_expert), rate));
+  }
+
+  void add_logits_gradient(const Context&, TensorView grad_logits,
+                           ConstTensorView addend) const override {
+    write(grad_logits, to_double(addend), /*add=*/true);
+  }
+
+  // ------------------------------------------------------------------------------- router GEMMs
+
   void router_logits(const Context&, ConstTensorView x, ConstTensorView weight,
                      ConstTensorView bias, TensorView logits, TensorView) const override {
     write(logits, oracle::router_logits(x, weight, bias));
@@ -162,7 +287,7 @@ class ReferenceBackend final : public HostRouterBackend {
                               TensorView grad_weight, TensorView grad_bias, bool accumulate,
                               TensorView) const override {
     const oracle::RouterGradients result =
-        oracle::router_gradients(oracle::to_double(grad_logits), grad_logits.size(1), x);
+        oracle::router_gradients(to_double(grad_logits), grad_logits.size(1), x);
     write(grad_weight, result.weight, accumulate);
     write(grad_bias, result.bias, accumulate);
   }
@@ -171,14 +296,28 @@ class ReferenceBackend final : public HostRouterBackend {
   }
 
  private:
+  static constexpr std::size_t kWorkspaceBytes = 64;
+
   static WorkspacePlan plan(const char* operation, const MoEShape& shape,
                             std::optional<std::size_t> limit) {
-    constexpr std::size_t kBytes = 64;
-    if (limit && *limit < kBytes) {
-      throw Error(operation, "workspace_limit", "at least " + std::to_string(kBytes) + " bytes",
-                  std::to_string(*limit));
+    if (limit && *limit < kWorkspaceBytes) {
+      throw Error(operation, "workspace_limit",
+                  "at least " + std::to_string(kWorkspaceBytes) + " bytes", std::to_string(*limit));
     }
-    return {kBytes, kBytes, shape.hidden_size, 1};
+    return {kWorkspaceBytes, kWorkspaceBytes, shape.hidden_size, 1};
+  }
+
+  // What round_tokens_forward and round_select have in common.
+  template <class Args>
+  static void write_rounded(const Args& args, const oracle::RoundedRows& rounded) {
+    write_ids(args.token_ids, rounded.token_ids);
+    write_ids(args.expert_ids, rounded.expert_ids);
+    write_ids(args.rows_per_expert, rounded.rows_per_expert);
+    write_ids(args.rows_per_expert_before, rounded.rows_per_expert_before);
+  }
+  static void write_scaled(const TensorView& view, const ConstTensorView& factor, Values values) {
+    for (double& value : values) value *= to_double(factor)[0];
+    write(view, values);
   }
 };
 

@@ -3,7 +3,7 @@
 // for the Hopper kernels (tiles of 128 rows in halves of 64, k-tiles of 64, three to six stages).
 // Forced tiles and grids are in specs_test.cpp, sizes beyond 2^31 elements in large_test.cpp.
 //
-// All inputs and buffers are poisoned as support/moe_run.hpp says: NaN in outputs, workspaces and
+// All inputs and buffers are poisoned as rig/moe_run.hpp says: NaN in outputs, workspaces and
 // in rows of x that no pair uses, guards around each. In a build with SONICMOE_CUDA_STRESS the
 // kernels pause at random, role by role, and start from shared memory full of NaN: run all tests
 // of this binary with it.
@@ -13,6 +13,8 @@
 
 #include <algorithm>
 #include <cmath>
+
+#include "oracle/activation.hpp"
 
 namespace sonicmoe::rig {
 namespace {

@@ -10,7 +10,9 @@
 #include <numeric>
 #include <vector>
 
+#include "oracle/activation.hpp"
 #include "oracle/experts.hpp"
+#include "oracle/router.hpp"
 #include "rig/random.hpp"
 #include "rig/target.hpp"
 #include "rig/tensor.hpp"

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "oracle/router.hpp"
 #include "rig/compare.hpp"
 #include "rig/naive.hpp"
 #include "rig/random.hpp"

@@ -1,6 +1,6 @@
 """The operators on a Hopper GPU: values, streams, graphs, compilation, memory.
 
-Skipped where torch sees no GPU or the build has no CUDA backend; scripts/gpu.sh runs them.
+Skipped where torch sees no GPU or the build has no CUDA backend; `make gpu-test` runs them.
 """
 
 import copy

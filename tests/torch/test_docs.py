@@ -15,7 +15,9 @@ from bench.lib import tables as record_tables
 
 DOCS = REPOSITORY / "docs"
 PAGES = (
-    sorted(REPOSITORY.glob("*.md")) + sorted(DOCS.rglob("*.md")) + [REPOSITORY / "src/README.md"]
+    sorted(REPOSITORY.glob("*.md"))
+    + sorted(DOCS.rglob("*.md"))
+    + sorted(REPOSITORY.glob("*/README.md"))
 )
 SOURCES = (
     *("bench", "bindings", "cli", "cmake", "examples", "include", "lab", "scripts", "src", "tests"),

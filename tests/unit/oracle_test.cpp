@@ -5,7 +5,9 @@
 #include <cmath>
 #include <functional>
 
+#include "oracle/activation.hpp"
 #include "oracle/experts.hpp"
+#include "oracle/router.hpp"
 #include "rig/compare.hpp"
 #include "rig/moe_case.hpp"
 
