@@ -1,7 +1,7 @@
 # The CUDA backend, where a CUDA compiler is found. A spill, registers that setmaxnreg cannot move, or
 # products that ptxas serialises fail the build.
 include(CheckLanguage)
-set(CMAKE_CUDA_ARCHITECTURES OFF)  # sm_90a is given below; CMake's own names do not reach every version
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # -gencode is given below; CMake's own names do not reach every version
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   message(STATUS "sonicmoe: no nvcc found; the CUDA backend is not built")
@@ -13,12 +13,32 @@ find_package(CUDAToolkit REQUIRED)
 file(GLOB SONICMOE_CUDA_SOURCES CONFIGURE_DEPENDS
   ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*.cpp ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*/*.cpp
   ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*/*.cu)
+
+# A folder with a family.cmake is a family of kernels, compiled for the GPUs that it names. What the
+# families share, the tests and the laboratory are compiled for all of them: SONICMOE_CUDA_GENCODE.
+file(GLOB SONICMOE_FAMILIES CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*/family.cmake)
+set(SONICMOE_CUDA_GENCODE "")
+set(SONICMOE_SHARED_KERNELS ${SONICMOE_CUDA_SOURCES})
+list(FILTER SONICMOE_SHARED_KERNELS INCLUDE REGEX "\\.cu$")
+foreach(family IN LISTS SONICMOE_FAMILIES)
+  include(${family})
+  get_filename_component(folder ${family} DIRECTORY)
+  file(GLOB kernels CONFIGURE_DEPENDS ${folder}/*.cu)
+  set_source_files_properties(${kernels} PROPERTIES COMPILE_OPTIONS "${SONICMOE_FAMILY_GENCODE}")
+  list(REMOVE_ITEM SONICMOE_SHARED_KERNELS ${kernels})
+  list(APPEND SONICMOE_CUDA_GENCODE ${SONICMOE_FAMILY_GENCODE})
+endforeach()
+list(REMOVE_DUPLICATES SONICMOE_CUDA_GENCODE)
+set_source_files_properties(${SONICMOE_SHARED_KERNELS} PROPERTIES
+  COMPILE_OPTIONS "${SONICMOE_CUDA_GENCODE}")
+set(SONICMOE_CUDA_GENCODE "${SONICMOE_CUDA_GENCODE}" CACHE INTERNAL "nvcc's -gencode options")
+
 target_sources(sonicmoe PRIVATE ${SONICMOE_CUDA_SOURCES})
 target_compile_definitions(sonicmoe PRIVATE SONICMOE_HAS_CUDA)
 set_target_properties(sonicmoe PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_ARCHITECTURES OFF
   CUDA_COMPILER_LAUNCHER "${CMAKE_CURRENT_SOURCE_DIR}/cuda/strict_nvcc.sh")
 target_compile_options(sonicmoe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
-  -std=c++20 -gencode=arch=compute_90a,code=sm_90a -Xptxas=--warn-on-spills,--warning-as-error>)
+  -std=c++20 -Xptxas=--warn-on-spills,--warning-as-error>)
 if(SONICMOE_CUDA_STRESS)  # hopper/tile/pipeline.cuh
   target_compile_definitions(sonicmoe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:SONICMOE_STRESS>)
 endif()
