@@ -13,6 +13,5 @@ inline bool mbarrier_try_wait(uint32_t, uint32_t) {
   host::make_copy(host::copies.at(host::waits++));
   return true;
 }
-inline bool mbarrier_try_wait_cluster_relaxed(uint32_t, uint32_t) { return true; }  // not called
 
 }  // namespace sonicmoe::ptx
