@@ -7,7 +7,7 @@
 
 #include "cuda/hopper/choice.hpp"
 
-namespace sonicmoe::testing {
+namespace sonicmoe::rig {
 
 using cuda::hopper::StoreRoles;
 using cuda::hopper::Tuning;
@@ -35,4 +35,4 @@ class Forced {
   ::testing::ScopedTrace trace_;
 };
 
-}  // namespace sonicmoe::testing
+}  // namespace sonicmoe::rig

@@ -30,7 +30,7 @@ std::string describe(const Choice& choice);
 /// What tests force in place of what choose() would take. Nothing else writes it.
 struct Tuning {
   int block_n = 0;  ///< 128 or 256; 0: chosen
-  std::optional<StoreRoles> stores;
+  std::optional<StoreRoles> stores = {};
   int grid = 0;                 ///< CTAs at most; 0: one a multiprocessor
   std::int64_t add_window = 0;  ///< bytes of `out` that a group of columns covers; 0: chosen
   int row_block = 0;            ///< 0: chosen

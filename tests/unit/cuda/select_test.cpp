@@ -8,7 +8,7 @@
 namespace sonicmoe::cuda::hopper {
 namespace {
 
-using sonicmoe::rig::Environment;
+using sonicmoe::rig::Forced;
 
 struct Shape {
   std::int64_t tokens, d, n, experts, top_k;
