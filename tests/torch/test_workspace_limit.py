@@ -15,14 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 T, D, N, E, K = 1024, 1024, 16, 5, 3
 
 
-def experts(x, w1, w2, router_w, limit):
+def experts(x, w1, w2, router_weight, limit):
     ids = torch.arange(T * K).view(T, K) % E
     weights = torch.linspace(0.1, 1, T * K).view(T, K)
     return (sm.moe(x, w1, w2, ids, weights, workspace_limit=limit),)
 
 
-def layer(x, w1, w2, router_w, limit):
-    return sm.moe_layer(x, router_w, w1, w2, K, workspace_limit=limit)
+def layer(x, w1, w2, router_weight, limit):
+    return sm.moe_layer(x, router_weight, w1, w2, K, workspace_limit=limit)
 
 
 def traced(call):
