@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= passive
 export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)
 
 .PHONY: all setup build test test-cpp test-python train compare fuzz sanitize bench format \
-        format-check install-test lab gpu-test gpu-bench gpu-cases gpu-train gpu-power clean
+        format-check tidy docs install-test lab gpu-test gpu-bench gpu-cases gpu-train gpu-power clean
 
 all: build
 
@@ -72,6 +72,21 @@ format: setup
 format-check: setup
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/ruff format -q --check . && $(VENV)/bin/ruff check -q .
+	git ls-files | xargs $(VENV)/bin/codespell
+
+# .clang-tidy's checks on host code. OpenMP's header is the compiler's own: clang-tidy has none.
+tidy: build
+	$(PY) $(VENV)/bin/run-clang-tidy.py -quiet -j $(JOBS) -p "$(BUILD)" \
+	      -clang-tidy-binary "$$PWD/$(VENV)/bin/clang-tidy" \
+	      -extra-arg=-idirafter"$$(dirname "$$(g++ -print-file-name=include/omp.h)")" \
+	      '/(src/(?!cuda)|cli|oracle|rig)/?.*\.cpp$$' > "$(BUILD)-tidy.log" 2>&1 || \
+	      { grep -E -A4 '(error|warning):' "$(BUILD)-tidy.log"; exit 1; }
+
+# The pages and the reference of headers and docstrings, in build/docs. A broken link is an error,
+# but not with -q, which silences the count of warnings too.
+docs: setup
+	$(PY) scripts/api_reference.py
+	PATH="$$PWD/$(VENV)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # Experiments on a GPU by themselves (lab/README.md). Needs nvcc.
 lab: build

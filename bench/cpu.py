@@ -201,13 +201,9 @@ def main() -> int:
     record = new_record("cpu", threads=threads, load_before=other_load())
     print(f"{record['device']}, {threads} threads, torch {torch.__version__}; "
           "GFLOP/s forward/backward, ms of both (p10..p90)")  # fmt: skip
-    print(
-        f"{'problem':8}{'T,d,n,E,K':22}{'dtype':9} {'sonicmoe_cpp':34} {'torch grouped_mm':34} ratio"
-    )
+    print(f"{'problem':8}{'T,d,n,E,K':22}{'dtype':9} {'sonicmoe_cpp':34} {'grouped_mm':34} ratio")
     if record["load_before"] > MOST_LOAD:
-        print(
-            f"warning: load average {record['load_before']:.1f}; other processes distort the figures"
-        )
+        print(f"warning: load average {record['load_before']:.1f}: other processes distort figures")
     for name, shape, dtype in arguments.problems:
         problem = Problem(name, shape, "cpu", DTYPES[dtype])
         record["rows"].append(measure(problem, arguments.seconds, arguments.repeats))

@@ -30,7 +30,7 @@ from bench.lib.summary import (
 from bench.lib.tables import PAGES, tables, with_tables
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 IMAGES = REPOSITORY / "docs" / "images"
 BARS = {  # system: label, colour; * marks those whose better time is shown
@@ -137,8 +137,8 @@ def plot_speeds(record: dict, anchors: dict, path: Path, graphs: dict | None = N
         handles=handles, loc="outside upper center", ncols=(len(handles) + 1) // 2, frameon=False
     )
     figure.supxlabel(
-        f"{record['device']}, torch {record['versions']['torch']}, {record['date'][:10]}; wall time."
-        f"  * the better of wall and busy time{of_graphs}; hatched: {anchors['source']};"
+        f"{record['device']}, torch {record['versions']['torch']}, {record['date'][:10]}; wall"
+        f" time.  * the better of wall and busy time{of_graphs}; hatched: {anchors['source']};"
         " no bar: not measured.",
         fontsize=9,
     )
@@ -158,7 +158,8 @@ def plot_limits(record: dict, path: Path) -> None:
         free = next(row for row in points if row["limit_mib"] is None)
         limited = [row for row in points if row["limit_mib"] is not None]
         axes.plot([row["limit_mib"] / 1024 for row in limited],
-                  [row[f"{part}_ms"] for row in limited], "o-", color=color, label=label)  # fmt: skip
+                  [row[f"{part}_ms"] for row in limited],
+                  "o-", color=color, label=label)  # fmt: skip
         axes.axhline(free[f"{part}_ms"], color=color, ls="--", lw=1)
         text = f"no limit: {free[f'{part}_ms']:.1f} ms, {free[f'peak_{part}_mib'] / 1024:.2f} GiB"
         axes.annotate(text, (1.0, free[f"{part}_ms"]), xycoords=("axes fraction", "data"),

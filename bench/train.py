@@ -1,4 +1,4 @@
-"""A real model in training on one GPU: this library beside torch's grouped_mm and transformers' loop.
+"""A real model in training on one GPU, beside torch's grouped_mm and transformers' loop.
 
 The model is Qwen3-MoE of transformers with random weights of one seed, the same for every system;
 parameters and gradients bfloat16, masters and AdamW's moments float32, attention through SDPA, the
@@ -8,17 +8,18 @@ and mode runs in a process of its own. Kinds of rows:
     losses  cross-entropy of the first steps, from the initial weights, at the common microbatch
     timing  at the common and at the largest microbatch (sequences), medians over the timed steps:
             step_ms, optimizer_ms, tokens_per_s = tokens / step_ms, peak_mib (most allocated),
-            mfu = tokens_per_s * FLOPs per token / 989e12 (H100, dense bfloat16), where FLOPs per token
-            = 6 * active parameters (in products; K of E experts, no embedding) + 6 * layers * sequence
-            * hidden size (causal attention, forward and backward)
-            mode plain: moe_ms, moe_share (marks on the stream around each MoE layer's forward and
-            backward) and predicted_mib (trainer/footprint.py)
+            mfu = tokens_per_s * FLOPs per token / 989e12 (H100, dense bfloat16), where
+            FLOPs per token = 6 * active parameters (in products: K of E experts, no embedding)
+            + 6 * layers * sequence * hidden size (causal attention, forward and backward)
+            mode plain: moe_ms, moe_share (marks on the stream around each MoE layer's forward
+            and backward) and predicted_mib (trainer/footprint.py)
             on a GPU: busy_ms and kernels, milliseconds per step by kind of kernel (CUPTI)
     search  largest microbatch that runs two steps, and what the formula predicts
     failed  the reason; for out of memory the sizes of the tensors
 
-With --gpus N the processes run side by side, each on a GPU of its own: `gpu` in the rows says which, and
-product_tflops of the row `model` what that GPU reaches in a plain product of 8192^3, bfloat16.
+With --gpus N the processes run side by side, each on a GPU of its own: `gpu` in the rows says
+which, and product_tflops of the row `model` what that GPU reaches in a plain product of 8192^3,
+bfloat16.
 
     python -m bench.train --output bench/results/train-h200.json
 """
@@ -42,10 +43,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Segments that grow leave no holes between microbatches of different sizes.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-from bench.lib.record import new_record, rounded, write_record  # noqa: E402
-from trainer import footprint  # noqa: E402
-from trainer.config import TrainConfig, UserError  # noqa: E402
-from trainer.gpus import gpu_names  # noqa: E402
+from bench.lib.record import new_record, rounded, write_record
+from trainer import footprint
+from trainer.config import TrainConfig, UserError
+from trainer.gpus import gpu_names
 
 PEAK_FLOPS = 989e12  # per second
 SYSTEMS = {
@@ -77,7 +78,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--run", nargs="+", metavar="SYSTEM:MODE", default=DEFAULT_RUNS.split(),
-        help=f"systems {', '.join(SYSTEMS)}; modes plain, compile, compile-model, graph, compile+graph")  # fmt: skip
+        help=f"systems {', '.join(SYSTEMS)}; modes plain, compile, compile-model, graph, "
+        "compile+graph")  # fmt: skip
     add("--hidden-size", type=int, default=1536)
     add("--intermediate-size", type=int, default=256)
     add("--num-experts", type=int, default=128)
@@ -148,7 +150,7 @@ def with_layers(arguments: argparse.Namespace, config: TrainConfig, vocab_size: 
     return dataclasses.replace(config, layers=layers)
 
 
-# ---------------------------------------------------------------------------------------- the worker
+# --------------------------------------------------------------------------------------- the worker
 
 
 class Worker:
@@ -355,7 +357,7 @@ def work(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------- the parent
+# --------------------------------------------------------------------------------------- the parent
 
 
 def failure(system: str, mode: str, reason: str) -> dict:

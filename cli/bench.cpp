@@ -302,8 +302,7 @@ Result try_row(const BenchCommand& command, const Context& context, const Row& r
   try {
     return run_row(command, context, row, progress, place);
   } catch (const std::bad_alloc&) {
-  } catch (const Error& error) {
-    if (!lacked_memory(error)) throw;
+  } catch (const OutOfMemory&) {
   }
   Result result;
   result.row = row;

@@ -298,7 +298,7 @@ void BenchLayer::check(const Context& context) {
   const std::int64_t T = shape_.num_tokens, d = shape_.hidden_size;
   const std::vector<Slot> slots = slots_in_row_order(inputs_.topk_ids);
   const std::int64_t expert = smallest_expert(slots, shape_.num_experts);
-  const Tolerance tolerance = bench_tolerance(shape_.dtype);
+  const Tolerance tolerance = bench_tolerance(shape_.numerics.storage);
   Findings findings;
 
   // The first, a middle and the last token with all their experts; one expert with all its rows.

@@ -33,7 +33,7 @@ MoEShape shape_of(const LayerShape& layer, DType dtype, const LayerOptions& opti
   shape.num_experts = layer.num_experts;
   shape.num_pairs = layer.num_tokens * layer.top_k;
   shape.activation = options.activation;
-  shape.dtype = dtype;
+  shape.numerics = Numerics::of(dtype);
   return shape;
 }
 

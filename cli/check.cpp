@@ -98,8 +98,9 @@ Findings run_case(const CheckOperation& operation, const Context& context, Rando
     throw;
   } catch (const std::system_error&) {
     throw;
+  } catch (const OutOfMemory&) {
+    throw std::bad_alloc();
   } catch (const std::exception& error) {
-    if (lacked_memory(error)) throw std::bad_alloc();  // no wrong result either
     Findings findings;
     findings.description = "error";
     findings.add(error.what());

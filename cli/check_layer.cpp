@@ -132,14 +132,14 @@ struct LayerRun {
     } else {
       pair_weights = make(DType::kFloat32, {T, f.top_k});
     }
-    h = make(f.dtype, {shape.num_pairs, shape.hidden_columns()});
+    h = make(f.dtype, {shape.num_pairs, shape.h_columns()});
     metadata = make(DType::kUInt8, {static_cast<std::int64_t>(moe_metadata_bytes(shape))});
     grad_x = make(f.dtype, {T, d});
     grad_router_weight = make(DType::kFloat32, {E, d});
-    grad_w1 = make(f.dtype, {E, shape.hidden_columns(), d});
+    grad_w1 = make(f.dtype, {E, shape.h_columns(), d});
     grad_w2 = make(f.dtype, {E, d, f.intermediate_size});
     if (f.biases) {
-      grad_b1 = make(f.dtype, {E, shape.hidden_columns()});
+      grad_b1 = make(f.dtype, {E, shape.h_columns()});
       grad_b2 = make(f.dtype, {E, d});
     }
   }

@@ -230,7 +230,7 @@ ExpertsRun::ExpertsRun(const Context& context, const ExpertsInputs& inputs,
   forward_plan_ = moe_forward_workspace(context, shape, /*inference=*/false, limit_);
   backward_plan_ = moe_backward_workspace(context, shape, limit_);
   const std::int64_t T = config.num_tokens, d = config.hidden_size;
-  const std::int64_t E = config.num_experts, columns = shape.hidden_columns();
+  const std::int64_t E = config.num_experts, columns = shape.h_columns();
   const Device device = context.device;
   out = Tensor(config.dtype, {T, d}, device);
   h = Tensor(config.dtype, {shape.num_pairs, columns}, device);

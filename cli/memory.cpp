@@ -123,7 +123,7 @@ class Model {
     shape.num_experts = shape_.num_experts;
     shape.num_pairs = tokens * shape_.top_k;
     shape.activation = activation_;
-    shape.dtype = dtype_;
+    shape.numerics = Numerics::of(dtype_);
     return shape;
   }
 

@@ -8,7 +8,6 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -115,10 +114,6 @@ void require_threads(int count) {
                              " (" + error.code().message() + "); --threads asks for fewer");
   }
   join();
-}
-
-bool lacked_memory(const std::exception& error) {
-  return std::string_view(error.what()).ends_with(": out of memory");
 }
 
 }  // namespace sonicmoe::cli

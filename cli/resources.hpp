@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <exception>
 
 namespace sonicmoe::cli {
 
@@ -22,8 +21,5 @@ int default_threads();
 /// process when it cannot have them.
 /// Errors: std::bad_alloc; std::runtime_error with the number that could be started.
 void require_threads(int count);
-
-/// Whether an error is the library's for memory that an operation could not have.
-bool lacked_memory(const std::exception& error);
 
 }  // namespace sonicmoe::cli

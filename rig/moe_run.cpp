@@ -73,7 +73,7 @@ void Run::forward() {
   args.workspace = workspace.view();
   args.workspace_limit = options_.forward_limit;
   if (!options_.inference) {
-    h_ = Tensor(target_, case_.dtype, {case_.pairs(), case_.hidden_columns()});
+    h_ = Tensor(target_, case_.dtype, {case_.pairs(), case_.h_columns()});
     metadata_ = GuardedBuffer(target_, moe_metadata_bytes(shape));
     args.h = h_.view();
     args.metadata = metadata_.view();
@@ -93,7 +93,7 @@ void Run::cut_h_tail() {
   if (target_.device.type != DeviceType::kCpu) copy.emplace(host_target(), case_);
   const Routing routing = (copy ? *copy : inputs_).routing();
   const auto rows = oracle::sorted_rows(routing, case_.tokens(), case_.num_experts).size();
-  const std::size_t used = rows * static_cast<std::size_t>(case_.hidden_columns());
+  const std::size_t used = rows * static_cast<std::size_t>(case_.h_columns());
   std::vector<double>& h = result_.h;
   for (std::size_t i = used; i < h.size(); ++i) {
     if (is_poison(h[i], case_.dtype)) continue;

@@ -50,8 +50,8 @@ def new_model(config: TrainConfig, vocab_size: int, end_of_text: int) -> Qwen3Mo
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """The GPU counts only where the experts can run on it. ImportError where the package of --experts
-    is not built."""
+    """The GPU counts only where the experts can run on it. ImportError where the package of
+    --experts is not built."""
     if config.experts == "sonicmoe_cpp":
         import sonicmoe_cpp  # noqa: F401
     usable = torch.cuda.is_available() and _experts_run_on_gpu(config)

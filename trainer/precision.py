@@ -1,4 +1,5 @@
-"""How a trainer keeps its numbers: float32 weights under autocast, or bfloat16 weights with masters."""
+"""How a trainer keeps its numbers: float32 weights under autocast, or bfloat16 weights with
+masters."""
 
 from __future__ import annotations
 
@@ -69,8 +70,8 @@ class Masters(Autocast):
 
 
 class MasterAdamW:
-    """AdamW on float32 masters of bfloat16 parameters, bucket by bucket: float32 gradients exist for
-    one bucket at a time."""
+    """AdamW on float32 masters of bfloat16 parameters, bucket by bucket: float32 gradients exist
+    for one bucket at a time."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], config: TrainConfig) -> None:
         self.parameters, self.scale = parameters, 1.0

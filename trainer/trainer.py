@@ -29,8 +29,8 @@ class Text:
 
 
 def load_text(config: TrainConfig, run_dir: Path | None, digest: str) -> Text:
-    """Reads the text, whose digest, unless empty, has to be `digest`; the tokenizer comes from the run,
-    else from the file of tokens, else is trained."""
+    """Reads the text, whose digest, unless empty, has to be `digest`; the tokenizer comes from the
+    run, else from the file of tokens, else is trained."""
     tokens = _read_tokens(config, run_dir)
     if digest and tokens.digest != digest:
         raise UserError(f"the text ({tokens.source}) has changed since the run began")
@@ -152,8 +152,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def train_step(self) -> dict:
-        """One optimizer step; returns its line of metrics. ArithmeticError where it diverges, before
-        the weights are changed."""
+        """One optimizer step; returns its line of metrics. ArithmeticError where it diverges,
+        before the weights are changed."""
         self.doing = f"step {self.step + 1}"
         loss, aux = self.forward_backward()
         norm = self.precision.clip(self.model, self.optimizer)

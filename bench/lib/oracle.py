@@ -18,7 +18,7 @@ class Oracle:
     """float64 values of y and dx for some tokens, of dw1 and dw2 for some rows of one expert."""
 
     def __init__(self, p: Problem, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        tokens, d, n, experts, top_k = p.shape
+        tokens, d, n, experts, _ = p.shape
         self.tokens = torch.linspace(0, tokens - 1, SAMPLED_TOKENS, device="cuda").long()
         self.columns = torch.linspace(0, n - 1, SAMPLED_COLUMNS, device="cuda").long()
         self.outputs = torch.linspace(0, d - 1, SAMPLED_COLUMNS, device="cuda").long()

@@ -79,7 +79,8 @@ def hidden_states(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 class Step(Trainer):
-    """The trainer with static tensors for one microbatch, which is one step; it waits for nothing."""
+    """The trainer with static tensors for one microbatch, which is one step; it waits for
+    nothing."""
 
     def __init__(
         self, config: TrainConfig, tokens, vocab_size: int, device: torch.device, mode: Mode

@@ -64,7 +64,7 @@ def layer_table(record: dict, transient: bool = True) -> list[str]:
     and without `transient` the most memory in use during backward."""
     rows = record["rows"]
     places, shapes = by_place(rows), list(dict.fromkeys(row["shape"] for row in rows))
-    holders = ["sonicmoe", *([PEER] if any(PEER == row["system"] for row in rows) else []), TORCH]
+    holders = ["sonicmoe", *([PEER] if any(row["system"] == PEER for row in rows) else []), TORCH]
     columns = [
         (title, [speed(places.get((shape, system), {}), prefix) for shape in shapes])
         for title, system, prefix in SPEEDS
@@ -96,8 +96,8 @@ def graphs_table(record: dict) -> list[str]:
         ours, theirs = places[shape, "sonicmoe"], places[shape, PEER]
         forward, backward, both = ratios[shape]["sonicmoe"]["graph"]
         lines.append([shape, speed(ours), speed(ours, "graph_"), speed(theirs),
-                      speed(theirs, "busy_"), speed(theirs, "graph_"), f"{forward:.3f}", f"{backward:.3f}",
-                      f"**{both:.3f}**"])  # fmt: skip
+                      speed(theirs, "busy_"), speed(theirs, "graph_"),
+                      f"{forward:.3f}", f"{backward:.3f}", f"**{both:.3f}**"])  # fmt: skip
     titles = ["shape", "ours, wall", "ours, graphs", "official, wall", "official, busy"]
     titles += ["official, graphs", "forward", "backward", "both"]
     return caption(record) + table(titles, lines)

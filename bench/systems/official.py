@@ -10,9 +10,10 @@ from bench.lib.problem import Problem
 
 
 class OfficialSonicMoE:
-    """The official CuTe-DSL layer, where its package sonic-moe is installed. It takes gate and up in
-    alternating rows of w1, so it computes another function of the same random weights: its errors are
-    not measured. Its first call at a shape compiles and tunes (QUACK_CACHE_DIR keeps what it finds)."""
+    """The official CuTe-DSL layer, where its package sonic-moe is installed. It takes gate and up
+    in alternating rows of w1, so it computes another function of the same random weights: its
+    errors are not measured. Its first call at a shape compiles and tunes (QUACK_CACHE_DIR keeps
+    what it finds)."""
 
     name = "sonic-moe"
     profiled = replayed = True

@@ -29,6 +29,7 @@
 #include "sonicmoe/activation.hpp"
 #include "sonicmoe/context.hpp"
 #include "sonicmoe/export.hpp"
+#include "sonicmoe/numerics.hpp"
 #include "sonicmoe/tensor.hpp"
 
 namespace sonicmoe {
@@ -97,13 +98,11 @@ struct MoEShape {
   std::int64_t num_pairs = 0;          ///< P = T*K, rows of x, or length of the pair list
   Form form = Form::kTopK;
   Activation activation = Activation::kSwiGLU;
-  DType dtype = DType::kFloat32;
+  Numerics numerics;          ///< of the dtype of x
   bool deterministic = true;  ///< ExpertOptions::deterministic
 
-  /// Columns of H: g*n.
-  std::int64_t hidden_columns() const noexcept {
-    return gate_factor(activation) * intermediate_size;
-  }
+  /// g*n.
+  std::int64_t h_columns() const noexcept { return gate_factor(activation) * intermediate_size; }
 };
 
 /// The shape of a call, after checking x, the weights and the routing against each other.
@@ -111,7 +110,7 @@ struct MoEShape {
 SONICMOE_API MoEShape moe_shape(const ExpertOptions& options, ConstTensorView x,
                                 const ExpertWeights& weights, const Routing& routing);
 
-/// Bytes of H: P * g*n * size_of(dtype).
+/// Bytes of H: P * g*n * size_of(numerics.storage).
 SONICMOE_API std::size_t moe_h_bytes(const MoEShape& shape);
 
 /// Bytes of the routing metadata kept for backward: with int32 entries, 4 E for sorted rows,

@@ -69,7 +69,7 @@ struct Layer {
     } else {
       pair_weights = make(DType::kFloat32, {T, K});
     }
-    h = make(c.dtype, {shape.num_pairs, shape.hidden_columns()});
+    h = make(c.dtype, {shape.num_pairs, shape.h_columns()});
     metadata = GuardedBuffer(target, moe_metadata_bytes(shape));
     grad_logits = make(DType::kFloat32, {T, E});
     grad_logits.fill(normal(random, T * E, 0.05));
@@ -462,7 +462,7 @@ TEST_P(MoELayerTest, GradientsMatchTheDefinition) {
                                 host.routing(layer.c)};
   const auto rows = oracle::sorted_rows(problem.routing, T, E);
   std::vector<double> h = layer.h.values();
-  h.resize(rows.size() * static_cast<std::size_t>(layer.shape.hidden_columns()));
+  h.resize(rows.size() * static_cast<std::size_t>(layer.shape.h_columns()));
   const ConstTensorView grad_out = host.inputs.grad_out.view();
   const auto exact = oracle::backward(problem, rows, h, grad_out);
   const auto naive = naive_backward(problem, rows, h, grad_out, layer.c.dtype);

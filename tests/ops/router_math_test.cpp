@@ -2,6 +2,7 @@
 // with naive float64 ones.
 #include <cmath>
 
+#include "layer/composed_backend.hpp"
 #include "ops/router_sides.hpp"
 
 namespace sonicmoe::rig {
@@ -67,17 +68,6 @@ TEST_P(RouterMath, LossesAgreeWithTheHost) {
       }
     }
   }
-}
-
-TEST_P(RouterMath, AddLogitsGradient) {
-  const Side side = Side::device(GetParam());
-  const Tensor sum = side.floats({301, 7}, make_logits(301, 7, 0.0, true, 31));
-  const Tensor addend = side.floats({301, 7}, make_logits(301, 7, 0.0, true, 32));
-  Values expected = sum.values();
-  const Values added = addend.values();
-  for (std::size_t i = 0; i < expected.size(); ++i) expected[i] += added[i];
-  choose_backend(side.context, "test").add_logits_gradient(side.context, sum.view(), addend.view());
-  EXPECT_EQ(sum.values(), expected);
 }
 
 // ------------------------------------------------------------------------------- matrix products
@@ -166,8 +156,13 @@ MoEShape shape_of(const ProductCase& c) {
   shape.num_tokens = c.num_tokens;
   shape.hidden_size = c.hidden_size;
   shape.num_experts = c.num_experts;
-  shape.dtype = c.x;
+  shape.numerics = Numerics::of(c.x);
   return shape;
+}
+
+// Every backend of this library makes its layer of parts.
+const ComposedBackend& parts_of(const Side& side) {
+  return dynamic_cast<const ComposedBackend&>(choose_backend(side.context, "test"));
 }
 
 std::size_t at(std::int64_t row, std::int64_t columns, std::int64_t column) {
@@ -176,7 +171,7 @@ std::size_t at(std::int64_t row, std::int64_t columns, std::int64_t column) {
 
 void check_logits(const Side& side, const ProductCase& c) {
   const std::int64_t num_tokens = c.num_tokens, d = c.hidden_size, num_experts = c.num_experts;
-  const Backend& backend = choose_backend(side.context, "test");
+  const ComposedBackend& backend = parts_of(side);
   const Tensor x = strided_input(side, c.x, {num_tokens, d}, c.strides, 41);
   const Tensor weight = strided_input(side, c.weight, {num_experts, d}, c.strides, 42);
   Tensor bias;
@@ -201,7 +196,7 @@ void check_logits(const Side& side, const ProductCase& c) {
 
 void check_gradients(const Side& side, const ProductCase& c) {
   const std::int64_t num_tokens = c.num_tokens, d = c.hidden_size, num_experts = c.num_experts;
-  const Backend& backend = choose_backend(side.context, "test");
+  const ComposedBackend& backend = parts_of(side);
   const Tensor x = strided_input(side, c.x, {num_tokens, d}, c.strides, 51);
   const Tensor grad =
       strided_input(side, DType::kFloat32, {num_tokens, num_experts}, Strides::kContiguous, 52);
@@ -213,8 +208,8 @@ void check_gradients(const Side& side, const ProductCase& c) {
     grad_weight.fill_constant(before);
     grad_bias.fill_constant(before);
   }
-  const GuardedBuffer workspace(side.target,
-                                backend.router_logits_workspace_bytes(side.context, shape_of(c)));
+  const GuardedBuffer workspace(
+      side.target, backend.router_logits_backward_workspace_bytes(side.context, shape_of(c)));
   backend.router_logits_backward(side.context, x.view(), grad.view(), grad_weight.view(),
                                  grad_bias.view(), c.accumulate, workspace.view());
   const Values xs = x.values(), gs = grad.values();
@@ -249,14 +244,14 @@ TEST_P(RouterMath, LogitsGradientsMatchFloat64) {
 
 TEST_P(RouterMath, GradientsOfNoTokensAreZero) {
   const Side side = Side::device(GetParam());
-  const Backend& backend = choose_backend(side.context, "test");
+  const ComposedBackend& backend = parts_of(side);
   const Tensor x = side.output(DType::kFloat32, {0, 40});
   const Tensor grad = side.output(DType::kFloat32, {0, 70});
   const Tensor grad_weight = side.output(DType::kFloat32, {70, 40});
   const Tensor grad_bias = side.output(DType::kFloat32, {70});
   const GuardedBuffer workspace(
       side.target,
-      backend.router_logits_workspace_bytes(
+      backend.router_logits_backward_workspace_bytes(
           side.context, shape_of({0, 40, 70, DType::kFloat32, DType::kFloat32, true, false})));
   backend.router_logits_backward(side.context, x.view(), grad.view(), grad_weight.view(),
                                  grad_bias.view(), false, workspace.view());

@@ -61,8 +61,8 @@ def scores(logits, scoring):
 
 
 def route(
-    logits, k, scoring="softmax_topk", renormalize=None, selection_bias=None, num_groups=1, top_groups=1,
-    scale=1.0,
+    logits, k, scoring="softmax_topk", renormalize=None, selection_bias=None, num_groups=1,
+    top_groups=1, scale=1.0,
 ):  # fmt: skip
     score = scores(logits, scoring)
     choice = score if selection_bias is None else score + selection_bias

@@ -32,7 +32,7 @@ class Maker:
         return torch.randint(0, high, shape, generator=self.generator)
 
     def make(self, name: str):
-        T, d, n, E, K = (self.sizes[letter] for letter in "TdnEK")  # noqa: N806
+        T, d, n, E, K = (self.sizes[letter] for letter in "TdnEK")
         exact = torch.float32
         makers = {
             "x": lambda: self.floats(T, d),

@@ -18,8 +18,8 @@ from torch import Tensor
 NAN, INF = math.nan, math.inf
 OPTIONAL = {"b1", "b2", "row_weights", "router_bias", "selection_bias"}
 DTYPES = {
-    **dict.fromkeys(("topk_ids", "token_ids", "expert_ids"), {torch.int32, torch.int64}),
-    **dict.fromkeys(("offsets", "rows_per_expert"), {torch.int32}),
+    **{ids: {torch.int32, torch.int64} for ids in ("topk_ids", "token_ids", "expert_ids")},
+    **{counts: {torch.int32} for counts in ("offsets", "rows_per_expert")},
     "selection_bias": {torch.float32},
     "logits": {torch.float32, torch.bfloat16, torch.float16},
 }

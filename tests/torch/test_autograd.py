@@ -256,7 +256,8 @@ def test_autograd_grad_leaves_main_grad_alone():
         [module.router.weight, module.experts.w1],
         [module.router.bias],
     ):
-        for tensor, ours in zip(inputs, torch.autograd.grad(loss, inputs, retain_graph=True)):
+        found = torch.autograd.grad(loss, inputs, retain_graph=True)
+        for tensor, ours in zip(inputs, found, strict=True):
             name = next((n for n, p in module.named_parameters() if p is tensor), None)
             close(ours, right_x if name is None else right[name])
         holds(module, lambda name: 0)
@@ -341,9 +342,11 @@ def test_a_wrong_buffer_is_refused_before_any_is_written(buffer):
 
 def test_main_grad_where_it_cannot_work_is_refused():
     module, x = with_buffers(), torch.randn(T, D)
-    with pytest.raises(ValueError, match="main_grad: not supported under autocast"):
-        with torch.autocast("cpu", torch.bfloat16):
-            module(x)
+    with (
+        pytest.raises(ValueError, match="main_grad: not supported under autocast"),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        module(x)
     with pytest.raises(ValueError, match="main_grad: not supported under torch.func"):
         torch.func.grad(lambda v: module(v).sum())(x)
     right = gradients(twin_of(module), x)

@@ -94,7 +94,7 @@ def test_the_layer_adds_to_main_grads_what_it_returns_without():
 
 
 def test_packed_options_of_another_version_are_refused():
-    """Fewer or more than the library has, or no enumerator: as a graph exported by another would."""
+    """Fewer or more than the library has, or no enumerator: as another's exported graph would."""
     given, (integers, reals) = layer_args(True, False)
     for options in (
         (integers[:-1], reals), ((*integers, 0), reals), (integers, reals[:-1]),

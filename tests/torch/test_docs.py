@@ -1,4 +1,4 @@
-"""The pages keep their word: examples run as printed, links lead somewhere, tables are the records'."""
+"""The pages keep their word: examples run, links lead somewhere, tables are the records'."""
 
 import re
 import sys

@@ -165,11 +165,11 @@ def test_the_selection_bias_stays_float32():
 def test_autocast_to_float16_is_refused_by_its_name():
     """x is float32 there: a message about its dtype alone would send the reader astray."""
     module, x = sm.MoE(16, 8, 4, 2), torch.randn(3, 16)
-    with torch.autocast("cpu", dtype=torch.float16):
-        with pytest.raises(
-            RuntimeError, match="x: expected float32 or bfloat16, got float16 of au"
-        ):
-            module(x)
+    with (
+        torch.autocast("cpu", dtype=torch.float16),
+        pytest.raises(RuntimeError, match="x: expected float32 or bfloat16, got float16 of au"),
+    ):
+        module(x)
     assert module(x).abs().sum() > 0
 
 

@@ -83,7 +83,8 @@ def test_a_thread_keeps_its_scratch_until_a_call_has_a_limit():
         (y,), held = traced(lambda: experts(x, w1, w2, None, limit))
         return y, int(held[-1])
 
-    results, left = zip(*(left_behind(limit) for limit in (1 << 40, None, None, 1 << 40)))
+    limits = (1 << 40, None, None, 1 << 40)
+    results, left = zip(*map(left_behind, limits), strict=True)
     kept = left[1] - left[2]
     assert kept >= T * K * D * 4 and left[2] == results[0].numel() * 4
     assert left[3] == left[2] - kept

@@ -70,9 +70,8 @@ def test_logits_in_parts_make_the_same_loss_and_gradients():
     whole = model.cross_entropy(hidden, head, targets)
     parts = model.cross_entropy(hidden, head, targets, rows=3)
     torch.testing.assert_close(parts, whole)
-    for ours, theirs in zip(
-        *(torch.autograd.grad(loss, (hidden, head)) for loss in (parts, whole))
-    ):
+    gradients = [torch.autograd.grad(loss, (hidden, head)) for loss in (parts, whole)]
+    for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert whole > 0.1
 
@@ -98,6 +97,10 @@ def timing(system, mode, microbatch, speed):
     return {**row, "microbatch": microbatch, "tokens_per_s": speed}
 
 
+def losses(system, values):
+    return {"kind": "losses", "system": system, "mode": "plain", "losses": values}
+
+
 def test_summary_compares_with_the_best_of_grouped_mm():
     rows = [
         timing("sonicmoe", "plain", 4, 100.0),
@@ -106,10 +109,10 @@ def test_summary_compares_with_the_best_of_grouped_mm():
         timing("grouped_mm", "plain", 4, 150.0),
         timing("grouped_mm_select", "compile", 4, 200.0),
         timing("grouped_mm", "plain", 8, 160.0),
-        {"kind": "losses", "system": "sonicmoe", "mode": "plain", "losses": [5.0] * 9 + [4.0] * 11},
-        {"kind": "losses", "system": "grouped_mm", "mode": "plain", "losses": [5.0] * 10 + [4.0] * 10},
+        losses("sonicmoe", [5.0] * 9 + [4.0] * 11),
+        losses("grouped_mm", [5.0] * 10 + [4.0] * 10),
         {"kind": "search", "system": "sonicmoe", "mode": "plain", "largest": 16},
-    ]  # fmt: skip
+    ]
     summary = train.summarize(rows)
     ratios = summary["tokens_per_s_over_best_grouped_mm"]
     assert ratios["common"]["sonicmoe"] == 1.5 and ratios["largest"]["sonicmoe"] == 2.5
@@ -168,11 +171,11 @@ def test_a_worker_that_dies_leaves_a_reason(tmp_path):
 
 def test_a_record_is_drawn(tmp_path):
     rows = [
-        {"kind": "model", "system": "sonicmoe", "mode": "plain", "layers": 2, "total": 9, "active": 3},
+        {"kind": "model", "system": "sonicmoe", "layers": 2, "total": 9, "active": 3},
         {**timing("sonicmoe", "plain", 4, 100.0), "step_ms": 9.0, "kernels": {"sonicmoe": 5.0}},
         timing("sonicmoe", "plain", 16, 400.0),
-        {"kind": "losses", "system": "sonicmoe", "mode": "plain", "losses": [5.0] * 20},
-    ]  # fmt: skip
+        losses("sonicmoe", [5.0] * 20),
+    ]
     record = {"rows": rows, "device": "x", "date": "2026-01-01T", "versions": {"torch": "2"}}
     (tmp_path / "r.json").write_text(json.dumps(record))
     picture = tmp_path / "p.png"

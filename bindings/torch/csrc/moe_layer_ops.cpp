@@ -53,7 +53,7 @@ moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTe
   const Tensor routing_weights = rounds ? new_tensor(x, {listed}, ScalarType::Float)
                                         : new_like_contiguous(topk_ids, ScalarType::Float);
   const Tensor h = save_for_backward
-                       ? new_kept(x, {shape.num_pairs, shape.hidden_columns()}, x.scalar_type())
+                       ? new_kept(x, {shape.num_pairs, shape.h_columns()}, x.scalar_type())
                        : nothing(x);
   const Tensor metadata = new_bytes(x, save_for_backward ? sonicmoe::moe_metadata_bytes(shape) : 0);
   const Tensor workspace = new_workspace(x, plan.bytes, args.workspace_limit.has_value());

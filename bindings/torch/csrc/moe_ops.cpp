@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_forward(const Tensor& x, const Tensor& w1
   Tensor h = nothing(x);
   Tensor metadata = new_bytes(x, 0);
   if (save_for_backward) {
-    h = new_kept(x, {shape.num_pairs, shape.hidden_columns()}, x.scalar_type());
+    h = new_kept(x, {shape.num_pairs, shape.h_columns()}, x.scalar_type());
     metadata = new_bytes(x, sonicmoe::moe_metadata_bytes(shape));
     args.h = views.out("h", h);
     args.metadata = views.out("metadata", metadata);

@@ -154,9 +154,12 @@ def _below_autograd() -> contextlib.AbstractContextManager:
 def _levels_below() -> Iterator[None]:
     """torch switches differentiation off inside a Function; levels of torch.func below this one
     have to see to it themselves."""
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        with torch._C._AutoDispatchBelowAutograd():
-            yield
+    with (
+        torch.enable_grad(),
+        forward_ad._set_fwd_grad_enabled(True),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
+        yield
 
 
 def _apply(function: type[torch.autograd.Function], inputs: tuple) -> Any:
@@ -170,7 +173,7 @@ def _apply(function: type[torch.autograd.Function], inputs: tuple) -> Any:
 
 
 def _vmap_rule(operator: Any) -> Callable:
-    """One call for each sample. Slices are copied: rows of a batch of byte buffers are unaligned."""
+    """One call for each sample. Slices are copied: rows of byte buffers are unaligned."""
 
     def rule(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
         leaves, spec = pytree.tree_flatten(inputs)

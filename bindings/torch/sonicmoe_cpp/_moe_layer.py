@@ -103,8 +103,7 @@ def _(
 def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Keeps what backward needs; `inputs` are the operator's arguments, `output` its results."""
     (
-        x, router_weight, router_bias, w1, b1, w2, b2, selection_bias, seed_tensor, options, reals,
-        save,
+        x, router_weight, router_bias, w1, b1, w2, b2, _selection_bias, _seed, options, reals, save,
     ) = inputs  # fmt: skip
     if not save:
         raise RuntimeError("moe_layer_forward: a gradient is needed but save_for_backward is off")

@@ -239,7 +239,7 @@ def update_expert_bias_(selection_bias: Tensor, rows_per_expert: Tensor, rate: f
     return selection_bias
 
 
-# ----------------------------------------------------------------------------------- the whole layer
+# ---------------------------------------------------------------------------------- the whole layer
 
 
 class RouterTensors(NamedTuple):

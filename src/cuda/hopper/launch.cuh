@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "core/log.hpp"
 #include "cuda/device.hpp"
 #include "cuda/hopper/epilogue/hidden_input.cuh"
 #include "cuda/hopper/grouped_gemm.cuh"
@@ -26,6 +27,7 @@ inline Choice choose(const ProductCall& call, const char* product, ProductSizes 
       cudaDeviceGetAttribute(&sizes.processors, cudaDevAttrMultiProcessorCount, call.device),
       product, call);
   const Choice choice = choose(sizes);
+  log_choice(product, [&] { return describe(choice); });
   return choice;
 }
 

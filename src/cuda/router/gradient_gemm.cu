@@ -10,9 +10,9 @@ namespace sonicmoe::cuda::router {
 namespace {
 
 // dlogits is read as vectors that stay inside a row.
-bool can_split(ConstTensorView grad_logits) {
-  return reinterpret_cast<std::uintptr_t>(grad_logits.data()) % sizeof(float4) == 0 &&
-         grad_logits.size(1) % FourTerms::kCount == 0;
+bool can_split(const LogitsGradient& grad_logits) {
+  return reinterpret_cast<std::uintptr_t>(grad_logits.data) % sizeof(float4) == 0 &&
+         grad_logits.num_experts % FourTerms::kCount == 0;
 }
 
 // The terms of float32 dlogits, and the lists.
@@ -40,12 +40,11 @@ __global__ void write_lists_kernel(GradientTerms terms, std::int64_t num_tokens)
   write_lists(terms, num_tokens, threadIdx.x, blockDim.x);
 }
 
-void split_terms(cudaStream_t stream, ConstTensorView grad_logits, const GradientTerms& terms,
+void split_terms(cudaStream_t stream, const LogitsGradient& grad_logits, const GradientTerms& terms,
                  const char* operation) {
-  const std::int64_t vectors = grad_logits.numel() / FourTerms::kCount;
-  split_terms_kernel<<<grid_stride_blocks(vectors, 256), 256, 0, stream>>>(
-      static_cast<const float4*>(grad_logits.data()), grad_logits.size(0), grad_logits.size(1),
-      terms);
+  const std::int64_t T = grad_logits.num_tokens, E = grad_logits.num_experts;
+  split_terms_kernel<<<grid_stride_blocks(T * E / FourTerms::kCount, 256), 256, 0, stream>>>(
+      static_cast<const float4*>(grad_logits.data), T, E, terms);
   check_launch(operation);
 }
 
@@ -61,8 +60,8 @@ ProductCall product_call(cudaStream_t stream, int device, std::int64_t num_token
           .device = device};
 }
 
-RowsArgs share_args(ConstTensorView router_weight, std::int64_t first_column,
-                    std::int64_t num_columns, Matrix out, const void* terms) {
+RowsArgs grad_x_args(ConstTensorView router_weight, std::int64_t first_column,
+                     std::int64_t num_columns, Matrix out, const void* terms) {
   const std::int64_t num_experts = router_weight.size(0), row_stride = router_weight.stride(0);
   const std::array<std::int64_t, 3> shape{1, num_experts, router_weight.size(1)};
   const std::array<std::int64_t, 3> strides{num_experts * row_stride, row_stride, 1};
@@ -85,8 +84,8 @@ WeightGradientArgs weight_args(ConstTensorView x, std::int64_t num_experts, std:
 
 }  // namespace
 
-GradientTerms carve_share_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
-                                std::int64_t num_experts) {
+GradientTerms carve_grad_x_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
+                                 std::int64_t num_experts) {
   GradientTerms terms;
   terms.count = 1;
   terms.values = carver.take<bf16>(static_cast<std::size_t>(num_tokens * num_experts));
@@ -111,31 +110,30 @@ GradientTerms carve_weight_terms(WorkspaceCarver& carver, const Products& produc
   return terms;
 }
 
-bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad_logits,
-                           ConstTensorView router_weight, std::int64_t first_column,
-                           std::int64_t num_columns, Matrix out, const GradientTerms& terms) {
+bool grad_x_on_grouped_gemm(cudaStream_t stream, int device, const LogitsGradient& grad_logits,
+                            ConstTensorView router_weight, std::int64_t first_column,
+                            std::int64_t num_columns, Matrix out, const GradientTerms& terms) {
   const Products& products = products_of(device);
-  const ProductCall call = product_call(stream, device, grad_logits.size(0), terms);
-  const RowsArgs args = share_args(router_weight, first_column, num_columns, out, terms.values);
-  if (!holds_terms(grad_logits)) {
-    if (!can_split(grad_logits)) return false;
-    if (products.reason_against(call, args)) return false;
-    if (first_column == 0) split_terms(stream, grad_logits, terms, "router's share of dX");
+  const ProductCall call = product_call(stream, device, grad_logits.num_tokens, terms);
+  const RowsArgs args = grad_x_args(router_weight, first_column, num_columns, out, terms.values);
+  if (!grad_logits.split) {
+    if (!can_split(grad_logits) || products.reason_against(call, args)) return false;
+    if (first_column == 0) split_terms(stream, grad_logits, terms, "router's dX");
   }
   products.run(call, args);
   return true;
 }
 
 bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView x,
-                                  ConstTensorView grad_logits, float* parts,
+                                  const LogitsGradient& grad_logits, float* parts,
                                   const GradientTerms& terms) {
   const char* operation = "router_logits_backward";
-  const std::int64_t num_tokens = x.size(0), num_experts = num_experts_of(grad_logits);
+  const std::int64_t num_tokens = x.size(0), num_experts = grad_logits.num_experts;
   const Products& products = products_of(device);
   const ProductCall call = product_call(stream, device, num_tokens, terms);
   WeightGradientArgs args = weight_args(x, num_experts, terms.num_slices, parts);
-  if (holds_terms(grad_logits)) {
-    args.rows = grad_logits.data();
+  if (grad_logits.split) {
+    args.rows = grad_logits.data;
     write_lists_kernel<<<1, 256, 0, stream>>>(terms, num_tokens);
     check_launch(operation);
   } else {
@@ -157,7 +155,7 @@ bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::
   // Stands for the parts, of which only the alignment is known here, that of any workspace.
   alignas(WorkspaceCarver::kAlignment) float parts[1];
   return !products.reason_against(call,
-                                  share_args(router_weight, 0, num_columns, grad_x, nullptr)) &&
+                                  grad_x_args(router_weight, 0, num_columns, grad_x, nullptr)) &&
          !products.reason_against(call, weight_args(x, router_weight.size(0), 1, parts));
 }
 

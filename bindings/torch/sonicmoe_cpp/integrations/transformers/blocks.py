@@ -1,4 +1,4 @@
-"""A replaced MoE block: one fused layer where router and experts are plain, their calls elsewhere."""
+"""A replaced MoE block: one fused layer where router and experts are plain, else their calls."""
 
 import copy
 import functools
@@ -239,9 +239,9 @@ def replace_moe_blocks(
     """Replaces every sparse MoE block of a supported family in place; returns how many.
 
     router "token_rounding" rounds in training and is plain top-K in eval(); `seed` is that of the
-    policy `stochastic`, other for every block. Blocks that were replaced before get the new options.
-    ValueError, with the block's place in the model and the model left as it was: an option, no
-    block at all, or a block that the library cannot compute.
+    policy `stochastic`, other for every block. Blocks that were replaced before get the new
+    options. ValueError, with the block's place in the model and the model left as it was: an
+    option, no block at all, or a block that the library cannot compute.
     """
     rounding = check_rounding_options("replace_moe_blocks", router, tile=tile, policy=policy)
     Integer(0, 2**62 - 1).check("replace_moe_blocks", "seed", seed)  # each block adds its index

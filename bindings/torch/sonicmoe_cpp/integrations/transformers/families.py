@@ -1,4 +1,4 @@
-"""The blocks that `replace_moe_blocks` knows, and what it asks of one before it changes anything."""
+"""The blocks that `replace_moe_blocks` knows, and what it asks of one before any change."""
 
 from collections.abc import Callable
 
