@@ -22,7 +22,7 @@ NAMES = (  # in what precedes the first brace
     r"\b(?:struct|class|enum class)\s+(?:SONICMOE_API\s+)?(\w+)",
     r"\busing\s+(\w+)\s*=",
     r"(\w+|operator\S+)\s*\(",
-    r"(\w+)\s*(?:=|;|$)",
+    r"(\w+)(?:\[\])?\s*(?:=|;|$)",
 )
 
 

@@ -63,10 +63,12 @@ struct PairRouting {
   ConstTensorView pair_weights;
 };
 
+/// Which expert computes which token, with which weight: one of the three forms.
 using Routing = std::variant<TopKRouting, SortedRouting, PairRouting>;
 
 // ---------------------------------------------------------------------------------------- experts
 
+/// What all experts of a layer compute, and how.
 struct ExpertOptions {
   Activation activation = Activation::kSwiGLU;
   GateUpLayout gate_up_layout = GateUpLayout::kConcatenated;
@@ -96,7 +98,7 @@ struct MoEShape {
   std::int64_t intermediate_size = 0;  ///< n
   std::int64_t num_experts = 0;        ///< E
   std::int64_t num_pairs = 0;          ///< P = T*K, rows of x, or length of the pair list
-  Form form = Form::kTopK;
+  Form form = Form::kTopK;  ///< decides the metadata; sorted rows are not summed by token
   Activation activation = Activation::kSwiGLU;
   Numerics numerics;          ///< of the dtype of x
   bool deterministic = true;  ///< ExpertOptions::deterministic
@@ -136,6 +138,7 @@ SONICMOE_API WorkspacePlan moe_forward_workspace(const Context& context, const M
 SONICMOE_API WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
                                                   std::optional<std::size_t> workspace_limit = {});
 
+/// Arguments of moe_forward.
 struct MoEForwardArgs {
   ExpertOptions options;
   ConstTensorView x;  ///< [T, d] (form B: [P, d]) float32|bfloat16, unit stride in d
@@ -154,6 +157,7 @@ struct MoEForwardArgs {
 /// buffers; on the CPU, offsets that decrease or exceed P.
 SONICMOE_API void moe_forward(const Context& context, const MoEForwardArgs& args);
 
+/// Arguments of moe_backward.
 struct MoEBackwardArgs {
   ExpertOptions options;
   ConstTensorView grad_out;  ///< dO, shape of out, dtype of x, unit stride in d
