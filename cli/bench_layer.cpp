@@ -92,7 +92,7 @@ void BenchLayer::layer_forward(const Context& context) {
   args.logits = logits_.view();
   args.rows_per_expert = rows_per_expert_.view();
   args.saved.topk_ids = inputs_.topk_ids.view();
-  args.saved.pair_weights = inputs_.topk_weights.view();
+  args.saved.routing_weights = inputs_.topk_weights.view();
   args.saved.h = run_.h.view();
   args.saved.metadata = run_.metadata.view();
   args.workspace = layer_forward_workspace_.view();
@@ -109,7 +109,7 @@ void BenchLayer::layer_backward(const Context& context) {
   args.weights = inputs_.weights();
   args.logits = logits_.view();
   args.saved.topk_ids = inputs_.topk_ids.view();
-  args.saved.pair_weights = inputs_.topk_weights.view();
+  args.saved.routing_weights = inputs_.topk_weights.view();
   args.saved.h = run_.h.view();
   args.saved.metadata = run_.metadata.view();
   args.grad_x = run_.grad_x.view();

@@ -1,7 +1,6 @@
 #include "cli/environment.hpp"
 
 #include <cstdlib>
-#include <limits>
 #include <vector>
 
 #include "cli/parsers.hpp"
@@ -22,13 +21,6 @@ std::optional<std::string> environment_variable(const char* name) {
   return value;
 }
 
-void check_environment() {
-  const Parser<int> count = integer(0, std::numeric_limits<int>::max());
-  check("SONICMOE_LOG", one_of({"dispatch"}));
-  check("SONICMOE_CUDA_BLOCK_N", one_of({"128", "256"}));
-  check("SONICMOE_CUDA_HIDDEN_STORERS", one_of({"two", "three", "math"}));
-  check("SONICMOE_CUDA_GRID", count);
-  check("SONICMOE_CUDA_ADD_WINDOW", count);
-}
+void check_environment() { check("SONICMOE_LOG", one_of({"dispatch"})); }
 
 }  // namespace sonicmoe::cli
