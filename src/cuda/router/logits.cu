@@ -10,6 +10,7 @@
 #include "core/log.hpp"
 #include "core/workspace.hpp"
 #include "cuda/device.hpp"
+#include "cuda/element.hpp"
 #include "cuda/router/bias.cuh"
 #include "cuda/router/gradient_gemm.hpp"
 #include "cuda/router/launch.hpp"
@@ -19,8 +20,6 @@
 
 namespace sonicmoe::cuda::router {
 namespace {
-
-using bf16 = __nv_bfloat16;
 
 constexpr int kBiasSplits = 64;
 
