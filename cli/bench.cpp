@@ -8,6 +8,7 @@
 #include <new>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,7 @@
 #include "cli/problems.hpp"
 #include "cli/resources.hpp"
 #include "cli/table.hpp"
+#include "rig/checks.hpp"
 #include "sonicmoe/memory.hpp"
 #include "sonicmoe/version.hpp"
 
@@ -41,6 +43,12 @@ struct BenchCommand {
   bool json = false;
 };
 
+// The results that were about to be timed are wrong.
+class CheckFailed : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 struct Statistics {
   double median = 0.0, p10 = 0.0, p90 = 0.0;  // seconds
   std::size_t samples = 0;
@@ -54,7 +62,7 @@ Statistics statistics_of(std::vector<double> seconds, std::size_t calls_per_samp
     const auto low = static_cast<std::size_t>(place);
     const std::size_t high = std::min(low + 1, seconds.size() - 1);
     const double share = place - static_cast<double>(low);
-    return seconds[low] * (1.0 - share) + seconds[high] * share;
+    return seconds[low] + (seconds[high] - seconds[low]) * share;  // equal ones exactly
   };
   return {at(0.5), at(0.1), at(0.9), seconds.size(), calls_per_sample};
 }
@@ -63,7 +71,7 @@ Statistics statistics_of(std::vector<double> seconds, std::size_t calls_per_samp
 double time_once(Device device, const std::function<void()>& work) {
   const auto begin = std::chrono::steady_clock::now();
   work();
-  synchronize(device);
+  rig::memory_of(device).synchronize();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
@@ -126,13 +134,12 @@ LayerOptions layer_options(const BenchCommand& command) {
 // Median and quantiles of at least three and at most `repeats` samples within the time budget.
 // Each call takes the next set of buffers.
 Statistics measure(const BenchCommand& command, Device device,
-                   std::vector<std::unique_ptr<BenchLayer>>& layers,
-                   const std::function<void(BenchLayer&)>& call, Progress& progress,
-                   const std::string& label) {
+                   std::vector<std::unique_ptr<BenchLayer>>& layers, void (BenchLayer::*call)(),
+                   Progress& progress, const std::string& label) {
   std::size_t next = 0;
-  const auto call_next = [&] { call(*layers[next++ % layers.size()]); };
+  const auto call_next = [&] { (*layers[next++ % layers.size()].*call)(); };
   for (int i = 0; i < command.warmup; ++i) call_next();
-  synchronize(device);
+  rig::memory_of(device).synchronize();
   const std::size_t calls = on_host(device) ? 1 : calls_per_sample(time_once(device, call_next));
   std::vector<double> seconds;
   double total = 0.0;
@@ -185,24 +192,23 @@ Result run_row(const BenchCommand& command, const Context& context, const Row& r
   std::vector<std::unique_ptr<BenchLayer>> layers;
   const std::size_t sets = BenchLayer::sets_to_rotate(context.device, needed);
   for (std::size_t i = 0; i < sets; ++i) {
-    Random random{command.seed, i};
-    layers.push_back(std::make_unique<BenchLayer>(context, row.shape, row.dtype, options, random));
+    layers.push_back(std::make_unique<BenchLayer>(context, row.shape, row.dtype, options,
+                                                  rig::Random{command.seed, i}.bits() >> 2));
   }
   require_headroom();
   if (!command.without_check) {
     progress.show(label + "checking");
-    layers.front()->forward(context);
-    layers.front()->backward(context);
-    layers.front()->check(context);
+    layers.front()->forward();
+    layers.front()->backward();
+    const std::vector<std::string> problems = layers.front()->check();
+    if (!problems.empty()) throw CheckFailed(problems.front());
   }
   result.buffers = sets;
-  result.forward = measure(
-      command, context.device, layers, [&](BenchLayer& layer) { layer.forward(context); }, progress,
-      label + "forward");
-  for (auto& layer : layers) layer->forward(context);
-  result.backward = measure(
-      command, context.device, layers, [&](BenchLayer& layer) { layer.backward(context); },
-      progress, label + "backward");
+  result.forward =
+      measure(command, context.device, layers, &BenchLayer::forward, progress, label + "forward");
+  for (auto& layer : layers) layer->forward();
+  result.backward =
+      measure(command, context.device, layers, &BenchLayer::backward, progress, label + "backward");
   const BenchLayer& layer = *layers.front();
   result.forward_rate = forward_flops(layer.shape()) / result.forward.median / 1e9;
   result.backward_rate = backward_flops(layer.shape()) / result.backward.median / 1e9;
@@ -229,10 +235,7 @@ std::string repeat_line(const BenchCommand& command, const Row& row) {
   if (command.workspace_limit) {
     line += " --workspace-limit " + std::to_string(*command.workspace_limit);
   }
-  if (!command.run.backend.empty()) line += " --backend " + command.run.backend;
-  if (command.run.device != "cpu") line += " --device " + command.run.device;
-  if (command.run.threads != 0) line += " --threads " + std::to_string(command.run.threads);
-  return line;
+  return line + command.run.to_string();
 }
 
 void print_json(const BenchCommand& command, const std::vector<Result>& results) {
@@ -303,7 +306,7 @@ Result try_row(const BenchCommand& command, const Context& context, const Row& r
     return run_row(command, context, row, progress, place);
   } catch (const std::bad_alloc&) {
   } catch (const Error& error) {
-    if (!lacked_memory(error)) throw;
+    if (!rig::lacked_memory(error)) throw;
   }
   Result result;
   result.row = row;

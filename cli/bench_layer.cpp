@@ -1,8 +1,9 @@
 #include "cli/bench_layer.hpp"
 
 #include <algorithm>
-#include <cmath>
 
+#include "cli/resources.hpp"
+#include "rig/spot_check.hpp"
 #include "sonicmoe/backend.hpp"
 #include "sonicmoe/memory.hpp"
 
@@ -13,28 +14,20 @@
 namespace sonicmoe::cli {
 namespace {
 
-ExpertsConfig config_of(const LayerShape& shape, DType dtype, const LayerOptions& options) {
-  ExpertsConfig config;
-  config.num_tokens = shape.num_tokens;
-  config.hidden_size = shape.hidden_size;
-  config.intermediate_size = shape.intermediate_size;
-  config.num_experts = shape.num_experts;
-  config.top_k = shape.top_k;
-  config.options.activation = options.activation;
-  config.dtype = dtype;
-  return config;
-}
-
-MoEShape shape_of(const LayerShape& layer, DType dtype, const LayerOptions& options) {
-  MoEShape shape;
-  shape.num_tokens = layer.num_tokens;
-  shape.hidden_size = layer.hidden_size;
-  shape.intermediate_size = layer.intermediate_size;
-  shape.num_experts = layer.num_experts;
-  shape.num_pairs = layer.num_tokens * layer.top_k;
-  shape.activation = options.activation;
-  shape.dtype = dtype;
-  return shape;
+rig::MoECase case_of(const LayerShape& shape, DType dtype, const LayerOptions& options,
+                     std::uint64_t seed) {
+  rig::MoECase c;
+  c.num_tokens = shape.num_tokens;
+  c.hidden_size = shape.hidden_size;
+  c.intermediate_size = shape.intermediate_size;
+  c.num_experts = shape.num_experts;
+  c.top_k = shape.top_k;
+  c.activation = options.activation;
+  c.dtype = dtype;
+  c.biases = false;
+  c.values = rig::Numbers::kLarge;
+  c.seed = seed;
+  return c;
 }
 
 // The backend of the context's calls is the reference: named, or the only one of this build.
@@ -49,98 +42,63 @@ bool serves_as_reference(const Context& context) {
 }  // namespace
 
 BenchLayer::BenchLayer(const Context& context, const LayerShape& shape, DType dtype,
-                       const LayerOptions& options, Random& random)
-    : options_(options),
-      inputs_(config_of(shape, dtype, options), random, context.device),
-      shape_(inputs_.shape()),
-      run_(context, inputs_, options.with_router ? std::nullopt : options.workspace_limit) {
-  if (!options.with_router) return;
-  run_.forward_workspace = run_.backward_workspace = {};  // the layer has its own
-  layer_options_.experts = inputs_.config.options;
-  layer_options_.router.top_k = shape.top_k;
-  layer_options_.router.scoring = Scoring::kTopKSoftmax;
-  const Device device = context.device;
-  router_weight_ = Tensor(dtype, {shape.num_experts, shape.hidden_size}, device);
-  router_weight_.fill_random(random, 1.0 / std::sqrt(static_cast<double>(shape.hidden_size)));
-  grad_router_weight_ = Tensor(dtype, {shape.num_experts, shape.hidden_size}, device);
-  logits_ = Tensor(DType::kFloat32, {shape.num_tokens, shape.num_experts}, device);
-  rows_per_expert_ = Tensor(DType::kInt32, {shape.num_experts}, device);
-  const auto workspace = [&](const WorkspacePlan& plan) {
-    return Tensor(DType::kUInt8, {static_cast<std::int64_t>(plan.bytes)}, device);
-  };
-  layer_forward_workspace_ = workspace(moe_layer_forward_workspace(
-      context, layer_options_, shape_, /*inference=*/false, options.workspace_limit));
-  layer_backward_workspace_ = workspace(
-      moe_layer_backward_workspace(context, layer_options_, shape_, options.workspace_limit));
+                       const LayerOptions& options, std::uint64_t seed)
+    : target_(rig::target_of(context)) {
+  const rig::MoECase c = case_of(shape, dtype, options, seed);
+  const auto limit = options.workspace_limit;
+  if (options.with_router) {
+    rig::LayerCase layer;
+    layer.experts = c;
+    layer.router.scoring = Scoring::kTopKSoftmax;
+    layer.router_dtype = layer.router_gradient_dtype = dtype;
+    layer_ = std::make_unique<rig::LayerRun>(target_, layer, limit, limit);
+    return;
+  }
+  rig::RunOptions run;
+  run.forward_limit = run.backward_limit = limit;
+  inputs_ = std::make_unique<rig::MoEInputs>(target_, c);
+  experts_ = std::make_unique<rig::ExpertsRun>(target_, *inputs_, run);
 }
 
-void BenchLayer::forward(const Context& context) {
-  options_.with_router ? layer_forward(context) : run_.forward(context);
-}
-
-void BenchLayer::backward(const Context& context) {
-  options_.with_router ? layer_backward(context) : run_.backward(context);
-}
-
-void BenchLayer::layer_forward(const Context& context) {
-  MoELayerForwardArgs args;
-  args.options = layer_options_;
-  args.x = inputs_.x.view();
-  args.router_weight = router_weight_.view();
-  args.weights = inputs_.weights();
-  args.out = run_.out.view();
-  args.logits = logits_.view();
-  args.rows_per_expert = rows_per_expert_.view();
-  args.saved.topk_ids = inputs_.topk_ids.view();
-  args.saved.pair_weights = inputs_.topk_weights.view();
-  args.saved.h = run_.h.view();
-  args.saved.metadata = run_.metadata.view();
-  args.workspace = layer_forward_workspace_.view();
-  args.workspace_limit = options_.workspace_limit;
-  moe_layer_forward(context, args);
-}
-
-void BenchLayer::layer_backward(const Context& context) {
-  MoELayerBackwardArgs args;
-  args.options = layer_options_;
-  args.grad_out = inputs_.grad_out.view();
-  args.x = inputs_.x.view();
-  args.router_weight = router_weight_.view();
-  args.weights = inputs_.weights();
-  args.logits = logits_.view();
-  args.saved.topk_ids = inputs_.topk_ids.view();
-  args.saved.pair_weights = inputs_.topk_weights.view();
-  args.saved.h = run_.h.view();
-  args.saved.metadata = run_.metadata.view();
-  args.grad_x = run_.grad_x.view();
-  args.grad_router_weight = grad_router_weight_.view();
-  args.grad_w1 = run_.grad_w1.view();
-  args.grad_w2 = run_.grad_w2.view();
-  args.workspace = layer_backward_workspace_.view();
-  args.workspace_limit = options_.workspace_limit;
-  moe_layer_backward(context, args);
+std::vector<std::string> BenchLayer::check() const {
+  if (!layer_) {
+    const rig::ExpertsRun& run = *experts_;
+    return rig::spot_check({*inputs_, inputs_->topk_ids, inputs_->routing_weights, run.h, run.out,
+                            run.grad_x, run.grad_w1, run.grad_w2, run.grad_routing_weights});
+  }
+  const rig::LayerRun& run = *layer_;
+  const rig::Tensor grad_weights = run.grad_routing_weights();
+  return rig::spot_check({run.inputs, run.topk_ids, run.pair_weights, run.h, run.out, run.grad_x,
+                          run.grad_w1, run.grad_w2, grad_weights, &run.router_weight,
+                          &run.grad_router_weight});
 }
 
 std::size_t BenchLayer::kept_bytes() const {
-  return run_.h.view().nbytes() + run_.metadata.view().nbytes() + inputs_.topk_ids.view().nbytes() +
-         inputs_.topk_weights.view().nbytes();
+  const auto bytes = [](const auto& run, const rig::Tensor& ids, const rig::Tensor& weights) {
+    return run.h.view().nbytes() + run.metadata.size() + ids.view().nbytes() +
+           weights.view().nbytes();
+  };
+  return layer_ ? bytes(*layer_, layer_->topk_ids, layer_->pair_weights)
+                : bytes(*experts_, inputs_->topk_ids, inputs_->routing_weights);
 }
 
 std::size_t BenchLayer::peak_forward_bytes() const {
-  const Tensor& workspace =
-      options_.with_router ? layer_forward_workspace_ : run_.forward_workspace;
-  return kept_bytes() + workspace.view().nbytes() + run_.out.view().nbytes();
+  const auto bytes = [](const auto& run) {
+    return run.forward_workspace.size() + run.out.view().nbytes();
+  };
+  return kept_bytes() + (layer_ ? bytes(*layer_) : bytes(*experts_));
 }
 
 std::size_t BenchLayer::peak_backward_bytes() const {
-  const Tensor& workspace =
-      options_.with_router ? layer_backward_workspace_ : run_.backward_workspace;
-  return kept_bytes() + workspace.view().nbytes() + run_.grad_x.view().nbytes();
+  const auto bytes = [](const auto& run) {
+    return run.backward_workspace.size() + run.grad_x.view().nbytes();
+  };
+  return kept_bytes() + (layer_ ? bytes(*layer_) : bytes(*experts_));
 }
 
 std::size_t BenchLayer::total_bytes(const Context& context, const LayerShape& layer, DType dtype,
                                     const LayerOptions& options) {
-  const MoEShape shape = shape_of(layer, dtype, options);
+  const MoEShape shape = layer.moe_shape(dtype, options.activation);
   const std::size_t width =
       static_cast<std::size_t>(shape.num_tokens * shape.hidden_size) * size_of(dtype);
   const auto limit = options.with_router ? std::nullopt : options.workspace_limit;

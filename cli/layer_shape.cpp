@@ -10,6 +10,18 @@ std::string LayerShape::to_string() const {
   return text;
 }
 
+MoEShape LayerShape::moe_shape(DType dtype, Activation activation) const {
+  MoEShape shape;
+  shape.num_tokens = num_tokens;
+  shape.hidden_size = hidden_size;
+  shape.intermediate_size = intermediate_size;
+  shape.num_experts = num_experts;
+  shape.num_pairs = num_tokens * top_k;
+  shape.activation = activation;
+  shape.dtype = dtype;
+  return shape;
+}
+
 bool LayerShape::has_countable_bytes(Activation activation) const {
   const double T = static_cast<double>(num_tokens), d = static_cast<double>(hidden_size);
   const double n = static_cast<double>(intermediate_size), E = static_cast<double>(num_experts);

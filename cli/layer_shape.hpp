@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "sonicmoe/activation.hpp"
+#include "sonicmoe/moe.hpp"
 
 namespace sonicmoe::cli {
 
@@ -16,6 +16,8 @@ struct LayerShape {
   std::int64_t top_k = 0;
 
   std::string to_string() const;
+  /// Of top-K routing.
+  MoEShape moe_shape(DType dtype, Activation activation) const;
   /// Its bytes, and every product on the way to them, are below 2^62. To be asked before any size
   /// is computed in integers.
   bool has_countable_bytes(Activation activation) const;

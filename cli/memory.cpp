@@ -116,15 +116,9 @@ class Model {
   }
 
   MoEShape shape(std::int64_t tokens) const {
-    MoEShape shape;
-    shape.num_tokens = tokens;
-    shape.hidden_size = shape_.hidden_size;
-    shape.intermediate_size = shape_.intermediate_size;
-    shape.num_experts = shape_.num_experts;
-    shape.num_pairs = tokens * shape_.top_k;
-    shape.activation = activation_;
-    shape.dtype = dtype_;
-    return shape;
+    LayerShape resized = shape_;
+    resized.num_tokens = tokens;
+    return resized.moe_shape(dtype_, activation_);
   }
 
   Footprint ours(std::int64_t tokens) const {

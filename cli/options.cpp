@@ -6,6 +6,7 @@
 
 #include "cli/environment.hpp"
 #include "cli/resources.hpp"
+#include "rig/target.hpp"
 #include "sonicmoe/backend.hpp"
 #include "sonicmoe/router.hpp"
 
@@ -25,16 +26,12 @@ Device parse_device(const std::string& text) {
   throw usage_error("--device", "cpu, cuda or cuda:INDEX", text);
 }
 
-std::string name_of(const Device& device) {
-  return device.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(device.index);
-}
-
 // A device that the machine does not have would fail later, in the middle of the output.
 void require_device(const Device& device, const std::string& text) {
   std::string known;
   for (const DeviceInfo& info : devices()) {
     if (info.device.type == device.type && info.device.index == device.index) return;
-    known += (known.empty() ? "" : ", ") + name_of(info.device);
+    known += (known.empty() ? "" : ", ") + to_string(info.device);
   }
   for (const BackendInfo& info : backends()) {
     if (info.name == "cuda" && !info.available) known += "; cuda is off: " + info.reason;
@@ -61,7 +58,7 @@ void require_backend_of_device(const std::string& option, const Context& context
   try {
     round_tokens_workspace_bytes(context, 1, 1, 1);  // any operation: it chooses a backend
   } catch (const Error&) {
-    throw usage_error(option, "a backend for " + name_of(context.device),
+    throw usage_error(option, "a backend for " + to_string(context.device),
                       std::string(context.backend));
   }
 }
@@ -95,6 +92,14 @@ void RunOptions::add_to(CLI::App& command) {
              "CPU threads of one call; 0 takes OpenMP's default");
 }
 
+std::string RunOptions::to_string() const {
+  std::string words;
+  if (!backend.empty()) words += " --backend " + backend;
+  if (device != "cpu") words += " --device " + device;
+  if (threads != 0) words += " --threads " + std::to_string(threads);
+  return words;
+}
+
 Context RunOptions::context() {
   check_environment();
   std::string option = "--backend";
@@ -115,6 +120,9 @@ Context RunOptions::context() {
                       std::to_string(wanted));
   }
   require_threads(wanted);
+  if (const std::size_t memory = usable_host_memory(); memory > 0) {
+    rig::limit_host_memory(memory / 10 * 9);
+  }
   return context;
 }
 

@@ -8,10 +8,11 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "sonicmoe/backend.hpp"
 
 #if defined(__unix__)
 #include <sys/resource.h>
@@ -117,8 +118,14 @@ void require_threads(int count) {
   join();
 }
 
-bool lacked_memory(const std::exception& error) {
-  return std::string_view(error.what()).ends_with(": out of memory");
+std::size_t memory_bytes_of(Device device) {
+  if (on_host(device)) return usable_host_memory();
+  for (const DeviceInfo& info : devices()) {
+    if (info.device.type == device.type && info.device.index == device.index) {
+      return info.memory_bytes;
+    }
+  }
+  return 0;
 }
 
 }  // namespace sonicmoe::cli

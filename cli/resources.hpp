@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cstddef>
-#include <exception>
+
+#include "sonicmoe/device.hpp"
 
 namespace sonicmoe::cli {
 
@@ -23,7 +24,9 @@ int default_threads();
 /// Errors: std::bad_alloc; std::runtime_error with the number that could be started.
 void require_threads(int count);
 
-/// Whether an error is the library's for memory that an operation could not have.
-bool lacked_memory(const std::exception& error);
+inline bool on_host(Device device) noexcept { return device.type == DeviceType::kCpu; }
+
+/// Memory of a device of devices() that this process may use, 0 where it is not known.
+std::size_t memory_bytes_of(Device device);
 
 }  // namespace sonicmoe::cli
