@@ -7,6 +7,7 @@ JOBS ?= $(shell nproc)
 VENV := .venv
 # For the shell, which knows the folder's whole name whatever it holds (blanks, quotes, $).
 PY := "$$PWD/$(VENV)/bin/python"
+GPU_PYTHON ?= $(PY)
 FUZZ_CASES ?= 100000
 ARGS ?=
 
@@ -15,7 +16,7 @@ export OMP_WAIT_POLICY ?= passive
 export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)
 
 .PHONY: all setup build test test-cpp test-python train compare fuzz sanitize bench format \
-        format-check install-test cuda clean
+        format-check tidy docs install-test lab gpu-test gpu-bench gpu-cases gpu-train gpu-power clean
 
 all: build
 
@@ -71,10 +72,45 @@ format: setup
 format-check: setup
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/ruff format -q --check . && $(VENV)/bin/ruff check -q .
+	git ls-files | xargs $(VENV)/bin/codespell
 
-# Needs nvcc; running what it builds needs a Hopper GPU (scripts/gpu.sh).
-cuda:
-	bash scripts/gpu.sh build
+# .clang-tidy's checks on host code. OpenMP's header is the compiler's own: clang-tidy has none.
+tidy: build
+	$(PY) $(VENV)/bin/run-clang-tidy.py -quiet -j $(JOBS) -p "$(BUILD)" \
+	      -clang-tidy-binary "$$PWD/$(VENV)/bin/clang-tidy" \
+	      -extra-arg=-idirafter"$$(dirname "$$(g++ -print-file-name=include/omp.h)")" \
+	      '/(src/(?!cuda)|cli|oracle|rig)/?.*\.cpp$$' > "$(BUILD)-tidy.log" 2>&1 || \
+	      { grep -E -A4 '(error|warning):' "$(BUILD)-tidy.log"; exit 1; }
+
+# The pages and the reference of headers and docstrings, in build/docs. A broken link is an error,
+# but not with -q, which silences the count of warnings too.
+docs: setup
+	$(PY) scripts/api_reference.py
+	PATH="$$PWD/$(VENV)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# Experiments on a GPU by themselves (lab/README.md). Needs nvcc.
+lab: build
+	cmake --build "$(BUILD)" --target lab -j $(JOBS)
+
+# On a GPU, with what `make build` made. GPU_PYTHON names a Python whose torch sees the GPU.
+gpu-test:
+	"$(BUILD)/cli/sonicmoe" info | grep -q '^cuda  *on' || { "$(BUILD)/cli/sonicmoe" info; exit 1; }
+	"$(BUILD)/tests/sonicmoe_ops_tests" --gtest_brief=1 --gtest_filter='*cuda*'
+	"$(BUILD)/tests/sonicmoe_fuzz" --cases 1000
+	$(GPU_PYTHON) -m pytest -q --timeout 300 tests/torch/test_cuda.py
+
+gpu-bench:  # this library, torch's grouped_mm, cuBLAS, sonic-moe where it is installed
+	$(GPU_PYTHON) -m bench.layer $(ARGS)
+
+gpu-cases:  # limits, skew, token rounding, routing's share
+	$(GPU_PYTHON) -m bench.cases $(ARGS)
+
+gpu-power:  # ARGS=SHAPE: energy of each product alone, beside cuBLAS
+	"$(BUILD)/lab/products" power $(ARGS)
+
+gpu-train:  # DATA=tokens.bin: a whole model with all systems, over the GPUs there are
+	$(GPU_PYTHON) -m bench.train --data "$(DATA)" --gpus 0 --loss-steps 200 --limit 200 \
+	      --deadline 2600 $(ARGS)
 
 clean:
 	rm -rf "$(BUILD)" "$(BUILD)"-* "$(BUILD).log"

@@ -25,21 +25,11 @@ import sonicmoe_cpp as sm
 import torch
 
 from bench.lib import routings
+from bench.lib.problem import GIB, MIB, Problem, problem_named
 from bench.lib.profile import busy_us
-from bench.lib.timing import (
-    MIB,
-    Call,
-    Problem,
-    in_turns_ms,
-    new_record,
-    require_gpu,
-    rounded,
-    suite_entries,
-    warm_seconds,
-    write_record,
-)
+from bench.lib.record import new_record, rounded, write_record
+from bench.lib.timing import Call, in_turns_ms, require_gpu, warm_seconds
 
-GIB = 2**30
 LIMITS = (None, 4 * GIB, 2 * GIB, 3 * GIB // 2, GIB, 3 * GIB // 4, GIB // 2)
 LIMIT_PROBLEM = "30B-n256"
 SKEW_PROBLEMS = ("7B-n256", "30B-n1024", "Qwen3-Next")
@@ -109,11 +99,6 @@ KERNEL_NAME = re.compile(rf"\b({'|'.join(PART_OF)})\b")
 
 Rows = Iterator[dict]
 Times = dict[tuple, float]  # milliseconds by (variant, "forward" or "both")
-
-
-def problem_named(name: str) -> Problem:
-    (entry,) = suite_entries(["paper", "models"], [name])
-    return Problem(name, tuple(entry["shape"]))
 
 
 def outputs(p: Problem, **options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

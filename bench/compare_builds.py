@@ -1,10 +1,10 @@
 """Builds of this package against each other on one GPU, under a load that lasts.
 
 At the card's power limit a short series says little: the clock follows the last second's load. Here
-every build runs the layer's forward and backward for --settle seconds, then for --seconds: once timed
-as a whole, with clock and power (nvidia-smi), once under the profiler. The builds take turns,
-A B C C B A, each in a process of its own. The mean of the rounds and its ratio to the first build's:
-microseconds per call of each kernel, of the call, clock, power and joules per call.
+every build runs the layer's forward and backward for --settle seconds, then for --seconds: once
+timed as a whole, with clock and power (nvidia-smi), once under the profiler. The builds take turns,
+A B C C B A, each in a process of its own. The mean of the rounds and its ratio to the first
+build's: microseconds per call of each kernel, of the call, clock, power and joules per call.
 
     python bench/compare_builds.py old=/tmp/old new=bindings/torch --problem 7B-n256 --rounds 4
 
@@ -84,8 +84,8 @@ def mean_between(readings: list[Reading], begin: float, end: float) -> dict[str,
 
 
 def lasting_load(call: Callable[[], object], settle: float, seconds: float) -> tuple:
-    """Milliseconds of a call, and from when to when (monotonic) they were measured. Calls are issued
-    without a pause, some milliseconds of them ahead of the GPU."""
+    """Milliseconds of a call, and from when to when (monotonic) they were measured. Calls are
+    issued without a pause, some milliseconds of them ahead of the GPU."""
     import torch
 
     from bench.lib.timing import warm_seconds
@@ -114,8 +114,9 @@ def measure(arguments: argparse.Namespace) -> int:
     import torch
 
     from bench.layer import EagerLayer
+    from bench.lib.problem import Problem, suite_entries
     from bench.lib.profile import busy_by_name, busy_us, profiled_halves
-    from bench.lib.timing import Pace, Problem, require_gpu, suite_entries
+    from bench.lib.timing import Pace, require_gpu
     from bench.systems import systems_named
 
     require_gpu()
@@ -148,7 +149,7 @@ def measure(arguments: argparse.Namespace) -> int:
 
 
 def known_problems() -> list[str]:
-    from bench.lib.timing import suite_entries
+    from bench.lib.problem import suite_entries
 
     return [entry["name"] for entry in suite_entries(SUITES)]
 

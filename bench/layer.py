@@ -1,10 +1,10 @@
 """The whole layer with its router on a GPU: sonicmoe_cpp beside torch grouped_mm and cuBLAS.
 
 Every system computes logits, top-K, softmax and SwiGLU experts in bfloat16, with all gradients.
-sonicmoe-atomic adds a token's rows atomically (deterministic=False). sonic-moe is the official layer,
-if its package is installed. torch-grouped_mm-compiled is the torch layer under torch.compile as a
-whole; --compile-only fills inductor's cache for it.
-cublas-bmm is the dense, balanced product of the same FLOPs alone: no gather, activation or sum.
+sonicmoe-atomic adds a token's rows atomically (deterministic=False). sonic-moe is the official
+layer, if its package is installed. torch-grouped_mm-compiled is the torch layer under torch.compile
+as a whole; --compile-only fills inductor's cache for it. cublas-bmm is the dense, balanced product
+of the same FLOPs alone: no gather, activation or sum.
 
 Figures per shape and system, the systems taking turns; with --runs the median of the runs, and
 `spread` has the least and the most:
@@ -12,7 +12,8 @@ Figures per shape and system, the systems taking turns; with --runs the median o
     fwd_ms, bwd_ms            wall: medians of eager forward and backward, alternating back to back,
                               after a rest and a settling time (--rest, --settle)
     busy_fwd_ms, busy_bwd_ms  time the GPU is busy: union of the kernels' intervals (CUPTI), of the
-                              forward and the backward of the same calls, the median call (not of torch's)
+                              forward and the backward of the same calls, the median call (not of
+                              torch's)
     graph_fwd_ms, graph_bwd_ms  like wall, replaying two CUDA graphs (sonicmoe and sonic-moe)
 
 and once:
@@ -40,23 +41,14 @@ from pathlib import Path
 import torch
 
 from bench.lib import compilation, summary
-from bench.lib.oracle import Oracle, one_routing
+from bench.lib.oracle import Oracle
+from bench.lib.problem import Problem, suite_entries
 from bench.lib.profile import busy_figures, kernel_table, profiled_halves
-from bench.lib.timing import (
-    Pace,
-    Problem,
-    halves_ms,
-    memory,
-    new_record,
-    require_gpu,
-    rounded,
-    suite_entries,
-    warm_seconds,
-    write_record,
-)
+from bench.lib.record import new_record, rounded, write_record
+from bench.lib.timing import Pace, halves_ms, memory, require_gpu, warm_seconds
 from bench.systems import SYSTEMS, Cublas, systems_named
 
-# ------------------------------------------------------------------------------------------ a figure
+# ----------------------------------------------------------------------------------------- a figure
 
 
 class EagerLayer:
@@ -177,7 +169,7 @@ class Measured:
 
 
 def bench_problem(p: Problem, systems: list, arguments: argparse.Namespace) -> list[dict]:
-    routing = one_routing(p)
+    routing = p.routing()
     oracle = None if arguments.no_check else Oracle(p, *routing)
     measured = [Measured(system) for system in systems]
     for one in measured:
@@ -191,7 +183,7 @@ def bench_problem(p: Problem, systems: list, arguments: argparse.Namespace) -> l
     return rows
 
 
-# --------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------- output
 
 
 def describe(p: Problem, row: dict) -> str:

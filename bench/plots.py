@@ -12,12 +12,12 @@ With --markdown it writes the tables of the pages of bench/lib/tables.py and dra
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
 
-from bench.lib.record import REPOSITORY
+from bench.lib.problem import MIB
+from bench.lib.record import REPOSITORY, RESULTS, has_row, newest, read_records
 from bench.lib.summary import (
     CEILING,
     PEER,
@@ -30,9 +30,8 @@ from bench.lib.summary import (
 from bench.lib.tables import PAGES, tables, with_tables
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-RESULTS = REPOSITORY / "bench" / "results"
 IMAGES = REPOSITORY / "docs" / "images"
 BARS = {  # system: label, colour; * marks those whose better time is shown
     "sonicmoe": ("sonicmoe", "tab:blue"),
@@ -48,14 +47,6 @@ LINES = {  # across a shape's bars: label, style
     CEILING: ("cuBLAS bmm, the GEMMs alone", {"color": "black", "lw": 1.5}),
     "paper": ("SonicMoE, the paper's", {"color": "tab:red", "lw": 1.2, "ls": (0, (2, 1))}),
 }
-
-
-def newest(records: list[dict], key: str, value: str) -> dict | None:
-    """The latest record with a row whose `key` is `value`."""
-    fitting = [
-        r for r in records if "date" in r and any(row.get(key) == value for row in r["rows"])
-    ]
-    return max(fitting, key=lambda r: r["date"], default=None)
 
 
 def peer_graphs(record: dict, graphs: dict | None) -> dict[str, Speed]:
@@ -146,8 +137,8 @@ def plot_speeds(record: dict, anchors: dict, path: Path, graphs: dict | None = N
         handles=handles, loc="outside upper center", ncols=(len(handles) + 1) // 2, frameon=False
     )
     figure.supxlabel(
-        f"{record['device']}, torch {record['versions']['torch']}, {record['date'][:10]}; wall time."
-        f"  * the better of wall and busy time{of_graphs}; hatched: {anchors['source']};"
+        f"{record['device']}, torch {record['versions']['torch']}, {record['date'][:10]}; wall"
+        f" time.  * the better of wall and busy time{of_graphs}; hatched: {anchors['source']};"
         " no bar: not measured.",
         fontsize=9,
     )
@@ -167,7 +158,8 @@ def plot_limits(record: dict, path: Path) -> None:
         free = next(row for row in points if row["limit_mib"] is None)
         limited = [row for row in points if row["limit_mib"] is not None]
         axes.plot([row["limit_mib"] / 1024 for row in limited],
-                  [row[f"{part}_ms"] for row in limited], "o-", color=color, label=label)  # fmt: skip
+                  [row[f"{part}_ms"] for row in limited],
+                  "o-", color=color, label=label)  # fmt: skip
         axes.axhline(free[f"{part}_ms"], color=color, ls="--", lw=1)
         text = f"no limit: {free[f'{part}_ms']:.1f} ms, {free[f'peak_{part}_mib'] / 1024:.2f} GiB"
         axes.annotate(text, (1.0, free[f"{part}_ms"]), xycoords=("axes fraction", "data"),
@@ -188,6 +180,25 @@ def plot_limits(record: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_cpu(rows: list[dict], path: Path) -> None:
+    """Rows of bench/cpu.py: speed and memory of both systems."""
+    figure, (rates, memory) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    flops = [18.0 * r["shape"][0] * r["shape"][4] * r["shape"][2] * r["shape"][1] for r in rows]
+    for offset, system in ((-0.2, "sonicmoe_cpp"), (0.2, "torch_grouped_mm")):
+        places = [i + offset for i in range(len(rows))]
+        ms = [row[system]["total"]["median_ms"] for row in rows]
+        speed = [f / t / 1e6 for f, t in zip(flops, ms, strict=True)]
+        rates.bar(places, speed, 0.4, label=system)
+        memory.bar(places, [r[system]["kept_bytes"] / MIB for r in rows], 0.4, label=system)
+    rates.set_ylabel("model GFLOP/s, forward + backward")
+    memory.set_ylabel("MiB kept for backward")
+    for axes in (rates, memory):
+        axes.set_xticks(range(len(rows)), [f"{row['name']}\n{row['dtype']}" for row in rows])
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Draws the GPU records of bench/results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
@@ -200,16 +211,14 @@ def main() -> int:
             page.write_text(with_tables(page.read_text(), found))
         return 0
 
-    def read(pattern: str) -> list[dict]:
-        return [json.loads(path.read_text()) for path in arguments.results.glob(pattern)]
-
-    records = read("h?00-*.json")
+    records = read_records(arguments.results, "h?00-*.json")
     arguments.images.mkdir(parents=True, exist_ok=True)
-    if layer := newest(records, "system", "sonicmoe"):
-        same_device = [r for r in read("graphs-h?00-*.json") if r["device"] == layer["device"]]
-        graphs = newest(same_device, "system", PEER)
-        plot_speeds(layer, load_anchors(), arguments.images / "bench-gpu.png", graphs)
-    if cases := newest(records, "case", "limit"):
+    if layer := newest(records, has_row("system", "sonicmoe")):
+        graphs = read_records(arguments.results, "graphs-h?00-*.json")
+        same_device = [record for record in graphs if record["device"] == layer["device"]]
+        replayed = newest(same_device, has_row("system", PEER))
+        plot_speeds(layer, load_anchors(), arguments.images / "bench-gpu.png", replayed)
+    if cases := newest(records, has_row("case", "limit")):
         plot_limits(cases, arguments.images / "workspace-limit.png")
     return 0
 

@@ -1,4 +1,4 @@
-"""A real model in training on one GPU: this library beside torch's grouped_mm and transformers' loop.
+"""A real model in training on one GPU, beside torch's grouped_mm and transformers' loop.
 
 The model is Qwen3-MoE of transformers with random weights of one seed, the same for every system;
 parameters and gradients bfloat16, masters and AdamW's moments float32, attention through SDPA, the
@@ -8,17 +8,18 @@ and mode runs in a process of its own. Kinds of rows:
     losses  cross-entropy of the first steps, from the initial weights, at the common microbatch
     timing  at the common and at the largest microbatch (sequences), medians over the timed steps:
             step_ms, optimizer_ms, tokens_per_s = tokens / step_ms, peak_mib (most allocated),
-            mfu = tokens_per_s * FLOPs per token / 989e12 (H100, dense bfloat16), where FLOPs per token
-            = 6 * active parameters (in products; K of E experts, no embedding) + 6 * layers * sequence
-            * hidden size (causal attention, forward and backward)
-            mode plain: moe_ms, moe_share (marks on the stream around each MoE layer's forward and
-            backward) and predicted_mib (trainer/footprint.py)
+            mfu = tokens_per_s * FLOPs per token / 989e12 (H100, dense bfloat16), where
+            FLOPs per token = 6 * active parameters (in products: K of E experts, no embedding)
+            + 6 * layers * sequence * hidden size (causal attention, forward and backward)
+            mode plain: moe_ms, moe_share (marks on the stream around each MoE layer's forward
+            and backward) and predicted_mib (trainer/footprint.py)
             on a GPU: busy_ms and kernels, milliseconds per step by kind of kernel (CUPTI)
     search  largest microbatch that runs two steps, and what the formula predicts
     failed  the reason; for out of memory the sizes of the tensors
 
-With --gpus N the processes run side by side, each on a GPU of its own: `gpu` in the rows says which, and
-product_tflops of the row `model` what that GPU reaches in a plain product of 8192^3, bfloat16.
+With --gpus N the processes run side by side, each on a GPU of its own: `gpu` in the rows says
+which, and product_tflops of the row `model` what that GPU reaches in a plain product of 8192^3,
+bfloat16.
 
     python -m bench.train --output bench/results/train-h200.json
 """
@@ -42,10 +43,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Segments that grow leave no holes between microbatches of different sizes.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-from bench.lib.record import commit  # noqa: E402
-from trainer import footprint  # noqa: E402
-from trainer.config import TrainConfig, UserError  # noqa: E402
-from trainer.gpus import gpu_names  # noqa: E402
+from bench.lib.record import new_record, rounded, write_record
+from trainer import footprint
+from trainer.config import TrainConfig, UserError
+from trainer.gpus import gpu_names
 
 PEAK_FLOPS = 989e12  # per second
 SYSTEMS = {
@@ -77,7 +78,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--run", nargs="+", metavar="SYSTEM:MODE", default=DEFAULT_RUNS.split(),
-        help=f"systems {', '.join(SYSTEMS)}; modes plain, compile, compile-model, graph, compile+graph")  # fmt: skip
+        help=f"systems {', '.join(SYSTEMS)}; modes plain, compile, compile-model, graph, "
+        "compile+graph")  # fmt: skip
     add("--hidden-size", type=int, default=1536)
     add("--intermediate-size", type=int, default=256)
     add("--num-experts", type=int, default=128)
@@ -107,7 +109,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=float, default=150, help="seconds for one system and mode")
     add("--deadline", type=float, default=570, help="seconds for all")
     add("--device", default="cuda", choices=("cuda", "cpu"))
-    add("--gpus", type=int, default=1, help="processes at a time, each on its own GPU")
+    add("--gpus", type=int, default=1, help="processes at a time, each on its own GPU; 0: on all")
     add("--no-kernels", action="store_true", help="do not profile the kernels")
     add("--output", type=Path)
     add("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -124,7 +126,8 @@ def model_config(arguments: argparse.Namespace, system: str) -> TrainConfig:
     """dtype float32 means that nothing is cast: the parameters are bfloat16 themselves."""
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
-    given |= {"batch_size": arguments.microbatch, "warmup": 50, "dtype": "float32"}
+    given |= {"batch_size": arguments.microbatch, "dtype": "float32"}
+    given |= {"steps": 1 << 30, "warmup": 50, "min_lr_ratio": 1.0}  # constant after the warm-up
     return TrainConfig(**given | SYSTEMS[system])
 
 
@@ -143,11 +146,11 @@ def with_layers(arguments: argparse.Namespace, config: TrainConfig, vocab_size: 
         arguments.most_parameters,
     )
     if not layers:
-        raise SystemExit(f"bench_train: not one layer fits {arguments.memory_gib} GiB")
+        raise SystemExit(f"bench.train: not one layer fits {arguments.memory_gib} GiB")
     return dataclasses.replace(config, layers=layers)
 
 
-# ---------------------------------------------------------------------------------------- the worker
+# --------------------------------------------------------------------------------------- the worker
 
 
 class Worker:
@@ -221,7 +224,7 @@ class Worker:
         losses, first = [], None
         for index in range(self.arguments.loss_steps):
             self.step()
-            losses.append(self.step.loss.clone())
+            losses.append(self.step.losses[0].clone())
             if index % 10 == 0:
                 losses[-1].item()  # waits, so that the clock below says how far the device is
                 first = first or time.monotonic() - begin
@@ -354,7 +357,7 @@ def work(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------- the parent
+# --------------------------------------------------------------------------------------- the parent
 
 
 def failure(system: str, mode: str, reason: str) -> dict:
@@ -365,7 +368,7 @@ class Runs:
     """The processes, the record of their rows, and the time that is left."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.record = arguments, new_record(arguments)
+        self.arguments, self.record = arguments, header(arguments)
         self.begin, self.lock = time.monotonic(), threading.Lock()
         self.processes: list[subprocess.Popen] = []
         self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -430,8 +433,6 @@ class Runs:
             self.add(failure(system, mode, f"{reason}: {tail}"[-1500:]), gpu)
 
     def add(self, row: dict, gpu: str = "") -> None:
-        from bench.lib.timing import rounded, write_record
-
         if gpu and self.arguments.gpus > 1:
             row = row | {"gpu": gpu}
         with self.lock:
@@ -508,39 +509,22 @@ def summarize(rows: list[dict]) -> dict:
     }
 
 
-def new_record(arguments: argparse.Namespace) -> dict:
-    import platform
-    import shlex
-
-    import sonicmoe_cpp
+def header(arguments: argparse.Namespace) -> dict:
     import torch
     import transformers
 
-    cuda = arguments.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise SystemExit("bench_train: torch sees no GPU here (--device cpu runs a tiny model)")
-    return {
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "versions": {
-            "sonicmoe_cpp": sonicmoe_cpp.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "cuda": torch.version.cuda,
-            "python": platform.python_version(),
-        },
-        "command": shlex.join(["python", *sys.argv]),
-        "rows": [],
-    }
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("bench.train: torch sees no GPU here (--device cpu runs a tiny model)")
+    arguments.gpus = arguments.gpus or torch.cuda.device_count()
+    record = new_record(arguments.device)
+    record["versions"]["transformers"] = transformers.__version__
+    return record
 
 
 def main() -> int:
     arguments = parse_arguments()
     if arguments.worker:
         return work(arguments)
-    from bench.lib.timing import rounded, write_record
-
     runs = Runs(arguments)
     runs.run_all()
     record = runs.record

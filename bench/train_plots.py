@@ -1,6 +1,7 @@
 """Draws records of bench/train.py: tokens/s, largest microbatch, the step's parts and the losses.
 
-    python -m bench.train_plots bench/results/train-h200-2026-11-28.json --output docs/images/train-gpu.png
+    python -m bench.train_plots bench/results/train-h200-2026-11-28.json --output
+    docs/images/train-gpu.png
 
 Several records, of one machine and model, are taken together.
 """
@@ -17,7 +18,7 @@ import matplotlib
 from bench.train import KINDS, summarize
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 WINDOW = 10  # steps of a mean of the losses
 FAR_OFF = 4  # times the median step
@@ -41,7 +42,8 @@ def draw_speeds(axes, rows: list[dict]) -> None:
         height = row["tokens_per_s"] / 1e3
         axes.bar(place + (-0.2 if first else 0.2), height, 0.38,
                  color="tab:blue" if first else "tab:orange")  # fmt: skip
-        axes.text(place + (-0.2 if first else 0.2), height, f"{height:.0f}\n{row['microbatch']} seq.",
+        text = f"{height:.0f}\n{row['microbatch']} seq."
+        axes.text(place + (-0.2 if first else 0.2), height, text,
                   ha="center", va="bottom", fontsize=6)  # fmt: skip
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
     axes.set_ylabel("thousand tokens/s")
@@ -49,8 +51,8 @@ def draw_speeds(axes, rows: list[dict]) -> None:
 
 
 def draw_parts(axes, rows: list[dict]) -> None:
-    """Milliseconds of a step by kind of kernel, at the common microbatch. A system that takes several
-    times as long as the others is named and not drawn."""
+    """Milliseconds of a step by kind of kernel, at the common microbatch. A system that takes
+    several times as long as the others is named and not drawn."""
     timing = [row for row in of_kind(rows, "timing") if "kernels" in row]
     common = min((row["microbatch"] for row in timing), default=0)
     timing = [row for row in timing if row["microbatch"] == common]

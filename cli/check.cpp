@@ -102,7 +102,7 @@ Tally run_operation(const CheckCommand& command, const rig::Target& target, std:
     failures.push_back({tally.operation, index, finding,
                         "sonicmoe check --op " + tally.operation + " --seed " +
                             std::to_string(command.seed) + " --first " + std::to_string(index) +
-                            " --cases 1" + command.run.to_string()});
+                            " --cases 1" + command.run.words()});
     if (command.json) continue;
     progress.clear();
     print_failure(failures.back());

@@ -6,9 +6,9 @@
 
 #include "cli/environment.hpp"
 #include "cli/resources.hpp"
+#include "rig/host_memory.hpp"
 #include "rig/target.hpp"
 #include "sonicmoe/backend.hpp"
-#include "sonicmoe/router.hpp"
 
 namespace sonicmoe::cli {
 namespace {
@@ -53,16 +53,6 @@ void require_backend(const std::string& option, const std::string& name) {
   throw usage_error(option, "one of " + known, name);
 }
 
-// A backend that does not serve the device would fail in every operation.
-void require_backend_of_device(const std::string& option, const Context& context) {
-  try {
-    round_tokens_workspace_bytes(context, 1, 1, 1);  // any operation: it chooses a backend
-  } catch (const Error&) {
-    throw usage_error(option, "a backend for " + to_string(context.device),
-                      std::string(context.backend));
-  }
-}
-
 }  // namespace
 
 void add_raw_option(CLI::App& command, const std::string& name, const std::string& type,
@@ -92,7 +82,7 @@ void RunOptions::add_to(CLI::App& command) {
              "CPU threads of one call; 0 takes OpenMP's default");
 }
 
-std::string RunOptions::to_string() const {
+std::string RunOptions::words() const {
   std::string words;
   if (!backend.empty()) words += " --backend " + backend;
   if (device != "cpu") words += " --device " + device;
@@ -113,14 +103,16 @@ Context RunOptions::context() {
   if (!backend.empty()) require_backend(option, backend);
   context.num_threads = threads;
   context.backend = backend;
-  if (!backend.empty()) require_backend_of_device(option, context);
+  if (!backend.empty() && !rig::serves(context)) {  // it would fail in every operation
+    throw usage_error(option, "a backend for " + to_string(context.device), backend);
+  }
   const int wanted = threads > 0 ? threads : default_threads();
   if (wanted > kMostThreads) {
     throw usage_error("OMP_NUM_THREADS", "at most " + std::to_string(kMostThreads) + " threads",
                       std::to_string(wanted));
   }
   require_threads(wanted);
-  if (const std::size_t memory = usable_host_memory(); memory > 0) {
+  if (const std::size_t memory = rig::usable_host_memory(); memory > 0) {
     rig::limit_host_memory(memory / 10 * 9);
   }
   return context;

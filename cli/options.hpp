@@ -82,7 +82,7 @@ struct RunOptions {
 
   void add_to(CLI::App& command);
   /// " --backend cpu --threads 2": what repeats them, defaults left out.
-  std::string to_string() const;
+  std::string words() const;
   /// Reads the environment where no option overrules it, and checks all against this machine. To be
   /// called once, before anything runs; the context points into *this.
   /// Errors: a malformed device; a device or backend that this machine does not have, with the

@@ -6,6 +6,7 @@
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,8 +14,8 @@
 #include "cli/command.hpp"
 #include "cli/npy.hpp"
 #include "cli/options.hpp"
-#include "cli/resources.hpp"
 #include "cli/table.hpp"
+#include "rig/host_memory.hpp"
 #include "rig/tensor.hpp"
 #include "sonicmoe/router.hpp"
 
@@ -52,9 +53,7 @@ struct Outcome {
 };
 
 std::int64_t sum(const std::vector<std::int32_t>& counts) {
-  std::int64_t total = 0;
-  for (const std::int32_t count : counts) total += count;
-  return total;
+  return std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
 }
 
 // Rows that a kernel with tiles of `tile` rows computes in vain.
@@ -86,7 +85,7 @@ struct RouteProblem {
 // More than the process may use would end it, or the machine's other work, while the data are made.
 void require_memory(const RouteCommand& command, const Context& context, std::int64_t T,
                     std::int64_t E, std::int64_t K) {
-  const std::size_t memory = memory_bytes_of(context.device);
+  const std::size_t memory = rig::usable_memory(context.device);
   const double limit = memory > 0 ? 0.9 * static_cast<double>(memory) : 0x1p60;
   double needed = 4.0 * static_cast<double>(T) * static_cast<double>(E);
   if (needed <= limit) {  // else the other sizes need not be countable
@@ -298,7 +297,7 @@ int run(RouteCommand command) {
                                                            : problem_of_file(command, context);
   ConstTensorView logits(problem.logits.data(), DType::kFloat32, {problem.T, problem.E});
   rig::Tensor placed;
-  if (!on_host(context.device)) {
+  if (context.device.type != DeviceType::kCpu) {
     placed = rig::Tensor(rig::target_of(context), DType::kFloat32, {problem.T, problem.E});
     placed.fill_floats(problem.logits);
     logits = placed.view();

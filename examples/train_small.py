@@ -3,8 +3,8 @@
     python examples/train_small.py              # seconds on two cores
     python examples/train_small.py --steps 30
 
-On a Hopper GPU it trains there, in bfloat16. Every block is attention followed by `sm.MoE`; the rest
-is an ordinary training loop: AdamW, a load-balancing loss beside the cross-entropy.
+On a Hopper GPU it trains there, in bfloat16. Every block is attention followed by `sm.MoE`; the
+rest is an ordinary training loop: AdamW, a load-balancing loss beside the cross-entropy.
 """
 
 import argparse

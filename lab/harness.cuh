@@ -99,7 +99,7 @@ __host__ __device__ inline uint32_t hash(uint32_t seed, uint64_t i) {
 
 enum class Fill { kNormal, kTernary };  // N(0, 1), or integers -1, 0, 1 (exact sums)
 
-static __global__ void fill_kernel(bf16* out, size_t count, uint32_t seed, Fill fill) {
+static __global__ void fill_kernel(bf16* out, size_t count, uint32_t seed, Fill fill, float scale) {
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
        i += size_t{gridDim.x} * blockDim.x) {
     const uint32_t h = hash(seed, i);
@@ -111,13 +111,13 @@ static __global__ void fill_kernel(bf16* out, size_t count, uint32_t seed, Fill 
       const float w = (h >> 16) / 65536.0f;
       v = sqrtf(-2.0f * __logf(u)) * __cosf(6.2831853f * w);
     }
-    out[i] = __float2bfloat16(v);
+    out[i] = __float2bfloat16(scale * v);
   }
 }
 
-inline void fill_random(const DeviceBuffer<bf16>& buffer, uint32_t seed,
-                        Fill fill = Fill::kNormal) {
-  fill_kernel<<<132 * 8, 256>>>(buffer.data(), buffer.size(), seed, fill);
+inline void fill_random(const DeviceBuffer<bf16>& buffer, uint32_t seed, Fill fill = Fill::kNormal,
+                        float scale = 1) {
+  fill_kernel<<<132 * 8, 256>>>(buffer.data(), buffer.size(), seed, fill, scale);
   CHECK_CUDA(cudaGetLastError());
 }
 

@@ -4,8 +4,8 @@
 // (kernels A.7).
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/memory.cuh"
-#include "cuda/ptx/tma.cuh"
 #include "harness.cuh"
+#include "ptx_extra.cuh"
 
 namespace {
 
@@ -43,10 +43,10 @@ __global__ void __launch_bounds__(1024) reduce_rows(uint8_t* window, const int* 
     const int mine = i + lane < count ? __ldg(order + i + lane) : -1;
     if constexpr (kMethod == Method::kBulkBf16) {
       if (mine >= 0) {
-        ptx::bulk_reduce_add_bf16(window + int64_t{mine} * kRowBytes, ptx::shared_address(source),
-                                  kRowBytes);
+        ptx_extra::bulk_reduce_add_bf16(window + int64_t{mine} * kRowBytes,
+                                        ptx::shared_address(source), kRowBytes);
       }
-      ptx::bulk_commit_group();
+      ptx_extra::bulk_commit_group();
     } else {
 #pragma unroll
       for (int j = 0; j < 32; ++j) {
@@ -55,11 +55,11 @@ __global__ void __launch_bounds__(1024) reduce_rows(uint8_t* window, const int* 
         uint8_t* address = window + row * kRowBytes + lane * 16;
         if constexpr (kMethod == Method::kStore) ptx::store_global_v4(address, packed);
         if constexpr (kMethod == Method::kRedBf16) ptx::reduce_add_bf16x2_v4(address, packed);
-        if constexpr (kMethod == Method::kRedF32) ptx::reduce_add_f32_v4(address, values);
+        if constexpr (kMethod == Method::kRedF32) ptx_extra::reduce_add_f32_v4(address, values);
       }
     }
   }
-  if constexpr (kMethod == Method::kBulkBf16) ptx::bulk_wait_group<0>();
+  if constexpr (kMethod == Method::kBulkBf16) ptx_extra::bulk_wait_all();
 }
 
 struct Variant {

@@ -11,6 +11,7 @@
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "harness.cuh"
+#include "ptx_extra.cuh"
 
 namespace {
 
@@ -84,16 +85,16 @@ __device__ void load(const Params& p, uint32_t bars, uint32_t ring, uint32_t ind
       const int row = p.rows[t * 128 + row0 + r];
       if (shape.index == Index::kSharedBatch && !S::tma) {
         const int position = r / 16 * 16 + r % 4 * 4 + r / 4 % 4;  // i % 4 fastest, then lane / 8
-        ptx::store_shared(indices + 4 * (row0 + position), row * (p.d / 8));
+        ptx_extra::store_shared(indices + 4 * (row0 + position), row * (p.d / 8));
       } else {
-        ptx::store_shared(indices + 4 * (row0 + r), row);
+        ptx_extra::store_shared(indices + 4 * (row0 + r), row);
       }
     }
     __syncwarp();
     if constexpr (shape.index == Index::kRegisters && !S::tma) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        offsets[i] = ptx::load_shared(indices + 4 * (row0 + i * 4 + lane / 8)) * (p.d / 8);
+        offsets[i] = ptx_extra::load_shared(indices + 4 * (row0 + i * 4 + lane / 8)) * (p.d / 8);
       }
     }
     for (int k = 0; k < p.d / 64; ++k) {
@@ -113,12 +114,12 @@ __device__ void load(const Params& p, uint32_t bars, uint32_t ring, uint32_t ind
           ptx::tma_load(a + S::a_bytes, &p.b, bar, k * 64, (t % p.b_tiles) * 256);
         }
         if constexpr (shape.method == Method::kTmaBox) {
-          ptx::tma_load(a, &p.x_box, bar, k * 64, ptx::load_shared(indices));
+          ptx::tma_load(a, &p.x_box, bar, k * 64, ptx_extra::load_shared(indices));
         }
       }
       if constexpr (shape.method == Method::kTmaRows && shape.index == Index::kSharedBatch) {
         __syncwarp();
-        if (ptx::elect_one()) {  // uniform operands: no loop over the lanes around each copy
+        if (ptx_extra::elect_one()) {  // uniform operands: no loop over the lanes around each copy
 #pragma unroll 4
           for (int r = row0; r < row0 + S::rows_per_warp; r += 4) {
             const uint4 four = ptx::load_shared_v4(indices + 4 * r);
@@ -133,7 +134,8 @@ __device__ void load(const Params& p, uint32_t bars, uint32_t ring, uint32_t ind
 #pragma unroll
         for (int i = 0; i < S::rows_per_warp / 32; ++i) {
           const int r = row0 + i * 32 + lane;
-          ptx::tma_load(a + r * 128, &p.x_rows, bar, k * 64, ptx::load_shared(indices + 4 * r));
+          ptx::tma_load(a + r * 128, &p.x_rows, bar, k * 64,
+                        ptx_extra::load_shared(indices + 4 * r));
         }
       }
       if constexpr (!S::tma) {
@@ -143,7 +145,7 @@ __device__ void load(const Params& p, uint32_t bars, uint32_t ring, uint32_t ind
 #pragma unroll 8
           for (int i = 0; i < kCopies; ++i) {
             const int r = row0 + i * 4 + lane / 8;
-            const uint32_t row = ptx::load_shared(indices + 4 * r);
+            const uint32_t row = ptx_extra::load_shared(indices + 4 * r);
             ptx::cp_async_16(a + tile::chunk_offset(r, chunk), source + row * (p.d / 8));
           }
         } else {
@@ -190,7 +192,7 @@ __device__ void consume(const Params& p, uint32_t bars, uint32_t ring, int lane)
   tile::RingState<shape.stages> state;
   for (int t = blockIdx.x; t < p.tiles; t += gridDim.x) {
     for (int k = 0; k < p.d / 64; ++k) {
-      tile::wait(bars + 8 * state.stage, state.parity, Role::kConsumer, Slot::kFull, state.stage);
+      tile::wait(bars + 8 * state.stage, state.parity, Role::kMath, Slot::kFull, state.stage);
       if (p.out != nullptr) {
         const uint32_t a = ring + state.stage * S::stage_bytes;
         for (int i = lane; i < 128 * 8; i += 32) {

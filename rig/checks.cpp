@@ -1,8 +1,9 @@
 #include "rig/checks.hpp"
 
 #include <new>
-#include <string_view>
 #include <system_error>
+
+#include "sonicmoe/error.hpp"
 
 namespace sonicmoe::rig {
 
@@ -30,15 +31,12 @@ Finding run_check(const CheckOperation& operation, const Target& target, std::ui
     throw;
   } catch (const std::system_error&) {
     throw;
+  } catch (const OutOfMemory&) {
+    throw std::bad_alloc();
   } catch (const std::exception& error) {
-    if (lacked_memory(error)) throw std::bad_alloc();  // no wrong result either
     finding.problems.push_back(std::string("exception: ") + error.what());
   }
   return finding;
-}
-
-bool lacked_memory(const std::exception& error) {
-  return std::string_view(error.what()).ends_with(": out of memory");
 }
 
 }  // namespace sonicmoe::rig

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <exception>
 #include <span>
 #include <string>
 #include <vector>
@@ -29,9 +28,6 @@ std::span<const CheckOperation> check_operations();
 /// Runs a case; an exception in the middle of it is a finding. Errors: std::bad_alloc and
 /// std::system_error, since lack of memory or threads says nothing about the operation.
 Finding run_check(const CheckOperation& operation, const Target& target, std::uint64_t seed);
-
-/// Whether an error is the library's for memory that an operation could not have.
-bool lacked_memory(const std::exception& error);
 
 // The cases, by file.
 void check_moe(const Target& target, std::uint64_t seed, Finding& finding);

@@ -69,7 +69,7 @@ MoEForwardArgs forward_args(Workbench& bench, const Experts& experts, bool infer
   args.routing = experts.routing;
   args.out = bench.blank(bench.dtype, {bench.T, bench.d});
   if (!inference) {
-    args.h = bench.blank(bench.dtype, {shape.num_pairs, shape.hidden_columns()});
+    args.h = bench.blank(bench.dtype, {shape.num_pairs, shape.h_columns()});
     args.metadata = bench.bytes(moe_metadata_bytes(shape));
   }
   args.workspace = bench.bytes(moe_forward_workspace(bench.context(), shape, inference).bytes);

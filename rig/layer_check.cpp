@@ -185,7 +185,7 @@ void LayerCheck::check_router_gradients(const Values& exact, const Values& naive
 
 void LayerCheck::check_experts() {
   Values h = run_.h.values();
-  h.resize(rows_.size() * static_cast<std::size_t>(run_.shape.hidden_columns()));
+  h.resize(rows_.size() * static_cast<std::size_t>(run_.shape.h_columns()));
   const ConstTensorView grad_out = host_.inputs.grad_out.view();
   const Magnitudes magnitude = magnitudes(problem_, rows_, h, grad_out);
   compare_with("out", run_.out, oracle::forward(problem_).out, naive_forward(problem_).out,

@@ -42,7 +42,7 @@ LayerRun::LayerRun(const Target& target_, const LayerCase& layer_case,
       backward_limit_(backward_limit) {
   const MoECase& e = c.experts;
   const std::int64_t T = e.num_tokens, d = e.hidden_size, E = e.num_experts, K = e.top_k;
-  const std::int64_t n = e.intermediate_size, columns = shape.hidden_columns();
+  const std::int64_t n = e.intermediate_size, columns = shape.h_columns();
   const auto make = [&](DType dtype, std::vector<std::int64_t> extents) {
     return Tensor(target, dtype, std::move(extents));
   };

@@ -132,10 +132,10 @@ MoEInputs::MoEInputs(const Target& target, const MoECase& test_case) : descripti
   const MoECase& c = description;
   x = Tensor(target, c.dtype, {c.tokens(), c.hidden_size}, c.x_strides);
   grad_out = Tensor(target, c.dtype, {c.tokens(), c.hidden_size}, c.x_strides);
-  w1 = Tensor(target, c.dtype, {c.num_experts, c.hidden_columns(), c.hidden_size}, c.w1_strides);
+  w1 = Tensor(target, c.dtype, {c.num_experts, c.h_columns(), c.hidden_size}, c.w1_strides);
   w2 = Tensor(target, c.dtype, {c.num_experts, c.hidden_size, c.intermediate_size}, c.w2_strides);
   if (c.biases) {
-    b1 = Tensor(target, c.dtype, {c.num_experts, c.hidden_columns()});
+    b1 = Tensor(target, c.dtype, {c.num_experts, c.h_columns()});
     b2 = Tensor(target, c.dtype, {c.num_experts, c.hidden_size});
   }
   fill_routing(target);

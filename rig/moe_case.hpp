@@ -56,7 +56,7 @@ struct MoECase {
   /// overwrite them with a test's own; `description` there is the fitted case.
   std::function<void(MoEInputs&)> fill;
 
-  std::int64_t hidden_columns() const { return gate_factor(activation) * intermediate_size; }
+  std::int64_t h_columns() const { return gate_factor(activation) * intermediate_size; }
   /// Rows of x and of the output.
   std::int64_t tokens() const { return form == MoEShape::Form::kSorted ? num_pairs : num_tokens; }
   /// P of the header.

@@ -19,7 +19,7 @@ Values rows_of_h(const ExpertsRun& run, const MoECase& c, const MoEInputs& input
   if (inputs.x.view().device().type != DeviceType::kCpu) copy.emplace(host_target(), c);
   const Routing routing = (copy ? *copy : inputs).routing();
   const auto rows = oracle::sorted_rows(routing, c.tokens(), c.num_experts).size();
-  const std::size_t used = rows * static_cast<std::size_t>(c.hidden_columns());
+  const std::size_t used = rows * static_cast<std::size_t>(c.h_columns());
   Values h = run.h.values();
   if (!std::all_of(h.begin() + static_cast<std::ptrdiff_t>(used), h.end(),
                    [&](double value) { return is_poison(value, c.dtype); })) {
@@ -40,7 +40,7 @@ ExpertsRun::ExpertsRun(const Target& target, const MoEInputs& inputs, const RunO
   forward_workspace = GuardedBuffer(target, forward_plan.bytes);
   out = Tensor(target, c.dtype, {c.tokens(), c.hidden_size}, c.x_strides);
   if (options.inference) return;
-  h = Tensor(target, c.dtype, {c.pairs(), c.hidden_columns()});
+  h = Tensor(target, c.dtype, {c.pairs(), c.h_columns()});
   metadata = GuardedBuffer(target, moe_metadata_bytes(shape));
   backward_plan = moe_backward_workspace(context, shape, options.backward_limit);
   backward_workspace = GuardedBuffer(target, backward_plan.bytes);

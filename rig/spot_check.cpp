@@ -146,7 +146,7 @@ struct Part {
       of_tokens.push_back(place(tokens, slot.token));
       of_experts.push_back(place(experts, slot.expert));
       s.push_back(whole.topk_weights.block(slot.token)[at(slot.slot)]);
-      append(h, columns_of(whole.h.block(slot.row), c.hidden_columns(), columns));
+      append(h, columns_of(whole.h.block(slot.row), c.h_columns(), columns));
     }
     x = on_host(DType::kFloat32, {T, d}, x_values);
     grad_out = on_host(DType::kFloat32, {T, d}, grad_values);

@@ -119,16 +119,6 @@ class CudaMemory final : public DeviceMemory {
 };
 #endif
 
-// Whether the backend is available and serves the device: any operation says so.
-bool serves(const Context& context) {
-  try {
-    round_tokens_workspace_bytes(context, 1, 1, 1);
-  } catch (const Error&) {
-    return false;
-  }
-  return true;
-}
-
 std::vector<Target> find_targets() {
   std::vector<Target> result;
   for (const BackendInfo& backend : backends()) {
@@ -170,6 +160,15 @@ void limit_host_memory(std::size_t bytes) { most_host_bytes = bytes; }
 Target target_of(const Context& context) {
   return {std::string(context.backend), context.device, &memory_of(context.device),
           context.num_threads};
+}
+
+bool serves(const Context& context) {
+  try {
+    round_tokens_workspace_bytes(context, 1, 1, 1);  // any operation: it chooses a backend
+  } catch (const Error&) {
+    return false;
+  }
+  return true;
 }
 
 const Target& host_target() {

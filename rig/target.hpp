@@ -64,6 +64,9 @@ inline std::ostream& operator<<(std::ostream& out, const Target& target) {
 /// Where a call with this context runs.
 Target target_of(const Context& context);
 
+/// Whether the context's backend is available and serves its device.
+bool serves(const Context& context);
+
 /// Host memory without a backend.
 const Target& host_target();
 

@@ -7,8 +7,8 @@
 
 A checkpoint is written to a temporary folder, brought to the disk, and renamed; only then the link
 is replaced, in one atomic step, and the folder before it removed. A new run is put together in a
-hidden folder and renamed when its first checkpoint is complete, so runs/NAME never lacks one. What a
-killed start leaves is removed by the next start. restore.py reads a checkpoint back.
+hidden folder and renamed when its first checkpoint is complete, so runs/NAME never lacks one. What
+a killed start leaves is removed by the next start. restore.py reads a checkpoint back.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TrainerState:
     settings: dict  # as config.json held them
 
 
-# --------------------------------------------------------------------------------------- a checkpoint
+# ------------------------------------------------------------------------------------- a checkpoint
 
 
 def save(
@@ -58,8 +58,8 @@ def save(
     model: Qwen3MoeForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Writes the checkpoint of state.step; the one before it stays until this one is complete. OSError,
-    which names that one, where this one cannot be written; nothing is then left of it."""
+    """Writes the checkpoint of state.step; the one before it stays until this one is complete.
+    OSError, which names that one, where this one cannot be written; nothing is then left of it."""
     folder = run_dir / "checkpoints"
     final = folder / f"step-{state.step:06d}"
     if last_step(run_dir) == state.step:
@@ -113,8 +113,8 @@ def _link(run_dir: Path, final: Path) -> None:
 
 
 def remove_incomplete(run_dir: Path) -> None:
-    """Removes every checkpoint but the one the link names: older ones and half-written ones. What else
-    lies there is somebody else's."""
+    """Removes every checkpoint but the one the link names: older ones and half-written ones. What
+    else lies there is somebody else's."""
     good = last_step(run_dir)
     for path in (run_dir / "checkpoints").iterdir():
         step = STEP.fullmatch(path.name)
@@ -140,7 +140,7 @@ def last_good(run_dir: Path) -> str:
     return f"the last good checkpoint, of step {step}, is kept"
 
 
-# --------------------------------------------------------------------------------------- a run's folder
+# ----------------------------------------------------------------------------------- a run's folder
 
 
 def settings_of(config: TrainConfig, data_digest: str) -> dict:
@@ -185,8 +185,8 @@ def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_run(run_dir: Path) -> Iterator[Path]:
-    """A hidden, locked folder to put a new run together in; removed unless published. UserError where
-    --runs-dir cannot be written."""
+    """A hidden, locked folder to put a new run together in; removed unless published. UserError
+    where --runs-dir cannot be written."""
     parent = run_dir.parent
     if last_step(parent) is not None:
         raise UserError(f"--runs-dir: expected a folder of runs, got the run {parent}")
@@ -201,7 +201,8 @@ def new_run(run_dir: Path) -> Iterator[Path]:
                 stack.enter_context(exclusive(folder))
         except OSError as error:
             raise UserError(
-                f"--runs-dir: expected a folder that can be written, got {parent}: {files.reason(error)}"
+                f"--runs-dir: expected a folder that can be written, got {parent}: "
+                f"{files.reason(error)}"
             ) from error
         os.chmod(folder, 0o755)
         yield folder
@@ -213,8 +214,8 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def remove_killed_starts(runs_dir: Path) -> None:
-    """Removes the hidden folders that no process holds. A run that was to be replaced gets its name back
-    where its successor has not come to it."""
+    """Removes the hidden folders that no process holds. A run that was to be replaced gets its name
+    back where its successor has not come to it."""
     if not os.path.isdir(runs_dir) or last_step(runs_dir) is not None:
         return
     with exclusive(runs_dir, wait=True):

@@ -1,9 +1,9 @@
 """Entry point: python -m trainer.compare [flags]: top-K against policies of token rounding.
 
-Trains every policy and top-K from the same seeds on the same tokens, validates all with plain top-K,
-and plots the validation curves. Flags of the trainer hold for every run. A run that is there already
-is resumed, or taken as it is: config.json and metrics.jsonl are enough where all its steps are done. With
---jobs N the runs are processes, N at a time, spread over the GPUs there are.
+Trains every policy and top-K from the same seeds on the same tokens, validates all with plain
+top-K, and plots the validation curves. Flags of the trainer hold for every run. A run that is there
+already is resumed, or taken as it is: config.json and metrics.jsonl are enough where all its steps
+are done. With --jobs N the runs are processes, N at a time, spread over the GPUs there are.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def parse_compare(argv: list[str]) -> Comparison:
 
 
 def check_folder(comparison: Comparison) -> str:
-    """UserError unless what is in runs/NAME/ is of this very comparison. The digest of the text that its
-    runs have in common; empty before the first."""
+    """UserError unless what is in runs/NAME/ is of this very comparison. The digest of the text
+    that its runs have in common; empty before the first."""
     folder = comparison.config.run_dir
     record, picture = folder / "compare.json", folder / "compare.png"
     if os.path.lexists(folder / "config.json") or (os.path.lexists(folder) and not folder.is_dir()):
@@ -158,8 +158,8 @@ def is_done(config: TrainConfig) -> bool:
 
 
 def _lines(config: TrainConfig) -> list[dict]:
-    """The metrics of a run that is done, else none. UserError where they begin late: their sums would
-    be wrong."""
+    """The metrics of a run that is done, else none. UserError where they begin late: their sums
+    would be wrong."""
     from .metrics import AT_VALIDATIONS, read_metrics
 
     place = config.run_dir / "metrics.jsonl"
@@ -212,16 +212,16 @@ def start_run(one: TrainConfig, argv: list[str], job: int, jobs: int) -> subproc
         raise UserError(f"--runs-dir: {error.filename}: {error.strerror}") from error
     command = [sys.executable, "-m", "trainer.compare", *argv, "--only", one.name]
     with open(f"{one.run_dir}.log", "a") as log:
-        # A session of its own: a signal to the group would reach the run beside ours, and two end it
-        # without saving.
+        # A session of its own: a signal to the group would reach the run beside ours, and two end
+        # it without saving.
         return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
 
 
 def run_side_by_side(comparison: Comparison, argv: list[str]) -> int:
-    """run_all() with comparison.jobs processes. After a failure no further run is started; its line is
-    reported at the end."""
+    """run_all() with comparison.jobs processes. After a failure no further run is started; its line
+    is reported at the end."""
     waiting = [one for one in comparison.runs() if not is_done(one)]
     running: dict[int, tuple[TrainConfig, subprocess.Popen]] = {}
     failed = None
@@ -291,10 +291,10 @@ def summarize_variant(by_seed: dict[int, list[dict]]) -> dict:
 
 
 def summarize(results: Results) -> dict[str, dict]:
-    """Per variant: final validation losses, their difference from top-K's in percent (means over the
-    seeds both have), load balance, shares of rows moved, validation curves."""
+    """Per variant: final validation losses, their difference from top-K's in percent (means over
+    the seeds both have), load balance, shares of rows moved, validation curves."""
     summary = {variant: summarize_variant(runs) for variant, runs in results.items()}
-    for variant, figures in summary.items():
+    for figures in summary.values():
         if TOPK in summary:
             base = dict(zip(summary[TOPK]["trained_seeds"], summary[TOPK]["val_loss"], strict=True))
             own = zip(figures["trained_seeds"], figures["val_loss"], strict=True)
@@ -307,8 +307,8 @@ def summarize(results: Results) -> dict[str, dict]:
 
 
 def draw(axes, curves: list[dict[int, float]], **style) -> None:
-    """The mean of the curves (value by step) at the steps all have, and a band from the lowest to the
-    highest."""
+    """The mean of the curves (value by step) at the steps all have, and a band from the lowest to
+    the highest."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     columns = [[curve[step] for curve in curves] for step in steps]
     (line,) = axes.plot(
@@ -321,14 +321,19 @@ def draw(axes, curves: list[dict[int, float]], **style) -> None:
 def differences_from(curves: dict[int, dict], base: dict[int, dict]) -> list[dict[int, float]]:
     """Percent by step, of the seeds that both have."""
     return [
-        {step: 100 * (loss / base[seed][step] - 1) for step, loss in curve.items() if step in base[seed]}
+        {
+            step: 100 * (loss / base[seed][step] - 1)
+            for step, loss in curve.items()
+            if step in base[seed]
+        }
         for seed, curve in curves.items()
         if seed in base
     ]  # fmt: skip
 
 
 def plot(summary: dict[str, dict], path: Path) -> None:
-    """Validation curves of the variants, and below how far each seed's is from top-K's of the seed."""
+    """Validation curves of the variants, and below how far each seed's is from top-K's of the
+    seed."""
     from .metrics import new_figure, save_figure
 
     title = "validation with top-K: training with top-K and with token rounding"
@@ -367,9 +372,9 @@ def describe(summary: dict[str, dict]) -> str:
     for variant, figures in summary.items():
         lines.append(
             f"{variant:14} validation loss {figures['mean_val_loss']:.4f} (mean of "
-            f"{len(figures['val_loss'])}), {figures['difference_percent']:+.2f}% of top-K's; busiest "
-            f"expert {figures['imbalance']:.2f} x mean; rows dropped {figures['share_dropped']:.2%}, "
-            f"added {figures['share_added']:.2%}"
+            f"{len(figures['val_loss'])}), {figures['difference_percent']:+.2f}% of top-K's; "
+            f"busiest expert {figures['imbalance']:.2f} x mean; "
+            f"rows dropped {figures['share_dropped']:.2%}, added {figures['share_added']:.2%}"
         )
     return "\n".join(lines)
 

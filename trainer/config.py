@@ -67,14 +67,14 @@ class TrainConfig:
         "auto", DEVICES, "auto takes the GPU where there is one the experts can run on", RUN
     )
     dtype: str = choice(
-        "auto", DTYPES, "bfloat16 computes in bfloat16 and keeps float32 weights; auto is that on a "
-        "GPU, else float32", RUN,
+        "auto", DTYPES, "bfloat16 computes in bfloat16 and keeps float32 weights; auto is that on "
+        "a GPU, else float32", RUN,
     )  # fmt: skip
     threads: int = setting(0, whole(0, 1024), "CPU threads; 0 leaves the choice to torch", RUN)
 
     experts: str = choice(
-        "sonicmoe_cpp", EXPERTS, "who computes the experts: this library, or transformers' own loop "
-        "(eager) or grouped matmul", ROUTING,
+        "sonicmoe_cpp", EXPERTS, "who computes the experts: this library, or transformers' own "
+        "loop (eager) or grouped matmul", ROUTING,
     )  # fmt: skip
     router: str = choice(
         "topk", ROUTERS, "token-rounding moves each expert's rows to a multiple of --tile", ROUTING
@@ -125,8 +125,8 @@ RULES: dict[str, Rule] = rules_of(TrainConfig)
 
 
 def validate(config: TrainConfig, place: str = "") -> None:
-    """Raises UserError for the first setting that cannot work; `place` is the file it came from, empty
-    for the command line."""
+    """Raises UserError for the first setting that cannot work; `place` is the file it came from,
+    empty for the command line."""
 
     def named(field: str) -> str:
         return f"{place}: {field}" if place else flag_of(field)

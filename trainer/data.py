@@ -88,8 +88,8 @@ def _text(content: bytes) -> str:
 
 
 def _read_folder(root: Path, suffix: str = "", skipped: set[str] = frozenset()) -> dict[str, str]:
-    """Every readable text below root by its relative name; hidden files and folders are left, as is what
-    is no file: pipes, devices, broken links."""
+    """Every readable text below root by its relative name; hidden files and folders are left, as is
+    what is no file: pipes, devices, broken links."""
     documents: dict[str, str] = {}
     taken = 0
     for folder, subfolders, names in os.walk(root):
@@ -105,8 +105,8 @@ def _read_folder(root: Path, suffix: str = "", skipped: set[str] = frozenset()) 
             taken += len(text)
             if taken > MOST_TEXT:
                 raise UserError(
-                    f"--data {root}: more than {MOST_TEXT >> 30} GiB of text: trainer.prepare turns it "
-                    f"into a file of tokens"
+                    f"--data {root}: more than {MOST_TEXT >> 30} GiB of text: "
+                    f"trainer.prepare turns it into a file of tokens"
                 )
             if text and not text.isspace():
                 documents[path.relative_to(root).as_posix()] = text

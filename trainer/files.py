@@ -25,7 +25,8 @@ def reason(error: BaseException) -> str:
 
 
 def system_error(error: BaseException) -> BaseException:
-    """The OSError during whose handling `error` came: a library's own hides it. Else `error` itself."""
+    """The OSError during whose handling `error` came: a library's own hides it. Else `error`
+    itself."""
     behind: BaseException | None = error
     while behind is not None and not isinstance(behind, OSError):
         behind = behind.__context__
@@ -61,8 +62,8 @@ def _no_constant(name: str) -> None:
 
 
 def parse_json(content: bytes) -> object:
-    """Strict JSON: UTF-8 with or without a mark at its beginning, no NaN, no name twice. ValueError or
-    RecursionError."""
+    """Strict JSON: UTF-8 with or without a mark at its beginning, no NaN, no name twice. ValueError
+    or RecursionError."""
     return json.loads(
         content.decode("utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_object
     )
@@ -87,8 +88,8 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` once it is complete and on the disk; after a failure
-    nothing of it is left. An OSError names `path`."""
+    """A new file that takes the place of `path` once it is complete and on the disk; after a
+    failure nothing of it is left. An OSError names `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # of a killed process, or a link to elsewhere

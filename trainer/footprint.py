@@ -1,9 +1,9 @@
 """Size, work and memory of a model in training, by formula, before anything is allocated.
 
 The Mixture-of-Experts part is that of `sonicmoe memory`; around it stand attention, norms, loss and
-optimizer as transformers' Qwen3-MoE computes them without torch.compile. Bytes unless said otherwise;
-d, n, E, K, V, T: hidden size, width of an expert, experts, experts per token, vocabulary, tokens of a
-microbatch; P = T * K rows (more with token rounding).
+optimizer as transformers' Qwen3-MoE computes them without torch.compile. Bytes unless said
+otherwise; d, n, E, K, V, T: hidden size, width of an expert, experts, experts per token,
+vocabulary, tokens of a microbatch; P = T * K rows (more with token rounding).
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def parameters(config: TrainConfig, vocab_size: int) -> Parameters:
 def flops_per_token(config: TrainConfig, vocab_size: int) -> float:
     """Model FLOPs of one training step per token: 6 per active parameter, and causal attention.
 
-    Attention: two products of 2 S A FLOPs per token forward (S length of the sequence, A width of all
-    heads), half of them masked, and twice that backward: 6 S A per layer. Rows that rounding adds,
-    padding and recomputation do not count.
+    Attention: two products of 2 S A FLOPs per token forward (S length of the sequence, A width of
+    all heads), half of them masked, and twice that backward: 6 S A per layer. Rows that rounding
+    adds, padding and recomputation do not count.
     """
     attention = 6 * config.layers * config.seq_len * config.hidden_size
     return 6.0 * parameters(config, vocab_size).active + attention
@@ -198,8 +198,8 @@ def memory_command(
 ) -> list[str]:
     """The call of `sonicmoe memory` that counts this model, all of it; for this library's experts.
 
-    What is not of the experts goes into --other-bytes-per-token where it grows with the tokens, else
-    into --other-bytes: at these sequences the total is that of peak().
+    What is not of the experts goes into --other-bytes-per-token where it grows with the tokens,
+    else into --other-bytes: at these sequences the total is that of peak().
     """
     tokens, d, experts = sequences * config.seq_len, config.hidden_size, config.num_experts
     per_token = config.layers * (
@@ -260,8 +260,8 @@ def capacity_of(device_type: str) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether it is torch's own, or says so: an operator of sonicmoe_cpp in a compiled graph, torch or the
-    C++ library on the CPU."""
+    """Whether it is torch's own, or says so: an operator of sonicmoe_cpp in a compiled graph, torch
+    or the C++ library on the CPU."""
     import torch
 
     told = str(error)

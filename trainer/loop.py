@@ -166,7 +166,7 @@ def _prepare(config: TrainConfig) -> torch.device:
     return device
 
 
-# ------------------------------------------------------------------------------------------- failures
+# ----------------------------------------------------------------------------------------- failures
 
 
 def _report_of_sizes(config: TrainConfig, device: torch.device, vocab_size: int) -> str:

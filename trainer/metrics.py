@@ -51,11 +51,11 @@ class MetricsLog:
 
 
 def read_metrics(path: Path, step: int | None = None) -> list[dict]:
-    """The lines of a metrics file, up to `step` where it is given. UserError for a damaged line, and where
-    the file ends before `step`.
+    """The lines of a metrics file, up to `step` where it is given. UserError for a damaged line,
+    and where the file ends before `step`.
 
-    A kill may have cut the last line short. A file that is absent has no lines, whatever the step: who
-    removes it goes on without them, so it may begin at any step.
+    A kill may have cut the last line short. A file that is absent has no lines, whatever the step:
+    who removes it goes on without them, so it may begin at any step.
     """
     try:
         content = files.read_bytes(path, most=1 << 34)
@@ -78,8 +78,8 @@ def read_metrics(path: Path, step: int | None = None) -> list[dict]:
         lines.append(line)
     if step is not None and reached < step:
         raise UserError(
-            f"{path} ends at step {reached}, the checkpoint is of step {step}: restore it, or remove it "
-            f"to go on without its lines"
+            f"{path} ends at step {reached}, the checkpoint is of step {step}: restore it, "
+            f"or remove it to go on without its lines"
         )
     return [line for line in lines if step is None or line["step"] <= step]
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from .config import TrainConfig, UserError
@@ -47,8 +50,8 @@ def new_model(config: TrainConfig, vocab_size: int, end_of_text: int) -> Qwen3Mo
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """The GPU counts only where the experts can run on it. ImportError where the package of --experts
-    is not built."""
+    """The GPU counts only where the experts can run on it. ImportError where the package of
+    --experts is not built."""
     if config.experts == "sonicmoe_cpp":
         import sonicmoe_cpp  # noqa: F401
     usable = torch.cuda.is_available() and _experts_run_on_gpu(config)
@@ -86,6 +89,33 @@ def autocast(config: TrainConfig, device: torch.device):
     if config.dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def summed_cross_entropy(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Nats of all tokens: hidden [..., d], head [V, d], targets [...]."""
+    logits = F.linear(hidden, head).float()
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+
+
+def cross_entropy(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    rows: int = 0,
+    summed: Callable[..., torch.Tensor] = summed_cross_entropy,
+) -> torch.Tensor:
+    """Nats per token. With `rows` the logits of so many tokens exist at a time, in backward too."""
+    if not rows:
+        logits = F.linear(hidden, head).float()
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    parts = zip(hidden.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
+    total = sum(
+        checkpoint(summed, h, head, t, use_reentrant=False, preserve_rng_state=False)
+        for h, t in parts
+    )
+    return total / targets.numel()
 
 
 @dataclasses.dataclass

@@ -31,8 +31,8 @@ def report(error: BaseException, code: int, prog: str) -> int:
 
 
 def drop_output() -> None:
-    """Sends what stdout still holds, and all that follows, nowhere: its reader has left or its disk is
-    full, and Python would try again at its exit."""
+    """Sends what stdout still holds, and all that follows, nowhere: its reader has left or its disk
+    is full, and Python would try again at its exit."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -40,7 +40,8 @@ def drop_output() -> None:
 
 
 def lost(error: OSError) -> OSError:
-    """For an error of writing to stdout, from where nothing more can be written: one that says so."""
+    """For an error of writing to stdout, from where nothing more can be written: one that says
+    so."""
     drop_output()
     return OSError(error.errno, f"cannot write the output: {reason(error)}")
 
@@ -56,7 +57,8 @@ def say(text: str = "", end: str = "\n") -> None:
 def run(prog: str, work: Callable[[list[str], Signals], int], argv: list[str] | None) -> int:
     """The exit code of `work`: 0 done; 2 a wrong request; 1 a failure; 128 + N stopped by signal N.
 
-    A failure is one line. Of errors that torch or the system raises `python -X dev` shows the traceback.
+    A failure is one line. Of errors that torch or the system raises `python -X dev` shows the
+    traceback.
     """
     signals = Signals()
     signals.install()

@@ -1,4 +1,5 @@
-"""Reading a checkpoint back, provided that it is whole and fits its run. All errors are UserError."""
+"""Reading a checkpoint back, provided that it is whole and fits its run. All errors are
+UserError."""
 
 from __future__ import annotations
 
@@ -62,20 +63,21 @@ def load_state(run_dir: Path) -> TrainerState:
 
 
 def check_settings(state: TrainerState, config: TrainConfig, digest: str) -> None:
-    """UserError where config.json no longer says what the run was trained with. Text may move: its digest
-    is what counts."""
+    """UserError where config.json no longer says what the run was trained with. Text may move: its
+    digest is what counts."""
     free = {"name", "runs_dir", "data", *CHANGEABLE_ON_RESUME}
     for field, value in settings_of(config, digest).items():
         trained = state.settings.get(field)
         if field not in free and value != trained:
             raise UserError(
-                f"--resume: {config.run_dir / 'config.json'}: {field}: expected {trained}, with which "
-                f"the checkpoint was made, got {value}"
+                f"--resume: {config.run_dir / 'config.json'}: {field}: expected {trained}, "
+                f"with which the checkpoint was made, got {value}"
             )
 
 
 def moments_of(state: TrainerState, shapes: list[torch.Size]) -> dict[int, dict[str, Tensor]]:
-    """AdamW's state per parameter, provided that it is whole and finite; empty before the first step."""
+    """AdamW's state per parameter, provided that it is whole and finite; empty before the first
+    step."""
     moments = state.optimizer["state"]
     place = "--resume: trainer.pt: optimizer"
     indices = list(range(len(shapes))) if state.step else []

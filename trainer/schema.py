@@ -96,14 +96,14 @@ def instance_of(kind: type | tuple[type, ...], expected: str) -> Rule:
     return Rule(expected, lambda value: isinstance(value, kind))
 
 
-# ------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 
 
 def check_fields(
     rules: dict[str, Rule], fields: object, place: str, optional: set[str] = frozenset()
 ) -> dict:
-    """`fields`, an object that has exactly the fields of `rules`, but perhaps not the optional ones;
-    UserError for the first that is missing, unknown or against its rule."""
+    """`fields`, an object that has exactly the fields of `rules`, but perhaps not the optional
+    ones; UserError for the first that is missing, unknown or against its rule."""
     if type(fields) is not dict:
         raise UserError(f"{place}: expected an object with fields, got {reprlib.repr(fields)}")
     for name in sorted(rules.keys() - fields.keys() - optional):
@@ -123,7 +123,7 @@ def read_json(place: Path, prefix: str = "") -> object:
         raise UserError(f"{prefix}cannot read {place}: {files.reason(error)}") from error
 
 
-# --------------------------------------------------------------------------- dataclasses of settings
+# -------------------------------------------------------------------------- dataclasses of settings
 
 
 def setting(default: object, rule: Rule, help_text: str, group: str, metavar: str = ""):

@@ -35,8 +35,8 @@ class _Console(Console):
 class Screen:
     """A live panel on a terminal, plain lines anywhere else.
 
-    Where writing fails (the reader has left, the terminal is closed, the disk is full) `lost` holds the
-    error and nothing more is written: the training loop saves and ends.
+    Where writing fails (the reader has left, the terminal is closed, the disk is full) `lost` holds
+    the error and nothing more is written: the training loop saves and ends.
     """
 
     def __init__(self, steps: int, start: int, unigram: float) -> None:

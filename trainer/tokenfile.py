@@ -89,7 +89,8 @@ def header_path(path: Path) -> Path:
 
 
 def check_place(path: Path) -> None:
-    """UserError where NAME.bin or NAME.json is there and not of this program: they would be replaced."""
+    """UserError where NAME.bin or NAME.json is there and not of this program: they would be
+    replaced."""
     place = header_path(path)
     there = [each for each in (path, place) if os.path.lexists(each)]
     try:
@@ -99,8 +100,8 @@ def check_place(path: Path) -> None:
             check_fields(RULES, read_json(place), str(place))
     except (OSError, UserError) as error:
         raise UserError(
-            f"--output {path}: {' and '.join(map(str, there))} would be replaced, and {place.name} is no "
-            f"header of tokens: {files.reason(error)}"
+            f"--output {path}: {' and '.join(map(str, there))} would be replaced, and "
+            f"{place.name} is no header of tokens: {files.reason(error)}"
         ) from error
 
 

@@ -7,12 +7,12 @@ import math
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 from . import checkpoint, data, files, memory, restore
 from .config import TrainConfig
-from .model import RoutingTap, autocast
+from .model import RoutingTap, cross_entropy, summed_cross_entropy
+from .precision import Autocast
 from .schema import UserError
 
 
@@ -29,8 +29,8 @@ class Text:
 
 
 def load_text(config: TrainConfig, run_dir: Path | None, digest: str) -> Text:
-    """Reads the text, whose digest, unless empty, has to be `digest`; the tokenizer comes from the run,
-    else from the file of tokens, else is trained."""
+    """Reads the text, whose digest, unless empty, has to be `digest`; the tokenizer comes from the
+    run, else from the file of tokens, else is trained."""
     tokens = _read_tokens(config, run_dir)
     if digest and tokens.digest != digest:
         raise UserError(f"the text ({tokens.source}) has changed since the run began")
@@ -57,20 +57,6 @@ def _read_tokens(config: TrainConfig, run_dir: Path | None) -> data.Tokens:
     return data.tokenized(corpus, tokenizer)
 
 
-def new_optimizer(model: Qwen3MoeForCausalLM, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with decay on matrices only; parameters in the order of their names."""
-    named = sorted(model.named_parameters())
-    return torch.optim.AdamW(
-        [
-            {"params": [p for _, p in named if p.dim() > 1], "weight_decay": config.weight_decay},
-            {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-
-
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warmup, then a cosine down to min_lr_ratio of the peak; step counts from 0."""
     warmup = min(config.warmup, config.steps // 5)
@@ -84,13 +70,22 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class Trainer:
     """A model with everything that one training step needs."""
 
+    summed_cross_entropy = staticmethod(summed_cross_entropy)
+
     def __init__(
-        self, config: TrainConfig, device: torch.device, model: Qwen3MoeForCausalLM, text: Text
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        model: Qwen3MoeForCausalLM,
+        text: Text | None,
+        precision: type[Autocast] = Autocast,
     ) -> None:
+        """text: None where a subclass has its own batch()."""
         self.config, self.device, self.text = config, device, text
-        self.model = model.to(device)
+        self.precision = precision(config, device)
+        self.model = self.precision.prepare(model)
         self.tap = RoutingTap(self.model, config)
-        self.optimizer = new_optimizer(self.model, config)
+        self.optimizer = self.precision.optimizer(self.model)
         self.step = 0
         self.doing = "the first forward pass"  # for the message of a failure
 
@@ -115,33 +110,56 @@ class Trainer:
             raise UserError(f"--resume: trainer.pt does not fit: {files.reason(error)}") from error
         self.step = state.step
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        with autocast(self.config, self.device):
-            return self.model(tokens.to(self.device), use_cache=False).logits
+    # One step, in parts that bench/lib/step.py times one by one.
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and targets of this step, [B, S] each."""
+        tokens, targets = self.text.batches(self.step)
+        return tokens.to(self.device), targets.to(self.device)
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, S] -> [B, S, d]: what the head turns into logits."""
+        return self.model.model(tokens, use_cache=False).last_hidden_state
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy and load balancing loss of the batch of this step."""
-        tokens, targets = self.text.batches(self.step)
+        tokens, targets = self.batch()
         self.model.train()
-        logits = self.logits(tokens).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten().to(self.device))
+        with self.precision.autocast():
+            hidden, head = self.hidden(tokens), self.model.lm_head.weight
+            loss = cross_entropy(
+                hidden, head, targets, self.precision.logit_rows, self.summed_cross_entropy
+            )
         return loss, self.tap.balancing_loss()
 
-    def train_step(self) -> dict:
-        """One optimizer step; returns its line of metrics. ArithmeticError where it diverges, before the
-        weights are changed."""
-        self.doing = f"step {self.step + 1}"
+    def forward_backward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses of forward(); leaves the gradients of their sum in the parameters."""
+        loss, aux = self.forward()
+        (loss + self.config.aux_coef * aux).backward()
+        return loss.detach(), aux.detach()
+
+    def update(self) -> float:
+        """The optimizer's step on gradients that were clipped; returns its learning rate."""
         rate = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, aux = self.forward()
-        (loss + self.config.aux_coef * aux).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.drop_gradients()
+        self.step += 1
+        return rate
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def train_step(self) -> dict:
+        """One optimizer step; returns its line of metrics. ArithmeticError where it diverges,
+        before the weights are changed."""
+        self.doing = f"step {self.step + 1}"
+        loss, aux = self.forward_backward()
+        norm = self.precision.clip(self.model, self.optimizer)
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
             raise ArithmeticError(f"the loss is {loss.item()}, the gradient norm {norm.item()}")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        rate = self.update()
         return {
             "step": self.step,
             "loss": loss.item(),
@@ -159,9 +177,11 @@ class Trainer:
         self.model.eval()
         total, count = 0.0, 0
         for tokens, targets in self.text.validation:
-            logits = self.logits(tokens).float().flatten(0, 1)
-            targets = targets.flatten().to(self.device)
-            total += F.cross_entropy(logits, targets, reduction="sum").item()
+            targets = targets.to(self.device)
+            with self.precision.autocast():
+                hidden = self.hidden(tokens.to(self.device))
+                loss = summed_cross_entropy(hidden, self.model.lm_head.weight, targets)
+            total += loss.item()
             count += targets.numel()
         if not math.isfinite(total):
             raise ArithmeticError(f"the loss is {total}")
@@ -173,7 +193,7 @@ class Trainer:
         self.doing = f"sample after step {self.step}"
         self.model.eval()
         prompt = tokenizer(config.sample_prompt or data.END_OF_TEXT, return_tensors="pt")
-        with torch.random.fork_rng(), autocast(config, self.device):
+        with torch.random.fork_rng(), self.precision.autocast():
             torch.manual_seed(config.seed)
             ids = self.model.generate(
                 prompt.input_ids.to(self.device),

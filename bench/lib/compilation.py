@@ -1,11 +1,12 @@
-"""Compiles torch-grouped_mm-compiled for many shapes at once: a process for each, side by side as far
-as the GPU's memory and the cores allow. Inductor's caches on disk (TORCHINDUCTOR_CACHE_DIR, else
-/tmp/torchinductor_USER) then serve bench/layer.py. Called by `bench/layer.py --compile-only`; itself a
-worker: -m bench.lib.compilation NAME T d n E K.
+"""Compiles torch-grouped_mm-compiled for many shapes at once: a process for each, side by side as
+far as the GPU's memory and the cores allow. Inductor's caches on disk (TORCHINDUCTOR_CACHE_DIR,
+else /tmp/torchinductor_USER) then serve bench/layer.py. Called by `bench/layer.py --compile-only`;
+itself a worker: -m bench.lib.compilation NAME T d n E K.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,9 +15,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bench.lib.problem import GIB
 from bench.lib.record import REPOSITORY
 
-GIB = 2**30
 CONTEXT_BYTES = GIB  # of CUDA and the libraries, per process
 SHARE = 0.93  # of the free memory that the workers may need together
 
@@ -31,8 +32,8 @@ def needed_bytes(shape: tuple[int, ...]) -> int:
 
 
 def next_to_start(waiting: list[int], running: list[int], workers: int, memory: int) -> int | None:
-    """Place in `waiting` of the first job that fits beside those running (bytes each). One that fits
-    nowhere runs alone."""
+    """Place in `waiting` of the first job that fits beside those running (bytes each). One that
+    fits nowhere runs alone."""
     if len(running) >= workers:
         return None
     for place, needed in enumerate(waiting):
@@ -54,10 +55,8 @@ class Worker:
 
     def stop(self) -> None:
         """With its process group."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def outcome(self, limit: float) -> str | None:
@@ -123,8 +122,8 @@ def compile_shape(name: str, shape: tuple[int, ...], device: str = "cuda") -> No
     """The first forward and backward: inductor compiles the latter when it is first asked for."""
     import torch
 
-    from bench.lib.timing import Problem
-    from bench.systems import CompiledGroupedMM
+    from bench.lib.problem import Problem
+    from bench.systems.grouped_mm import CompiledGroupedMM
 
     p = Problem(name, shape, device)
     torch.autograd.grad(CompiledGroupedMM().layer(p), p.leaves, p.grad)

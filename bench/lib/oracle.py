@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from bench.lib.timing import Problem
+from bench.lib.problem import Problem
 
 SAMPLED_TOKENS = 64
 SAMPLED_COLUMNS = 64
@@ -19,7 +18,7 @@ class Oracle:
     """float64 values of y and dx for some tokens, of dw1 and dw2 for some rows of one expert."""
 
     def __init__(self, p: Problem, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        tokens, d, n, experts, top_k = p.shape
+        tokens, d, n, experts, _ = p.shape
         self.tokens = torch.linspace(0, tokens - 1, SAMPLED_TOKENS, device="cuda").long()
         self.columns = torch.linspace(0, n - 1, SAMPLED_COLUMNS, device="cuda").long()
         self.outputs = torch.linspace(0, d - 1, SAMPLED_COLUMNS, device="cuda").long()
@@ -66,10 +65,3 @@ class Oracle:
             "dw2": (dw2[e][self.outputs][:, c], self.dw2),
         }
         return {name: relative(a.double() - b, b) for name, (a, b) in ours.items()}
-
-
-def one_routing(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """One routing for every system."""
-    with torch.no_grad():
-        values, ids = F.linear(p.x, p.router).float().topk(p.shape[4], dim=-1)
-    return ids, values.softmax(-1)

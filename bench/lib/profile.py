@@ -65,7 +65,7 @@ def busy_us(call: Call, repeats: int = 5) -> dict[str, float]:
     return {name: us / repeats for name, us in busy_by_name(device_spans(run)).items()}
 
 
-# ------------------------------------------------------------------------ forward and backward apart
+# ----------------------------------------------------------------------- forward and backward apart
 
 
 def mark() -> None:

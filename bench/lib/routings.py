@@ -9,8 +9,8 @@ import torch
 
 
 def balanced_ids(tokens: int, experts: int, top_k: int, generator: torch.Generator) -> torch.Tensor:
-    """Every expert gets exactly T*K/E rows. In each block of E tokens slot k of token t takes expert
-    t + shift_k mod E, with shifts that differ; then the tokens are shuffled."""
+    """Every expert gets exactly T*K/E rows. In each block of E tokens slot k of token t takes
+    expert t + shift_k mod E, with shifts that differ; then the tokens are shuffled."""
     if tokens % experts:
         raise ValueError(f"balanced_ids: {tokens} tokens are no multiple of {experts} experts")
     device = generator.device

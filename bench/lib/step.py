@@ -1,24 +1,23 @@
-"""One training step of a bfloat16 Qwen3-MoE as bench/train.py times it: model, loss, optimizer."""
+"""The trainer's step on bfloat16 weights as bench/train.py times it, and its measurements."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
+from bench.lib.timing import Clock
+from bench.systems.grouped_mm import grouped_experts
 from trainer.config import TrainConfig
 from trainer.data import Batches
 from trainer.footprint import Layout, is_out_of_memory
-from trainer.model import RoutingTap, new_model
+from trainer.model import new_model, summed_cross_entropy
+from trainer.precision import BUCKET, Masters
+from trainer.trainer import Trainer
 
-LOGIT_ROWS = 4096  # tokens whose logits exist at a time
-BUCKET = 1 << 26  # parameters the optimizer converts to float32 at a time
 # bfloat16 parameters and gradients; float32 master weights and moments.
 LAYOUT = Layout(
     state=14,
@@ -26,7 +25,7 @@ LAYOUT = Layout(
     cast=0,
     element=2,
     residual=2,
-    logit_rows=LOGIT_ROWS,
+    logit_rows=Masters.logit_rows,
     optimizer=8 * BUCKET,
 )
 
@@ -51,23 +50,18 @@ MODES = {
 def experts_by_select(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """transformers' experts on grouped_mm with index_select instead of indexing: its backward adds
     rows instead of sorting indices."""
-    from bench.systems import grouped_experts
-
     return grouped_experts(
         hidden_states, self.gate_up_proj, self.down_proj, top_k_index, top_k_weights
     )
 
 
 def build(config: TrainConfig, vocab_size: int, device: torch.device):
-    """A model with bfloat16 parameters, a function of the seed and the device."""
+    """A model on the device, a function of the seed and the device."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register("grouped_mm_select", experts_by_select)
     with torch.device(device):
-        model = new_model(config, vocab_size, 0)
-    for parameter in model.parameters():  # not .to(): the rotary frequencies stay in float32
-        parameter.data = parameter.data.bfloat16()
-    return model.train()
+        return new_model(config, vocab_size, 0)
 
 
 def hidden_states(model, tokens: torch.Tensor) -> torch.Tensor:
@@ -84,76 +78,23 @@ def hidden_states(model, tokens: torch.Tensor) -> torch.Tensor:
     return inner.norm(hidden)
 
 
-def chunk_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="sum")
-
-
-class MasterAdamW:
-    """AdamW on float32 masters of bfloat16 parameters, with the gradient's norm clipped to 1.
-
-    Works through buckets of parameters, so that float32 gradients exist for one bucket at a time.
-    """
-
-    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, warmup: int) -> None:
-        self.parameters, self.lr, self.warmup, self.steps = parameters, lr, warmup, 0
-        self.buckets = []
-        for bucket in _buckets(parameters, BUCKET):
-            masters = [p.detach().float() for p in bucket]
-            optimizer = torch.optim.AdamW(
-                masters, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-            )
-            self.buckets.append((bucket, masters, optimizer))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self.steps += 1
-        rate = self.lr * min(1.0, self.steps / max(1, self.warmup))
-        gradients = [p.grad for p in self.parameters]
-        scale = (1.0 / torch.nn.utils.get_total_norm(gradients).float()).clamp(max=1.0)
-        for bucket, masters, optimizer in self.buckets:
-            for parameter, master in zip(bucket, masters, strict=True):
-                master.grad = parameter.grad.float().mul_(scale)
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            torch._foreach_copy_(bucket, masters)
-
-    def drop_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
-
-def _buckets(parameters: list, size: int) -> Iterator[list]:
-    bucket, count = [], 0
-    for parameter in parameters:
-        bucket.append(parameter)
-        count += parameter.numel()
-        if count >= size:
-            yield bucket
-            bucket, count = [], 0
-    if bucket:
-        yield bucket
-
-
-class Step:
-    """A model, its optimizer and the static tensors of one microbatch, which is one step."""
+class Step(Trainer):
+    """The trainer with static tensors for one microbatch, which is one step; it waits for
+    nothing."""
 
     def __init__(
         self, config: TrainConfig, tokens, vocab_size: int, device: torch.device, mode: Mode
     ) -> None:
-        self.config, self.text, self.device, self.mode = config, tokens, device, mode
-        self.model = build(config, vocab_size, device)
-        self.tap = RoutingTap(self.model, config)
-        parameters = [p for _, p in sorted(self.model.named_parameters())]
-        self.optimizer = MasterAdamW(parameters, config.lr, config.warmup)
-        self.checksum = float(sum(p.detach().double().abs().sum() for p in parameters))
-        self._hidden, self._loss = hidden_states, chunk_loss
+        super().__init__(config, device, build(config, vocab_size, device), None, Masters)
+        self.source, self.mode, self.graph = tokens, mode, None
+        self.checksum = float(sum(p.detach().double().abs().sum() for p in self.model.parameters()))
+        self._hidden = hidden_states
         if mode.compile:
             self._compile()
 
     def _compile(self) -> None:
         torch._dynamo.config.recompile_limit = 32  # past it torch would silently run eagerly
-        self._loss = torch.compile(chunk_loss)
+        self.summed_cross_entropy = torch.compile(summed_cross_entropy)
         if self.mode.compile == "model":
             self._hidden = torch.compile(hidden_states)
             return
@@ -165,8 +106,8 @@ class Step:
 
         Without `recompile` torch.compile takes the sequences as unknown, once for many numbers."""
         config = dataclasses.replace(self.config, batch_size=sequences)
-        self.batches, self.position, self.graph = Batches(self.text, config), 0, None
-        self.optimizer.drop_gradients()
+        self.batches, self.step, self.graph = Batches(self.source, config), 0, None
+        self.optimizer.zero_grad()
         if self.mode.compile and recompile:
             torch._dynamo.reset()
         self.tokens, self.targets = (t.to(self.device) for t in self.batches(0))
@@ -178,45 +119,39 @@ class Step:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._forward_backward()
+                super().forward_backward()
         torch.cuda.current_stream().wait_stream(side)
-        self.optimizer.drop_gradients()
+        self.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._forward_backward()
+            self.losses = super().forward_backward()
         self.graph = graph
 
     def load(self) -> None:
         """The next microbatch into the static tensors."""
-        for static, fresh in zip(
-            (self.tokens, self.targets), self.batches(self.position), strict=True
-        ):
+        for static, fresh in zip((self.tokens, self.targets), self.batches(self.step), strict=True):
             static.copy_(fresh)
-        self.position += 1
 
-    def forward_backward(self) -> None:
-        """Leaves the cross-entropy of the microbatch in `loss`, the gradients in the parameters."""
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.tokens, self.targets
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._hidden(self.model, tokens)
+
+    def forward_backward(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.graph:
             self.graph.replay()
         else:
-            self._forward_backward()
+            self.losses = super().forward_backward()
+        return self.losses
 
-    def _forward_backward(self) -> None:
-        hidden = self._hidden(self.model, self.tokens).flatten(0, 1)
-        targets, head = self.targets.flatten(), self.model.lm_head.weight
-        parts = zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-        total = sum(
-            checkpoint(self._loss, h, head, t, use_reentrant=False, preserve_rng_state=False)
-            for h, t in parts
-        )
-        loss = total / targets.numel()
-        (loss + self.config.aux_coef * self.tap.balancing_loss()).backward()
-        self.loss = loss.detach()
+    def update(self) -> float:
+        self.precision.clip(self.model, self.optimizer)
+        return super().update()
 
-    def update(self) -> None:
-        self.optimizer.step()
-        if not self.graph:
-            self.optimizer.drop_gradients()
+    def drop_gradients(self) -> None:
+        if not self.graph:  # which writes its gradients where they lie
+            super().drop_gradients()
 
     def __call__(self) -> None:
         self.load()
@@ -225,28 +160,6 @@ class Step:
 
 
 # ------------------------------------------------------------------------------------- measurement
-
-
-class Clock:
-    """Marks on the GPU's stream, or on the CPU the time of day."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def mark(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def ms(self, begin, end) -> float:
-        """After wait()."""
-        return begin.elapsed_time(end) if self.cuda else 1e3 * (end - begin)
 
 
 def timed(step: Step, warmup: int, steps: int) -> dict[str, float]:
@@ -323,7 +236,7 @@ def fits(step: Step, sequences: int) -> bool:
 
 
 def release(step: Step) -> None:
-    step.optimizer.drop_gradients()
+    step.optimizer.zero_grad()
     step.graph = None
     for block in step.model.model.layers:
         block.mlp.gate.last_output = None

@@ -1,10 +1,10 @@
 """Ours beside the official layer: of the same run, else of anchors.json, timed in another one.
 
-A ratio is the peer's time over ours, each in units of cuBLAS's time in its run (machines differ by a
-few percent): above 1 ours is faster. Beside our wall and busy time stands the better of the peer's two,
-by forward and backward together; beside our CUDA graphs the peer's, where it was replayed too. Busy time
-flatters a system that leaves the GPU idle between its kernels: the pauses let the clock rise. Needs
-neither torch nor a GPU.
+A ratio is the peer's time over ours, each in units of cuBLAS's time in its run (machines differ by
+a few percent): above 1 ours is faster. Beside our wall and busy time stands the better of the
+peer's two, by forward and backward together; beside our CUDA graphs the peer's, where it was
+replayed too. Busy time flatters a system that leaves the GPU idle between its kernels: the pauses
+let the clock rise. Needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def measured_speed(row: dict, prefix: str = "") -> Speed:
 
 
 def best_speed(row: dict) -> Speed:
-    """Of what a row of anchors.json or of bench/layer.py has, the pair that takes less time in all."""
+    """Of what a row of anchors.json or of bench/layer.py has, the pair that takes less time in
+    all."""
     pairs = [tuple(row[kind]) for kind in ("wall", "busy", "published") if kind in row]
     pairs += [measured_speed(row, prefix) for prefix in ("busy_", "") if f"{prefix}fwd_ms" in row]
     return min(pairs, key=lambda pair: times(pair)[2])
@@ -102,14 +103,14 @@ def geometric_means(table: dict, shapes: Iterable[str]) -> dict[str, dict]:
 
 
 def summary(rows: list[dict], anchors: dict, shapes: list[str]) -> dict:
-    """shapes: of the geometric mean, as far as the peer was measured there: in this run, if it was in
-    this run anywhere."""
+    """shapes: of the geometric mean, as far as the peer was measured there: in this run, if it was
+    in this run anywhere."""
     table = ratios_by_shape(rows, anchors)
     timed = {row["shape"] for row in rows if row["system"] == PEER and "fwd_ms" in row}
     shapes = [shape for shape in shapes if shape in timed] or shapes
     return {
-        "about": f"time of {PEER} over ours, each over {CEILING} of its run, by {', '.join(PARTS)}; "
-        f"{PEER}: the better of its wall and busy time, beside our graphs its graphs; "
+        "about": f"time of {PEER} over ours, each over {CEILING} of its run, by {', '.join(PARTS)};"
+        f" {PEER}: the better of its wall and busy time, beside our graphs its graphs; "
         f"where this run lacks it {anchors['source']}",
         "geometric_means": geometric_means(table, shapes),
         "shapes": table,

@@ -6,14 +6,12 @@ the records. Needs neither torch nor a GPU.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from bench.lib.record import REPOSITORY
+from bench.lib.record import REPOSITORY, RESULTS, newest, read_records
 from bench.lib.summary import CEILING, PEER, by_place, load_anchors, measured_speed, ratios_by_shape
 
-RESULTS = REPOSITORY / "bench" / "results"
 PAGES = [REPOSITORY / "docs" / page for page in ("performance.md", "lab/h100.md")]
 TORCH, COMPILED, ATOMIC = "torch-grouped_mm", "torch-grouped_mm-compiled", "sonicmoe-atomic"
 MARKED = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
@@ -29,13 +27,6 @@ SPEEDS = (  # title, system, prefix of the times
     ("cuBLAS", CEILING, ""),
 )
 
-Record = tuple[Path, dict]
-
-
-def newest(records: list[Record], fits) -> Record:
-    """The latest record that `fits`."""
-    return max((r for r in records if "date" in r[1] and fits(r[1])), key=lambda r: r[1]["date"])
-
 
 def of_device(name: str, key: str, value: str):
     """Whether a record of that GPU has a row whose `key` is `value`."""
@@ -47,13 +38,12 @@ def table(titles: list[str], rows: list[list[str]]) -> list[str]:
     return [head, "|---" * len(titles) + "|", *body]
 
 
-def caption(record: Record) -> list[str]:
-    path, r = record
-    where = r.get("device") or f"{r['cpu'].split(' w')[0].strip()}, {r['threads']} cores"
-    return [
-        f"{where}, commit {r['commit'][:7]}, {r['date'][:10]}: `bench/results/{path.name}`.",
-        "",
-    ]
+def caption(record: dict) -> list[str]:
+    where = record.get("device") or record["cpu"]
+    if "threads" in record:
+        where = f"{where.split(' w')[0].strip()}, {record['threads']} cores"
+    commit, date, file = record["commit"][:7], record["date"][:10], record["file"]
+    return [f"{where}, commit {commit}, {date}: `bench/results/{file}`.", ""]
 
 
 def speed(row: dict, prefix: str = "") -> str:
@@ -69,12 +59,12 @@ def beside(rows: list[dict], key: str, scale: float = 1.0, digits: int = 0) -> s
     return " / ".join(cells)
 
 
-def layer_table(record: Record, transient: bool = True) -> list[str]:
+def layer_table(record: dict, transient: bool = True) -> list[str]:
     """The whole layer: speeds, memory and errors by shape; columns that nothing fills are left out,
     and without `transient` the most memory in use during backward."""
-    rows = record[1]["rows"]
+    rows = record["rows"]
     places, shapes = by_place(rows), list(dict.fromkeys(row["shape"] for row in rows))
-    holders = ["sonicmoe", *([PEER] if any(PEER == row["system"] for row in rows) else []), TORCH]
+    holders = ["sonicmoe", *([PEER] if any(row["system"] == PEER for row in rows) else []), TORCH]
     columns = [
         (title, [speed(places.get((shape, system), {}), prefix) for shape in shapes])
         for title, system, prefix in SPEEDS
@@ -97,29 +87,29 @@ def layer_table(record: Record, transient: bool = True) -> list[str]:
     return caption(record) + table(titles, [list(line) for line in lines])
 
 
-def graphs_table(record: Record) -> list[str]:
+def graphs_table(record: dict) -> list[str]:
     """Both systems as CUDA graphs, with the ratios of their times."""
-    rows = record[1]["rows"]
+    rows = record["rows"]
     places, ratios = by_place(rows), ratios_by_shape(rows, load_anchors())
     lines = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         ours, theirs = places[shape, "sonicmoe"], places[shape, PEER]
         forward, backward, both = ratios[shape]["sonicmoe"]["graph"]
         lines.append([shape, speed(ours), speed(ours, "graph_"), speed(theirs),
-                      speed(theirs, "busy_"), speed(theirs, "graph_"), f"{forward:.3f}", f"{backward:.3f}",
-                      f"**{both:.3f}**"])  # fmt: skip
+                      speed(theirs, "busy_"), speed(theirs, "graph_"),
+                      f"{forward:.3f}", f"{backward:.3f}", f"**{both:.3f}**"])  # fmt: skip
     titles = ["shape", "ours, wall", "ours, graphs", "official, wall", "official, busy"]
     titles += ["official, graphs", "forward", "backward", "both"]
     return caption(record) + table(titles, lines)
 
 
-def cpu_table(record: Record) -> list[str]:
+def cpu_table(record: dict) -> list[str]:
     """GFLOP/s beside torch's, a line per shape."""
 
     def speeds(row: dict, system: str) -> str:
         return f"{row[system]['forward_gflops']:.0f}/{row[system]['backward_gflops']:.0f}"
 
-    rows, lines = record[1]["rows"], {}
+    rows, lines = record["rows"], {}
     for row in rows:
         line = lines.setdefault(tuple(row["shape"]), [", ".join(map(str, row["shape"]))])
         line += [
@@ -132,11 +122,11 @@ def cpu_table(record: Record) -> list[str]:
     return caption(record) + table(titles, list(lines.values()))
 
 
-def cases_table(record: Record) -> list[str]:
+def cases_table(record: dict) -> list[str]:
     """Times relative to the plain case of the same shape: a line per kind and shape."""
     lines: dict[str, list[str]] = {}
     plain = {}
-    for row in record[1]["rows"]:
+    for row in record["rows"]:
         shape = row["shape"]
         if row["case"] == "limit" and row["limit_mib"] and "ratio" in row:
             cell = f"{row['limit_mib']:.0f} MiB: {row['ratio']:.3f}"
@@ -158,10 +148,10 @@ def cases_table(record: Record) -> list[str]:
 
 def tables(results: Path = RESULTS) -> dict[str, list[str]]:
     """By the names that the page's markers use."""
-    records = [(path, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
-    layers = [r for r in records if r[0].name.startswith("h")]
-    graphs = [r for r in records if r[0].name.startswith("graphs-")]
-    cpu = [r for r in records if r[0].name.startswith("cpu-")]
+    records = read_records(results)
+    layers = [r for r in records if r["file"].startswith("h")]
+    graphs = [r for r in records if r["file"].startswith("graphs-")]
+    cpu = [r for r in records if r["file"].startswith("cpu-")]
     return {
         "h200": layer_table(newest(layers, of_device("H200", "system", "sonicmoe"))),
         "h200-graphs": graphs_table(newest(graphs, of_device("H200", "system", PEER))),

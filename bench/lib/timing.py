@@ -1,12 +1,9 @@
-"""What the GPU benchmarks share: one layer's tensors, timers, memory, the JSON record."""
+"""Timers: marks on the GPU's stream, or on the CPU the time of day."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import platform
-import shlex
 import statistics
 import sys
 import time
@@ -16,10 +13,8 @@ from pathlib import Path
 
 import torch
 
-from bench.lib.record import REPOSITORY, commit
+from bench.lib.problem import MIB, Problem
 
-BF16 = torch.bfloat16
-MIB = 2**20
 SETTLE_S = 0.25  # of load before a figure, for the clock to settle at the card's power limit
 
 Call = Callable[[], object]
@@ -36,97 +31,92 @@ class Pace:
     rest: float = 0.5
 
 
-class Problem:
-    """Parameters and inputs of one shape, shared by all systems."""
+class Clock:
+    def __init__(self, device: str | torch.device = "cuda") -> None:
+        self.cuda = torch.device(device).type == "cuda"
 
-    def __init__(
-        self, name: str, shape: tuple[int, int, int, int, int], device: str = "cuda"
-    ) -> None:
-        self.name, self.shape = name, shape
-        tokens, d, n, experts, _ = shape
-        generator = torch.Generator(device).manual_seed(0)
+    def mark(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-        def normal(*size: int, deviation: float = 1.0) -> torch.Tensor:
-            values = torch.empty(size, device=device, dtype=BF16)
-            values.normal_(0, deviation, generator=generator)
-            return values
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
 
-        self.x = normal(tokens, d).requires_grad_()
-        self.router = normal(experts, d, deviation=d**-0.5).requires_grad_()
-        self.w1 = normal(experts, 2 * n, d, deviation=d**-0.5).requires_grad_()
-        self.w2 = normal(experts, d, n, deviation=n**-0.5).requires_grad_()
-        self.grad = normal(tokens, d)
-
-    @property
-    def leaves(self) -> tuple[torch.Tensor, ...]:
-        return self.x, self.router, self.w1, self.w2
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return dict(zip(("T", "d", "n", "E", "K"), self.shape, strict=True))
-
-    @property
-    def flops(self) -> float:
-        tokens, d, n, _, top_k = self.shape
-        return 6.0 * tokens * top_k * n * d
+    def ms(self, begin, end) -> float:
+        """After wait()."""
+        return begin.elapsed_time(end) if self.cuda else 1e3 * (end - begin)
 
 
-# ------------------------------------------------------------------------------------- measurement
+def require_gpu() -> None:
+    """Ends the program where there is none; else brings up cuBLAS and torch's autograd."""
+    if not torch.cuda.is_available():
+        raise SystemExit(f"{Path(sys.argv[0]).name}: torch sees no GPU here")
+    one = torch.ones(8, 8, device="cuda", dtype=torch.bfloat16)
+    one @ one
+    torch.ones(1, requires_grad=True).backward(torch.ones(1))  # torch's own first backward: sympy
 
 
-def warm_seconds(call: Call, seconds: float = SETTLE_S) -> float:
+def warm_seconds(call: Call, seconds: float = SETTLE_S, clock: Clock | None = None) -> float:
     """Seconds of one call: the mean over `seconds` of calls, after one that may allocate."""
+    clock = clock or Clock()
     call()
-    torch.cuda.synchronize()
+    clock.wait()
     count, begin = 0, time.perf_counter()
     while count == 0 or time.perf_counter() - begin < seconds:
         call()
-        torch.cuda.synchronize()
+        clock.wait()
         count += 1
     return max((time.perf_counter() - begin) / count, 1e-6)
+
+
+def rest(pace: Pace, clock: Clock | None = None) -> None:
+    (clock or Clock()).wait()
+    time.sleep(pace.rest)
 
 
 def series_ms(call: Call, count: int) -> list[float]:
     """Time from one call's start to the next's on the stream, back to back, for `count` calls after
     one that is not counted."""
+    clock = Clock()
     call()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
+    marks = [clock.mark()]
+    for _ in range(count):
         call()
-        mark.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        marks.append(clock.mark())
+    clock.wait()
+    return [clock.ms(a, b) for a, b in itertools.pairwise(marks)]
 
 
-def rest(pace: Pace) -> None:
-    torch.cuda.synchronize()
-    time.sleep(pace.rest)
+def alternating_ms(
+    forward: Callable[[], object], backward: Callable[[object], object], count: int, clock: Clock
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of forward() and of backward(its result), alternating back to back."""
+    marks = [clock.mark()]
+    for _ in range(count):
+        result = forward()
+        marks.append(clock.mark())
+        backward(result)
+        marks.append(clock.mark())
+    clock.wait()
+    times = [clock.ms(a, b) for a, b in itertools.pairwise(marks)]
+    return times[::2], times[1::2]
 
 
 def halves_ms(
     forward: Callable[[], object], backward: Callable[[object], object], pace: Pace
 ) -> tuple[float, float]:
-    """Median milliseconds of forward() and of backward(its result), which alternate back to back."""
+    """Medians of the two, at this pace."""
     each = warm_seconds(lambda: backward(forward()), 0.0)
     rest(pace)
     for _ in range(math.ceil(pace.settle / each)):
         backward(forward())
-    marks = []
-
-    def mark() -> None:
-        marks.append(torch.cuda.Event(enable_timing=True))
-        marks[-1].record()
-
-    mark()
-    for _ in range(min(200, max(5, round(pace.seconds / each)))):
-        result = forward()
-        mark()
-        backward(result)
-        mark()
-    torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
-    return statistics.median(times[::2]), statistics.median(times[1::2])
+    count = min(200, max(5, round(pace.seconds / each)))
+    first, second = alternating_ms(forward, backward, count, Clock())
+    return statistics.median(first), statistics.median(second)
 
 
 def in_turns_ms(
@@ -147,6 +137,7 @@ def in_turns_ms(
 
 
 def memory(p: Problem, layer: Callable[[Problem], torch.Tensor]) -> dict[str, float]:
+    """MiB held from forward to backward, and the most in use during each, beside x and weights."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -163,56 +154,3 @@ def memory(p: Problem, layer: Callable[[Problem], torch.Tensor]) -> dict[str, fl
         # The gradients themselves are results, not memory of a system.
         "peak_bwd_mib": (peak_backward - outputs) / MIB,
     }
-
-
-# ------------------------------------------------------------------------------- input and output
-
-
-def suite_entries(suites: list[str], names: list[str] | None = None) -> list[dict]:
-    """Problems of these suites of bench/problems.json, of these names only if any are given."""
-    known = json.loads((REPOSITORY / "bench" / "problems.json").read_text())["suites"]
-    entries = [entry for suite in suites for entry in known[suite]["problems"]]
-    return [entry for entry in entries if not names or entry["name"] in names]
-
-
-def require_gpu() -> None:
-    """Ends the program where there is none; else brings up cuBLAS and torch's autograd."""
-    if not torch.cuda.is_available():
-        raise SystemExit(f"{Path(sys.argv[0]).name}: torch sees no GPU here")
-    torch.ones(8, 8, device="cuda", dtype=BF16) @ torch.ones(8, 8, device="cuda", dtype=BF16)
-    torch.ones(1, requires_grad=True).backward(torch.ones(1))  # torch's own first backward: sympy
-
-
-def new_record(**more) -> dict:
-    """A JSON record that says what is measured, where and how to repeat it; its rows are empty."""
-    import sonicmoe_cpp
-
-    return {
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "sonicmoe_cpp": sonicmoe_cpp.__version__,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "python": platform.python_version(),
-        },
-        "command": shlex.join(["python", *sys.argv]),
-        **more,
-        "rows": [],
-    }
-
-
-def write_record(record: dict, path: Path | None) -> None:
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def rounded(value):
-    """Floats of 4 significant digits, in nested dictionaries and lists too."""
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value

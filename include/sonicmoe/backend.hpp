@@ -9,6 +9,7 @@
 
 namespace sonicmoe {
 
+/// A backend of this library, built or not.
 struct BackendInfo {
   std::string name;    ///< "cuda", "cpu" or "reference"
   bool available;      ///< can run something on this machine
@@ -19,6 +20,7 @@ struct BackendInfo {
 /// SONICMOE_LOG=dispatch prints each choice and its reason to stderr.
 SONICMOE_API std::vector<BackendInfo> backends();
 
+/// A device that some backend serves.
 struct DeviceInfo {
   Device device;
   std::string name;

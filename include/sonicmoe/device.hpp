@@ -8,8 +8,10 @@
 
 namespace sonicmoe {
 
+/// Kinds of devices that memory lies on.
 enum class DeviceType : std::uint8_t { kCpu, kCuda };
 
+/// Where the memory of a tensor lies.
 struct Device {
   DeviceType type = DeviceType::kCpu;
   int index = 0;  ///< ordinal of a CUDA device; 0 for the CPU

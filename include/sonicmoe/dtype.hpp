@@ -8,6 +8,7 @@
 
 namespace sonicmoe {
 
+/// Element types of tensors. Which of them an argument may have is said at the argument.
 enum class DType : std::uint8_t {
   kFloat32,
   kBFloat16,
@@ -91,6 +92,7 @@ struct bfloat16 {
 };
 static_assert(sizeof(bfloat16) == 2);
 
+/// The DType of a C++ type; a type that no argument takes does not compile.
 template <class T>
 inline constexpr DType dtype_of = [] {
   static_assert(sizeof(T) == 0, "not a tensor element type");

@@ -1,4 +1,4 @@
-// The one exception type the library throws.
+// What the library throws.
 #pragma once
 
 #include <stdexcept>
@@ -27,6 +27,13 @@ class SONICMOE_API Error : public std::runtime_error {
 
  private:
   std::string argument_;
+};
+
+/// Memory that an operation could not have: the call may succeed later or with smaller sizes.
+/// `what()` is "operation: out of memory".
+class SONICMOE_API OutOfMemory : public Error {
+ public:
+  explicit OutOfMemory(const std::string& operation);
 };
 
 }  // namespace sonicmoe

@@ -31,8 +31,9 @@ SONICMOE_API MemoryEstimate estimate_memory_scattermoe(const MoEShape& shape);
 /// Bytes of the parameters of one layer: E * (g*n*d + d*n) elements (+ biases are not counted).
 SONICMOE_API std::size_t parameter_bytes(const MoEShape& shape);
 
-/// Model FLOPs (padding never counts): 2 P d n (g + 1) forward, twice that backward.
+/// Model FLOPs of forward (padding never counts): 2 P d n (g + 1).
 SONICMOE_API double forward_flops(const MoEShape& shape);
+/// Of backward: twice as many.
 SONICMOE_API double backward_flops(const MoEShape& shape);
 
 }  // namespace sonicmoe

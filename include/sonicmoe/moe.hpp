@@ -29,6 +29,7 @@
 #include "sonicmoe/activation.hpp"
 #include "sonicmoe/context.hpp"
 #include "sonicmoe/export.hpp"
+#include "sonicmoe/numerics.hpp"
 #include "sonicmoe/tensor.hpp"
 
 namespace sonicmoe {
@@ -62,10 +63,12 @@ struct PairRouting {
   ConstTensorView pair_weights;
 };
 
+/// Which expert computes which token, with which weight: one of the three forms.
 using Routing = std::variant<TopKRouting, SortedRouting, PairRouting>;
 
 // ---------------------------------------------------------------------------------------- experts
 
+/// What all experts of a layer compute, and how.
 struct ExpertOptions {
   Activation activation = Activation::kSwiGLU;
   GateUpLayout gate_up_layout = GateUpLayout::kConcatenated;
@@ -97,13 +100,11 @@ struct MoEShape {
   std::int64_t num_pairs = 0;          ///< P = T*K, rows of x, or length of the pair list
   Form form = Form::kTopK;
   Activation activation = Activation::kSwiGLU;
-  DType dtype = DType::kFloat32;
+  Numerics numerics;          ///< of the dtype of x
   bool deterministic = true;  ///< ExpertOptions::deterministic
 
-  /// Columns of H: g*n.
-  std::int64_t hidden_columns() const noexcept {
-    return gate_factor(activation) * intermediate_size;
-  }
+  /// g*n.
+  std::int64_t h_columns() const noexcept { return gate_factor(activation) * intermediate_size; }
 };
 
 /// The shape of a call, after checking x, the weights and the routing against each other.
@@ -111,7 +112,7 @@ struct MoEShape {
 SONICMOE_API MoEShape moe_shape(const ExpertOptions& options, ConstTensorView x,
                                 const ExpertWeights& weights, const Routing& routing);
 
-/// Bytes of H: P * g*n * size_of(dtype).
+/// Bytes of H: P * g*n * size_of(numerics.storage).
 SONICMOE_API std::size_t moe_h_bytes(const MoEShape& shape);
 
 /// Bytes of the routing metadata kept for backward: with int32 entries, 4 E for sorted rows,
@@ -137,6 +138,7 @@ SONICMOE_API WorkspacePlan moe_forward_workspace(const Context& context, const M
 SONICMOE_API WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
                                                   std::optional<std::size_t> workspace_limit = {});
 
+/// Arguments of moe_forward.
 struct MoEForwardArgs {
   ExpertOptions options;
   ConstTensorView x;  ///< [T, d] (form B: [P, d]) float32|bfloat16, unit stride in d
@@ -155,6 +157,7 @@ struct MoEForwardArgs {
 /// buffers; on the CPU, offsets that decrease or exceed P.
 SONICMOE_API void moe_forward(const Context& context, const MoEForwardArgs& args);
 
+/// Arguments of moe_backward.
 struct MoEBackwardArgs {
   ExpertOptions options;
   ConstTensorView grad_out;  ///< dO, shape of out, dtype of x, unit stride in d

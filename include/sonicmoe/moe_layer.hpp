@@ -8,6 +8,7 @@
 
 namespace sonicmoe {
 
+/// Options of both parts.
 struct MoELayerOptions {
   ExpertOptions experts;
   RouterOptions router;
@@ -25,56 +26,72 @@ struct MoELayerSaved {
   TensorView metadata;      ///< [moe_metadata_bytes()] uint8; absent in inference
 };
 
+/// Of moe_layer_forward().
 struct MoELayerForwardArgs {
   MoELayerOptions options;
-  ConstTensorView x;              ///< [T, d] float32|bfloat16
+  ConstTensorView x;              ///< [T, d] float32|bfloat16, unit stride in d
   ConstTensorView router_weight;  ///< Wr [E, d], dtype of x or float32, unit stride in d
-  ConstTensorView
-      router_bias;  ///< [E] dtype of router_weight or float32, or absent (gpt-oss has one)
+  ConstTensorView router_bias;    ///< br [E], dtype of router_weight or float32, or absent
   ExpertWeights weights;
 
-  TensorView out;              ///< [T, d], dtype of x
-  TensorView logits;           ///< [T, E] float32 = X Wr^T + bias, float32 accumulation
-  TensorView rows_per_expert;  ///< [E] int32
-  MoELayerSaved saved;
-  TensorView workspace;  ///< [moe_layer_forward_workspace().bytes] uint8, 64-byte aligned
-  std::optional<std::size_t> workspace_limit;
+  TensorView out;              ///< [T, d], dtype of x, unit stride in d; every element written
+  TensorView logits;           ///< [T, E] float32 contiguous
+  TensorView rows_per_expert;  ///< [E] int32, after rounding
+  MoELayerSaved saved;         ///< h and metadata absent in inference; the ids are always written
+  TensorView workspace;  ///< [moe_layer_forward_workspace().bytes] uint8 (or more), 64-byte aligned
+  std::optional<std::size_t> workspace_limit;  ///< the value given to the size query
 };
 
 /// The MoEShape of the experts' part: form kTopK, or kPairs with P = rounded_capacity().
 SONICMOE_API MoEShape moe_layer_shape(const MoELayerOptions& options, ConstTensorView x,
                                       const ExpertWeights& weights);
 
+/// Scratch of moe_layer_forward (`inference`: without h and metadata): the router's and the
+/// experts', of which `workspace_limit` bounds the sum; the slabs are the experts'.
+/// Errors: a limit below minimum_bytes (the message names it); a shape that is not
+/// moe_layer_shape() of these options.
 SONICMOE_API WorkspacePlan moe_layer_forward_workspace(
     const Context& context, const MoELayerOptions& options, const MoEShape& shape,
     bool inference = false, std::optional<std::size_t> workspace_limit = {});
+/// Likewise of moe_layer_backward, with the gradients of the logits and of the routing weights.
 SONICMOE_API WorkspacePlan moe_layer_backward_workspace(
     const Context& context, const MoELayerOptions& options, const MoEShape& shape,
     std::optional<std::size_t> workspace_limit = {});
 
+/// logits = X Wr^T + br, float32 sums; the routing of route_forward, or of round_tokens_forward;
+/// out as moe_forward with its rows.
 /// Errors: those of route_forward or round_tokens_forward and of moe_forward.
 SONICMOE_API void moe_layer_forward(const Context& context, const MoELayerForwardArgs& args);
 
+/// Of moe_layer_backward().
 struct MoELayerBackwardArgs {
   MoELayerOptions options;
-  ConstTensorView grad_out;     ///< [T, d]
-  ConstTensorView grad_logits;  ///< [T, E] float32: what auxiliary losses add; absent for none
-  ConstTensorView x;
+  ConstTensorView grad_out;     ///< dO [T, d], dtype of x, unit stride in d
+  ConstTensorView grad_logits;  ///< [T, E] float32 contiguous: what auxiliary losses add, or absent
+  ConstTensorView x;            ///< as in forward, like the next two
   ConstTensorView router_weight;
-  ExpertWeights weights;
-  ConstTensorView logits;
-  MoELayerSaved saved;
+  ExpertWeights weights;   ///< b1 is not read
+  ConstTensorView logits;  ///< from forward
+  MoELayerSaved saved;     ///< from forward, h and metadata present
 
-  TensorView grad_x;              ///< as in MoEBackwardArgs; includes the router's share
-  TensorView grad_router_weight;  ///< [E, d], dtype of router_weight or float32
-  TensorView grad_router_bias;    ///< [E], dtype of router_bias or float32
-  TensorView grad_w1, grad_b1, grad_w2, grad_b2;
-  bool accumulate = false;  ///< of the experts' and the router's parameter gradients
+  // Every gradient is optional; one that is present is written in full.
+  TensorView grad_x;              ///< [T, d], dtype of x, unit stride in d
+  TensorView grad_router_weight;  ///< [E, d], unit stride in d; dtype of router_weight or float32
+  TensorView grad_router_bias;    ///< [E]; dtype of router_weight or float32
+  TensorView grad_w1, grad_b1, grad_w2, grad_b2;  ///< as in MoEBackwardArgs
+  bool accumulate = false;  ///< adds to the (float32) gradients of all parameters, not to grad_x
 
-  TensorView workspace;
-  std::optional<std::size_t> workspace_limit;
+  TensorView
+      workspace;  ///< [moe_layer_backward_workspace().bytes] uint8 (or more), 64-byte aligned
+  std::optional<std::size_t> workspace_limit;  ///< the value given to the size query
 };
 
+/// The experts' gradients as moe_backward; with dS, their gradients of the routing weights:
+///   dLogits = dS through route_backward or round_tokens_backward, + grad_logits
+///   dWr = dLogits^T X;  dbr = sum over the tokens of dLogits
+///   dX[t] = sum over the rows of t of dH[r] W1[e] + dLogits[t] Wr, rounded once
+/// Errors: as moe_layer_forward; accumulate with a gradient buffer that is not float32; on the CPU,
+/// metadata or ids that forward could not have written.
 SONICMOE_API void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args);
 
 }  // namespace sonicmoe

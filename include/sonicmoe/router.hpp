@@ -38,6 +38,7 @@ SONICMOE_API std::string_view name_of(RoundingPolicy policy) noexcept;
 SONICMOE_API Scoring scoring_from_name(std::string_view name);
 SONICMOE_API RoundingPolicy rounding_policy_from_name(std::string_view name);
 
+/// How logits become experts and weights.
 struct RouterOptions {
   std::int64_t top_k = 1;  ///< K, 1..E
   Scoring scoring = Scoring::kSoftmaxTopK;
@@ -59,6 +60,7 @@ struct RouterOptions {
   }
 };
 
+/// Arguments of route_forward.
 struct RouteForwardArgs {
   RouterOptions options;
   ConstTensorView logits;      ///< [T, E] float32 contiguous
@@ -71,6 +73,7 @@ struct RouteForwardArgs {
 /// Errors: shapes and dtypes; the rules of RouterOptions; on the CPU a NaN logit (names the token).
 SONICMOE_API void route_forward(const Context& context, const RouteForwardArgs& args);
 
+/// Arguments of route_backward.
 struct RouteBackwardArgs {
   RouterOptions options;
   ConstTensorView logits;             ///< [T, E] float32
@@ -84,6 +87,7 @@ SONICMOE_API void route_backward(const Context& context, const RouteBackwardArgs
 
 // --------------------------------------------------------------------------------- token rounding
 
+/// How an expert's row count moves to a multiple of M.
 struct RoundingOptions {
   std::int64_t tile = 128;  ///< M >= 1
   RoundingPolicy policy = RoundingPolicy::kNearest;
@@ -99,6 +103,7 @@ struct RoundingOptions {
 SONICMOE_API std::int64_t rounded_capacity(std::int64_t num_tokens, std::int64_t num_experts,
                                            std::int64_t top_k, const RoundingOptions& rounding);
 
+/// Arguments of round_tokens_forward.
 struct RoundTokensForwardArgs {
   RouterOptions options;
   RoundingOptions rounding;
@@ -137,6 +142,7 @@ struct RoundSelectArgs {
 };
 SONICMOE_API void round_select(const Context& context, const RoundSelectArgs& args);
 
+/// Arguments of round_tokens_backward.
 struct RoundTokensBackwardArgs {
   RouterOptions options;
   ConstTensorView logits;             ///< [T, E] float32

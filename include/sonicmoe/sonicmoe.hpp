@@ -10,6 +10,7 @@
 #include "sonicmoe/memory.hpp"
 #include "sonicmoe/moe.hpp"
 #include "sonicmoe/moe_layer.hpp"
+#include "sonicmoe/numerics.hpp"
 #include "sonicmoe/router.hpp"
 #include "sonicmoe/tensor.hpp"
 #include "sonicmoe/version.hpp"

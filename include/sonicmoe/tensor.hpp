@@ -15,6 +15,7 @@
 
 namespace sonicmoe {
 
+/// Most dimensions of a view.
 inline constexpr int kMaxRank = 4;
 
 /// A read-only strided tensor: pointer, dtype, shape, strides (in elements, not bytes) and the

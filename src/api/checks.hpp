@@ -5,25 +5,33 @@
 #include <new>
 
 #include "core/check.hpp"
+#include "core/log.hpp"
 #include "sonicmoe/moe.hpp"
 #include "sonicmoe/router.hpp"
 
 namespace sonicmoe {
 
-/// Runs one operation or answers one question about sizes: run(check). What leaves it is an Error
-/// in the operation's name, also where one of its parts failed or memory ran out.
+/// run(check), in the operation's name: what leaves it is an Error that begins with it, also where
+/// one of its parts failed or memory ran out. For questions about sizes; operations take the next.
 template <class Run>
-auto run_operation(std::string_view operation, const Context& context, Run run) {
+auto answer(std::string_view operation, const Context& context, Run run) {
   try {
     return run(Check(operation, context));
   } catch (const Error& error) {
     if (error.argument().empty()) throw;
     throw Error(std::string(operation), error);
   } catch (const std::bad_alloc&) {
-    throw Error(std::string(operation) + ": out of memory");
+    throw OutOfMemory(std::string(operation));
   } catch (const std::exception& error) {
     throw Error(std::string(operation) + ": " + error.what());
   }
+}
+
+/// Runs one operation, which SONICMOE_LOG=dispatch reports in one line.
+template <class Run>
+void run_operation(std::string_view operation, const Context& context, Run run) {
+  const DispatchLine line(operation);
+  answer(operation, context, run);
 }
 
 /// The most tokens, and the most pairs: row numbers are int32.
@@ -32,8 +40,16 @@ inline constexpr std::int64_t kMostRows = (std::int64_t{1} << 31) - 2;
 /// A shape whose bytes can be counted: positive sizes, known enumerators, num_pairs as the form has
 /// it, buffers below 2^59 elements. Whatever is computed from such a shape fits 64 bits.
 void check_countable(const Check& check, const MoEShape& shape);
+/// A case of Numerics that the library knows. A backend may know fewer.
+void check_numerics(const Check& check, const Numerics& numerics);
 /// One that operations take: countable, tokens and pairs up to kMostRows, widths below 2^31.
 void check_shape(const Check& check, const MoEShape& shape);
+
+/// A limit that the plan of a call found room under.
+void check_limit(const Check& check, const WorkspacePlan& plan, std::optional<std::size_t> limit);
+/// The scratch of a call under its plan.
+void check_workspace(const Check& check, const WorkspacePlan& plan, const TensorView& workspace,
+                     std::optional<std::size_t> limit);
 
 /// num_tokens, num_experts, top_k of a router.
 void check_router_sizes(const Check& check, std::int64_t num_tokens, std::int64_t num_experts,

@@ -24,11 +24,11 @@ std::size_t under_limit(std::size_t least, std::size_t all, std::optional<std::s
 
 MemoryEstimate estimate_memory(const MoEShape& shape, std::optional<std::size_t> workspace_limit) {
   check_countable(Check("estimate_memory", Device{}), shape);
-  const std::size_t element = size_of(shape.dtype);
+  const std::size_t element = size_of(shape.numerics.storage);
   const auto rows = static_cast<std::size_t>(shape.num_pairs);
   const auto n = static_cast<std::size_t>(shape.intermediate_size);
   const auto d = static_cast<std::size_t>(shape.hidden_size);
-  const auto h = static_cast<std::size_t>(shape.hidden_columns());
+  const auto h = static_cast<std::size_t>(shape.h_columns());
   const bool stores_rows = shape.deterministic || shape.form == MoEShape::Form::kSorted;
   const std::size_t wide = stores_rows ? rows * d * element : 0;  // Y, dX~
   MemoryEstimate estimate;
@@ -43,16 +43,16 @@ MemoryEstimate estimate_memory(const MoEShape& shape, std::optional<std::size_t>
 MemoryEstimate estimate_memory_scattermoe(const MoEShape& shape) {
   MemoryEstimate estimate = estimate_memory(shape);
   const auto kept_rows = static_cast<std::size_t>(
-      shape.num_pairs * (shape.hidden_columns() + shape.intermediate_size + shape.hidden_size));
-  estimate.kept_h = kept_rows * size_of(shape.dtype);
+      shape.num_pairs * (shape.h_columns() + shape.intermediate_size + shape.hidden_size));
+  estimate.kept_h = kept_rows * size_of(shape.numerics.storage);
   return estimate;
 }
 
 std::size_t parameter_bytes(const MoEShape& shape) {
   check_countable(Check("parameter_bytes", Device{}), shape);
-  const std::int64_t columns = shape.hidden_columns() + shape.intermediate_size;
+  const std::int64_t columns = shape.h_columns() + shape.intermediate_size;
   return static_cast<std::size_t>(shape.num_experts * columns * shape.hidden_size) *
-         size_of(shape.dtype);
+         size_of(shape.numerics.storage);
 }
 
 double forward_flops(const MoEShape& shape) {

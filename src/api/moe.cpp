@@ -53,23 +53,23 @@ void check_weights(const Check& check, const MoEShape& shape, const ExpertWeight
   const std::int64_t e = shape.num_experts;
   check.rank("w1", w.w1, 3);
   // Which of two weights is the odd one cannot be known: the error shows both.
-  const bool fits = w.w1.size(0) == e && w.w1.size(1) == shape.hidden_columns() &&
-                    w.w1.size(2) == shape.hidden_size;
+  const bool fits =
+      w.w1.size(0) == e && w.w1.size(1) == shape.h_columns() && w.w1.size(2) == shape.hidden_size;
   check.that(fits, "w1",
-             "shape [" + std::to_string(e) + ", " + std::to_string(shape.hidden_columns()) + ", " +
+             "shape [" + std::to_string(e) + ", " + std::to_string(shape.h_columns()) + ", " +
                  std::to_string(shape.hidden_size) + "] to go with w2 " + w.w2.describe(),
              w.w1.describe());
-  check.dtype("w1", w.w1, {shape.dtype});
+  check.dtype("w1", w.w1, {shape.numerics.storage});
   check.unit_stride_in_a_matrix_dim("w1", w.w1);
   check.unit_stride_in_a_matrix_dim("w2", w.w2);
   if (w.b1.defined()) {
-    check.shape("b1", w.b1, {e, shape.hidden_columns()});
-    check.dtype("b1", w.b1, {shape.dtype});
+    check.shape("b1", w.b1, {e, shape.h_columns()});
+    check.dtype("b1", w.b1, {shape.numerics.storage});
     check.unit_stride("b1", w.b1, 1);
   }
   if (w.b2.defined()) {
     check.shape("b2", w.b2, {e, shape.hidden_size});
-    check.dtype("b2", w.b2, {shape.dtype});
+    check.dtype("b2", w.b2, {shape.numerics.storage});
     check.unit_stride("b2", w.b2, 1);
   }
 }
@@ -89,7 +89,7 @@ MoEShape checked_shape(const Check& check, const ExpertOptions& options, const C
   shape.intermediate_size = weights.w2.size(2);
   shape.form = static_cast<MoEShape::Form>(routing.index());
   shape.activation = options.activation;
-  shape.dtype = x.dtype();
+  shape.numerics = Numerics::of(x.dtype());
   shape.deterministic = options.deterministic;
   check.that(shape.num_experts > 0, "w2", "at least one expert", weights.w2.describe());
   check.that(shape.hidden_size > 0, "x", "hidden_size > 0", x.describe());
@@ -107,8 +107,8 @@ MoEShape checked_shape(const Check& check, const ExpertOptions& options, const C
 
 void check_saved(const Check& check, const MoEShape& shape, const ConstTensorView& h,
                  const ConstTensorView& metadata) {
-  check.shape("h", h, {shape.num_pairs, shape.hidden_columns()});
-  check.dtype("h", h, {shape.dtype});
+  check.shape("h", h, {shape.num_pairs, shape.h_columns()});
+  check.dtype("h", h, {shape.numerics.storage});
   check.contiguous("h", h);
   check.buffer("metadata", metadata, moe_metadata_bytes(shape), kMetadataAlignment);
 }
@@ -159,13 +159,18 @@ void check_shape(const Check& check, const MoEShape& s) {
   check_countable(check, s);
 }
 
+void check_numerics(const Check& check, const Numerics& numerics) {
+  const bool known =
+      numerics == Numerics::of(DType::kFloat32) || numerics == Numerics::of(DType::kBFloat16);
+  check.that(known, "numerics", "float32 or bfloat16", to_string(numerics));
+}
+
 void check_countable(const Check& check, const MoEShape& s) {
   constexpr std::int64_t kMost = std::int64_t{1} << 59;
   check.enumerator("activation", s.activation);
   check.that(s.form <= MoEShape::Form::kPairs, "form", "an enumerator",
              std::to_string(static_cast<int>(s.form)));
-  check.that(s.dtype == DType::kFloat32 || s.dtype == DType::kBFloat16, "dtype",
-             "float32 or bfloat16", std::string(name_of(s.dtype)));
+  check_numerics(check, s.numerics);
   check.between("num_tokens", s.num_tokens, 0, kMost);
   check.between("hidden_size", s.hidden_size, 1, kMost);
   check.between("intermediate_size", s.intermediate_size, 1, kMost);
@@ -181,10 +186,26 @@ void check_countable(const Check& check, const MoEShape& s) {
                std::to_string(s.num_pairs));
   }
   check.product("num_pairs * hidden_size", {s.num_pairs, s.hidden_size});
-  check.product("num_pairs * g * intermediate_size", {s.num_pairs, s.hidden_columns()});
+  check.product("num_pairs * g * intermediate_size", {s.num_pairs, s.h_columns()});
   check.product("num_tokens * num_experts", {s.num_tokens, s.num_experts});
   check.product("num_experts * g * intermediate_size * hidden_size",
-                {s.num_experts, s.hidden_columns(), s.hidden_size});
+                {s.num_experts, s.h_columns(), s.hidden_size});
+}
+
+void check_limit(const Check& check, const WorkspacePlan& plan, std::optional<std::size_t> limit) {
+  if (!limit || plan.bytes <= *limit) return;
+  check.fail("workspace_limit", "at least " + std::to_string(plan.minimum_bytes) + " bytes",
+             std::to_string(*limit));
+}
+
+void check_workspace(const Check& check, const WorkspacePlan& plan, const TensorView& workspace,
+                     std::optional<std::size_t> limit) {
+  check_limit(check, plan, limit);
+  check.buffer("workspace", workspace, plan.bytes, WorkspaceCarver::kAlignment);
+  log_choice("workspace", [&] {
+    return std::to_string(plan.bytes) + " bytes, d in " + std::to_string(plan.num_slabs) +
+           (plan.num_slabs == 1 ? " slab" : " slabs");
+  });
 }
 
 void check_parameter_gradient(const Check& check, const char* name, const ConstTensorView& grad,
@@ -210,7 +231,8 @@ MoEShape moe_shape(const ExpertOptions& options, ConstTensorView x, const Expert
 
 std::size_t moe_h_bytes(const MoEShape& shape) {
   check_countable(Check("moe_h_bytes", Device{}), shape);
-  return static_cast<std::size_t>(shape.num_pairs * shape.hidden_columns()) * size_of(shape.dtype);
+  return static_cast<std::size_t>(shape.num_pairs * shape.h_columns()) *
+         size_of(shape.numerics.storage);
 }
 
 std::size_t moe_metadata_bytes(const MoEShape& shape) {
@@ -223,26 +245,30 @@ std::size_t moe_metadata_bytes(const MoEShape& shape) {
 
 WorkspacePlan moe_forward_workspace(const Context& context, const MoEShape& shape, bool inference,
                                     std::optional<std::size_t> workspace_limit) {
-  return run_operation("moe_forward_workspace", context, [&](const Check& check) {
+  return answer("moe_forward_workspace", context, [&](const Check& check) {
     check_shape(check, shape);
-    return choose_backend(context, check.operation())
-        .moe_forward_workspace(context, shape, inference, workspace_limit);
+    const ExpertPlan plan = choose_backend(context, check.operation())
+                                .plan_moe_forward(context, shape, inference, workspace_limit);
+    check_limit(check, plan.workspace, workspace_limit);
+    return plan.workspace;
   });
 }
 
 WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
                                      std::optional<std::size_t> workspace_limit) {
-  return run_operation("moe_backward_workspace", context, [&](const Check& check) {
+  return answer("moe_backward_workspace", context, [&](const Check& check) {
     check_shape(check, shape);
-    return choose_backend(context, check.operation())
-        .moe_backward_workspace(context, shape, workspace_limit);
+    const ExpertPlan plan = choose_backend(context, check.operation())
+                                .plan_moe_backward(context, shape, workspace_limit);
+    check_limit(check, plan.workspace, workspace_limit);
+    return plan.workspace;
   });
 }
 
 MoEShape check_moe_forward(const Check& check, const MoEForwardArgs& args) {
   const MoEShape shape = checked_shape(check, args.options, args.x, args.weights, args.routing);
   check.shape_like("out", args.out, args.x);
-  check.dtype("out", args.out, {shape.dtype});
+  check.dtype("out", args.out, {shape.numerics.storage});
   check.unit_stride("out", args.out, 1);
   const bool inference = !args.h.defined();
   check.that(inference == !args.metadata.defined(), inference ? "h" : "metadata",
@@ -256,18 +282,18 @@ void moe_forward(const Context& context, const MoEForwardArgs& args) {
     const MoEShape shape = check_moe_forward(check, args);
     const Backend& backend = choose_backend(context, check.operation());
     backend.check_moe_forward(check, shape, args);
-    const WorkspacePlan plan =
-        backend.moe_forward_workspace(context, shape, !args.h.defined(), args.workspace_limit);
-    check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
+    const ExpertPlan plan =
+        backend.plan_moe_forward(context, shape, !args.h.defined(), args.workspace_limit);
+    check_workspace(check, plan.workspace, args.workspace, args.workspace_limit);
     check_memory(check, args);
-    backend.moe_forward(context, shape, args);
+    backend.moe_forward(context, plan, args);
   });
 }
 
 MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args) {
   const MoEShape shape = checked_shape(check, args.options, args.x, args.weights, args.routing);
   check.shape_like("grad_out", args.grad_out, args.x);
-  check.dtype("grad_out", args.grad_out, {shape.dtype});
+  check.dtype("grad_out", args.grad_out, {shape.numerics.storage});
   check.unit_stride("grad_out", args.grad_out, 1);
   check_saved(check, shape, args.h, args.metadata);
   check_gradients(check, args);
@@ -279,10 +305,10 @@ void moe_backward(const Context& context, const MoEBackwardArgs& args) {
     const MoEShape shape = check_moe_backward(check, args);
     const Backend& backend = choose_backend(context, check.operation());
     backend.check_moe_backward(check, shape, args);
-    const WorkspacePlan plan = backend.moe_backward_workspace(context, shape, args.workspace_limit);
-    check.buffer("workspace", args.workspace, plan.bytes, WorkspaceCarver::kAlignment);
+    const ExpertPlan plan = backend.plan_moe_backward(context, shape, args.workspace_limit);
+    check_workspace(check, plan.workspace, args.workspace, args.workspace_limit);
     check_memory(check, args);
-    backend.moe_backward(context, shape, args, nullptr);
+    backend.moe_backward(context, plan, args);
   });
 }
 

@@ -192,7 +192,7 @@ void route_backward(const Context& context, const RouteBackwardArgs& args) {
 
 std::size_t round_tokens_workspace_bytes(const Context& context, std::int64_t num_tokens,
                                          std::int64_t num_experts, std::int64_t top_k) {
-  return run_operation("round_tokens_workspace_bytes", context, [&](const Check& check) {
+  return answer("round_tokens_workspace_bytes", context, [&](const Check& check) {
     check_router_sizes(check, num_tokens, num_experts, top_k);
     return choose_backend(context, check.operation())
         .round_tokens_workspace_bytes(context, num_tokens, num_experts, top_k);

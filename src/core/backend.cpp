@@ -7,10 +7,8 @@
 #include <unistd.h>
 #endif
 
+#include "core/backend_table.hpp"
 #include "core/log.hpp"
-#if defined(SONICMOE_HAS_CUDA)
-#include "cuda/device.hpp"
-#endif
 #include "sonicmoe/backend.hpp"
 #include "sonicmoe/error.hpp"
 
@@ -19,13 +17,9 @@ namespace {
 
 std::vector<std::unique_ptr<Backend>> make_backends() {
   std::vector<std::unique_ptr<Backend>> list;
-#if defined(SONICMOE_HAS_CUDA)
-  list.push_back(make_cuda_backend());
-#endif
-#if defined(SONICMOE_HAS_ONEDNN)
-  list.push_back(make_cpu_backend());
-#endif
-  list.push_back(make_reference_backend());
+  for (const BackendEntry& entry : backend_table()) {
+    if (entry.make != nullptr) list.push_back(entry.make());
+  }
   return list;
 }
 
@@ -81,10 +75,10 @@ const Backend& choose_backend(const Context& context, std::string_view operation
   for (const auto& backend : backend_list()) {
     const std::string against = reason_against(*backend, context, wanted);
     if (against.empty()) {
-      if (log_dispatch_enabled()) {  // a description may ask the device: not on every call
-        log_dispatch(operation, std::string(backend->name()) + " (" + backend->description() + ")" +
-                                    (reasons.empty() ? "" : "; passed over: " + reasons));
-      }
+      log_choice({}, [&] {  // a description may ask the device: not on every call
+        return std::string(backend->name()) + " (" + backend->description() + ")" +
+               (reasons.empty() ? "" : "; passed over: " + reasons);
+      });
       return *backend;
     }
     reasons += (reasons.empty() ? "" : "; ") + std::string(backend->name()) + ": " + against;
@@ -96,25 +90,25 @@ const Backend& choose_backend(const Context& context, std::string_view operation
 
 std::vector<BackendInfo> backends() {
   std::vector<BackendInfo> list;
-#if !defined(SONICMOE_HAS_CUDA)
-  list.push_back({"cuda", false, "this build found no nvcc"});
-#endif
-#if !defined(SONICMOE_HAS_ONEDNN)
-  list.push_back({"cpu", false, "this build found no oneDNN (libdnnl-dev)"});
-#endif
-  for (const auto& backend : backend_list()) {
-    const std::string against = backend->unavailable_reason();
-    list.push_back({std::string(backend->name()), against.empty(),
-                    against.empty() ? backend->description() : against});
+  auto built = backend_list().begin();
+  for (const BackendEntry& entry : backend_table()) {
+    if (entry.make == nullptr) {
+      list.push_back({std::string(entry.name), false, std::string(entry.absent)});
+      continue;
+    }
+    const Backend& backend = **built++;
+    const std::string against = backend.unavailable_reason();
+    list.push_back({std::string(entry.name), against.empty(),
+                    against.empty() ? backend.description() : against});
   }
   return list;
 }
 
 std::vector<DeviceInfo> devices() {
   std::vector<DeviceInfo> list = {{Device{}, "CPU", host_memory_bytes()}};
-#if defined(SONICMOE_HAS_CUDA)
-  for (const DeviceInfo& gpu : cuda::devices()) list.push_back(gpu);
-#endif
+  for (const auto& backend : backend_list()) {
+    for (const DeviceInfo& device : backend->devices()) list.push_back(device);
+  }
   return list;
 }
 

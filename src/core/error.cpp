@@ -22,4 +22,6 @@ Error::Error(const std::string& operation, const Error& part)
 
 Error::Error(const std::string& message) : std::runtime_error(message) {}
 
+OutOfMemory::OutOfMemory(const std::string& operation) : Error(operation + ": out of memory") {}
+
 }  // namespace sonicmoe

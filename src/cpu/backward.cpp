@@ -1,10 +1,9 @@
 // Backward without Y: dS = <dA', A>, so that only X, H and the routing metadata are kept.
-//   1 dH      per row block: dA' = dO W2, then dS, dH, A' from the stored H
-//   2 router  its gradient from dS (moe_layer only)
-//   3 biases  column sums per expert
-//   4 dW2     from A', whose place dX~ then takes
-//   5 dX      dX~ = dH W1 slab by slab, summed over the rows of each token
-//   6 dW1
+//   rows       1 dH      per row block: dA' = dO W2, then dS, dH, A' from the stored H
+//   gradients  2 biases  column sums per expert
+//              3 dW2     from A', whose place dX~ then takes
+//              4 dX      dX~ = dH W1 slab by slab, summed over the rows of each token
+//              5 dW1
 #include "core/slabs.hpp"
 #include "core/workspace.hpp"
 #include "cpu/aggregate.hpp"
@@ -26,7 +25,7 @@ struct RowScratch {
   float* row_sums;  // [kRows] dS
 
   static RowScratch carve(const MoEShape& shape, WorkspaceCarver& carver) {
-    const std::int64_t depth = std::max(shape.hidden_size, shape.hidden_columns());
+    const std::int64_t depth = std::max(shape.hidden_size, shape.h_columns());
     constexpr std::int64_t kWidth = std::max(Tile<Compute>::kUnits, Tile<Compute>::kColumns);
     RowScratch s;
     s.rows = carver.take<Compute>(panel_size(Tile<Compute>::kRows, depth));
@@ -50,7 +49,7 @@ struct SumScratch {
     SumScratch s;
     s.router_weight = carver.take<float>(panel_size(shape.num_experts, kRouterColumns));
     s.columns = carver.take<float>(
-        static_cast<std::size_t>(std::max(shape.hidden_size, shape.hidden_columns())));
+        static_cast<std::size_t>(std::max(shape.hidden_size, shape.h_columns())));
     return s;
   }
 };
@@ -86,7 +85,7 @@ Buffers<Storage, Compute> carve(WorkspaceCarver& carver, int threads, const MoES
   const auto pairs = static_cast<std::size_t>(shape.num_pairs);
   b.blocks = carver.take<RowBlock>(
       static_cast<std::size_t>(max_row_blocks<Compute>(shape.num_pairs, shape.num_experts)));
-  b.dh = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.hidden_columns()));
+  b.dh = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.h_columns()));
   b.a = b.dx = carver.take<Storage>(
       pairs * static_cast<std::size_t>(std::max(shape.intermediate_size, slab)));
   b.sums = carver.take<float>(static_cast<std::size_t>(threads) * kTokenBlock *
@@ -100,40 +99,41 @@ Buffers<Storage, Compute> carve(WorkspaceCarver& carver, int threads, const MoES
 template <class Storage, class Compute>
 class Backward {
  public:
-  Backward(int threads, const MoEShape& shape, const MoEBackwardArgs& args,
-           const RouterShare* router, std::int64_t slab)
+  Backward(int threads, const ExpertPlan& plan, const MoEBackwardArgs& args)
       : threads_(threads),
-        shape_(shape),
+        shape_(plan.shape),
         args_(args),
-        router_(router),
-        slab_(slab),
-        layout_(shape, args.options.gate_up_layout),
+        slab_(plan.workspace.slab_columns),
+        layout_(shape_, args.options.gate_up_layout),
         weights_(args.routing),
         // The metadata is only read here; the view type is shared with the forward that fills it.
-        metadata_(metadata_view(shape, const_cast<void*>(args.metadata.data()))),
+        metadata_(metadata_view(shape_, const_cast<void*>(args.metadata.data()))),
         grad_out_(row_source<Storage>(args.grad_out, metadata_.row_token)),
         x_(row_source<Storage>(args.x, metadata_.row_token)) {
     WorkspaceCarver carver(args.workspace.data());
-    buffers_ = carve<Storage, Compute>(carver, threads, shape, slab);
+    buffers_ = carve<Storage, Compute>(carver, threads, shape_, slab_);
   }
 
-  void run() {
+  void rows() {
     check_metadata(shape_, metadata_);
     const TensorView& ds = args_.grad_routing_weights;
     if (ds.defined()) std::fill_n(ds.as<float>(), ds.numel(), 0.0f);
     const std::int64_t blocks = make_row_blocks<Compute>(metadata_, buffers_.blocks);
     parallel_for(threads_, blocks, [&](std::int64_t i, int t) { hidden(buffers_.blocks[i], t); });
-    if (router_ != nullptr) router_->compute_grad_logits();
+  }
+
+  void gradients(const RouterGradX* router) {
     biases();
     const RowSource<Storage> a{buffers_.a, shape_.intermediate_size};
     const RowSource<Storage> dh{buffers_.dh, layout_.columns()};
     if (args_.grad_w2.defined()) weights(grad_out_, a, args_.grad_w2);
     if (args_.grad_x.defined()) {
+      const std::int64_t blocks = make_row_blocks<Compute>(metadata_, buffers_.blocks);
       for (std::int64_t c = 0; c < shape_.hidden_size; c += slab_) {
         const std::int64_t columns = std::min(slab_, shape_.hidden_size - c);
         parallel_for(threads_, blocks,
                      [&](std::int64_t i, int t) { input(buffers_.blocks[i], c, columns, t); });
-        sum(c, columns);
+        sum(c, columns, router);
       }
     }
     if (args_.grad_w1.defined()) weights(dh, x_, args_.grad_w1);
@@ -255,28 +255,28 @@ class Backward {
     }
   }
 
-  void sum(std::int64_t column, std::int64_t columns) const {
+  void sum(std::int64_t column, std::int64_t columns, const RouterGradX* router) const {
     aggregate(
         threads_, shape_, metadata_, buffers_.dx, slab_, args_.grad_x, column, columns,
         [](std::int64_t) { return 1.0f; },
         [&](std::int64_t first, std::int64_t tokens, float* sums, int thread) {
-          if (router_ == nullptr) {
+          if (router == nullptr) {
             std::fill_n(sums, tokens * columns, 0.0f);
           } else {
-            router_share(first, tokens, column, columns, sums, thread);
+            from_router(*router, first, tokens, column, columns, sums, thread);
           }
         },
         buffers_.sums);
   }
 
   // sums [tokens, columns] = dLogits[first ..] Wr[:, column ..].
-  void router_share(std::int64_t first, std::int64_t tokens, std::int64_t column,
-                    std::int64_t columns, float* sums, int thread) const {
+  void from_router(const RouterGradX& router, std::int64_t first, std::int64_t tokens,
+                   std::int64_t column, std::int64_t columns, float* sums, int thread) const {
     WorkspaceCarver carver = buffers_.thread(thread);
     float* block = SumScratch::carve(shape_, carver).router_weight;
     const std::int64_t experts = shape_.num_experts;
-    const ConstTensorView& wr = router_->router_weight;
-    const Operand<float> logits{router_->grad_logits.as<float>() + first * experts, experts};
+    const ConstTensorView& wr = router.router_weight;
+    const Operand<float> logits{router.grad_logits.as<float>() + first * experts, experts};
     for (std::int64_t c = 0; c < columns; c += kRouterColumns) {
       const std::int64_t count = std::min(kRouterColumns, columns - c);
       const auto load = [&]<class T>(T) {
@@ -300,7 +300,6 @@ class Backward {
   int threads_;
   const MoEShape& shape_;
   const MoEBackwardArgs& args_;
-  const RouterShare* router_;
   std::int64_t slab_;
   HiddenLayout layout_;
   RoutingWeights weights_;
@@ -312,24 +311,28 @@ class Backward {
 
 }  // namespace
 
-WorkspacePlan backward_plan(int threads, const MoEShape& shape, std::optional<std::size_t> limit) {
-  WorkspacePlan plan;
-  visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
-    plan = plan_slabs("moe_backward", shape.hidden_size, Tile<Compute>::kColumns, limit,
-                      [&](std::int64_t slab) {
-                        WorkspaceCarver carver;
-                        carve<Storage, Compute>(carver, threads, shape, slab);
-                        return carver.used();
-                      });
+ExpertPlan plan_backward(int threads, const MoEShape& shape, std::optional<std::size_t> limit) {
+  ExpertPlan plan;
+  visit_types(shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
+    plan = plan_slabs(shape, Tile<Compute>::kColumns, limit, [&](std::int64_t slab) {
+      WorkspaceCarver carver;
+      carve<Storage, Compute>(carver, threads, shape, slab);
+      return carver.used();
+    });
   });
   return plan;
 }
 
-void backward(int threads, const MoEShape& shape, const MoEBackwardArgs& args,
-              const RouterShare* router) {
-  const WorkspacePlan plan = backward_plan(threads, shape, args.workspace_limit);
-  visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
-    Backward<Storage, Compute>(threads, shape, args, router, plan.slab_columns).run();
+void backward_rows(int threads, const ExpertPlan& plan, const MoEBackwardArgs& args) {
+  visit_types(plan.shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
+    Backward<Storage, Compute>(threads, plan, args).rows();
+  });
+}
+
+void backward_gradients(int threads, const ExpertPlan& plan, const MoEBackwardArgs& args,
+                        const RouterGradX* router) {
+  visit_types(plan.shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
+    Backward<Storage, Compute>(threads, plan, args).gradients(router);
   });
 }
 

@@ -18,25 +18,48 @@ class CpuBackend final : public HostRouterBackend {
   }
   bool serves(DeviceType type) const override { return type == DeviceType::kCpu; }
 
-  WorkspacePlan moe_forward_workspace(const Context& context, const MoEShape& shape, bool inference,
-                                      std::optional<std::size_t> limit) const override {
-    return cpu::forward_plan(thread_count(context.num_threads), shape, inference, limit);
+  ExpertPlan plan_moe_forward(const Context& context, const MoEShape& shape, bool inference,
+                              std::optional<std::size_t> limit) const override {
+    return cpu::plan_forward(thread_count(context.num_threads), shape, inference, limit);
   }
-  WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
-                                       std::optional<std::size_t> limit) const override {
-    return cpu::backward_plan(thread_count(context.num_threads), shape, limit);
+  ExpertPlan plan_moe_backward(const Context& context, const MoEShape& shape,
+                               std::optional<std::size_t> limit) const override {
+    return cpu::plan_backward(thread_count(context.num_threads), shape, limit);
   }
-  void moe_forward(const Context& context, const MoEShape& shape,
+  void moe_forward(const Context& context, const ExpertPlan& plan,
                    const MoEForwardArgs& args) const override {
     cpu::prepare_gemm();
-    cpu::forward(thread_count(context.num_threads), shape, args);
+    cpu::forward(thread_count(context.num_threads), plan, args);
   }
-  void moe_backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
-                    RouterShare* router) const override {
+  void moe_backward(const Context& context, const ExpertPlan& plan,
+                    const MoEBackwardArgs& args) const override {
     cpu::prepare_gemm();
-    cpu::backward(thread_count(context.num_threads), shape, args, router);
+    const int threads = thread_count(context.num_threads);
+    cpu::backward_rows(threads, plan, args);
+    cpu::backward_gradients(threads, plan, args, nullptr);
+  }
+  void moe_layer_backward(const Context& context, const LayerPlan& plan,
+                          const MoELayerBackwardArgs& args) const override {
+    cpu::prepare_gemm();
+    const int threads = thread_count(context.num_threads);
+    const LayerBackwardScratch scratch = layer_scratch(plan, args);
+    const MoEBackwardArgs experts = expert_args(args, scratch);
+    cpu::backward_rows(threads, plan.experts, experts);
+    host_grad_logits(context, args, scratch);  // may still refuse the ids
+    const cpu::RouterGradX router{scratch.grad_logits, args.router_weight};
+    cpu::backward_gradients(threads, plan.experts, experts, &router);
+    router_logits_backward(context, args.x, scratch.grad_logits, args.grad_router_weight,
+                           args.grad_router_bias, args.accumulate, scratch.router);
   }
 
+  std::size_t router_logits_workspace_bytes(const Context& context,
+                                            const MoEShape&) const override {
+    return cpu::router_gemm_workspace_bytes(thread_count(context.num_threads));
+  }
+  std::size_t router_logits_backward_workspace_bytes(const Context& context,
+                                                     const MoEShape&) const override {
+    return cpu::router_gemm_workspace_bytes(thread_count(context.num_threads));
+  }
   void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,
                      ConstTensorView bias, TensorView logits, TensorView workspace) const override {
     cpu::prepare_gemm();
@@ -50,10 +73,6 @@ class CpuBackend final : public HostRouterBackend {
     cpu::prepare_gemm();
     cpu::router_logits_backward(thread_count(context.num_threads), x, grad_logits, grad_weight,
                                 grad_bias, accumulate, workspace.data());
-  }
-  std::size_t router_logits_workspace_bytes(const Context& context,
-                                            const MoEShape& shape) const override {
-    return cpu::router_gemm_workspace_bytes(thread_count(context.num_threads), shape);
   }
 };
 

@@ -72,16 +72,16 @@ Buffers<Storage, Compute> carve(WorkspaceCarver& carver, int threads, const MoES
 template <class Storage, class Compute>
 class Forward {
  public:
-  Forward(int threads, const MoEShape& shape, const MoEForwardArgs& args, std::int64_t slab)
+  Forward(int threads, const ExpertPlan& plan, const MoEForwardArgs& args)
       : threads_(threads),
-        shape_(shape),
+        shape_(plan.shape),
         args_(args),
-        slab_(slab),
-        layout_(shape, args.options.gate_up_layout),
+        slab_(plan.workspace.slab_columns),
+        layout_(shape_, args.options.gate_up_layout),
         weights_(args.routing) {
     WorkspaceCarver carver(args.workspace.data());
-    buffers_ = carve<Storage, Compute>(carver, threads, shape, !args.h.defined(), slab);
-    metadata_ = metadata_view(shape, args.h.defined() ? args.metadata.data() : buffers_.metadata);
+    buffers_ = carve<Storage, Compute>(carver, threads, shape_, !args.h.defined(), slab_);
+    metadata_ = metadata_view(shape_, args.h.defined() ? args.metadata.data() : buffers_.metadata);
   }
 
   void run() {
@@ -185,24 +185,22 @@ class Forward {
 
 }  // namespace
 
-WorkspacePlan forward_plan(int threads, const MoEShape& shape, bool inference,
-                           std::optional<std::size_t> limit) {
-  WorkspacePlan plan;
-  visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
-    plan = plan_slabs("moe_forward", shape.hidden_size, Tile<Compute>::kColumns, limit,
-                      [&](std::int64_t slab) {
-                        WorkspaceCarver carver;
-                        carve<Storage, Compute>(carver, threads, shape, inference, slab);
-                        return carver.used();
-                      });
+ExpertPlan plan_forward(int threads, const MoEShape& shape, bool inference,
+                        std::optional<std::size_t> limit) {
+  ExpertPlan plan;
+  visit_types(shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
+    plan = plan_slabs(shape, Tile<Compute>::kColumns, limit, [&](std::int64_t slab) {
+      WorkspaceCarver carver;
+      carve<Storage, Compute>(carver, threads, shape, inference, slab);
+      return carver.used();
+    });
   });
   return plan;
 }
 
-void forward(int threads, const MoEShape& shape, const MoEForwardArgs& args) {
-  const WorkspacePlan plan = forward_plan(threads, shape, !args.h.defined(), args.workspace_limit);
-  visit_types(shape.dtype, [&]<class Storage, class Compute>(Storage, Compute) {
-    Forward<Storage, Compute>(threads, shape, args, plan.slab_columns).run();
+void forward(int threads, const ExpertPlan& plan, const MoEForwardArgs& args) {
+  visit_types(plan.shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
+    Forward<Storage, Compute>(threads, plan, args).run();
   });
 }
 

@@ -56,7 +56,7 @@ void add_bias(const ConstTensorView& bias, float* row, std::int64_t count) {
 
 }  // namespace
 
-std::size_t router_gemm_workspace_bytes(int threads, const MoEShape&) {
+std::size_t router_gemm_workspace_bytes(int threads) {
   WorkspaceCarver one;
   Scratch::carve(one);
   return static_cast<std::size_t>(threads) * one.used();

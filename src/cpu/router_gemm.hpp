@@ -1,11 +1,12 @@
 // The router's matrix products on the CPU.
 #pragma once
 
-#include "sonicmoe/moe.hpp"
+#include "sonicmoe/tensor.hpp"
 
 namespace sonicmoe::cpu {
 
-std::size_t router_gemm_workspace_bytes(int threads, const MoEShape& shape);
+/// Scratch of either of the two.
+std::size_t router_gemm_workspace_bytes(int threads);
 
 /// logits [T, E] = x [T, d] weight [E, d]^T + bias [E].
 void router_logits(int threads, const ConstTensorView& x, const ConstTensorView& weight,

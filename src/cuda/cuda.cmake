@@ -1,10 +1,14 @@
 # The CUDA backend, where a CUDA compiler is found. A spill, registers that setmaxnreg cannot move, or
 # products that ptxas serialises fail the build.
+if(NOT SONICMOE_CUDA)
+  set(SONICMOE_ABSENT "SONICMOE_CUDA is off")
+  return()
+endif()
 include(CheckLanguage)
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # sm_90a is given below; CMake's own names do not reach every version
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
-  message(STATUS "sonicmoe: no nvcc found; the CUDA backend is not built")
+  set(SONICMOE_ABSENT "this build found no nvcc")
   return()
 endif()
 enable_language(CUDA)
@@ -14,7 +18,6 @@ file(GLOB SONICMOE_CUDA_SOURCES CONFIGURE_DEPENDS
   ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*.cpp ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*/*.cpp
   ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*/*.cu)
 target_sources(sonicmoe PRIVATE ${SONICMOE_CUDA_SOURCES})
-target_compile_definitions(sonicmoe PRIVATE SONICMOE_HAS_CUDA)
 set_target_properties(sonicmoe PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_ARCHITECTURES OFF
   CUDA_COMPILER_LAUNCHER "${CMAKE_CURRENT_SOURCE_DIR}/cuda/strict_nvcc.sh")
 target_compile_options(sonicmoe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:

@@ -1,9 +1,10 @@
 // The CUDA backend: the expert layer and the router on Hopper GPUs. Expert computation in bfloat16,
 // routing in float32.
-#include "core/backend.hpp"
 #include "cuda/device.hpp"
 #include "cuda/experts/experts.hpp"
+#include "cuda/layer/layer.hpp"
 #include "cuda/router/router.hpp"
+#include "layer/composed_backend.hpp"
 
 namespace sonicmoe {
 namespace {
@@ -11,20 +12,21 @@ namespace {
 using cuda::DeviceGuard;
 namespace router = cuda::router;
 
-class CudaBackend final : public Backend {
+class CudaBackend final : public ComposedBackend {
  public:
   std::string_view name() const override { return "cuda"; }
   std::string unavailable_reason() const override { return cuda::unavailable_reason(); }
   std::string description() const override { return cuda::description() + ", bfloat16"; }
   bool serves(DeviceType type) const override { return type == DeviceType::kCuda; }
+  std::vector<DeviceInfo> devices() const override { return cuda::devices(); }
 
-  WorkspacePlan moe_forward_workspace(const Context&, const MoEShape& shape, bool inference,
-                                      std::optional<std::size_t> limit) const override {
-    return cuda::forward_plan(shape, inference, limit);
+  ExpertPlan plan_moe_forward(const Context&, const MoEShape& shape, bool inference,
+                              std::optional<std::size_t> limit) const override {
+    return cuda::plan_forward(shape, inference, limit);
   }
-  WorkspacePlan moe_backward_workspace(const Context&, const MoEShape& shape,
-                                       std::optional<std::size_t> limit) const override {
-    return cuda::backward_plan(shape, limit);
+  ExpertPlan plan_moe_backward(const Context&, const MoEShape& shape,
+                               std::optional<std::size_t> limit) const override {
+    return cuda::plan_backward(shape, limit);
   }
   void check_moe_forward(const Check& check, const MoEShape& shape,
                          const MoEForwardArgs& args) const override {
@@ -34,15 +36,20 @@ class CudaBackend final : public Backend {
                           const MoEBackwardArgs& args) const override {
     cuda::check_backward(check, shape, args);
   }
-  void moe_forward(const Context& context, const MoEShape& shape,
+  void moe_forward(const Context& context, const ExpertPlan& plan,
                    const MoEForwardArgs& args) const override {
     const DeviceGuard guard(context.device.index);
-    cuda::forward(context, shape, args);
+    cuda::forward(context, plan, args);
   }
-  void moe_backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
-                    RouterShare* share) const override {
+  void moe_backward(const Context& context, const ExpertPlan& plan,
+                    const MoEBackwardArgs& args) const override {
     const DeviceGuard guard(context.device.index);
-    cuda::backward(context, shape, args, share);
+    cuda::backward(context, plan, args);
+  }
+  void moe_layer_backward(const Context& context, const LayerPlan& plan,
+                          const MoELayerBackwardArgs& args) const override {
+    const DeviceGuard guard(context.device.index);
+    cuda::layer_backward(context, plan, args);
   }
 
   void route_forward(const Context& context, const RouteForwardArgs& args) const override {
@@ -101,27 +108,28 @@ class CudaBackend final : public Backend {
     const DeviceGuard guard(context.device.index);
     router::update_expert_bias(context, bias, rows_per_expert, rate);
   }
-  void add_logits_gradient(const Context& context, TensorView grad_logits,
-                           ConstTensorView addend) const override {
-    const DeviceGuard guard(context.device.index);
-    router::add_logits_gradient(context, grad_logits, addend);
+
+  std::size_t router_logits_workspace_bytes(const Context&, const MoEShape&) const override {
+    return 0;
+  }
+  std::size_t router_logits_backward_workspace_bytes(const Context&,
+                                                     const MoEShape& shape) const override {
+    return router::router_logits_backward_workspace_bytes(shape);
   }
   void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,
-                     ConstTensorView bias, TensorView logits, TensorView workspace) const override {
+                     ConstTensorView bias, TensorView logits, TensorView) const override {
     const DeviceGuard guard(context.device.index);
-    router::router_logits(context, x, weight, bias, logits, workspace);
+    router::router_logits(context, x, weight, bias, logits);
   }
   void router_logits_backward(const Context& context, ConstTensorView x,
                               ConstTensorView grad_logits, TensorView grad_weight,
                               TensorView grad_bias, bool accumulate,
                               TensorView workspace) const override {
     const DeviceGuard guard(context.device.index);
-    router::router_logits_backward(context, x, grad_logits, grad_weight, grad_bias, accumulate,
-                                   workspace);
-  }
-  std::size_t router_logits_workspace_bytes(const Context& context,
-                                            const MoEShape& shape) const override {
-    return router::router_logits_workspace_bytes(context, shape);
+    const router::LogitsGradient gradient{grad_logits.data(), grad_logits.size(0),
+                                          grad_logits.size(1)};
+    router::router_logits_backward(context, x, gradient, grad_weight, grad_bias, accumulate,
+                                   workspace.data());
   }
 };
 

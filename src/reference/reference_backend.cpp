@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "core/backend.hpp"
 #include "core/metadata.hpp"
+#include "layer/composed_backend.hpp"
 #include "oracle/balancing.hpp"
 #include "oracle/experts.hpp"
 #include "oracle/rounding.hpp"
@@ -125,7 +125,7 @@ Values as_matrix(const Ids& tokens, const Ids& experts, const Values& grad, std:
   return matrix;
 }
 
-class ReferenceBackend final : public Backend {
+class ReferenceBackend final : public ComposedBackend {
  public:
   std::string_view name() const override { return "reference"; }
   std::string description() const override { return "float64 loops, 1 thread"; }
@@ -135,17 +135,18 @@ class ReferenceBackend final : public Backend {
 
   // The oracle brings its own memory, so there is nothing a limit could bound: one slab, no bytes
   // beyond a token amount.
-  WorkspacePlan moe_forward_workspace(const Context&, const MoEShape& shape, bool,
-                                      std::optional<std::size_t> limit) const override {
-    return plan("moe_forward_workspace", shape, limit);
+  ExpertPlan plan_moe_forward(const Context&, const MoEShape& shape, bool,
+                              std::optional<std::size_t>) const override {
+    return fixed_plan(shape);
   }
-  WorkspacePlan moe_backward_workspace(const Context&, const MoEShape& shape,
-                                       std::optional<std::size_t> limit) const override {
-    return plan("moe_backward_workspace", shape, limit);
+  ExpertPlan plan_moe_backward(const Context&, const MoEShape& shape,
+                               std::optional<std::size_t>) const override {
+    return fixed_plan(shape);
   }
 
-  void moe_forward(const Context&, const MoEShape& shape,
+  void moe_forward(const Context&, const ExpertPlan& plan,
                    const MoEForwardArgs& args) const override {
+    const MoEShape& shape = plan.shape;
     std::vector<std::int32_t> own(moe_metadata_bytes(shape) / sizeof(std::int32_t) + 1);
     void* metadata = args.metadata.defined() ? args.metadata.data() : own.data();
     build_metadata(shape, args.routing, metadata_view(shape, metadata));  // checks offsets, too
@@ -156,26 +157,25 @@ class ReferenceBackend final : public Backend {
     write(args.h, result.h);
   }
 
-  void moe_backward(const Context&, const MoEShape& shape, const MoEBackwardArgs& args,
-                    RouterShare* router) const override {
-    const Metadata metadata = metadata_view(shape, const_cast<void*>(args.metadata.data()));
-    check_metadata(shape, metadata);
-    oracle::BackwardResult result =
-        oracle::backward({args.options, args.x, args.weights, args.routing},
-                         rows_of(shape, metadata), to_double(args.h), args.grad_out);
-    write(args.grad_routing_weights, result.grad_routing_weights);
+  void moe_backward(const Context&, const ExpertPlan& plan,
+                    const MoEBackwardArgs& args) const override {
+    write_gradients(args, backward(plan, args));
+  }
+
+  void moe_layer_backward(const Context& context, const LayerPlan& plan,
+                          const MoELayerBackwardArgs& args) const override {
+    const LayerBackwardScratch scratch = layer_scratch(plan, args);
+    const MoEBackwardArgs experts = expert_args(args, scratch);
+    oracle::BackwardResult result = backward(plan.experts, experts);
+    write(experts.grad_routing_weights, result.grad_routing_weights);
     // The router may still refuse the ids: before anything is added to the caller's gradients.
-    if (router != nullptr) {
-      router->compute_grad_logits();
-      const Values share =
-          oracle::router_grad_x(to_double(router->grad_logits), router->router_weight);
-      for (std::size_t i = 0; i < share.size(); ++i) result.grad_x[i] += share[i];
-    }
-    write(args.grad_x, result.grad_x);
-    write(args.grad_w1, result.grad_w1, args.accumulate);
-    write(args.grad_b1, result.grad_b1, args.accumulate);
-    write(args.grad_w2, result.grad_w2, args.accumulate);
-    write(args.grad_b2, result.grad_b2, args.accumulate);
+    host_grad_logits(context, args, scratch);
+    const Values from_router =
+        oracle::router_grad_x(to_double(scratch.grad_logits), args.router_weight);
+    for (std::size_t i = 0; i < from_router.size(); ++i) result.grad_x[i] += from_router[i];
+    write_gradients(experts, result);
+    router_logits_backward(context, args.x, scratch.grad_logits, args.grad_router_weight,
+                           args.grad_router_bias, args.accumulate, scratch.router);
   }
 
   // ------------------------------------------------------------------------------------- router
@@ -272,13 +272,15 @@ class ReferenceBackend final : public Backend {
     write(bias, oracle::updated_expert_bias(to_double(bias), to_ids(rows_per_expert), rate));
   }
 
-  void add_logits_gradient(const Context&, TensorView grad_logits,
-                           ConstTensorView addend) const override {
-    write(grad_logits, to_double(addend), /*add=*/true);
-  }
-
   // ------------------------------------------------------------------------------- router GEMMs
 
+  std::size_t router_logits_workspace_bytes(const Context&, const MoEShape&) const override {
+    return 0;
+  }
+  std::size_t router_logits_backward_workspace_bytes(const Context&,
+                                                     const MoEShape&) const override {
+    return 0;
+  }
   void router_logits(const Context&, ConstTensorView x, ConstTensorView weight,
                      ConstTensorView bias, TensorView logits, TensorView) const override {
     write(logits, oracle::router_logits(x, weight, bias));
@@ -291,20 +293,28 @@ class ReferenceBackend final : public Backend {
     write(grad_weight, result.weight, accumulate);
     write(grad_bias, result.bias, accumulate);
   }
-  std::size_t router_logits_workspace_bytes(const Context&, const MoEShape&) const override {
-    return 0;
-  }
 
  private:
   static constexpr std::size_t kWorkspaceBytes = 64;
 
-  static WorkspacePlan plan(const char* operation, const MoEShape& shape,
-                            std::optional<std::size_t> limit) {
-    if (limit && *limit < kWorkspaceBytes) {
-      throw Error(operation, "workspace_limit",
-                  "at least " + std::to_string(kWorkspaceBytes) + " bytes", std::to_string(*limit));
-    }
-    return {kWorkspaceBytes, kWorkspaceBytes, shape.hidden_size, 1};
+  static ExpertPlan fixed_plan(const MoEShape& shape) {
+    return {shape, {kWorkspaceBytes, kWorkspaceBytes, shape.hidden_size, 1}};
+  }
+
+  static oracle::BackwardResult backward(const ExpertPlan& plan, const MoEBackwardArgs& args) {
+    const Metadata metadata = metadata_view(plan.shape, const_cast<void*>(args.metadata.data()));
+    check_metadata(plan.shape, metadata);
+    return oracle::backward({args.options, args.x, args.weights, args.routing},
+                            rows_of(plan.shape, metadata), to_double(args.h), args.grad_out);
+  }
+
+  static void write_gradients(const MoEBackwardArgs& args, const oracle::BackwardResult& result) {
+    write(args.grad_routing_weights, result.grad_routing_weights);
+    write(args.grad_x, result.grad_x);
+    write(args.grad_w1, result.grad_w1, args.accumulate);
+    write(args.grad_b1, result.grad_b1, args.accumulate);
+    write(args.grad_w2, result.grad_w2, args.accumulate);
+    write(args.grad_b2, result.grad_b2, args.accumulate);
   }
 
   // What round_tokens_forward and round_select have in common.

@@ -2,12 +2,12 @@
 // backend is compared with. Arguments are validated by src/api/; see sonicmoe/router.hpp.
 #pragma once
 
-#include "core/backend.hpp"
+#include "layer/composed_backend.hpp"
 
 namespace sonicmoe {
 
 /// Implements the router half of Backend.
-class HostRouterBackend : public Backend {
+class HostRouterBackend : public ComposedBackend {
  public:
   void route_forward(const Context& context, const RouteForwardArgs& args) const override;
   void route_backward(const Context& context, const RouteBackwardArgs& args) const override;
@@ -32,8 +32,6 @@ class HostRouterBackend : public Backend {
                               ConstTensorView grad_loss, TensorView grad_logits) const override;
   void update_expert_bias(const Context& context, TensorView bias, ConstTensorView rows_per_expert,
                           float rate) const override;
-  void add_logits_gradient(const Context& context, TensorView grad_logits,
-                           ConstTensorView addend) const override;
 };
 
 }  // namespace sonicmoe

@@ -237,7 +237,8 @@ def test_route_shows_all_policies_for_both_tiles(sonicmoe):
         )
         assert o["padding_before"] == sum(-f % o["tile"] for f in before) > 0
         assert o["padding_after"] == 0
-        assert all(f % o["tile"] == 0 and abs(f - g) < o["tile"] for f, g in zip(after, before))
+        pairs = zip(after, before, strict=True)
+        assert all(f % o["tile"] == 0 and abs(f - g) < o["tile"] for f, g in pairs)
         if o["policy"] == "up":
             assert o["rows_dropped"] == 0
         if o["policy"] == "down":

@@ -1,4 +1,5 @@
-"""The Makefile and scripts/setup.sh in folders with awkward names: every command gets whole paths."""
+"""The Makefile and scripts/setup.sh in folders with awkward names: every command gets whole
+paths."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Output that cannot be written, memory and threads that cannot be had: one line on stderr and a status
-other than 0."""
+"""Output that cannot be written, memory and threads that cannot be had: one line on stderr and a
+status other than 0."""
 
 import json
 import os

@@ -8,12 +8,14 @@
 #include "core/backend.hpp"
 #include "rig/environment.hpp"
 #include "rig/target.hpp"
+#include "rig/tensor.hpp"
 #include "sonicmoe/sonicmoe.hpp"
 
 namespace sonicmoe::rig {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::StartsWith;
 
 std::string error_of(const Context& context) {
   try {
@@ -51,18 +53,27 @@ TEST(Dispatch, UnknownNamesAreErrors) {
   EXPECT_THAT(error_of({}), HasSubstr("slide_rule"));
 }
 
-TEST(Dispatch, LogSaysWhatWasChosenAndWhyOnlyWhenAsked) {
+// What one call of an operation writes to stderr.
+std::string report_of_a_call(const Context& context) {
+  const Tensor bias(host_target(), DType::kFloat32, {3});
+  const Tensor rows(host_target(), DType::kInt32, {3});
   ::testing::internal::CaptureStderr();
+  update_expert_bias(context, bias.view(), rows.view(), 0.5f);
+  return ::testing::internal::GetCapturedStderr();
+}
+
+TEST(Dispatch, LogSaysWhatWasChosenAndWhyOnlyWhenAsked) {
   Context context;
   context.backend = "reference";
-  choose_backend(context, "moe_forward");
-  EXPECT_EQ(::testing::internal::GetCapturedStderr(), "");
-  const Environment environment("SONICMOE_LOG", "dispatch");
-  ::testing::internal::CaptureStderr();
-  choose_backend(context, "moe_forward");
-  const std::string text = ::testing::internal::GetCapturedStderr();
-  EXPECT_THAT(text, HasSubstr("moe_forward"));
-  EXPECT_THAT(text, HasSubstr("reference"));
+  EXPECT_EQ(report_of_a_call(context), "");
+  {
+    const Environment other("SONICMOE_LOG", "no_dispatch,dispatches");
+    EXPECT_EQ(report_of_a_call(context), "");
+  }
+  const Environment environment("SONICMOE_LOG", "others,dispatch");
+  const std::string text = report_of_a_call(context);
+  EXPECT_THAT(text, StartsWith("sonicmoe: dispatch: update_expert_bias -> reference ("));
+  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 1);
   if (backend_list().size() > 1) {
     EXPECT_THAT(text, HasSubstr("passed over"));
   }
@@ -76,7 +87,7 @@ MoEShape example(DType dtype) {
   shape.intermediate_size = 4;
   shape.num_experts = 3;
   shape.num_pairs = 20;
-  shape.dtype = dtype;
+  shape.numerics = Numerics::of(dtype);
   return shape;
 }
 

@@ -236,7 +236,7 @@ TEST_P(Hazards, EveryBfloat16Gate) {
       x[t * 8] = gates[t];
       x[t * 8 + 1] = grad_out[t * 8] = 1.0;
     }
-    std::vector<double> w1(static_cast<std::size_t>(filled.hidden_columns()) * 8, 0.0), w2(64, 0.0);
+    std::vector<double> w1(static_cast<std::size_t>(filled.h_columns()) * 8, 0.0), w2(64, 0.0);
     w1[0] = w2[0] = 1.0;
     if (is_gated(filled.activation)) w1[8 * 8 + 1] = 1.0;
     inputs.x.fill(x);

@@ -26,8 +26,8 @@ struct Call {
         shape(inputs.shape()),
         out(t, c.dtype, {c.tokens(), c.hidden_size}),
         grad_x(t, c.dtype, {c.tokens(), c.hidden_size}),
-        grad_w1(t, c.dtype, {c.num_experts, c.hidden_columns(), c.hidden_size}),
-        h(t, c.dtype, {c.pairs(), c.hidden_columns()}),
+        grad_w1(t, c.dtype, {c.num_experts, c.h_columns(), c.hidden_size}),
+        h(t, c.dtype, {c.pairs(), c.h_columns()}),
         metadata(t, moe_metadata_bytes(shape)),
         forward_workspace(t, moe_forward_workspace(t.context(), shape).bytes),
         backward_workspace(t, moe_backward_workspace(t.context(), shape).bytes) {
@@ -247,8 +247,7 @@ TEST_P(MoeErrors, WhatAGpuDeclines) {
   Call call(GetParam(), good);
   EXPECT_EQ(call.forward_error(), "(no error)");
   const Tensor padded(GetParam(), good.dtype,
-                      {good.num_experts, good.hidden_columns(), good.hidden_size},
-                      Strides::kPadded);
+                      {good.num_experts, good.h_columns(), good.hidden_size}, Strides::kPadded);
   call.backward.grad_w1 = padded.view();
   EXPECT_EQ(call.backward_error(), "grad_w1");
   EXPECT_EQ(call.grad_x.violation_as_input(), "");

@@ -1,37 +1,23 @@
-// The router's matrix products and the sum of its gradients on every target, against float64.
-#include "core/backend.hpp"
+// The router's matrix products on every target, against float64.
+#include "layer/composed_backend.hpp"
 #include "ops/router_fixture.hpp"
 
 namespace sonicmoe::rig {
 namespace {
 
-class RouterProducts : public RouterTest {
- protected:
-  Context context() const { return target().context(3); }
-  const Backend& backend() const { return choose_backend(context_, "test"); }
-
- private:
-  Context context_ = target().context();
-};
+class RouterProducts : public RouterTest {};
 INSTANTIATE_TEST_SUITE_P(Targets, RouterProducts, ::testing::ValuesIn(targets()), target_name);
 
 Tensor output(const Target& target, DType dtype, std::vector<std::int64_t> shape) {
   return Tensor(target, dtype, std::move(shape));
 }
 
-void expect_output(const Tensor& tensor) { EXPECT_EQ(tensor.violation_as_output(), ""); }
-
-TEST_P(RouterProducts, AddLogitsGradient) {
-  Tensor sum = output(target(), DType::kFloat32, {301, 7});
-  Tensor addend = output(target(), DType::kFloat32, {301, 7});
-  sum.fill(make_logits(301, 7, 0.0, true, 31));
-  addend.fill(make_logits(301, 7, 0.0, true, 32));
-  Values expected = sum.values();
-  const Values added = addend.values();
-  for (std::size_t i = 0; i < expected.size(); ++i) expected[i] += added[i];
-  backend().add_logits_gradient(context(), sum.view(), addend.view());
-  EXPECT_EQ(sum.values(), expected);
+// Every backend of this library makes its layer of parts.
+const ComposedBackend& parts_of(const Context& context) {
+  return dynamic_cast<const ComposedBackend&>(choose_backend(context, "test"));
 }
+
+void expect_output(const Tensor& tensor) { EXPECT_EQ(tensor.violation_as_output(), ""); }
 
 struct ProductCase {
   std::int64_t num_tokens, hidden_size, num_experts;
@@ -117,7 +103,7 @@ MoEShape shape_of(const ProductCase& c) {
   shape.num_tokens = c.num_tokens;
   shape.hidden_size = c.hidden_size;
   shape.num_experts = c.num_experts;
-  shape.dtype = c.x;
+  shape.numerics = Numerics::of(c.x);
   return shape;
 }
 
@@ -128,7 +114,7 @@ std::size_t at(std::int64_t row, std::int64_t columns, std::int64_t column) {
 void check_logits(const Target& target, const ProductCase& c) {
   const std::int64_t num_tokens = c.num_tokens, d = c.hidden_size, num_experts = c.num_experts;
   const Context context = target.context(3);
-  const Backend& backend = choose_backend(context, "test");
+  const ComposedBackend& backend = parts_of(context);
   const Tensor x = strided_input(target, c.x, {num_tokens, d}, c.strides, 41);
   const Tensor weight = strided_input(target, c.weight, {num_experts, d}, c.strides, 42);
   Tensor bias;
@@ -154,7 +140,7 @@ void check_logits(const Target& target, const ProductCase& c) {
 void check_gradients(const Target& target, const ProductCase& c) {
   const std::int64_t num_tokens = c.num_tokens, d = c.hidden_size, num_experts = c.num_experts;
   const Context context = target.context(3);
-  const Backend& backend = choose_backend(context, "test");
+  const ComposedBackend& backend = parts_of(context);
   const Tensor x = strided_input(target, c.x, {num_tokens, d}, c.strides, 51);
   const Tensor grad =
       strided_input(target, DType::kFloat32, {num_tokens, num_experts}, Strides::kContiguous, 52);
@@ -166,8 +152,8 @@ void check_gradients(const Target& target, const ProductCase& c) {
     grad_weight.fill_constant(before);
     grad_bias.fill_constant(before);
   }
-  const GuardedBuffer workspace(target,
-                                backend.router_logits_workspace_bytes(context, shape_of(c)));
+  const GuardedBuffer workspace(
+      target, backend.router_logits_backward_workspace_bytes(context, shape_of(c)));
   backend.router_logits_backward(context, x.view(), grad.view(), grad_weight.view(),
                                  grad_bias.view(), c.accumulate, workspace.view());
   const Values xs = x.values(), gs = grad.values();
@@ -201,14 +187,14 @@ TEST_P(RouterProducts, LogitsGradientsMatchFloat64) {
 }
 
 TEST_P(RouterProducts, GradientsOfNoTokensAreZero) {
-  const Context context = this->context();
-  const Backend& backend = this->backend();
+  const Context context = target().context(3);
+  const ComposedBackend& backend = parts_of(context);
   const Tensor x = output(target(), DType::kFloat32, {0, 40});
   const Tensor grad = output(target(), DType::kFloat32, {0, 70});
   const Tensor grad_weight = output(target(), DType::kFloat32, {70, 40});
   const Tensor grad_bias = output(target(), DType::kFloat32, {70});
   const GuardedBuffer workspace(
-      target(), backend.router_logits_workspace_bytes(
+      target(), backend.router_logits_backward_workspace_bytes(
                     context, shape_of({0, 40, 70, DType::kFloat32, DType::kFloat32, true, false})));
   backend.router_logits_backward(context, x.view(), grad.view(), grad_weight.view(),
                                  grad_bias.view(), false, workspace.view());

@@ -61,11 +61,11 @@ def scores(logits, scoring):
 
 
 def route(
-    logits, k, scoring="softmax_topk", renormalize=None, bias=None, num_groups=1, top_groups=1,
-    scale=1.0,
+    logits, k, scoring="softmax_topk", renormalize=None, selection_bias=None, num_groups=1,
+    top_groups=1, scale=1.0,
 ):  # fmt: skip
     score = scores(logits, scoring)
-    choice = score if bias is None else score + bias
+    choice = score if selection_bias is None else score + selection_bias
     if num_groups > 1:
         grouped = choice.unflatten(-1, (num_groups, -1))
         best = grouped.topk(min(2, grouped.shape[-1]), -1)[0].sum(-1).topk(top_groups, -1)[1]

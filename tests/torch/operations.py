@@ -32,11 +32,10 @@ class Maker:
         return torch.randint(0, high, shape, generator=self.generator)
 
     def make(self, name: str):
-        T, d, n, E, K = (self.sizes[letter] for letter in "TdnEK")  # noqa: N806
+        T, d, n, E, K = (self.sizes[letter] for letter in "TdnEK")
         exact = torch.float32
         makers = {
             "x": lambda: self.floats(T, d),
-            "rows": lambda: self.floats(T, d),
             "w1": lambda: self.floats(E, 2 * n, d),
             "w2": lambda: self.floats(E, d, n),
             "b1": lambda: self.floats(E, 2 * n),
@@ -48,10 +47,10 @@ class Maker:
             "token_ids": lambda: self.indices(T, 2 * T),
             "expert_ids": lambda: self.indices(E, 2 * T),
             "pair_weights": lambda: self.floats(2 * T),
-            "router_w": lambda: self.floats(E, d, dtype=exact),
-            "router_b": lambda: self.floats(E, dtype=exact),
+            "router_weight": lambda: self.floats(E, d, dtype=exact),
+            "router_bias": lambda: self.floats(E, dtype=exact),
             "logits": lambda: self.floats(T, E, dtype=exact),
-            "bias": lambda: self.floats(E, dtype=exact),
+            "selection_bias": lambda: self.floats(E, dtype=exact),
             "rows_per_expert": lambda: self.indices(E, T * K).bincount(minlength=E).int(),
             "top_k": lambda: K,
             "tile": lambda: 2,
@@ -77,22 +76,22 @@ ROUNDING_OPTIONS = ("tile", "policy", "seed")
 WEIGHTS = ("w1", "w2", "b1", "b2")
 SIGMOID = {"scoring": "sigmoid_topk"}
 ROUNDED = SIGMOID | {"router": "token_rounding", "policy": "stochastic"}
-LAYER = ("x", "router_w", *WEIGHTS, "router_b", "bias")
+LAYER = ("x", "router_weight", *WEIGHTS, "router_bias", "selection_bias")
 OPERATIONS = {
     "moe": Operation(
         sm.moe, ("x", *WEIGHTS, "topk_ids", "topk_weights"), (), {},
         (*EXPERT_OPTIONS, "deterministic"),
     ),
     "moe_sorted": Operation(
-        sm.moe_sorted, ("rows", *WEIGHTS, "offsets", "row_weights"), (), {}, EXPERT_OPTIONS
+        sm.moe_sorted, ("x", *WEIGHTS, "offsets", "row_weights"), (), {}, EXPERT_OPTIONS
     ),
     "moe_pairs": Operation(
         sm.moe_pairs, ("x", *WEIGHTS, "token_ids", "expert_ids", "pair_weights"), (), {},
         (*EXPERT_OPTIONS, "deterministic"),
     ),
-    "route": Operation(sm.route, ("logits", "bias"), ("top_k",), SIGMOID, ROUTER_OPTIONS),
+    "route": Operation(sm.route, ("logits", "selection_bias"), ("top_k",), SIGMOID, ROUTER_OPTIONS),
     "round_tokens": Operation(
-        sm.round_tokens, ("logits", "bias"), ("top_k", "tile"), SIGMOID,
+        sm.round_tokens, ("logits", "selection_bias"), ("top_k", "tile"), SIGMOID,
         (*ROUTER_OPTIONS, *ROUNDING_OPTIONS),
     ),
     "load_balancing_loss": Operation(
@@ -101,7 +100,7 @@ OPERATIONS = {
     ),
     "router_z_loss": Operation(sm.router_z_loss, ("logits",)),
     "update_expert_bias_": Operation(
-        sm.update_expert_bias_, ("bias", "rows_per_expert"), ("rate",), {}, ("rate",)
+        sm.update_expert_bias_, ("selection_bias", "rows_per_expert"), ("rate",), {}, ("rate",)
     ),
     "moe_layer": Operation(sm.moe_layer, LAYER, ("top_k",), SIGMOID),
     "moe_layer, rounded": Operation(
@@ -110,10 +109,8 @@ OPERATIONS = {
          "main_grad"),
     ),
 }  # fmt: skip
-# The library's own names, where they differ.
-ALIASES = {
-    "router_w": "router_weight", "router_b": "router_bias", "bias": "selection_bias", "rows": "x"
-}  # fmt: skip
+# The library's own name, where it differs.
+ALIASES = {"selection_bias": "bias"}
 
 
 def assert_clear(error: Exception, operation: str, argument: str | None, what: str) -> None:

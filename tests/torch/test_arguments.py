@@ -16,11 +16,11 @@ from operations import OPERATIONS, Maker, Operation, assert_clear
 from torch import Tensor
 
 NAN, INF = math.nan, math.inf
-OPTIONAL = {"b1", "b2", "row_weights", "router_b", "bias"}
+OPTIONAL = {"b1", "b2", "row_weights", "router_bias", "selection_bias"}
 DTYPES = {
-    **dict.fromkeys(("topk_ids", "token_ids", "expert_ids"), {torch.int32, torch.int64}),
-    **dict.fromkeys(("offsets", "rows_per_expert"), {torch.int32}),
-    "bias": {torch.float32},
+    **{ids: {torch.int32, torch.int64} for ids in ("topk_ids", "token_ids", "expert_ids")},
+    **{counts: {torch.int32} for counts in ("offsets", "rows_per_expert")},
+    "selection_bias": {torch.float32},
     "logits": {torch.float32, torch.bfloat16, torch.float16},
 }
 FLOATS = {torch.float32, torch.bfloat16}
@@ -58,12 +58,12 @@ def overlapping(tensor: Tensor) -> Tensor:
 def layouts(name: str, tensor: Tensor):
     """Values in memory that is not plain. Parameters are never copied, so some strides are refused
     for them; everything else is taken as it is."""
-    parameter = name.startswith(("w", "b", "router"))
+    parameter = name.startswith(("w", "b", "router", "selection_bias"))
     copied = NAMED if parameter else RIGHT
     yield "spread", spread(tensor), copied
     yield "misaligned", misaligned(tensor), REFUSED
     yield "transposed", transposed(tensor), RIGHT if name in ("w1", "w2") else copied
-    if tensor.is_floating_point() and name != "bias":
+    if tensor.is_floating_point() and name != "selection_bias":
         yield "overlapping", overlapping(tensor), RIGHT
         for dim in range(tensor.dim()):
             narrow = tensor.narrow(dim, 0, 1).expand(tensor.shape)
@@ -131,7 +131,7 @@ def results(operation: Operation, arguments: dict) -> list[Tensor]:
     leaves = []
     given = dict(arguments)
     for name, value in arguments.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and name != "bias":
+        if isinstance(value, Tensor) and value.is_floating_point() and name != "selection_bias":
             given[name] = value.detach().requires_grad_()
             leaves.append(given[name])
     out = operation.call(**given)
@@ -225,7 +225,7 @@ def test_values_out_of_the_ordinary(operation):
 
 def routers():
     for operation, op in OPERATIONS.items():
-        for argument in ("logits", "bias", "x", "router_w", "router_b"):
+        for argument in ("logits", "selection_bias", "x", "router_weight", "router_bias"):
             if "top_k" in op.others and "loss" not in operation and argument in op.tensors:
                 yield operation, argument
 
@@ -292,7 +292,9 @@ def test_a_selection_bias_may_require_grad():
     """It selects only: whether a Parameter or a buffer, nothing flows back to it."""
     bias = torch.nn.Parameter(torch.tensor([0.0, 3.0, 0.0]))
     logits = torch.randn(5, 3, requires_grad=True)
-    ids, weights = sm.route(logits, 1, scoring="sigmoid_topk", bias=bias, renormalize=False)
+    ids, weights = sm.route(
+        logits, 1, scoring="sigmoid_topk", selection_bias=bias, renormalize=False
+    )
     assert (ids == 1).all()
     weights.sum().backward()
     assert bias.grad is None and logits.grad.abs().max() > 0

@@ -21,7 +21,7 @@ def functions():
     offsets = torch.tensor([2, 5, 5, 9, T], dtype=torch.int32)
     rows = torch.tensor([4, 5, 6, 5, 4], dtype=torch.int32)
     router = torch.randn(E, D)
-    sigmoid = {"scoring": "sigmoid_topk", "bias": torch.randn(E)}
+    sigmoid = {"scoring": "sigmoid_topk", "selection_bias": torch.randn(E)}
     rounding = {"router": "token_rounding", "tile": 2}
     of_x = {
         "moe": lambda x: sm.moe(x, w1, w2, ids, weights),
@@ -78,8 +78,8 @@ def test_forward_mode_through_any_argument_is_refused():
     calls = {
         "w1": (lambda v: sm.moe(x, v, w2, ids, weights), w1),
         "topk_weights": (lambda v: sm.moe(x, w1, w2, ids, v), weights),
-        "router_w": (lambda v: sm.moe_layer(x, v, w1, w2, K), router),
-        "bias": (lambda v: sm.update_expert_bias_(v, rows, 0.1), bias),
+        "router_weight": (lambda v: sm.moe_layer(x, v, w1, w2, K), router),
+        "selection_bias": (lambda v: sm.update_expert_bias_(v, rows, 0.1), bias),
     }
     for call, value in calls.values():
         with pytest.raises(RuntimeError, match=REFUSED):
@@ -120,7 +120,7 @@ def test_vmap_is_a_loop(name):
 
 
 def test_gradients_of_a_functional_module():
-    module = sm.MoE(D, N, E, K, router="token_rounding", tile=2, bias=True)
+    module = sm.MoE(D, N, E, K, router="token_rounding", tile=2, expert_bias=True)
     x = torch.randn(2, 6, D)
     parameters = {name: p.detach() for name, p in module.named_parameters()}
 
@@ -182,7 +182,7 @@ def test_gradients_of_some_inputs_and_of_a_retained_graph():
 
 
 def test_hooks_on_saved_tensors_and_anomaly_mode_change_nothing():
-    module = sm.MoE(D, N, E, K, bias=True)
+    module = sm.MoE(D, N, E, K, expert_bias=True)
     x = torch.randn(T, D, requires_grad=True)
     (right,) = torch.autograd.grad(module(x).square().sum(), x)
     with torch.autograd.graph.save_on_cpu(), torch.autograd.detect_anomaly(check_nan=True):
@@ -250,8 +250,14 @@ def test_autograd_grad_leaves_main_grad_alone():
     right = gradients(twin, x)
     right_x = x.grad.clone()
     loss = module(x).square().sum()
-    for inputs in ([x], [x, module.w2], [module.router_weight, module.w1], [module.router_b]):
-        for tensor, ours in zip(inputs, torch.autograd.grad(loss, inputs, retain_graph=True)):
+    for inputs in (
+        [x],
+        [x, module.experts.w2],
+        [module.router.weight, module.experts.w1],
+        [module.router.bias],
+    ):
+        found = torch.autograd.grad(loss, inputs, retain_graph=True)
+        for tensor, ours in zip(inputs, found, strict=True):
             name = next((n for n, p in module.named_parameters() if p is tensor), None)
             close(ours, right_x if name is None else right[name])
         holds(module, lambda name: 0)
@@ -266,25 +272,25 @@ def test_backward_for_some_inputs_accumulates_into_those():
     x = torch.randn(T, D, requires_grad=True)
     right = gradients(twin_of(module), x)
     x.grad = None
-    module(x).square().sum().backward(inputs=[module.w1])
-    holds(module, lambda name: right[name] if name == "w1" else 0)
+    module(x).square().sum().backward(inputs=[module.experts.w1])
+    holds(module, lambda name: right[name] if name == "experts.w1" else 0)
     assert x.grad is None
 
 
 def test_frozen_parameters_get_nothing():
     module = with_buffers()
-    module.w1.requires_grad_(False)
+    module.experts.w1.requires_grad_(False)
     right = gradients(twin_of(module), torch.ones(T, D))
     module(torch.ones(T, D)).square().sum().backward()
-    holds(module, lambda name: 0 if name == "w1" else right[name])
+    holds(module, lambda name: 0 if name == "experts.w1" else right[name])
 
 
 def test_a_layer_used_twice_and_tied_weights_accumulate_both():
     first, second = with_buffers(), with_buffers()
-    second.w1 = first.w1
+    second.experts.w1 = first.experts.w1
     x = torch.randn(T, D)
     twins = twin_of(first), twin_of(second)
-    twins[1].w1 = twins[0].w1
+    twins[1].experts.w1 = twins[0].experts.w1
 
     def loss(a, b):
         return b(a(a(x))).square().sum()
@@ -312,9 +318,9 @@ def test_a_buffer_may_be_overwritten():
     module = with_buffers(value=7.0)
     x = torch.randn(T, D)
     right = gradients(twin_of(module), x)
-    module.w1.overwrite_main_grad = True
+    module.experts.w1.overwrite_main_grad = True
     module(x).square().sum().backward()
-    holds(module, lambda name: right[name] + (0 if name == "w1" else 7))
+    holds(module, lambda name: right[name] + (0 if name == "experts.w1" else 7))
 
 
 @pytest.mark.parametrize(
@@ -326,19 +332,21 @@ def test_a_buffer_may_be_overwritten():
 )  # fmt: skip
 def test_a_wrong_buffer_is_refused_before_any_is_written(buffer):
     module = with_buffers()
-    module.w2.overwrite_main_grad = True
-    module.w2.main_grad.fill_(5)
-    module.w1.main_grad = buffer
+    module.experts.w2.overwrite_main_grad = True
+    module.experts.w2.main_grad.fill_(5)
+    module.experts.w1.main_grad = buffer
     with pytest.raises(RuntimeError, match="main_grad: expected a float32 buffer .+, got"):
         module(torch.randn(T, D)).square().sum().backward()
-    assert (module.w2.main_grad == 5).all() and (module.router_weight.main_grad == 0).all()
+    assert (module.experts.w2.main_grad == 5).all() and (module.router.weight.main_grad == 0).all()
 
 
 def test_main_grad_where_it_cannot_work_is_refused():
     module, x = with_buffers(), torch.randn(T, D)
-    with pytest.raises(ValueError, match="main_grad: not supported under autocast"):
-        with torch.autocast("cpu", torch.bfloat16):
-            module(x)
+    with (
+        pytest.raises(ValueError, match="main_grad: not supported under autocast"),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        module(x)
     with pytest.raises(ValueError, match="main_grad: not supported under torch.func"):
         torch.func.grad(lambda v: module(v).sum())(x)
     right = gradients(twin_of(module), x)
@@ -373,9 +381,9 @@ def test_the_bias_may_change_between_forward_and_backward_of_the_layer():
     x = torch.randn(T, D, requires_grad=True)
     (right,) = torch.autograd.grad(module(x).square().sum(), x)
     y = module(x)
-    update(module.selection_bias)
+    update(module.router.selection_bias)
     (ours,) = torch.autograd.grad(y.square().sum(), x)
-    assert module.selection_bias.abs().max() > 0 and torch.equal(ours, right)
+    assert module.router.selection_bias.abs().max() > 0 and torch.equal(ours, right)
 
 
 def test_a_bias_that_requires_grad_changes_under_no_grad_only():

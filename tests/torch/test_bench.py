@@ -13,8 +13,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from bench import cases, compare_builds, layer, systems
-from bench.lib import compilation, profile, routings, summary, timing
+from bench.lib import compilation, problem, profile, routings, summary, timing
 from bench.lib.profile import Halves, Span
+from bench.lib.record import has_row, newest, rounded
+from bench.systems import official
+from bench.systems.sonicmoe import SonicMoE
 
 T, E, K = 2048, 64, 6
 
@@ -28,7 +31,7 @@ def generator():
 def test_a_token_takes_distinct_experts_that_exist(draw, generator):
     ids = draw(T, E, K, generator)
     assert ids.shape == (T, K) and ids.dtype == torch.int32
-    assert 0 <= ids.min() and ids.max() < E
+    assert ids.min() >= 0 and ids.max() < E
     ordered = ids.sort(-1).values
     assert (ordered[:, 1:] != ordered[:, :-1]).all()
 
@@ -133,7 +136,7 @@ def test_arguments():
         cases.parse_arguments(["--case", "other"])
 
 
-# ------------------------------------------------------------------------------------------ profiles
+# ----------------------------------------------------------------------------------------- profiles
 
 MARK = "at::cuda::(anonymous namespace)::spin_kernel(long)"
 
@@ -199,7 +202,7 @@ def test_kernel_table():
     assert profile.kernel_table(calls) == [(6.0, 1.0, "b"), (2.5, 1.5, "a")]
 
 
-# ---------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def test_forward_and_backward_are_timed_apart(monkeypatch):
@@ -263,10 +266,9 @@ def test_systems_take_turns_and_one_that_fails_stops(monkeypatch):
             raise torch.cuda.OutOfMemoryError
         return {"fwd_ms": float(len(turns)), "bwd_ms": 8.0}
 
-    monkeypatch.setattr(layer, "one_routing", lambda p: None)
     monkeypatch.setattr(layer, "figures_once", lambda *_: {"first_call_s": 0.123456})
     monkeypatch.setattr(layer, "figures_of_run", figures_of_run)
-    p = layer.Problem("tiny", (4, 8, 8, 2, 1), "cpu")
+    p = problem.Problem("tiny", (4, 8, 8, 2, 1), "cpu")
     arguments = layer.parse_arguments(["--runs", "3", "--no-check"])
     rows = layer.bench_problem(p, [FakeSystem("small"), FakeSystem("big")], arguments)
     assert turns == ["small", "big"] * 2 + ["small"]
@@ -277,7 +279,7 @@ def test_systems_take_turns_and_one_that_fails_stops(monkeypatch):
 
 
 def test_a_system_of_unknown_options_is_left_out(monkeypatch, capsys):
-    unknown = systems.SonicMoE("new", no_such_option=1)
+    unknown = SonicMoE("new", no_such_option=1)
     monkeypatch.setitem(systems.SYSTEMS, "new", lambda: unknown)
     found = systems.systems_named(["sonicmoe", "new"])
     assert [system.name for system in found] == ["sonicmoe"]
@@ -285,12 +287,12 @@ def test_a_system_of_unknown_options_is_left_out(monkeypatch, capsys):
 
 
 def test_the_official_layer_is_left_out_where_it_is_not_installed(monkeypatch, capsys):
-    monkeypatch.setattr(systems.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(official.importlib.util, "find_spec", lambda name: None)
     assert systems.systems_named(["sonic-moe"]) == []
     assert "sonic-moe: skipped, the package" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------- compile
+# ------------------------------------------------------------------------------------------ compile
 
 
 def test_compilations_start_as_memory_allows():
@@ -316,13 +318,13 @@ def test_compilations_end_each_in_its_own_way():
         entries,
         workers=2,
         limit=1.5,
-        memory=8 * compilation.GIB,
+        memory=8 * problem.GIB,
         command=lambda entry: [sys.executable, "-S", "-c", endings[entry["name"]]],
     )
     assert outcomes == {"a": "done", "b": "failed (exit 3)", "c": "stopped after 2 s"}
 
 
-# ------------------------------------------------------------------------------- summary and pictures
+# ----------------------------------------------------------------------------- summary and pictures
 
 
 def test_ratios_by_hand():
@@ -371,7 +373,7 @@ def test_summary_has_the_ratios_and_their_geometric_mean():
     assert set(mean) == {"busy", "wall"} and mean["busy"]["shapes"] == mean["wall"]["shapes"] == 2
     assert mean["busy"]["ratios"] == pytest.approx([2**0.5] * 3)
     assert mean["wall"]["ratios"] == pytest.approx([(1.25 * 0.625) ** 0.5] * 3)
-    text = summary.describe(layer.rounded(summed))
+    text = summary.describe(rounded(summed))
     assert re.search(r"^b +sonicmoe +busy 1\.000  1\.000  1\.000  wall 0\.625", text, re.M)
     assert re.search(r"^mean of 2 +sonicmoe +busy 1\.414", text, re.M)
 
@@ -433,8 +435,8 @@ def test_plots_take_the_newest_record_and_the_better_of_wall_and_busy():
         {"date": date, "rows": [row | {"shape": "a", "system": "sonicmoe"}]} for date in "12"
     )
     undated = {"rows": [{}]}
-    assert plots.newest([new, undated, old], "system", "sonicmoe") is new
-    assert plots.newest([new, undated], "case", "limit") is None
+    assert newest([new, undated, old], has_row("system", "sonicmoe")) is new
+    assert newest([new, undated], has_row("case", "limit")) is None
     anchors = {
         "rows": [
             {"shape": "a", "system": "peer", "wall": [100, 700], "busy": [400, 400]},
@@ -472,14 +474,14 @@ def test_the_picture_shows_every_system(tmp_path):
     assert (tmp_path / "speeds.png").stat().st_size > 10_000
 
 
-# ------------------------------------------------------------------------------------ compare_builds
+# ----------------------------------------------------------------------------------- compare_builds
 
 
 @pytest.mark.parametrize(
     ("kernel", "name"),
     [
         (
-            "void a::grouped_gemm_kernel<a::HiddenGradientSpec<256, (a::ptx::Major)1, true, 2> >(P)",
+            "void a::grouped_gemm_kernel<a::HiddenGradientSpec<256, (a::Major)1, true, 2> >(P)",
             "HiddenGradient<256, 1, true, 2>",
         ),
         ("void a::k<a::(anonymous namespace)::LogitsSpec<128, true> >(P)", "Logits<128, true>"),

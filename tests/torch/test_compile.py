@@ -1,16 +1,19 @@
 """opcheck of every operator, and torch.compile with a changing number of tokens."""
 
+import re
 import shutil
 
 import pytest
 import sonicmoe_cpp as sm
 import torch
+from sonicmoe_cpp._library import POLICIES
+from sonicmoe_cpp.options import ExpertOptions, LayerOptions, RoundingOptions, RouterOptions
 from torch.library import opcheck
 
 ops = torch.ops.sonicmoe_cpp
 T, D, N, E, K = 32, 16, 8, 4, 2
-EXPERT_OPTIONS = (0, 0, 7.0, True, None)
-ROUTER_OPTIONS = (K, 1, True, 1, 1, 1.0)
+EXPERT_OPTIONS = ExpertOptions().pack()
+ROUTER_OPTIONS = RouterOptions(top_k=K, renormalize=True).pack()
 
 
 def tensors(grad):
@@ -32,6 +35,10 @@ def moe_args(form, grad):
     return x, w1, b1, w2, b2, form, *routing, weights
 
 
+def backward_args(grad, args, h, metadata, needs):
+    return grad, *args, [h, metadata], *EXPERT_OPTIONS, needs
+
+
 @pytest.mark.parametrize("form", [0, 1, 2])
 def test_opcheck_moe(form):
     opcheck(ops.moe_forward, (*moe_args(form, True), *EXPERT_OPTIONS, True))
@@ -39,33 +46,62 @@ def test_opcheck_moe(form):
     opcheck(ops.moe_forward, (*args, *EXPERT_OPTIONS, False))
     _, h, metadata = ops.moe_forward(*args, *EXPERT_OPTIONS, True)
     for needs in ((True,) * 6, (False, True, False, True, False, False)):
-        opcheck(
-            ops.moe_backward,
-            (torch.randn(T, D), *args, h, metadata, *EXPERT_OPTIONS, *needs),
-        )
+        opcheck(ops.moe_backward, backward_args(torch.randn(T, D), args, h, metadata, needs))
 
 
 def layer_args(rounding, grad):
+    """Tensors and options of moe_layer_forward."""
     # A tile of one row leaves no unused place, whose H is never written: opcheck compares all bits.
     x, wr, w1, b1, w2, b2 = tensors(grad)
-    options = (0, 0, 7.0, True, *ROUTER_OPTIONS, rounding, 1, 0, None)
-    return (x, wr, None, w1, b1, w2, b2, None), options
+    router = RouterOptions(top_k=K, renormalize=True)
+    options = LayerOptions(ExpertOptions(), router, RoundingOptions(tile=1) if rounding else None)
+    return (x, wr, None, w1, b1, w2, b2, None), options.pack()
+
+
+def layer_backward_args(rounding):
+    """Of moe_layer_backward, without main_grads; and a buffer for every parameter."""
+    given, options = layer_args(rounding, False)
+    _, logits, _, *saved = ops.moe_layer_forward(*given, None, *options, True)
+    x, *parameters, _ = given
+    needs = [True, *(p is not None for p in parameters)]
+    main = [torch.zeros(p.shape) for p in parameters if p is not None]
+    grads = (torch.randn(T, D), torch.randn(T, E))
+    return (*grads, x, *parameters, [logits, *saved], *options, needs), main
 
 
 @pytest.mark.parametrize("rounding", [False, True])
 def test_opcheck_moe_layer(rounding):
     given, options = layer_args(rounding, True)
-    opcheck(ops.moe_layer_forward, (*given, None, *options, 0, True))
-    given, options = layer_args(rounding, False)
-    _, logits, _, *saved = ops.moe_layer_forward(*given, None, *options, 0, True)
-    grads = (torch.randn(T, D), torch.randn(T, E))
-    needs = (True, True, False, True, True, True, True)
-    opcheck(ops.moe_layer_backward, (*grads, *given, logits, *saved, *options, *needs))
-    main = [None if t is None else torch.zeros(t.shape) for t in given[1:7]]
-    opcheck(
-        ops.moe_layer_backward_accumulate,
-        (*grads, *given, logits, *saved, *options, True, *main),
-    )
+    opcheck(ops.moe_layer_forward, (*given, None, *options, True))
+    backward, main = layer_backward_args(rounding)
+    opcheck(ops.moe_layer_backward, (*backward, []))
+    opcheck(ops.moe_layer_backward, (*backward, main))
+
+
+def test_the_layer_adds_to_main_grads_what_it_returns_without():
+    backward, main = layer_backward_args(True)
+    versions = [buffer._version for buffer in main]
+    grad_x, *grads = ops.moe_layer_backward(*backward, [])
+    ours, *empty = ops.moe_layer_backward(*backward, main)
+    assert torch.equal(ours, grad_x) and all(g.numel() == 0 for g in empty)
+    grads = [g for g in grads if g.numel()]
+    for buffer, version, right in zip(main, versions, grads, strict=True):
+        assert buffer._version == version + 1
+        assert right.abs().max() > 0 and torch.equal(buffer, right)
+    for wrong in (main[:-1], [*main, main[0]]):
+        with pytest.raises(RuntimeError, match="main_grads: expected 5 values, got"):
+            ops.moe_layer_backward(*backward, wrong)
+
+
+def test_packed_options_of_another_version_are_refused():
+    """Fewer or more than the library has, or no enumerator: as another's exported graph would."""
+    given, (integers, reals) = layer_args(True, False)
+    for options in (
+        (integers[:-1], reals), ((*integers, 0), reals), (integers, reals[:-1]),
+        (integers, (*reals, 1.0)), ((300, *integers[1:]), reals), ((-1, *integers[1:]), reals),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="(options|reals): expected .+, got"):
+            ops.moe_layer_forward(*given, None, *options, True)
 
 
 def test_opcheck_router():
@@ -77,19 +113,17 @@ def test_opcheck_router():
     opcheck(ops.route_forward, (plain, None, *ROUTER_OPTIONS))
     opcheck(ops.route_forward, (logits, None, *ROUTER_OPTIONS), test_utils=graded)
     ids, weights = ops.route_forward(plain, None, *ROUTER_OPTIONS)
-    opcheck(ops.route_backward, (weights, plain, ids, None, *ROUTER_OPTIONS))
-    for policy in range(6):
-        rounding = (8, policy, 1)
-        args = (None, None, *ROUTER_OPTIONS, *rounding)
+    opcheck(ops.route_backward, (weights, plain, ids, *ROUTER_OPTIONS))
+    for policy in POLICIES:
+        options = ROUTER_OPTIONS + RoundingOptions(tile=8, policy=policy, seed=1).pack()
+        args = (None, None, *options)
         opcheck(ops.round_tokens_forward, (plain, *args))
         opcheck(ops.round_tokens_forward, (logits, *args), test_utils=graded)
+    options = ROUTER_OPTIONS + RoundingOptions(tile=8, policy="stochastic").pack()
     tokens, experts, weights, ids, _, rows = ops.round_tokens_forward(
-        plain, None, torch.tensor([1]), *ROUTER_OPTIONS, 8, 3, 0
+        plain, None, torch.tensor([1]), *options
     )
-    opcheck(
-        ops.round_tokens_backward,
-        (weights, plain, ids, tokens, experts, None, *ROUTER_OPTIONS),
-    )
+    opcheck(ops.round_tokens_backward, (weights, plain, ids, tokens, experts, *options))
     opcheck(ops.load_balancing_loss_forward, (logits, rows, K, 1))
     opcheck(ops.load_balancing_loss_backward, (torch.ones(1), plain, rows, K, 1))
     opcheck(ops.router_z_loss_forward, (logits,))
@@ -226,26 +260,21 @@ def operator_calls():
     plain = moe_args(0, False)
     _, h, metadata = ops.moe_forward(*plain, *EXPERT_OPTIONS, True)
     given, options = layer_args(True, False)
-    _, layer_logits, _, *saved = ops.moe_layer_forward(*given, None, *options, 0, True)
-    grads = torch.randn(T, D), torch.randn(T, E)
-    main = [None if t is None else torch.zeros(t.shape) for t in given[1:7]]
+    layer, main = layer_backward_args(True)
     logits, seed, bias = torch.randn(T, E), torch.tensor([1]), torch.randn(E)
-    router = (K, 2, True, 1, 1, 1.0)  # sigmoid_topk, which takes a bias
-    tokens, experts, weights, ids, _, rows = ops.round_tokens_forward(
-        logits, bias, seed, *router, 8, 3, 0
-    )
+    router = RouterOptions(top_k=K, scoring="sigmoid_topk").pack()  # takes a bias
+    rounding = router + RoundingOptions(tile=8, policy="stochastic").pack()
+    tokens, experts, weights, ids, _, rows = ops.round_tokens_forward(logits, bias, seed, *rounding)
     chosen, chosen_weights = ops.route_forward(logits, bias, *router)
-    layer = (*grads, *given, layer_logits, *saved, *options)
     return {
         "moe_forward": (*plain, *EXPERT_OPTIONS, True),
-        "moe_backward": (grads[0], *plain, h, metadata, *EXPERT_OPTIONS, *(True,) * 6),
-        "moe_layer_forward": (*given, seed, *options, 0, True),
-        "moe_layer_backward": (*layer, True, True, False, True, True, True, True),
-        "moe_layer_backward_accumulate": (*layer, True, *main),
+        "moe_backward": backward_args(torch.randn(T, D), plain, h, metadata, [True] * 6),
+        "moe_layer_forward": (*given, seed, *options, True),
+        "moe_layer_backward": (*layer, main),
         "route_forward": (logits, bias, *router),
-        "route_backward": (chosen_weights, logits, chosen, bias, *router),
-        "round_tokens_forward": (logits, bias, seed, *router, 8, 3, 0),
-        "round_tokens_backward": (weights, logits, ids, tokens, experts, bias, *router),
+        "route_backward": (chosen_weights, logits, chosen, *router),
+        "round_tokens_forward": (logits, bias, seed, *rounding),
+        "round_tokens_backward": (weights, logits, ids, tokens, experts, *rounding),
         "load_balancing_loss_forward": (logits, rows, K, 1),
         "load_balancing_loss_backward": (torch.ones(1), logits, rows, K, 1),
         "router_z_loss_forward": (logits,),
@@ -254,32 +283,64 @@ def operator_calls():
     }
 
 
+def moved(arguments, place, device):
+    """The arguments with the tensor at `place`, an index or that of a list and one within it,
+    elsewhere."""
+    first, *within = place
+    arguments = list(arguments)
+    if within:
+        arguments[first] = list(moved(arguments[first], within, device))
+    else:
+        arguments[first] = arguments[first].to(device)
+    return arguments
+
+
+def places_of_tensors(names, arguments):
+    """(place, name) of every tensor, those of lists as well."""
+    for index, (name, value) in enumerate(zip(names, arguments, strict=True)):
+        if isinstance(value, torch.Tensor):
+            yield (index,), name
+        elif isinstance(value, list):
+            for inner, tensor in enumerate(value):
+                if isinstance(tensor, torch.Tensor):
+                    yield (index, inner), f"{name}[{inner}]"
+
+
 def test_no_operator_takes_tensors_of_several_devices():
     """torch runs the fake as soon as one tensor is on meta: it would return memory as it is."""
     for name, arguments in operator_calls().items():
         operator = getattr(ops, name)
         operator(*arguments)
         names = [argument.name for argument in operator.default._schema.arguments]
-        places = [i for i, value in enumerate(arguments) if isinstance(value, torch.Tensor)]
-        for place in places if len(places) > 1 else ():
-            mixed = list(arguments)
-            mixed[place] = mixed[place].to("meta")
-            named, first = (names[i] for i in (place, places[0]))
+        places = list(places_of_tensors(names, arguments))
+        for place, named in places if len(places) > 1 else ():
+            (_, first), (_, second) = places[:2]
             devices = "cpu", "meta"
-            if place == places[0]:
-                named, devices = names[places[1]], devices[::-1]
-            message = f"{name}: {named}: expected a tensor on {devices[0]}, as {first}, "
+            if place == places[0][0]:
+                named, devices = second, devices[::-1]
+            message = re.escape(f"{name}: {named}: expected a tensor on {devices[0]}, as {first}, ")
             with pytest.raises(RuntimeError, match=f"{message}got {devices[1]}"):
-                operator(*mixed)
-        meta = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in arguments]
+                operator(*moved(arguments, place, "meta"))
+        meta = arguments
+        for place, _ in places:
+            meta = moved(meta, place, "meta")
         outputs = operator(*meta)
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs or ()
         assert all(output.device.type == "meta" for output in outputs)
 
 
 def test_fakes_refuse_gradients_of_absent_tensors():
+    arguments = operator_calls()["moe_backward"]
+    names = [argument.name for argument in ops.moe_backward.default._schema.arguments]
+    for place, _ in places_of_tensors(names, arguments):
+        arguments = moved(arguments, place, "meta")
+    arguments[3] = None
+    with pytest.raises(RuntimeError, match="needs: expected False for grad_b1, as the tensor is"):
+        ops.moe_backward(*arguments)
+
+
+def test_operators_refuse_gradients_of_absent_tensors():
     arguments = list(operator_calls()["moe_backward"])
     arguments[3] = None
-    meta = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in arguments]
-    with pytest.raises(RuntimeError, match="need_b1: expected False, since b1 is absent"):
-        ops.moe_backward(*meta)
+    with pytest.raises(RuntimeError, match="needs: expected false for grad_b1, as the tensor is"):
+        ops.moe_backward(*arguments)

@@ -1,6 +1,6 @@
 """The operators on a Hopper GPU: values, streams, graphs, compilation, memory.
 
-Skipped where torch sees no GPU or the build has no CUDA backend; scripts/gpu.sh runs them.
+Skipped where torch sees no GPU or the build has no CUDA backend; `make gpu-test` runs them.
 """
 
 import copy
@@ -10,6 +10,7 @@ import pytest
 import sonicmoe_cpp as sm
 import torch
 from parts import layer_in_parts
+from sonicmoe_cpp.options import ExpertOptions, LayerOptions, RouterOptions
 from torch.library import opcheck
 
 CUDA = next((b for b in sm.backends() if b.name == "cuda"), None)
@@ -101,7 +102,7 @@ def test_no_less_accurate_than_a_plain_bf16_layer(activation, layout, transposed
 @pytest.mark.parametrize("scoring", ["softmax_topk", "topk_softmax", "sigmoid_topk"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_one_node_equals_its_parts(scoring, router):
-    module = layer(scoring=scoring, router=router, bias=True, router_bias=True)
+    module = layer(scoring=scoring, router=router, expert_bias=True, router_bias=True)
     x, grad = tokens(), tokens()
     grad_logits = torch.randn(T, E, device="cuda") / 10
     y, logits, chosen, *ours = gradients(module, x, grad, grad_logits)
@@ -109,8 +110,8 @@ def test_one_node_equals_its_parts(scoring, router):
     assert chosen.sum() == T * K  # those of token choice, also where rows are rounded
 
     x = x.detach().requires_grad_()
-    router_bias = module.router_b.float()
-    parts = (x.float() @ module.router_weight.float().T) + router_bias
+    router_bias = module.router.bias.float()
+    parts = (x.float() @ module.router.weight.float().T) + router_bias
     parts = logits.detach() + (parts - parts.detach())  # equal values: equal routing
     expected, counts = layer_in_parts(module, x, parts)
     theirs = torch.autograd.grad([expected, parts], [x, *module.parameters()], [grad, grad_logits])
@@ -191,7 +192,7 @@ def test_sums_in_any_order_differ_by_roundings_alone(router):
 
 
 def test_sums_in_any_order_need_no_rows_in_memory():
-    x, w1, w2 = tokens(4096), layer().w1, layer().w2
+    x, w1, w2 = tokens(4096), layer().experts.w1, layer().experts.w2
     ids = torch.randint(0, E, (4096, K), dtype=torch.int32, device="cuda")
     s = torch.rand(4096, K, device="cuda")
 
@@ -206,7 +207,7 @@ def test_sums_in_any_order_need_no_rows_in_memory():
 
 
 def test_unsupported_calls_name_what_is_supported():
-    x, w1, w2 = tokens(), layer().w1, layer().w2
+    x, w1, w2 = tokens(), layer().experts.w1, layer().experts.w2
     ids, s = torch.zeros(T, K, dtype=torch.int32, device="cuda"), torch.ones(T, K, device="cuda")
     with pytest.raises(RuntimeError, match="bfloat16"):
         sm.moe(x.float(), w1.float(), w2.float(), ids, s)
@@ -227,7 +228,7 @@ def losses(logits, rows):
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("main_grad", [False, True])
 def test_a_training_step_never_synchronises(router, main_grad):
-    module = layer(router=router, policy="stochastic", main_grad=main_grad, bias=True)
+    module = layer(router=router, policy="stochastic", main_grad=main_grad, expert_bias=True)
     if main_grad:
         for parameter in module.parameters():
             parameter.main_grad = torch.zeros(parameter.shape, device="cuda")
@@ -328,7 +329,7 @@ def with_seed(module, seed, x, grad):
     """The layer's results for one given rounding seed."""
     x = x.detach().requires_grad_()
     y, logits, rows = sm.moe_layer(
-        x, module.router_weight, module.w1, module.w2, K,
+        x, module.router.weight, module.experts.w1, module.experts.w2, K,
         router="token_rounding", policy="stochastic", tile=64, seed=seed,
     )  # fmt: skip
     return [y, logits, rows, *torch.autograd.grad(y, [x, *module.parameters()], grad)]
@@ -375,9 +376,8 @@ def test_opcheck_of_the_layer():
     w2 = torch.randn(E, D, N, device="cuda", dtype=BF16)
     given = [t.requires_grad_() for t in (x, wr, w1, w2)]
     x, wr, w1, w2 = given
-    options = (0, 0, 7.0, True, K, 1, True, 1, 1, 1.0, False, 64, 0, None)
-    args = (x, wr, None, w1, None, w2, None, None, None, *options, 0, True)
-    opcheck(ops.moe_layer_forward, args)
+    options = LayerOptions(ExpertOptions(), RouterOptions(top_k=K, renormalize=True), None).pack()
+    opcheck(ops.moe_layer_forward, (x, wr, None, w1, None, w2, None, None, None, *options, True))
 
 
 def test_autocast_and_checkpointing():

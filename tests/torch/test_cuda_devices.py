@@ -6,6 +6,7 @@ import threading
 import pytest
 import sonicmoe_cpp as sm
 import torch
+from sonicmoe_cpp.options import ExpertOptions
 
 CUDA = next((b for b in sm.backends() if b.name == "cuda"), None)
 pytestmark = pytest.mark.skipif(
@@ -42,11 +43,15 @@ def pairs():
 def sorted_rows():
     rows = experts()
     ends = torch.arange(1, E + 1, dtype=torch.int32) * (T // E)
-    return {"rows": rows.pop("x"), **rows, "offsets": ends, "row_weights": torch.rand(T)}
+    return {**rows, "offsets": ends, "row_weights": torch.rand(T)}
 
 
 def whole_layer():
-    router = {"router_w": torch.randn(E, D), "router_b": torch.randn(E), "bias": torch.randn(E)}
+    router = {
+        "router_weight": torch.randn(E, D),
+        "router_bias": torch.randn(E),
+        "selection_bias": torch.randn(E),
+    }
     return experts() | router
 
 
@@ -57,7 +62,7 @@ CALLS = {
     "moe_layer": (sm.moe_layer, whole_layer, {"top_k": K, "scoring": "sigmoid_topk"}),
     "route": (
         sm.route,
-        lambda: {"logits": torch.randn(T, E), "bias": torch.randn(E)},
+        lambda: {"logits": torch.randn(T, E), "selection_bias": torch.randn(E)},
         {"top_k": K, "scoring": "sigmoid_topk"},
     ),
     "round_tokens": (
@@ -75,7 +80,10 @@ CALLS = {
     ),
     "update_expert_bias_": (
         sm.update_expert_bias_,
-        lambda: {"bias": torch.zeros(E), "rows_per_expert": torch.arange(E, dtype=torch.int32)},
+        lambda: {
+            "selection_bias": torch.zeros(E),
+            "rows_per_expert": torch.arange(E, dtype=torch.int32),
+        },
         {"rate": 0.1},
     ),
 }
@@ -105,7 +113,7 @@ def test_one_argument_elsewhere_is_refused(name, argument, elsewhere):
 def test_backward_operators_compare_devices(argument):
     ops = torch.ops.sonicmoe_cpp
     t = {key: tensor.cuda() for key, tensor in (experts() | slots()).items()}
-    codes = (0, 0, 7.0, True, None)
+    codes = ExpertOptions().pack()
     routing = (0, t["topk_ids"], None, t["topk_weights"])
     weights = (t["w1"], t["b1"], t["w2"], t["b2"])
     y, h, metadata = ops.moe_forward(t["x"], *weights, *routing, *codes, True)
@@ -116,7 +124,8 @@ def test_backward_operators_compare_devices(argument):
     }  # fmt: skip
 
     def backward(arguments):
-        return ops.moe_backward(*arguments.values(), *codes, *[True] * 6)
+        *others, h, metadata = arguments.values()
+        return ops.moe_backward(*others, [h, metadata], *codes, [True] * 6)
 
     with pytest.raises(RuntimeError, match="expected a tensor on cuda:0, got one on cpu"):
         backward(given | {argument: given[argument].cpu()})

@@ -11,7 +11,7 @@ T, D, N, E, K = 256, 512, 1024, 4, 2
 
 
 def weights(transposed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """w1 [E, 2N, D] (8 MiB a float32 expert pair) and w2 [E, D, N], leaves; w1 stored [E, D, 2N]."""
+    """w1 [E, 2N, D] (8 MiB a float32 expert pair) and w2 [E, D, N], leaves; w1 as [E, D, 2N]."""
     generator = torch.Generator().manual_seed(0)
     shape = (E, D, 2 * N) if transposed else (E, 2 * N, D)
     w1 = torch.randn(shape, generator=generator)

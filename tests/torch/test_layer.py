@@ -19,7 +19,7 @@ def layer(**options):
 @pytest.mark.parametrize("scoring", ["softmax_topk", "topk_softmax", "sigmoid_topk"])
 @pytest.mark.parametrize("router", ["topk", "token_rounding"])
 def test_one_node_equals_its_parts(scoring, router):
-    module = layer(scoring=scoring, router=router, tile=8, bias=True, router_bias=True)
+    module = layer(scoring=scoring, router=router, tile=8, expert_bias=True, router_bias=True)
     x = torch.randn(T, D, requires_grad=True)
     tensors = [x, *module.parameters()]
     grad, grad_logits = torch.randn(T, D), torch.randn(T, E) / 10
@@ -27,7 +27,7 @@ def test_one_node_equals_its_parts(scoring, router):
     y, logits, rows = module(x, return_router=True)
     ours = torch.autograd.grad((y * grad).sum() + (logits * grad_logits).sum(), tensors)
 
-    parts = torch.nn.functional.linear(x, module.router_weight, module.router_b)
+    parts = torch.nn.functional.linear(x, module.router.weight, module.router.bias)
     expected, counts = layer_in_parts(module, x, parts)
     theirs = torch.autograd.grad((expected * grad).sum() + (parts * grad_logits).sum(), tensors)
     assert torch.equal(module.last_rows_per_expert, counts)
@@ -42,8 +42,8 @@ def test_gradient_through_the_logits_alone():
     module = layer()
     _, logits, rows = module(torch.randn(T, D), return_router=True)
     sm.load_balancing_loss(logits, rows, top_k=K).backward()
-    assert module.router_weight.grad.abs().max() > 0
-    assert (module.w1.grad == 0).all()
+    assert module.router.weight.grad.abs().max() > 0
+    assert (module.experts.w1.grad == 0).all()
 
 
 def test_eval_is_plain_top_k():
@@ -104,8 +104,8 @@ def test_main_grad_accumulates_in_float32():
     module = layer(main_grad=True, dtype=torch.bfloat16)
     for parameter in module.parameters():
         parameter.main_grad = torch.zeros(parameter.shape)
-    module.w1.grad_added_to_main_grad = False
-    module.w2.main_grad.fill_(256)
+    module.experts.w1.grad_added_to_main_grad = False
+    module.experts.w2.main_grad.fill_(256)
     x = torch.randn(T, D, dtype=torch.bfloat16, requires_grad=True)
     module(x).float().sum().backward()
     plain = layer(dtype=torch.bfloat16)
@@ -114,12 +114,12 @@ def test_main_grad_accumulates_in_float32():
     plain(other).float().sum().backward()
     assert torch.equal(x.grad, other.grad)
     for (name, ours), theirs in zip(module.named_parameters(), plain.parameters(), strict=True):
-        expected = theirs.grad.float() + (256 if name == "w2" else 0)
+        expected = theirs.grad.float() + (256 if name == "experts.w2" else 0)
         error = (ours.main_grad - expected).abs().max()
         assert theirs.grad.abs().max() > 0 and error <= 2**-7 * theirs.grad.abs().max()
-    assert module.w1.grad_added_to_main_grad and (module.w1.grad == 0).all()
-    assert module.w2.grad is None
-    assert (module.w2.main_grad % 1 != 0).any(), "rounded to bfloat16 on the way"
+    assert module.experts.w1.grad_added_to_main_grad and (module.experts.w1.grad == 0).all()
+    assert module.experts.w2.grad is None
+    assert (module.experts.w2.main_grad % 1 != 0).any(), "rounded to bfloat16 on the way"
 
 
 def test_main_grad_256_plus_1():
@@ -130,7 +130,7 @@ def test_main_grad_256_plus_1():
             parameter.main_grad = torch.zeros(parameter.shape)
     for value in (256.0, 1.0):
         module(torch.full((1, 1), value, dtype=torch.bfloat16)).sum().backward()
-    assert module.w2.main_grad.item() == 257
+    assert module.experts.w2.main_grad.item() == 257
 
 
 def test_main_grad_without_a_buffer_is_an_error():
@@ -140,13 +140,13 @@ def test_main_grad_without_a_buffer_is_an_error():
 
 
 def test_copies_and_checkpoints_of_the_module():
-    module = layer(scoring="sigmoid_topk", selection_bias=True, bias=True)
+    module = layer(scoring="sigmoid_topk", selection_bias=True, expert_bias=True)
     x = torch.randn(T, D)
     y = module(x)
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
-    other = layer(scoring="sigmoid_topk", selection_bias=True, bias=True)
+    other = layer(scoring="sigmoid_topk", selection_bias=True, expert_bias=True)
     other.load_state_dict(module.state_dict())
     for twin in (copy.deepcopy(module), torch.load(file, weights_only=False), other):
         assert torch.equal(twin(x), y)
@@ -154,20 +154,22 @@ def test_copies_and_checkpoints_of_the_module():
 
 def test_the_selection_bias_stays_float32():
     module = layer(scoring="sigmoid_topk", selection_bias=True)
-    module.selection_bias += torch.rand(E)
-    exact = module.selection_bias.clone()
+    module.router.selection_bias += torch.rand(E)
+    exact = module.router.selection_bias.clone()
     module.bfloat16()
-    assert module.w1.dtype == torch.bfloat16 and torch.equal(module.selection_bias, exact)
+    assert module.experts.w1.dtype == torch.bfloat16 and torch.equal(
+        module.router.selection_bias, exact
+    )
 
 
 def test_autocast_to_float16_is_refused_by_its_name():
     """x is float32 there: a message about its dtype alone would send the reader astray."""
     module, x = sm.MoE(16, 8, 4, 2), torch.randn(3, 16)
-    with torch.autocast("cpu", dtype=torch.float16):
-        with pytest.raises(
-            RuntimeError, match="x: expected float32 or bfloat16, got float16 of au"
-        ):
-            module(x)
+    with (
+        torch.autocast("cpu", dtype=torch.float16),
+        pytest.raises(RuntimeError, match="x: expected float32 or bfloat16, got float16 of au"),
+    ):
+        module(x)
     assert module(x).abs().sum() > 0
 
 
@@ -179,7 +181,7 @@ def test_autocast_keeps_the_router_in_float32():
     assert y.dtype == torch.bfloat16 and logits.dtype == torch.float32
     assert y.shape == x.shape and logits.shape == (2, T // 2, E)
     y.float().sum().backward()
-    assert module.w1.grad.dtype == torch.float32
+    assert module.experts.w1.grad.dtype == torch.float32
 
 
 def test_bad_options():

@@ -12,12 +12,16 @@ SCORINGS = [
     {"scoring": "topk_softmax"},
     {"scoring": "sigmoid_topk"},
     {"scoring": "sigmoid_topk", "renormalize": False, "scale": 2.5},
-    {"scoring": "sigmoid_topk", "num_groups": 4, "top_groups": 2, "bias": True},
+    {"scoring": "sigmoid_topk", "num_groups": 4, "top_groups": 2, "selection_bias": True},
 ]
 
 
 def with_bias(options):
-    return options | {"bias": torch.randn(E) / 4} if options.get("bias") else options
+    return (
+        options | {"selection_bias": torch.randn(E) / 4}
+        if options.get("selection_bias")
+        else options
+    )
 
 
 @pytest.mark.parametrize("options", SCORINGS, ids=str)
@@ -127,7 +131,7 @@ def test_update_expert_bias():
             lambda x: sm.route(x, K, scoring="topk_softmax", renormalize=False),
             "renormalize",
         ),
-        (lambda x: sm.route(x, K, bias=torch.zeros(E)), "bias"),
+        (lambda x: sm.route(x, K, selection_bias=torch.zeros(E)), "selection_bias"),
         (lambda x: sm.route(x * float("nan"), K), "NaN|nan"),
         (lambda x: sm.round_tokens(x, K, tile=T + 1), "tile|num_tokens|tokens"),
         (

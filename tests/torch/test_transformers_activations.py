@@ -1,4 +1,4 @@
-"""Activations and gates are recognised by what they are: the module's own loop in float64 decides."""
+"""Activations and gates are recognised by what they are: the module's loop in float64 decides."""
 
 import copy
 import functools

@@ -1,4 +1,5 @@
-"""Whatever acts on the calls of a router or of experts acts in a replaced block as in the stock one.
+"""Whatever acts on the calls of a router or of experts acts in a replaced block as in the stock
+one.
 
 Each situation is put on the stock model in float64, which is the oracle, and on the replaced model:
 before the replacement, after it, and between two forwards.
@@ -183,7 +184,8 @@ def test_recorded_router_logits_keep_the_fused_layer():
         ours = model(ids, output_router_logits=True)
         assert all(router_of(block)._forward_hooks for block in moe_blocks(model))
         assert all(fused(model))
-    for a, b in zip(ours.router_logits, exact(stock)(ids, output_router_logits=True).router_logits):
+    theirs = exact(stock)(ids, output_router_logits=True)
+    for a, b in zip(ours.router_logits, theirs.router_logits, strict=True):
         same(a, b)
 
 

@@ -1,4 +1,5 @@
-"""Replaced blocks under accelerate's offloading, FSDP, DDP and adapters: the stock model's results."""
+"""Replaced blocks under accelerate's offloading, FSDP, DDP and adapters: the stock model's
+results."""
 
 import copy
 

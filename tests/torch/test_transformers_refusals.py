@@ -155,7 +155,9 @@ def test_a_class_patched_before_the_integration_was_imported(monkeypatch):
         cls = getattr(olmoe, name)
         inner = cls.forward
         with monkeypatch.context() as patch:
-            patch.setattr(cls, "forward", functools.wraps(inner)(lambda *inputs: inner(*inputs)))
+            patch.setattr(
+                cls, "forward", functools.wraps(inner)(lambda *inputs, inner=inner: inner(*inputs))
+            )
             late = families.Family(
                 olmoe.OlmoeSparseMoeBlock,
                 olmoe.OlmoeTopKRouter,

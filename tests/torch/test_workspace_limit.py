@@ -15,14 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 T, D, N, E, K = 1024, 1024, 16, 5, 3
 
 
-def experts(x, w1, w2, router_w, limit):
+def experts(x, w1, w2, router_weight, limit):
     ids = torch.arange(T * K).view(T, K) % E
     weights = torch.linspace(0.1, 1, T * K).view(T, K)
     return (sm.moe(x, w1, w2, ids, weights, workspace_limit=limit),)
 
 
-def layer(x, w1, w2, router_w, limit):
-    return sm.moe_layer(x, router_w, w1, w2, K, workspace_limit=limit)
+def layer(x, w1, w2, router_weight, limit):
+    return sm.moe_layer(x, router_weight, w1, w2, K, workspace_limit=limit)
 
 
 def traced(call):
@@ -83,7 +83,8 @@ def test_a_thread_keeps_its_scratch_until_a_call_has_a_limit():
         (y,), held = traced(lambda: experts(x, w1, w2, None, limit))
         return y, int(held[-1])
 
-    results, left = zip(*(left_behind(limit) for limit in (1 << 40, None, None, 1 << 40)))
+    limits = (1 << 40, None, None, 1 << 40)
+    results, left = zip(*map(left_behind, limits), strict=True)
     kept = left[1] - left[2]
     assert kept >= T * K * D * 4 and left[2] == results[0].numel() * 4
     assert left[3] == left[2] - kept

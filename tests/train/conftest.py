@@ -82,7 +82,8 @@ def contents(folder):
 
 @pytest.fixture
 def refuse(capsys):
-    """Asserts that a program answers with one line that holds the words, and with that exit code."""
+    """Asserts that a program answers with one line that holds the words, and with that exit
+    code."""
     from trainer.train import main
 
     def check(argv, *words, entry=main, code=2):

@@ -110,7 +110,7 @@ def test_compare_side_by_side_reports_a_failure(flags, tmp_path, capfd):
     )
 
 
-# ------------------------------------------------------------------------------- what is there already
+# ---------------------------------------------------------------------------- what is there already
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_results_of_other_settings_are_not_taken(refuse, comparison, changes):
 
 
 def test_what_does_not_shape_a_curve_may_change(comparison, monkeypatch):
-    folder, argv = comparison
+    _, argv = comparison
     monkeypatch.setattr(loop, "train", lambda *unused: pytest.fail("trained again"))
     assert compare(argv(threads=2, save_every=7, sample_prompt="x", device="cpu")) == 0
 

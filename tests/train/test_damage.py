@@ -1,4 +1,5 @@
-"""Runs that were edited, cut or damaged: --resume names the file in one line and changes nothing."""
+"""Runs that were edited, cut or damaged: --resume names the file in one line and changes
+nothing."""
 
 import hashlib
 import json
@@ -221,7 +222,7 @@ def test_no_model_is_built_from_the_checkpoints_own_configuration(damaged, resum
     assert main(list(map(str, resume))) == 0
 
 
-# -------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def edited(change):

@@ -1,4 +1,5 @@
-"""What runs out or goes wrong while it trains: one line, exit code 1, the last good checkpoint kept."""
+"""What runs out or goes wrong while it trains: one line, exit code 1, the last good checkpoint
+kept."""
 
 import errno
 import io
@@ -28,7 +29,7 @@ def resumes(run_dir):
     return [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")]
 
 
-# ----------------------------------------------------------------------------------------------- disk
+# --------------------------------------------------------------------------------------------- disk
 
 
 @pytest.fixture
@@ -45,7 +46,8 @@ def file_limit():
 
 @pytest.mark.parametrize("room", ["none", "some tensors", "most"])
 def test_no_room_for_a_checkpoint(refuse, flags, run_dir, file_limit, monkeypatch, room):
-    """The one of step 2 does not fit; what fits of it differs, and with that what the libraries raise."""
+    """The one of step 2 does not fit; what fits of it differs, and with that what the libraries
+    raise."""
     write = checkpoint._write
 
     def fuller(folder, state, *rest):
@@ -135,7 +137,7 @@ def test_no_room_for_tokens_leaves_what_was_there(refuse, text_folder, tmp_path,
         assert contents(tmp_path) == before
 
 
-# --------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------- output
 
 
 class Closed(io.StringIO):
@@ -236,7 +238,7 @@ def test_nohup_is_left_alone(flags, run_dir, monkeypatch):
     assert checkpoint.last_step(run_dir) == 6
 
 
-# ----------------------------------------------------------------------------------------- divergence
+# --------------------------------------------------------------------------------------- divergence
 
 
 @pytest.mark.parametrize("experts", ["sonicmoe_cpp", "eager", "grouped_mm"])
@@ -288,7 +290,7 @@ def test_no_rows_at_all(flags, run_dir):
     assert {line["rows"] for line in lines} == {0} and lines[-1]["expert_shares"][0][0] == 0
 
 
-# ---------------------------------------------------------------------------- memory, threads and more
+# ------------------------------------------------------------------------- memory, threads and more
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Text of others: what is no file or no UTF-8 is left out or named; nothing of others is replaced."""
+"""Text of others: what is no file or no UTF-8 is left out or named; nothing of others is
+replaced."""
 
 import bz2
 import gzip
@@ -83,7 +84,7 @@ def test_too_much_text_is_refused_before_it_is_read(monkeypatch, text_folder, tm
         data.load_corpus(str(text_folder))
 
 
-# -------------------------------------------------------------------------------------------- prepare
+# ------------------------------------------------------------------------------------------ prepare
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ TEST(OracleClosedForm, EqualExpertsWithWeightsThatSumToOneAreADenseMlp) {
   c.top_k = 3;
   const MoEInputs inputs(host_target(), c);
   // Every expert gets the parameters of expert 0; weights 0.5, 0.25, 0.25.
-  Tensor w1 = Tensor(host_target(), c.dtype, {3, c.hidden_columns(), c.hidden_size});
+  Tensor w1 = Tensor(host_target(), c.dtype, {3, c.h_columns(), c.hidden_size});
   Tensor w2 = Tensor(host_target(), c.dtype, {3, c.hidden_size, c.intermediate_size});
   const auto repeat = [](const Tensor& from, Tensor& to) {
     std::vector<double> values = from.values();

@@ -54,11 +54,17 @@ MoEShape random_shape(Random& random) {
                                                             : s.num_tokens * random.integer(0, 3);
   if (random.chance(0.1)) s.num_pairs = pick(random);
   s.activation = random.chance(0.5) ? Activation::kSwiGLU : Activation::kReLU;
-  s.dtype = random.chance(0.5) ? DType::kFloat32 : DType::kBFloat16;
+  s.numerics = Numerics::of(random.chance(0.5) ? DType::kFloat32 : DType::kBFloat16);
   s.deterministic = random.chance(0.5);
   if (random.chance(0.03)) s.form = static_cast<Form>(random.integer(3, 255));
   if (random.chance(0.03)) s.activation = static_cast<Activation>(random.integer(10, 255));
-  if (random.chance(0.03)) s.dtype = static_cast<DType>(random.integer(2, 255));
+  if (random.chance(0.03)) {
+    s.numerics = Numerics::of(static_cast<DType>(random.integer(2, 255)));
+  }
+  if (random.chance(0.02)) {  // the other of the two
+    s.numerics.operand = static_cast<DType>(1 - static_cast<int>(s.numerics.operand));
+  }
+  if (random.chance(0.02)) s.numerics.scaling = static_cast<Scaling>(random.integer(1, 255));
   return s;
 }
 
@@ -67,7 +73,8 @@ bool contradictory(const MoEShape& s) {
   const bool sizes = s.num_tokens >= 0 && s.hidden_size > 0 && s.intermediate_size > 0 &&
                      s.num_experts > 0 && s.num_pairs >= 0;
   const bool enumerators = s.form <= Form::kPairs && s.activation <= Activation::kReLUSquared &&
-                           s.dtype <= DType::kBFloat16;
+                           s.numerics.storage <= DType::kBFloat16 &&
+                           s.numerics == Numerics::of(s.numerics.storage);
   if (!sizes || !enumerators) return true;
   if (s.form == Form::kSorted) return s.num_pairs != s.num_tokens;
   return s.form == Form::kTopK &&
@@ -122,7 +129,7 @@ struct Terms {
         E(cut(s.num_experts)),
         P(cut(s.num_pairs)),
         columns(gate_factor(s.activation) * n),
-        width(static_cast<Wide>(size_of(s.dtype))) {}
+        width(static_cast<Wide>(size_of(s.numerics.storage))) {}
 
  private:
   static Wide cut(std::int64_t size) { return std::clamp<std::int64_t>(size, 0, kMostMultiplied); }

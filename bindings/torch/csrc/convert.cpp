@@ -3,9 +3,11 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <array>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace sonicmoe_torch {
 namespace {
@@ -83,6 +85,30 @@ View view(const char* operation, const char* argument, const Tensor& tensor, son
   return {data, dtype, shape, span_of(tensor.strides()), device_of(tensor)};
 }
 
+/// [..., d] as [rows, d], for a tensor of at least one dimension.
+template <class View, class Data>
+View rows_view(const char* operation, const char* argument, const Tensor& tensor,
+               sonicmoe::DType dtype, Data* data) {
+  const auto shape = span_of(tensor.sizes());
+  const auto strides = span_of(tensor.strides());
+  const std::size_t last = shape.size() - 1;
+  std::array<std::int64_t, 2> matrix{1, shape[last]};
+  std::array<std::int64_t, 2> steps{std::max<std::int64_t>(shape[last], 1), strides[last]};
+  if (tensor.numel() == 0) steps[1] = 1;  // torch leaves any strides on a tensor without elements
+  bool first = true;
+  for (std::size_t i = last; i-- > 0; matrix[0] *= shape[i]) {
+    if (shape[i] == 1 || tensor.numel() == 0) continue;
+    if (first) {
+      steps[0] = strides[i];
+    } else if (strides[i] != steps[0] * matrix[0]) {
+      throw sonicmoe::Error(operation, argument, "leading dimensions that are one in memory",
+                            "others");
+    }
+    first = false;
+  }
+  return {data, dtype, matrix, steps, device_of(tensor)};
+}
+
 /// Why torch's last call through the stable interface failed; empty before torch 2.13, which tells
 /// it on stderr alone.
 std::string torch_reason() {
@@ -141,8 +167,22 @@ sonicmoe::TensorView Views::out(const char* argument, const Tensor& tensor) cons
   return view<sonicmoe::TensorView>(operation_, argument, tensor, dtype, tensor.mutable_data_ptr());
 }
 
-sonicmoe::TensorView Views::out(const char* argument, const OptionalTensor& tensor) const {
-  return tensor ? out(argument, *tensor) : sonicmoe::TensorView();
+sonicmoe::ConstTensorView Views::rows(const char* argument, const Tensor& tensor) const {
+  if (tensor.dim() == 2 || tensor.dim() == 0) return in(argument, tensor);
+  const auto dtype = dtype_of(operation_, argument, tensor.scalar_type());
+  return rows_view<sonicmoe::ConstTensorView>(operation_, argument, tensor, dtype,
+                                              tensor.const_data_ptr());
+}
+
+sonicmoe::ConstTensorView Views::rows(const char* argument, const OptionalTensor& tensor) const {
+  return tensor ? rows(argument, *tensor) : sonicmoe::ConstTensorView();
+}
+
+sonicmoe::TensorView Views::out_rows(const char* argument, const Tensor& tensor) const {
+  if (tensor.dim() == 2) return out(argument, tensor);
+  const auto dtype = dtype_of(operation_, argument, tensor.scalar_type());
+  return rows_view<sonicmoe::TensorView>(operation_, argument, tensor, dtype,
+                                         tensor.mutable_data_ptr());
 }
 
 Call::Call(const Tensor& tensor) {
@@ -166,6 +206,13 @@ Tensor new_like_contiguous(const Tensor& like, ScalarType dtype) {
   return new_empty(like, like.sizes(), dtype);
 }
 
+Tensor new_rows(const Tensor& like, std::int64_t columns, ScalarType dtype) {
+  const auto shape = span_of(like.sizes());
+  std::vector<std::int64_t> rows(shape.begin(), shape.end());
+  rows.back() = columns;
+  return new_tensor(like, rows, dtype);
+}
+
 Tensor new_like(const Tensor& like) {
   return or_out_of_memory(like, like.sizes(), like.scalar_type(),
                           [&] { return torch::stable::empty_like(like); });
@@ -187,15 +234,6 @@ Tensor new_workspace(const Tensor& like, std::size_t bytes, bool limited) {
   return *kept;
 }
 
-void require_present(const char* operation, const char* flag, bool need, const OptionalTensor& of) {
-  if (need && !of) throw sonicmoe::Error(operation, flag, "false, as the tensor is absent", "true");
-}
-
 Tensor nothing(const Tensor& like) { return new_tensor(like, {0}, like.scalar_type()); }
-
-std::optional<std::size_t> byte_limit(std::optional<std::int64_t> limit) {
-  if (!limit) return std::nullopt;
-  return static_cast<std::size_t>(std::max<std::int64_t>(*limit, 0));
-}
 
 }  // namespace sonicmoe_torch

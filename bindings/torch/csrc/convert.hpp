@@ -22,14 +22,18 @@ using OptionalTensor = std::optional<Tensor>;
 class Views {
  public:
   explicit Views(const char* operation) : operation_(operation) {}
+  const char* operation() const noexcept { return operation_; }
 
   /// Strides pass through: nothing is copied. Throws sonicmoe::Error for an element type that the
   /// library has no name for (float16, float64, ...).
   sonicmoe::ConstTensorView in(const char* argument, const Tensor& tensor) const;
   /// None is an absent view.
   sonicmoe::ConstTensorView in(const char* argument, const OptionalTensor& tensor) const;
+  /// [..., d] as [rows, d]. Throws where the leading dimensions are not one in memory.
+  sonicmoe::ConstTensorView rows(const char* argument, const Tensor& tensor) const;
+  sonicmoe::ConstTensorView rows(const char* argument, const OptionalTensor& tensor) const;
   sonicmoe::TensorView out(const char* argument, const Tensor& tensor) const;
-  sonicmoe::TensorView out(const char* argument, const OptionalTensor& tensor) const;
+  sonicmoe::TensorView out_rows(const char* argument, const Tensor& tensor) const;
 
  private:
   const char* operation_;
@@ -53,6 +57,8 @@ Tensor new_tensor(const Tensor& like, std::span<const std::int64_t> shape, Scala
 Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype);
 /// Contiguous, of the shape of `like`.
 Tensor new_like_contiguous(const Tensor& like, ScalarType dtype);
+/// Contiguous, of the shape of `like` but for the last dimension.
+Tensor new_rows(const Tensor& like, std::int64_t columns, ScalarType dtype);
 /// Of the shape, strides and type of `like`.
 Tensor new_like(const Tensor& like);
 /// A buffer for sizes the library states in bytes (workspace, metadata).
@@ -63,12 +69,7 @@ Tensor new_bytes(const Tensor& like, std::size_t bytes);
 /// one.
 Tensor new_workspace(const Tensor& like, std::size_t bytes, bool limited);
 inline constexpr std::size_t kMostKept = std::size_t{256} << 20;
-/// Throws unless the gradient of an optional argument is asked for only where there is one.
-void require_present(const char* operation, const char* flag, bool need, const OptionalTensor& of);
 /// What an operator returns for a result that was not asked for.
 Tensor nothing(const Tensor& like);
-
-/// A limit in bytes; a negative one is left to the library, which names the minimum.
-std::optional<std::size_t> byte_limit(std::optional<std::int64_t> limit);
 
 }  // namespace sonicmoe_torch

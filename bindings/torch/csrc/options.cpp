@@ -21,35 +21,91 @@ std::string join_names(int count) {
 
 }  // namespace
 
-sonicmoe::ExpertOptions expert_options(std::int64_t activation, std::int64_t gate_up_layout,
-                                       double limit, bool deterministic) {
-  return {.activation = static_cast<sonicmoe::Activation>(activation),
-          .gate_up_layout = static_cast<sonicmoe::GateUpLayout>(gate_up_layout),
-          .limit = static_cast<float>(limit),
-          .deterministic = deterministic};
+std::int64_t PackedOptions::integer() {
+  if (next_integer_ == integers_.size()) {
+    throw sonicmoe::Error(operation_, "options", "more integers (options.py of this library)",
+                          std::to_string(integers_.size()));
+  }
+  return integers_[next_integer_++];
 }
 
-sonicmoe::RouterOptions router_options(const Views& views, std::int64_t top_k, std::int64_t scoring,
-                                       std::optional<bool> renormalize,
-                                       const OptionalTensor& selection_bias,
-                                       std::int64_t num_groups, std::int64_t top_groups,
-                                       double scale) {
-  return {.top_k = top_k,
-          .scoring = static_cast<sonicmoe::Scoring>(scoring),
-          .renormalize = renormalize,
+float PackedOptions::real() {
+  if (next_real_ == reals_.size()) {
+    throw sonicmoe::Error(operation_, "reals", "more numbers (options.py of this library)",
+                          std::to_string(reals_.size()));
+  }
+  return static_cast<float>(reals_[next_real_++]);
+}
+
+std::optional<bool> PackedOptions::optional_flag() {
+  const std::int64_t value = integer();
+  return value < 0 ? std::nullopt : std::optional(value != 0);
+}
+
+std::optional<std::size_t> PackedOptions::optional_size() {
+  const std::int64_t value = integer();
+  return value < 0 ? std::nullopt : std::optional(static_cast<std::size_t>(value));
+}
+
+std::uint8_t PackedOptions::code() {
+  const std::int64_t value = integer();
+  if (value < 0 || value > 255) {
+    throw sonicmoe::Error(operation_, "options", "an enumerator", std::to_string(value));
+  }
+  return static_cast<std::uint8_t>(value);
+}
+
+void PackedOptions::finish() const {
+  if (next_integer_ != integers_.size() || next_real_ != reals_.size()) {
+    const auto count = [](std::size_t integers, std::size_t reals) {
+      return std::to_string(integers) + " integers and " + std::to_string(reals) + " reals";
+    };
+    throw sonicmoe::Error(operation_, "options", count(next_integer_, next_real_),
+                          count(integers_.size(), reals_.size()));
+  }
+}
+
+// Initialisers are evaluated from left to right: fields are read in the order of options.py.
+
+ExpertCall unpack_experts(PackedOptions& packed) {
+  ExpertCall call;
+  call.options = {.activation = packed.enumerator<sonicmoe::Activation>(),
+                  .gate_up_layout = packed.enumerator<sonicmoe::GateUpLayout>(),
+                  .limit = packed.real(),
+                  .deterministic = packed.flag()};
+  call.workspace_limit = packed.optional_size();
+  return call;
+}
+
+sonicmoe::RouterOptions unpack_router(PackedOptions& packed, const Views& views,
+                                      const OptionalTensor& selection_bias) {
+  return {.top_k = packed.integer(),
+          .scoring = packed.enumerator<sonicmoe::Scoring>(),
+          .renormalize = packed.optional_flag(),
           .selection_bias = views.in("selection_bias", selection_bias),
-          .num_groups = num_groups,
-          .top_groups = top_groups,
-          .scale = static_cast<float>(scale)};
+          .num_groups = packed.integer(),
+          .top_groups = packed.integer(),
+          .scale = packed.real()};
 }
 
-sonicmoe::RoundingOptions rounding_options(const Views& views, std::int64_t tile,
-                                           std::int64_t policy, std::int64_t seed,
-                                           const OptionalTensor& seed_tensor) {
-  return {.tile = tile,
-          .policy = static_cast<sonicmoe::RoundingPolicy>(policy),
-          .seed = static_cast<std::uint64_t>(seed),
+sonicmoe::RoundingOptions unpack_rounding(PackedOptions& packed, const Views& views,
+                                          const OptionalTensor& seed_tensor) {
+  return {.tile = packed.integer(),
+          .policy = packed.enumerator<sonicmoe::RoundingPolicy>(),
+          .seed = static_cast<std::uint64_t>(packed.integer()),
           .seed_tensor = views.in("seed_tensor", seed_tensor)};
+}
+
+LayerCall unpack_layer(PackedOptions packed, const Views& views,
+                       const OptionalTensor& selection_bias, const OptionalTensor& seed_tensor) {
+  const ExpertCall experts = unpack_experts(packed);
+  LayerCall call{.options = {.experts = experts.options,
+                             .router = unpack_router(packed, views, selection_bias),
+                             .rounding = {}},
+                 .workspace_limit = experts.workspace_limit};
+  if (packed.flag()) call.options.rounding = unpack_rounding(packed, views, seed_tensor);
+  packed.finish();
+  return call;
 }
 
 std::string enum_names(std::int64_t kind) {

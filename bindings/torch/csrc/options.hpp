@@ -1,27 +1,74 @@
-// Operator arguments to the library's option structs. Enumerations travel as the integers of the
-// public headers: a string argument would leak one allocation per call in the 2.10 ABI, and the
-// package reads the names from the library itself (see enum_names).
+// From operator arguments to the library's option structs.
+//
+// Options are packed by sonicmoe_cpp/options.py: the fields of its dataclasses in their order,
+// integers (enumerators, flags, sizes) in one list and reals in another. This is the one place that
+// unpacks them: a new option is one field there and one line here. Enumerators travel as the
+// integers of the public headers; the package reads their names from the library (enum_names).
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "convert.hpp"
 
 namespace sonicmoe_torch {
 
+using Integers = std::vector<std::int64_t>;
+using Reals = std::vector<double>;
+
 /// How the routing tensors are read: topk_ids [T, K] / offsets [E] / expert_ids [P] + token_ids.
 enum class Form : std::int64_t { kTopK = 0, kSorted = 1, kPairs = 2 };
 
-sonicmoe::ExpertOptions expert_options(std::int64_t activation, std::int64_t gate_up_layout,
-                                       double limit, bool deterministic);
-sonicmoe::RouterOptions router_options(const Views& views, std::int64_t top_k, std::int64_t scoring,
-                                       std::optional<bool> renormalize,
-                                       const OptionalTensor& selection_bias,
-                                       std::int64_t num_groups, std::int64_t top_groups,
-                                       double scale);
-sonicmoe::RoundingOptions rounding_options(const Views& views, std::int64_t tile,
-                                           std::int64_t policy, std::int64_t seed,
-                                           const OptionalTensor& seed_tensor);
+/// Hands out packed values in order. Throws sonicmoe::Error where one is missing, or left over when
+/// finish() is called, or is no value of its type.
+class PackedOptions {
+ public:
+  PackedOptions(const char* operation, const Integers& integers, const Reals& reals)
+      : operation_(operation), integers_(integers), reals_(reals) {}
+
+  std::int64_t integer();
+  float real();
+  bool flag() { return integer() != 0; }
+  /// -1 is unset.
+  std::optional<bool> optional_flag();
+  std::optional<std::size_t> optional_size();
+  template <class Enum>
+  Enum enumerator() {
+    return static_cast<Enum>(code());
+  }
+  void finish() const;
+
+ private:
+  std::uint8_t code();
+
+  const char* operation_;
+  const Integers& integers_;
+  const Reals& reals_;
+  std::size_t next_integer_ = 0, next_real_ = 0;
+};
+
+/// ExpertOptions of options.py: those of the library, and the limit of this call's scratch.
+struct ExpertCall {
+  sonicmoe::ExpertOptions options;
+  std::optional<std::size_t> workspace_limit;
+};
+ExpertCall unpack_experts(PackedOptions& packed);
+
+/// RouterOptions of options.py, with its tensor.
+sonicmoe::RouterOptions unpack_router(PackedOptions& packed, const Views& views,
+                                      const OptionalTensor& selection_bias);
+
+/// RoundingOptions of options.py, with its tensor.
+sonicmoe::RoundingOptions unpack_rounding(PackedOptions& packed, const Views& views,
+                                          const OptionalTensor& seed_tensor);
+
+/// LayerOptions of options.py.
+struct LayerCall {
+  sonicmoe::MoELayerOptions options;
+  std::optional<std::size_t> workspace_limit;
+};
+LayerCall unpack_layer(PackedOptions packed, const Views& views,
+                       const OptionalTensor& selection_bias, const OptionalTensor& seed_tensor);
 
 /// "swiglu,geglu,..." in the order of the integers, for "activation", "gate_up_layout", "scoring"
 /// and "policy" (kind 0 to 3).

@@ -24,86 +24,98 @@ LogitsShape shape_of(const char* operation, const sonicmoe::ConstTensorView& log
   return {logits.size(0), logits.size(1)};
 }
 
+sonicmoe::RouterOptions unpack(PackedOptions packed, const Views& views,
+                               const OptionalTensor& selection_bias) {
+  const auto router = unpack_router(packed, views, selection_bias);
+  packed.finish();
+  return router;
+}
+
 constexpr const char* kRouteForwardSchema =
-    "route_forward(Tensor logits, Tensor? selection_bias, int top_k, int scoring, "
-    "bool? renormalize, int num_groups, int top_groups, float scale) -> "
+    "route_forward(Tensor logits, Tensor? selection_bias, int[] options, float[] reals) -> "
     "(Tensor topk_ids, Tensor topk_weights)";
 
 // topk_ids [T, K] int64 (as torch.topk gives them), topk_weights [T, K] float32.
 std::tuple<Tensor, Tensor> route_forward(const Tensor& logits, const OptionalTensor& selection_bias,
-                                         std::int64_t top_k, std::int64_t scoring,
-                                         std::optional<bool> renormalize, std::int64_t num_groups,
-                                         std::int64_t top_groups, double scale) {
+                                         const Integers& options, const Reals& reals) {
   const Views views("route_forward");
   const Call call(logits);
+  const auto router =
+      unpack(PackedOptions(views.operation(), options, reals), views, selection_bias);
   const auto logits_view = views.in("logits", logits);
   const LogitsShape shape = shape_of("route_forward", logits_view);
-  const Tensor ids = new_tensor(logits, {shape.num_tokens, shape.columns(top_k)}, ScalarType::Long);
+  const Tensor ids =
+      new_tensor(logits, {shape.num_tokens, shape.columns(router.top_k)}, ScalarType::Long);
   const Tensor weights = new_like_contiguous(ids, ScalarType::Float);
-  sonicmoe::route_forward(
-      call.context(), {.options = router_options(views, top_k, scoring, renormalize, selection_bias,
-                                                 num_groups, top_groups, scale),
-                       .logits = logits_view,
-                       .topk_ids = views.out("topk_ids", ids),
-                       .topk_weights = views.out("topk_weights", weights),
-                       .rows_per_expert = {}});
+  sonicmoe::route_forward(call.context(), {.options = router,
+                                           .logits = logits_view,
+                                           .topk_ids = views.out("topk_ids", ids),
+                                           .topk_weights = views.out("topk_weights", weights),
+                                           .rows_per_expert = {}});
   return {ids, weights};
 }
 
 constexpr const char* kRouteBackwardSchema =
-    "route_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, "
-    "Tensor? selection_bias, int top_k, int scoring, bool? renormalize, int num_groups, "
-    "int top_groups, float scale) -> Tensor grad_logits";
+    "route_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, int[] options, "
+    "float[] reals) -> Tensor grad_logits";
 
 Tensor route_backward(const Tensor& grad_topk_weights, const Tensor& logits, const Tensor& topk_ids,
-                      const OptionalTensor& selection_bias, std::int64_t top_k,
-                      std::int64_t scoring, std::optional<bool> renormalize,
-                      std::int64_t num_groups, std::int64_t top_groups, double scale) {
+                      const Integers& options, const Reals& reals) {
   const Views views("route_backward");
   const Call call(logits);
+  const auto router = unpack(PackedOptions(views.operation(), options, reals), views, std::nullopt);
   const Tensor grad_logits = new_like_contiguous(logits, ScalarType::Float);
-  sonicmoe::route_backward(
-      call.context(), {.options = router_options(views, top_k, scoring, renormalize, selection_bias,
-                                                 num_groups, top_groups, scale),
-                       .logits = views.in("logits", logits),
-                       .topk_ids = views.in("topk_ids", topk_ids),
-                       .grad_topk_weights = views.in("grad_topk_weights", grad_topk_weights),
-                       .grad_logits = views.out("grad_logits", grad_logits)});
+  sonicmoe::route_backward(call.context(),
+                           {.options = router,
+                            .logits = views.in("logits", logits),
+                            .topk_ids = views.in("topk_ids", topk_ids),
+                            .grad_topk_weights = views.in("grad_topk_weights", grad_topk_weights),
+                            .grad_logits = views.out("grad_logits", grad_logits)});
   return grad_logits;
 }
 
 constexpr const char* kRoundTokensForwardSchema =
-    "round_tokens_forward(Tensor logits, Tensor? selection_bias, Tensor? seed_tensor, int top_k, "
-    "int scoring, bool? renormalize, int num_groups, int top_groups, float scale, int tile, "
-    "int policy, int seed) -> (Tensor token_ids, Tensor expert_ids, Tensor pair_weights, "
+    "round_tokens_forward(Tensor logits, Tensor? selection_bias, Tensor? seed_tensor, "
+    "int[] options, float[] reals) -> (Tensor token_ids, Tensor expert_ids, Tensor pair_weights, "
     "Tensor topk_ids, Tensor rows_per_expert, Tensor rows_per_expert_before)";
+
+struct RoundingCall {
+  sonicmoe::RouterOptions router;
+  sonicmoe::RoundingOptions rounding;
+};
+
+/// Of both operators: the options of the router, then those of the rounding.
+RoundingCall unpack(PackedOptions packed, const Views& views, const OptionalTensor& selection_bias,
+                    const OptionalTensor& seed_tensor) {
+  const RoundingCall call{.router = unpack_router(packed, views, selection_bias),
+                          .rounding = unpack_rounding(packed, views, seed_tensor)};
+  packed.finish();
+  return call;
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> round_tokens_forward(
     const Tensor& logits, const OptionalTensor& selection_bias, const OptionalTensor& seed_tensor,
-    std::int64_t top_k, std::int64_t scoring, std::optional<bool> renormalize,
-    std::int64_t num_groups, std::int64_t top_groups, double scale, std::int64_t tile,
-    std::int64_t policy, std::int64_t seed) {
+    const Integers& options, const Reals& reals) {
   const Views views("round_tokens_forward");
   const Call call(logits);
+  const auto [router, rounding] =
+      unpack(PackedOptions(views.operation(), options, reals), views, selection_bias, seed_tensor);
   const auto logits_view = views.in("logits", logits);
   const LogitsShape shape = shape_of("round_tokens_forward", logits_view);
-  const auto options = router_options(views, top_k, scoring, renormalize, selection_bias,
-                                      num_groups, top_groups, scale);
-  const auto rounding = rounding_options(views, tile, policy, seed, seed_tensor);
   const std::int64_t capacity =
-      sonicmoe::rounded_capacity(shape.num_tokens, shape.num_experts, top_k, rounding);
+      sonicmoe::rounded_capacity(shape.num_tokens, shape.num_experts, router.top_k, rounding);
 
   const Tensor token_ids = new_tensor(logits, {capacity}, ScalarType::Int);
   const Tensor expert_ids = new_tensor(logits, {capacity}, ScalarType::Int);
   const Tensor pair_weights = new_tensor(logits, {capacity}, ScalarType::Float);
-  const Tensor topk_ids = new_tensor(logits, {shape.num_tokens, top_k}, ScalarType::Int);
+  const Tensor topk_ids = new_tensor(logits, {shape.num_tokens, router.top_k}, ScalarType::Int);
   const Tensor rows = new_tensor(logits, {shape.num_experts}, ScalarType::Int);
   const Tensor rows_before = new_tensor(logits, {shape.num_experts}, ScalarType::Int);
   const Tensor workspace =
       new_bytes(logits, sonicmoe::round_tokens_workspace_bytes(call.context(), shape.num_tokens,
-                                                               shape.num_experts, top_k));
+                                                               shape.num_experts, router.top_k));
   sonicmoe::round_tokens_forward(
-      call.context(), {.options = options,
+      call.context(), {.options = router,
                        .rounding = rounding,
                        .logits = logits_view,
                        .token_ids = views.out("token_ids", token_ids),
@@ -118,21 +130,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> round_tokens_forward(
 
 constexpr const char* kRoundTokensBackwardSchema =
     "round_tokens_backward(Tensor grad_pair_weights, Tensor logits, Tensor topk_ids, "
-    "Tensor token_ids, Tensor expert_ids, Tensor? selection_bias, int top_k, int scoring, "
-    "bool? renormalize, int num_groups, int top_groups, float scale) -> Tensor grad_logits";
+    "Tensor token_ids, Tensor expert_ids, int[] options, float[] reals) -> Tensor grad_logits";
 
 Tensor round_tokens_backward(const Tensor& grad_pair_weights, const Tensor& logits,
                              const Tensor& topk_ids, const Tensor& token_ids,
-                             const Tensor& expert_ids, const OptionalTensor& selection_bias,
-                             std::int64_t top_k, std::int64_t scoring,
-                             std::optional<bool> renormalize, std::int64_t num_groups,
-                             std::int64_t top_groups, double scale) {
+                             const Tensor& expert_ids, const Integers& options,
+                             const Reals& reals) {
   const Views views("round_tokens_backward");
   const Call call(logits);
+  const auto layer =
+      unpack(PackedOptions(views.operation(), options, reals), views, std::nullopt, std::nullopt);
   const Tensor grad_logits = new_like_contiguous(logits, ScalarType::Float);
   sonicmoe::round_tokens_backward(
-      call.context(), {.options = router_options(views, top_k, scoring, renormalize, selection_bias,
-                                                 num_groups, top_groups, scale),
+      call.context(), {.options = layer.router,
                        .logits = views.in("logits", logits),
                        .topk_ids = views.in("topk_ids", topk_ids),
                        .token_ids = views.in("token_ids", token_ids),
@@ -215,12 +225,12 @@ Tensor router_z_loss_backward(const Tensor& grad_loss, const Tensor& logits) {
 }
 
 constexpr const char* kUpdateExpertBiasSchema =
-    "update_expert_bias_(Tensor(a!) bias, Tensor rows_per_expert, float rate) -> ()";
+    "update_expert_bias_(Tensor(a!) selection_bias, Tensor rows_per_expert, float rate) -> ()";
 
-void update_expert_bias(const Tensor& bias, const Tensor& rows_per_expert, double rate) {
+void update_expert_bias(const Tensor& selection_bias, const Tensor& rows_per_expert, double rate) {
   const Views views("update_expert_bias");
-  const Call call(bias);
-  sonicmoe::update_expert_bias(call.context(), views.out("bias", bias),
+  const Call call(selection_bias);
+  sonicmoe::update_expert_bias(call.context(), views.out("selection_bias", selection_bias),
                                views.in("rows_per_expert", rows_per_expert),
                                static_cast<float>(rate));
 }

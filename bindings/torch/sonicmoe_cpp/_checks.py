@@ -5,7 +5,7 @@ known before Python converts or flattens an argument, and what a view of memory 
 type, layout, dtype, rank and device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -25,7 +25,6 @@ class Rule(NamedTuple):
 
 TENSORS = {
     "x": Rule(_FLOATS, _ANY_RANK, autocast=True),
-    "rows": Rule(_FLOATS, (2,), autocast=True),
     "w1": Rule(_FLOATS, (3,), autocast=True),
     "w2": Rule(_FLOATS, (3,), autocast=True),
     "b1": Rule(_FLOATS, (2,), optional=True, autocast=True),
@@ -37,10 +36,9 @@ TENSORS = {
     "token_ids": Rule(_INDICES, (1,)),
     "expert_ids": Rule(_INDICES, (1,)),
     "pair_weights": Rule(_FLOATS, (1,)),
-    "router_w": Rule(_FLOATS, (2,)),
-    "router_b": Rule(_FLOATS, (1,), optional=True),
+    "router_weight": Rule(_FLOATS, (2,)),
+    "router_bias": Rule(_FLOATS, (1,), optional=True),
     "logits": Rule((*_FLOATS, torch.float16), _ANY_RANK),  # computed in float32, which holds each
-    "bias": Rule((torch.float32,), (1,), optional=True),
     "selection_bias": Rule((torch.float32,), (1,), optional=True),
     "seed": Rule((torch.int64,), range(64), optional=True),
     "rows_per_expert": Rule((torch.int32,), (1,)),
@@ -73,16 +71,22 @@ def check_tensors(operation: str, **given: Tensor | None) -> None:
             refuse(operation, argument, f"a tensor on {device}, as {first}", tensor.device)
 
 
-def check_same_device(operation: str, arguments: Sequence[str], given: Sequence) -> None:
+def check_same_device(operation: str, names: Sequence[str], given: Sequence) -> None:
     """For operators' fakes, which torch runs as soon as one argument is on the meta device."""
-    first = None
-    for argument, value in zip(arguments, given, strict=True):
-        if not isinstance(value, Tensor):
-            continue
+    first = device = None
+    for argument, tensor in _tensors(names, given):
         if first is None:
-            first, device = argument, value.device
-        elif value.device != device:
-            refuse(operation, argument, f"a tensor on {device}, as {first}", value.device)
+            first, device = argument, tensor.device
+        elif tensor.device != device:
+            refuse(operation, argument, f"a tensor on {device}, as {first}", tensor.device)
+
+
+def _tensors(names: Sequence[str], given: Sequence) -> Iterator[tuple[str, Tensor]]:
+    for name, value in zip(names, given, strict=True):
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, (list, tuple)):
+            yield from ((f"{name}[{i}]", v) for i, v in enumerate(value) if isinstance(v, Tensor))
 
 
 def tensor_or_none(value: object) -> Tensor | None:

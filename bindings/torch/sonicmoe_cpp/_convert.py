@@ -4,31 +4,37 @@ import torch
 from torch import Tensor
 
 from ._checks import check_dtype, names_of, refuse
-from ._options import seed_number
+from ._rules import SEED
 
 
-def autocast(
-    operation: str, argument: str, x: Tensor, *weights: Tensor | None
-) -> list[Tensor | None]:
-    """Under autocast: x (of the name `argument`) and the experts' parameters in the autocast dtype,
-    as for linear."""
+def autocast(operation: str, x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
+    """Under autocast: x and the experts' parameters in the autocast dtype, as for linear."""
     tensors = [x, *weights]
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         if dtype not in (torch.float32, torch.bfloat16):
-            refuse(operation, argument, "float32 or bfloat16", f"{names_of((dtype,))} of autocast")
+            refuse(operation, "x", "float32 or bfloat16", f"{names_of((dtype,))} of autocast")
         tensors = [None if t is None else t.to(dtype) for t in tensors]
-    check_dtype(operation, argument, tensors[0], torch.float32, torch.bfloat16)
+    check_dtype(operation, "x", tensors[0], torch.float32, torch.bfloat16)
     return tensors
+
+
+def rows_of(operation: str, argument: str, x: Tensor) -> Tensor:
+    """[..., d] with unit stride in d and leading dimensions that are one in memory; x itself
+    wherever it is so."""
+    if x.shape[-1] == 0:
+        refuse(operation, argument, "a last dimension of at least 1", f"shape {list(x.shape)}")
+    if x.is_contiguous() or (x.dim() == 2 and x.stride(-1) == 1):
+        return x
+    strides, shape = x.stride(), x.shape
+    dense = all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(x.dim() - 2))
+    return x if dense and strides[-1] == 1 else x.contiguous()
 
 
 def matrix(operation: str, argument: str, x: Tensor) -> Tensor:
     """[..., d] as [rows, d] with unit stride in d; a view wherever there is one."""
-    if x.shape[-1] == 0:
-        refuse(operation, argument, "a last dimension of at least 1", f"shape {list(x.shape)}")
-    x = flat(x)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return flat(rows_of(operation, argument, x))
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -46,7 +52,7 @@ def float_logits(operation: str, logits: Tensor) -> Tensor:
 def seed_of(operation: str, seed: int | Tensor) -> tuple[int, Tensor | None]:
     """An int stays in the call; a tensor (int64, one element) is read when the operator runs."""
     if not isinstance(seed, Tensor):
-        return seed_number(operation, seed), None
+        return SEED.check(operation, "seed", seed), None
     if seed.numel() != 1:
         refuse(operation, "seed", "one element", f"shape {list(seed.shape)}")
     return 0, seed.reshape(1)

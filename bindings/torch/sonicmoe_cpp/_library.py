@@ -37,12 +37,12 @@ def run(operator: Callable, *arguments):
 def register_fake(name: str) -> Callable:
     """As torch.library.register_fake. torch runs the fake of an operator as soon as one argument is
     on the meta device, whatever the others are on: that is refused here."""
-    arguments = [argument.name for argument in getattr(ops, name).default._schema.arguments]
+    names = [argument.name for argument in getattr(ops, name).default._schema.arguments]
 
     def register(fake: Callable) -> Callable:
         @functools.wraps(fake)
         def checked(*given):
-            check_same_device(name, arguments, given)
+            check_same_device(name, names, given)
             return fake(*given)
 
         torch.library.register_fake(f"sonicmoe_cpp::{name}", checked)
@@ -81,23 +81,20 @@ GATED = frozenset(list(ACTIVATIONS)[: ACTIVATIONS["swiglu_clamped"] + 1])
 # How moe_forward reads its routing tensors.
 FORM_TOP_K, FORM_SORTED, FORM_PAIRS = range(3)
 
-_POLICY_NAMES = list(POLICIES)
 
-
-def gate_factor(activation: int) -> int:
+def gate_factor(activation: str) -> int:
     """g: rows of w1 per expert and unit of intermediate width."""
-    return 2 if activation <= ACTIVATIONS["swiglu_clamped"] else 1
+    return 2 if activation in GATED else 1
 
 
-def rounded_capacity(num_tokens: int, num_experts: int, top_k: int, tile: int, policy: int) -> int:
+def rounded_capacity(num_tokens: int, num_experts: int, top_k: int, tile: int, policy: str) -> int:
     """Length of the pair list of token rounding, as sonicmoe::rounded_capacity (for symbolic T)."""
     pairs = num_tokens * top_k
-    name = _POLICY_NAMES[policy]
-    if name == "down":
+    if policy == "down":
         return pairs
-    if name == "balanced":
+    if policy == "balanced":
         return pairs + tile // 2
-    if name == "nearest":
+    if policy == "nearest":
         return pairs + num_experts * (tile // 2)
     return pairs + num_experts * (tile - 1)
 

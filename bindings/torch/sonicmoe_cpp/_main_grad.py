@@ -1,12 +1,14 @@
 """The layer with parameter gradients accumulated into buffers of the caller."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._autograd import refuse_forward_mode
 from ._checks import names_of, refuse
 from ._library import ops, run
-from ._moe_layer import backward_arguments, save_for_backward
+from ._moe_layer import PARAMETERS, run_backward, save_for_backward
 
 
 def check_main_grad(x: Tensor) -> None:
@@ -34,49 +36,46 @@ class MainGradLayer(torch.autograd.Function):
     """
 
     @classmethod
-    def call(cls, *inputs):
+    def call(cls, *inputs: Any) -> tuple:
         refuse_forward_mode("moe_layer", inputs)
         return cls.apply(*inputs)
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx: Any, *inputs: Any) -> tuple:
         output = run(ops.moe_layer_forward, *inputs)
         save_for_backward(ctx, inputs, output)
-        ctx.parameters = inputs[1:7]
+        ctx.parameters = inputs[1 : 1 + len(PARAMETERS)]
         ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, grad_logits, *unused):
-        none = (None,) * 25
+    def backward(ctx: Any, grad_out: Tensor | None, grad_logits: Tensor | None, *unused: None):
         if grad_out is None and grad_logits is None:
-            return none
-        arguments = backward_arguments(ctx, grad_out, grad_logits)
+            return (None,) * len(ctx.needs_input_grad)
         need_x = ctx.needs_input_grad[0]
         fates = _fates(ctx)
         if "accumulated" not in fates:
             needs = (need_x, *(fate == "returned" for fate in fates))
-            grads = run(ops.moe_layer_backward, *arguments, *needs)
-            return *(g if n else None for g, n in zip(grads, needs, strict=True)), *none[7:]
-        parameters = [
-            parameter if fate == "accumulated" else None
-            for parameter, fate in zip(ctx.parameters, fates, strict=True)
-        ]
-        buffers = [None if p is None else _main_grad(p) for p in parameters]
+            return run_backward(ctx, grad_out, grad_logits, needs)
+        added = tuple(fate == "accumulated" for fate in fates)
+        parameters = [p for p, is_added in zip(ctx.parameters, added, strict=True) if is_added]
+        buffers = tuple(_main_grad(parameter) for parameter in parameters)
         for parameter, buffer in zip(parameters, buffers, strict=True):
             if getattr(parameter, "overwrite_main_grad", False):
                 buffer.zero_()
-        grad_x = run(ops.moe_layer_backward_accumulate, *arguments, need_x, *buffers)
-        dummies = [None if p is None else _mark_added(p) for p in parameters]
-        return grad_x if need_x else None, *dummies, *none[7:]
+        grads = list(run_backward(ctx, grad_out, grad_logits, (need_x, *added), buffers))
+        for place, parameter in enumerate(ctx.parameters, start=1):
+            if added[place - 1]:
+                grads[place] = _mark_added(parameter)
+        return tuple(grads)
 
 
 def _fates(ctx) -> list[str]:
     """What this pass of autograd does with the gradient of each parameter: "unused",
     "accumulated" (backward()) or "returned" (autograd.grad())."""
     nodes = dict(zip(ctx.tensors, (node for node, _ in ctx.next_functions), strict=True))
-    return [_fate(nodes.get(index)) for index in range(1, 7)]
+    return [_fate(nodes.get(1 + index)) for index in range(len(PARAMETERS))]
 
 
 def _fate(node: torch.autograd.graph.Node | None) -> str:
@@ -100,6 +99,8 @@ def _main_grad(parameter: Tensor) -> Tensor:
     if buffer.dtype != torch.float32 or list(buffer.shape) != shape or buffer.device != device:
         got = f"{names_of((buffer.dtype,))} {list(buffer.shape)} on {buffer.device}"
         refuse("moe_layer", "main_grad", expected, got)
+    if buffer.is_neg():
+        refuse("moe_layer", "main_grad", expected, "a view with the negative bit")
     return buffer
 
 

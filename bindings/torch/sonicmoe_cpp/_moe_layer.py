@@ -1,11 +1,12 @@
 """Fake implementations and autograd of the whole layer (csrc/moe_layer_ops.cpp)."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._autograd import no_double_backward, register_autograd, register_in_place
+from ._autograd import register_autograd, register_once_differentiable
 from ._library import (
     FORM_PAIRS,
     FORM_TOP_K,
@@ -16,29 +17,32 @@ from ._library import (
     rounded_capacity,
     run,
 )
-from ._moe import grad_like
+from ._moe import new_gradient
+from .options import LayerOptions
+
+PARAMETERS = ("router_weight", "router_bias", "w1", "b1", "w2", "b2")
 
 
 class LayerOutput(NamedTuple):
     """Results of moe_layer_forward; only y and logits carry gradients."""
 
-    y: Tensor  # [T, d]
-    logits: Tensor  # [T, E] float32
+    y: Tensor  # [..., d], as x
+    logits: Tensor  # [..., E] float32
     rows_per_expert: Tensor  # [E] int32: rows computed, after any rounding
     topk_ids: Tensor  # [T, K] int32: token choice, before any rounding
     token_ids: Tensor  # [P] int32, token rounding only
     expert_ids: Tensor  # [P] int32, token rounding only
-    pair_weights: Tensor  # [T, K] or [P] float32
+    routing_weights: Tensor  # float32: [T, K] of topk_ids, or [P] of the list of token rounding
     h: Tensor  # [P, g*n]
     metadata: Tensor  # uint8
 
     @property
     def rows_per_expert_before(self) -> Tensor:
         """[E] int32 of token choice: what the balancing loss and the bias update take."""
-        rounded = self.pair_weights.dim() == 1
+        rounded = self.routing_weights.dim() == 1
         if not rounded:
             return self.rows_per_expert
-        return count_rows(self.topk_ids, self.logits.shape[1])
+        return count_rows(self.topk_ids, self.logits.shape[-1])
 
 
 def count_rows(topk_ids: Tensor, num_experts: int) -> Tensor:
@@ -50,93 +54,96 @@ def count_rows(topk_ids: Tensor, num_experts: int) -> Tensor:
 
 @register_fake("moe_layer_forward")
 def _(
-    x, router_weight, router_bias, w1, b1, w2, b2, selection_bias, seed_tensor, activation,
-    gate_up_layout, limit, deterministic, top_k, scoring, renormalize, num_groups, top_groups,
-    scale, rounding, tile, policy, workspace_limit, seed, save_for_backward,
+    x, router_weight, router_bias, w1, b1, w2, b2, selection_bias, seed_tensor, options, reals,
+    save_for_backward,
 ):  # fmt: skip
-    num_tokens, hidden_size = x.shape
+    layer = LayerOptions.unpack(iter(options), iter(reals))
+    rounding, top_k = layer.rounding, layer.router.top_k
+    num_tokens = math.prod(x.shape[:-1])
     num_experts = w1.shape[0]
-    form = FORM_PAIRS if rounding else FORM_TOP_K
     pairs = num_tokens * top_k
-    if rounding:
-        pairs = rounded_capacity(num_tokens, num_experts, top_k, tile, policy)
-    listed = (pairs,) if rounding else (0,)
-    columns = gate_factor(activation) * w2.shape[2]
+    if rounding is not None:
+        pairs = rounded_capacity(num_tokens, num_experts, top_k, rounding.tile, rounding.policy)
+    form = FORM_TOP_K if rounding is None else FORM_PAIRS
+    listed = (0,) if rounding is None else (pairs,)
+    columns = gate_factor(layer.experts.activation) * w2.shape[2]
     size = metadata_bytes(form, num_tokens, pairs, num_experts)
 
     def empty(shape, dtype=x.dtype):
         return x.new_empty(shape, dtype=dtype)
 
-    return (
-        empty((num_tokens, hidden_size)),
-        empty((num_tokens, num_experts), torch.float32),
-        empty((num_experts,), torch.int32),
-        empty((num_tokens, top_k), torch.int32),
-        empty(listed, torch.int32),
-        empty(listed, torch.int32),
-        empty(listed if rounding else (num_tokens, top_k), torch.float32),
-        empty((pairs, columns) if save_for_backward else (0,)),
-        empty((size,) if save_for_backward else (0,), torch.uint8),
+    return LayerOutput(
+        y=empty(x.shape),
+        logits=empty((*x.shape[:-1], num_experts), torch.float32),
+        rows_per_expert=empty((num_experts,), torch.int32),
+        topk_ids=empty((num_tokens, top_k), torch.int32),
+        token_ids=empty(listed, torch.int32),
+        expert_ids=empty(listed, torch.int32),
+        routing_weights=empty((num_tokens, top_k) if rounding is None else listed, torch.float32),
+        h=empty((pairs, columns) if save_for_backward else (0,)),
+        metadata=empty((size,) if save_for_backward else (0,), torch.uint8),
     )
 
 
 @register_fake("moe_layer_backward")
 def _(
-    grad_out, grad_logits, x, router_weight, router_bias, w1, b1, w2, b2, selection_bias, logits,
-    topk_ids, token_ids, expert_ids, pair_weights, h, metadata, activation, gate_up_layout, limit,
-    deterministic, top_k, scoring, renormalize, num_groups, top_groups, scale, rounding, tile,
-    policy, workspace_limit, need_x, need_router_weight, need_router_bias, need_w1, need_b1,
-    need_w2, need_b2,
+    grad_out, grad_logits, x, router_weight, router_bias, w1, b1, w2, b2, saved, options, reals,
+    needs, main_grads,
 ):  # fmt: skip
-    return (
-        x.new_empty(x.shape if need_x else (0,)),
-        grad_like(need_router_weight, "router_weight", router_weight, router_weight),
-        grad_like(need_router_bias, "router_bias", router_bias, x),
-        grad_like(need_w1, "w1", w1, x),
-        grad_like(need_b1, "b1", b1, x),
-        grad_like(need_w2, "w2", w2, x),
-        grad_like(need_b2, "b2", b2, x),
+    need_x, *others = needs
+    fresh = [need and not main_grads for need in others]
+    parameters = (router_weight, router_bias, w1, b1, w2, b2)
+    grads = (
+        new_gradient("moe_layer_backward", x, f"grad_{name}", *given)
+        for name, *given in zip(PARAMETERS, fresh, parameters, strict=True)
     )
+    return x.new_empty(x.shape if need_x else (0,)), *grads
 
 
-@register_fake("moe_layer_backward_accumulate")
-def _(grad_out, grad_logits, x, *rest):
-    need_x = rest[28]
-    return x.new_empty(x.shape if need_x else (0,))
-
-
-def save_for_backward(ctx, inputs, output):
+def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Keeps what backward needs; `inputs` are the operator's arguments, `output` its results."""
-    parameters, options, save = inputs[:7], inputs[9:23], inputs[24]
+    (
+        x, router_weight, router_bias, w1, b1, w2, b2, _selection_bias, _seed, options, reals, save,
+    ) = inputs  # fmt: skip
     if not save:
         raise RuntimeError("moe_layer_forward: a gradient is needed but save_for_backward is off")
     _, logits, rows, *saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rows, *saved)
-    ctx.save_for_backward(*parameters, logits, *saved)  # no bias: it has selected and may change
-    ctx.options = options
+    # No selection bias: it has selected and may change.
+    ctx.save_for_backward(x, router_weight, router_bias, w1, b1, w2, b2, logits, *saved)
+    ctx.options = options, reals
 
 
-def backward_arguments(ctx, grad_out: Tensor | None, grad_logits: Tensor | None) -> tuple:
-    """What both backward operators begin with. Incoming gradients are dense; that of y is zero where
-    only the logits were used."""
-    saved = ctx.saved_tensors  # once: checkpointing recomputes on the first access only
-    grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out.contiguous()
+def run_backward(
+    ctx: Any,
+    grad_out: Tensor | None,
+    grad_logits: Tensor | None,
+    needs: tuple[bool, ...],
+    main_grads: tuple[Tensor, ...] = (),
+) -> tuple:
+    """The gradients of all arguments of forward, None where not needed. Of the parameters they are
+    added to main_grads where there are any, one for each that is needed."""
+    # Once: checkpointing recomputes on the first access only.
+    x, router_weight, router_bias, w1, b1, w2, b2, *saved = ctx.saved_tensors
+    # Incoming gradients are dense; that of y is zero where only the logits were used.
+    grad_out = torch.zeros_like(x) if grad_out is None else grad_out.contiguous()
     grad_logits = None if grad_logits is None else grad_logits.contiguous()
-    selection_bias = None
-    return grad_out, grad_logits, *saved[:7], selection_bias, *saved[7:], *ctx.options
+    grads = run(
+        ops.moe_layer_backward,
+        grad_out, grad_logits, x, router_weight, router_bias, w1, b1, w2, b2, saved, *ctx.options,
+        needs, main_grads,
+    )  # fmt: skip
+    others = len(ctx.needs_input_grad) - len(needs)
+    return *(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * others
 
 
-def _backward(ctx, grad_out, grad_logits, *unused):
-    none = (None,) * 25
+def _backward(ctx: Any, grad_out: Tensor | None, grad_logits: Tensor | None, *unused: None):
+    needs = ctx.needs_input_grad
     if grad_out is None and grad_logits is None:
-        return none
-    needs = ctx.needs_input_grad[:7]
-    arguments = backward_arguments(ctx, grad_out, grad_logits)
-    grads = run(ops.moe_layer_backward, *arguments, *needs)
-    return *(g if n else None for g, n in zip(grads, needs, strict=True)), *none[7:]
+        return (None,) * len(needs)
+    return run_backward(ctx, grad_out, grad_logits, needs[: 1 + len(PARAMETERS)])
 
 
 register_autograd("moe_layer_forward", _backward, save_for_backward)
-register_autograd("moe_layer_backward", no_double_backward)
-register_in_place("moe_layer_backward_accumulate")
+register_once_differentiable("moe_layer_backward")

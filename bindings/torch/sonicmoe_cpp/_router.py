@@ -1,16 +1,21 @@
 """Fake implementations and autograd of the router's operators (csrc/router_ops.cpp)."""
 
-import torch
+from typing import Any
 
-from ._autograd import no_double_backward, register_autograd, register_in_place
+import torch
+from torch import Tensor
+
+from ._autograd import register_autograd, register_in_place, register_once_differentiable
 from ._library import ops, register_fake, rounded_capacity, run
+from .options import RoundingOptions, RouterOptions
 
 # ------------------------------------------------------------------------------------------- route
 
 
 @register_fake("route_forward")
-def _(logits, selection_bias, top_k, scoring, renormalize, num_groups, top_groups, scale):
-    shape = (logits.shape[0], top_k)
+def _(logits, selection_bias, options, reals):
+    router = RouterOptions.unpack(iter(options), iter(reals))
+    shape = (logits.shape[0], router.top_k)
     return (
         logits.new_empty(shape, dtype=torch.int64),
         logits.new_empty(shape, dtype=torch.float32),
@@ -18,74 +23,76 @@ def _(logits, selection_bias, top_k, scoring, renormalize, num_groups, top_group
 
 
 @register_fake("route_backward")
-def _(grad_topk_weights, logits, topk_ids, *options):
+def _(grad_topk_weights, logits, topk_ids, options, reals):
     return logits.new_empty(logits.shape)
 
 
-def _route_setup_context(ctx, inputs, output):
-    logits, _, *options = inputs
+def _route_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, _, *ctx.options = inputs
     topk_ids, _ = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(topk_ids)
     ctx.save_for_backward(logits, topk_ids)  # the bias has selected and may change
-    ctx.options = options
 
 
-def _route_backward(ctx, grad_ids, grad_weights):
-    none = (None,) * 7
-    if grad_weights is None:
-        return None, *none
-    grad = grad_weights.contiguous()
-    return run(ops.route_backward, grad, *ctx.saved_tensors, None, *ctx.options), *none
+def _route_backward(ctx: Any, grad_ids: None, grad_weights: Tensor | None) -> tuple:
+    grad = None
+    if grad_weights is not None:
+        grad = run(ops.route_backward, grad_weights.contiguous(), *ctx.saved_tensors, *ctx.options)
+    return grad, None, None, None
 
 
 register_autograd("route_forward", _route_backward, _route_setup_context)
-register_autograd("route_backward", no_double_backward)
+register_once_differentiable("route_backward")
 
 # ------------------------------------------------------------------------------------ round_tokens
 
 
 @register_fake("round_tokens_forward")
-def _(
-    logits, selection_bias, seed_tensor, top_k, scoring, renormalize, num_groups, top_groups,
-    scale, tile, policy, seed,
-):  # fmt: skip
+def _(logits, selection_bias, seed_tensor, options, reals):
+    integers, numbers = iter(options), iter(reals)
+    router = RouterOptions.unpack(integers, numbers)
+    rounding = RoundingOptions.unpack(integers, numbers)
     num_tokens, num_experts = logits.shape
-    capacity = rounded_capacity(num_tokens, num_experts, top_k, tile, policy)
+    capacity = rounded_capacity(
+        num_tokens, num_experts, router.top_k, rounding.tile, rounding.policy
+    )
     return (
         logits.new_empty((capacity,), dtype=torch.int32),
         logits.new_empty((capacity,), dtype=torch.int32),
         logits.new_empty((capacity,), dtype=torch.float32),
-        logits.new_empty((num_tokens, top_k), dtype=torch.int32),
+        logits.new_empty((num_tokens, router.top_k), dtype=torch.int32),
         logits.new_empty((num_experts,), dtype=torch.int32),
         logits.new_empty((num_experts,), dtype=torch.int32),
     )
 
 
 @register_fake("round_tokens_backward")
-def _(grad_pair_weights, logits, *rest):
+def _(grad_pair_weights, logits, topk_ids, token_ids, expert_ids, options, reals):
     return logits.new_empty(logits.shape)
 
 
-def _round_tokens_setup_context(ctx, inputs, output):
-    logits, _, _, *options = inputs
+def _round_tokens_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, _, _, *ctx.options = inputs
     token_ids, expert_ids, _, topk_ids, rows, rows_before = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(token_ids, expert_ids, topk_ids, rows, rows_before)
     ctx.save_for_backward(logits, topk_ids, token_ids, expert_ids)
-    ctx.options = options[:6]
 
 
-def _round_tokens_backward(ctx, grad_tokens, grad_experts, grad_weights, *unused):
-    none = (None,) * 11
-    if grad_weights is None:
-        return None, *none
-    grad = grad_weights.contiguous()
-    return run(ops.round_tokens_backward, grad, *ctx.saved_tensors, None, *ctx.options), *none
+def _round_tokens_backward(
+    ctx: Any, grad_tokens: None, grad_experts: None, grad_weights: Tensor | None, *unused: None
+) -> tuple:
+    grad = None
+    if grad_weights is not None:
+        grad = run(
+            ops.round_tokens_backward, grad_weights.contiguous(), *ctx.saved_tensors, *ctx.options
+        )
+    return grad, None, None, None, None
 
 
 register_autograd("round_tokens_forward", _round_tokens_backward, _round_tokens_setup_context)
-register_autograd("round_tokens_backward", no_double_backward)
+register_once_differentiable("round_tokens_backward")
 
 # ------------------------------------------------------------------------------------------ losses
 
@@ -100,13 +107,13 @@ def _(grad_loss, logits, rows_per_expert, top_k, scoring):
     return logits.new_empty(logits.shape)
 
 
-def _balancing_setup_context(ctx, inputs, output):
+def _balancing_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     logits, rows_per_expert, *options = inputs
     ctx.save_for_backward(logits, rows_per_expert)
     ctx.options = options
 
 
-def _balancing_backward(ctx, grad_loss):
+def _balancing_backward(ctx: Any, grad_loss: Tensor) -> tuple:
     grad = run(
         ops.load_balancing_loss_backward,
         grad_loss.contiguous(),
@@ -117,7 +124,7 @@ def _balancing_backward(ctx, grad_loss):
 
 
 register_autograd("load_balancing_loss_forward", _balancing_backward, _balancing_setup_context)
-register_autograd("load_balancing_loss_backward", no_double_backward)
+register_once_differentiable("load_balancing_loss_backward")
 
 
 @register_fake("router_z_loss_forward")
@@ -130,20 +137,20 @@ def _(grad_loss, logits):
     return logits.new_empty(logits.shape)
 
 
-def _z_loss_setup_context(ctx, inputs, output):
+def _z_loss_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _z_loss_backward(ctx, grad_loss):
+def _z_loss_backward(ctx: Any, grad_loss: Tensor) -> Tensor:
     return run(ops.router_z_loss_backward, grad_loss.contiguous(), *ctx.saved_tensors)
 
 
 register_autograd("router_z_loss_forward", _z_loss_backward, _z_loss_setup_context)
-register_autograd("router_z_loss_backward", no_double_backward)
+register_once_differentiable("router_z_loss_backward")
 
 
 @register_fake("update_expert_bias_")
-def _(bias, rows_per_expert, rate):
+def _(selection_bias, rows_per_expert, rate):
     return None
 
 

@@ -1,45 +1,59 @@
 """The functional API. Symbols: T tokens, d hidden size, n intermediate size, E experts, K top_k,
 P routed pairs, g = 2 for a gated activation, else 1. Formulas: docs/.
 
-A wrong option is a ValueError, a wrong tensor a RuntimeError, each of the form `operation:
-argument: expected X, got Y` and raised before anything is computed.
+Options are keywords; what each may be stands in options.py. A wrong option is a ValueError, a wrong
+tensor a RuntimeError, each of the form `operation: argument: expected X, got Y` and raised before
+anything is computed.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import _moe, _router  # noqa: F401  (register fakes and autograd)
 from ._checks import check_dtype, check_leading, check_shape, check_tensors, refuse, tensor_or_none
-from ._convert import autocast, constant, flat, float_logits, matrix, needs_backward, seed_of
+from ._convert import autocast, constant, flat, float_logits, needs_backward, rows_of, seed_of
 from ._library import FORM_PAIRS, FORM_SORTED, FORM_TOP_K, ops, run
 from ._main_grad import MainGradLayer, check_main_grad
 from ._moe_layer import LayerOutput
-from ._options import (
-    expert_options,
-    flag,
-    loss_options,
-    number,
-    rounding_options,
-    router_kind,
-    router_options,
+from ._rules import FLAG, Number
+from .options import (
+    ExpertKeywords,
+    ExpertOptions,
+    LayerKeywords,
+    Packed,
+    RoundingOptions,
+    RouterAndRoundingKeywords,
+    RouterKeywords,
+    RouterOptions,
+    packed_experts,
+    packed_layer,
+    packed_loss,
+    packed_rounding,
+    packed_router,
+    with_keywords,
 )
 
 # ----------------------------------------------------------------------------------------- experts
 
+Experts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w1, w2, b1, b2
+Routing = tuple[int, Tensor, Tensor | None, Tensor | None]  # form, ids, token ids, weights
 
-def _experts(
-    operation: str, argument: str, x: Tensor, weights: tuple, routing: tuple, options: tuple
+
+def _run_experts(
+    operation: str, x: Tensor, experts: Experts, routing: Routing, options: Packed
 ) -> Tensor:
-    """On checked arguments: x, of the name `argument`, [T, d]; `weights` w1, w2, b1, b2."""
-    form, ids, token_ids, slot_weights = routing
-    x, w1, w2, b1, b2 = autocast(operation, argument, x, *weights)
-    save = needs_backward(x, w1, w2, b1, b2, slot_weights)
-    y, _, _ = run(
-        ops.moe_forward, x, w1, b1, w2, b2, form, ids, token_ids, slot_weights, *options, save
-    )
+    """y, of the shape of x; on checked arguments."""
+    x = rows_of(operation, "x", x)
+    x, w1, w2, b1, b2 = autocast(operation, x, *experts)
+    save = needs_backward(x, w1, w2, b1, b2, routing[3])
+    y, _, _ = run(ops.moe_forward, x, w1, b1, w2, b2, *routing, *options, save)
     return y
 
 
+@with_keywords(ExpertOptions)
 def moe(
     x: Tensor,
     w1: Tensor,
@@ -48,11 +62,7 @@ def moe(
     topk_weights: Tensor,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
-    activation: str = "swiglu",
-    gate_up_layout: str = "concatenated",
-    limit: float = 7.0,
-    workspace_limit: int | None = None,
-    deterministic: bool = True,
+    **options: Unpack[ExpertKeywords],
 ) -> Tensor:
     """The experts with K slots per token: out[t] = sum_k topk_weights[t, k] * expert(x[t]).
 
@@ -70,47 +80,40 @@ def moe(
         "moe", x=x, w1=w1, w2=w2, topk_ids=topk_ids, topk_weights=topk_weights, b1=b1, b2=b2
     )
     check_leading("moe", x=x, topk_ids=topk_ids, topk_weights=topk_weights)
-    options = expert_options(
-        "moe", activation, gate_up_layout, limit, deterministic, workspace_limit
-    )
+    packed = packed_experts("moe", **options)
     ids, weights = flat(topk_ids).contiguous(), flat(topk_weights).contiguous()
-    routing = (FORM_TOP_K, ids, None, weights)
-    y = _experts("moe", "x", matrix("moe", "x", x), (w1, w2, b1, b2), routing, options)
-    return y.reshape(x.shape)
+    return _run_experts("moe", x, (w1, w2, b1, b2), (FORM_TOP_K, ids, None, weights), packed)
 
 
+@with_keywords(ExpertOptions)
 def moe_sorted(
-    rows: Tensor,
+    x: Tensor,
     w1: Tensor,
     w2: Tensor,
     offsets: Tensor,
     row_weights: Tensor | None = None,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
-    activation: str = "swiglu",
-    gate_up_layout: str = "concatenated",
-    limit: float = 7.0,
-    workspace_limit: int | None = None,
+    **options: Unpack[ExpertKeywords],
 ) -> Tensor:
-    """The experts on rows already sorted by expert: out[r] = row_weights[r] * expert(rows[r]).
+    """The experts on rows already sorted by expert: out[r] = row_weights[r] * expert(x[r]).
 
-    rows [R, d]; offsets [E] int32, cumulative ends; row_weights [R] or None for 1. Rows at or past
-    offsets[-1] are never read; they are zero in the output and in every gradient.
+    x [R, d]; offsets [E] int32, cumulative ends; row_weights [R] or None for 1. Rows at or past
+    offsets[-1] are never read; they are zero in the output and in every gradient. There is no sum,
+    so `deterministic` changes nothing.
     """
     check_tensors(
-        "moe_sorted", rows=rows, w1=w1, w2=w2, offsets=offsets, row_weights=row_weights,
-        b1=b1, b2=b2,
-    )  # fmt: skip
-    deterministic = True  # there is no sum
-    options = expert_options(
-        "moe_sorted", activation, gate_up_layout, limit, deterministic, workspace_limit
+        "moe_sorted", x=x, w1=w1, w2=w2, offsets=offsets, row_weights=row_weights, b1=b1, b2=b2
     )
+    if x.dim() != 2:
+        refuse("moe_sorted", "x", "2 dimensions", f"shape {list(x.shape)}")
+    packed = packed_experts("moe_sorted", **options)
     weights = None if row_weights is None else row_weights.contiguous()
     routing = (FORM_SORTED, offsets.contiguous(), None, weights)
-    x = matrix("moe_sorted", "rows", rows)
-    return _experts("moe_sorted", "rows", x, (w1, w2, b1, b2), routing, options)
+    return _run_experts("moe_sorted", x, (w1, w2, b1, b2), routing, packed)
 
 
+@with_keywords(ExpertOptions)
 def moe_pairs(
     x: Tensor,
     w1: Tensor,
@@ -120,11 +123,7 @@ def moe_pairs(
     pair_weights: Tensor,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
-    activation: str = "swiglu",
-    gate_up_layout: str = "concatenated",
-    limit: float = 7.0,
-    workspace_limit: int | None = None,
-    deterministic: bool = True,
+    **options: Unpack[ExpertKeywords],
 ) -> Tensor:
     """The experts on any list of pairs: out[t] = sum of pair_weights[p] * expert_p(x[t]).
 
@@ -136,59 +135,46 @@ def moe_pairs(
         "moe_pairs", x=x, w1=w1, w2=w2, token_ids=token_ids, expert_ids=expert_ids,
         pair_weights=pair_weights, b1=b1, b2=b2,
     )  # fmt: skip
-    options = expert_options(
-        "moe_pairs", activation, gate_up_layout, limit, deterministic, workspace_limit
-    )
-    routing = (
-        FORM_PAIRS, expert_ids.contiguous(), token_ids.contiguous(), pair_weights.contiguous()
-    )  # fmt: skip
-    y = _experts("moe_pairs", "x", matrix("moe_pairs", "x", x), (w1, w2, b1, b2), routing, options)
-    return y.reshape(x.shape)
+    packed = packed_experts("moe_pairs", **options)
+    lists = expert_ids.contiguous(), token_ids.contiguous(), pair_weights.contiguous()
+    return _run_experts("moe_pairs", x, (w1, w2, b1, b2), (FORM_PAIRS, *lists), packed)
 
 
 # ------------------------------------------------------------------------------------------ router
 
 
+@with_keywords(RouterOptions)
 def route(
     logits: Tensor,
     top_k: int,
-    scoring: str = "softmax_topk",
-    renormalize: bool | None = None,
-    bias: Tensor | None = None,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    scale: float = 1.0,
+    *,
+    selection_bias: Tensor | None = None,
+    **options: Unpack[RouterKeywords],
 ) -> tuple[Tensor, Tensor]:
     """Top-K routing: (ids [..., K] int64, weights [..., K] float32) from logits [..., E].
 
     renormalize None: the scoring's default (on for sigmoid_topk, always for topk_softmax, off for
-    softmax_topk). bias [E] float32: added for selection only (sigmoid_topk). Ties go to the lower
-    index. The gradient of the weights flows to the logits.
+    softmax_topk). selection_bias [E] float32: added for selection only (sigmoid_topk). Ties go to
+    the lower index. The gradient of the weights flows to the logits.
     """
-    check_tensors("route", logits=logits, bias=bias)
+    check_tensors("route", logits=logits, selection_bias=selection_bias)
     rows = float_logits("route", logits)
-    check_shape("route", "bias", bias, rows.shape[1])
-    options = router_options(
-        "route", rows.shape[1], top_k, scoring, renormalize, _name_of(bias), num_groups,
-        top_groups, scale,
-    )  # fmt: skip
-    ids, weights = run(ops.route_forward, rows, constant(bias), *options)
+    num_experts, biased = rows.shape[1], selection_bias is not None
+    check_shape("route", "selection_bias", selection_bias, num_experts)
+    packed = packed_router("route", num_experts, biased, top_k=top_k, **options)
+    ids, weights = run(ops.route_forward, rows, constant(selection_bias), *packed)
     shape = (*logits.shape[:-1], ids.shape[1])
     return ids.reshape(shape), weights.reshape(shape)
 
 
+@with_keywords(RoundingOptions, RouterOptions)
 def round_tokens(
     logits: Tensor,
     top_k: int,
-    tile: int = 128,
-    policy: str = "nearest",
+    *,
     seed: int | Tensor = 0,
-    scoring: str = "softmax_topk",
-    renormalize: bool | None = None,
-    bias: Tensor | None = None,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    scale: float = 1.0,
+    selection_bias: Tensor | None = None,
+    **options: Unpack[RouterAndRoundingKeywords],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token rounding: (token_ids [P], expert_ids [P], pair_weights [P]) for moe_pairs.
 
@@ -196,17 +182,16 @@ def round_tokens(
     hold -1. seed (policy stochastic): an int, or an int64 tensor on the device of the logits.
     """
     operation = "round_tokens"
-    check_tensors(operation, logits=logits, bias=bias, seed=tensor_or_none(seed))
+    check_tensors(
+        operation, logits=logits, selection_bias=selection_bias, seed=tensor_or_none(seed)
+    )
     rows = float_logits(operation, logits)
-    check_shape(operation, "bias", bias, rows.shape[1])
-    options = router_options(
-        operation, rows.shape[1], top_k, scoring, renormalize, _name_of(bias), num_groups,
-        top_groups, scale,
-    )  # fmt: skip
-    rounding = rounding_options(operation, tile, policy)
-    seed, seed_tensor = seed_of(operation, seed)
+    num_experts, biased = rows.shape[1], selection_bias is not None
+    check_shape(operation, "selection_bias", selection_bias, num_experts)
+    number, seed_tensor = seed_of(operation, seed)
+    packed = packed_rounding(operation, num_experts, biased, top_k=top_k, seed=number, **options)
     token_ids, expert_ids, pair_weights, *_ = run(
-        ops.round_tokens_forward, rows, constant(bias), seed_tensor, *options, *rounding, seed
+        ops.round_tokens_forward, rows, constant(selection_bias), seed_tensor, *packed
     )
     return token_ids, expert_ids, pair_weights
 
@@ -225,8 +210,8 @@ def load_balancing_loss(
     operation = "load_balancing_loss"
     check_tensors(operation, logits=logits, rows_per_expert=rows_per_expert)
     rows = float_logits(operation, logits)
-    options = loss_options(operation, rows.shape[1], top_k, scoring)
-    loss = run(ops.load_balancing_loss_forward, rows, rows_per_expert.contiguous(), *options)
+    packed = packed_loss(operation, rows.shape[1], top_k, scoring)
+    loss = run(ops.load_balancing_loss_forward, rows, rows_per_expert.contiguous(), *packed)
     return loss.reshape(())
 
 
@@ -236,115 +221,130 @@ def router_z_loss(logits: Tensor) -> Tensor:
     return run(ops.router_z_loss_forward, float_logits("router_z_loss", logits)).reshape(())
 
 
-def update_expert_bias_(bias: Tensor, rows_per_expert: Tensor, rate: float) -> Tensor:
-    """In place: bias[e] += rate * sign(mean(rows) - rows[e]). Returns bias.
+def update_expert_bias_(selection_bias: Tensor, rows_per_expert: Tensor, rate: float) -> Tensor:
+    """In place: selection_bias[e] += rate * sign(mean(rows) - rows[e]). Returns selection_bias.
 
-    bias [E] float32, contiguous, without requires_grad (or under torch.no_grad()); rows_per_expert
-    [E] int32 counts token choice.
+    selection_bias [E] float32, contiguous, without requires_grad (or under torch.no_grad());
+    rows_per_expert [E] int32 counts token choice.
     """
     operation = "update_expert_bias_"
-    if bias is None:
-        refuse(operation, "bias", "a tensor", "None")
-    check_tensors(operation, bias=bias, rows_per_expert=rows_per_expert)
-    if not torch.compiler.is_compiling() and bias.is_neg():
-        refuse(operation, "bias", "a tensor to write into", "a view with the negative bit")
-    rate = number(operation, "rate", rate)
-    ops.update_expert_bias_(bias, rows_per_expert.contiguous(), rate)
-    return bias
+    if selection_bias is None:
+        refuse(operation, "selection_bias", "a tensor", "None")
+    check_tensors(operation, selection_bias=selection_bias, rows_per_expert=rows_per_expert)
+    if not torch.compiler.is_compiling() and selection_bias.is_neg():
+        got = "a view with the negative bit"
+        refuse(operation, "selection_bias", "a tensor to write into", got)
+    rate = Number().check(operation, "rate", rate)
+    ops.update_expert_bias_(selection_bias, rows_per_expert.contiguous(), rate)
+    return selection_bias
 
 
-def _name_of(bias: Tensor | None) -> str | None:
-    return None if bias is None else "bias"
+# ---------------------------------------------------------------------------------- the whole layer
 
 
-# ----------------------------------------------------------------------------------- the whole layer
+class RouterTensors(NamedTuple):
+    weight: Tensor  # [E, d]
+    bias: Tensor | None  # [E], added to the logits
+    selection_bias: Tensor | None  # [E], added for the selection only
+
+
+def check_layer(x: Tensor, router: RouterTensors, experts: Experts, seed: Tensor | None) -> int:
+    """E, where all these tensors may be those of one layer."""
+    w1, w2, b1, b2 = experts
+    check_tensors(
+        "moe_layer", x=x, router_weight=router.weight, w1=w1, w2=w2, router_bias=router.bias,
+        b1=b1, b2=b2, selection_bias=router.selection_bias, seed=seed,
+    )  # fmt: skip
+    num_experts = w1.shape[0]
+    if num_experts == 0:
+        refuse("moe_layer", "w1", "at least one expert", f"shape {list(w1.shape)}")
+    check_shape("moe_layer", "router_weight", router.weight, num_experts, x.shape[-1])
+    check_shape("moe_layer", "router_bias", router.bias, num_experts)
+    check_shape("moe_layer", "selection_bias", router.selection_bias, num_experts)
+    return num_experts
 
 
 def run_layer(
     x: Tensor,
-    router_w: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    top_k: int,
-    *,
-    router_b: Tensor | None = None,
-    b1: Tensor | None = None,
-    b2: Tensor | None = None,
-    router: str = "topk",
-    tile: int = 128,
-    policy: str = "nearest",
-    seed: int | Tensor = 0,
-    scoring: str = "softmax_topk",
-    renormalize: bool | None = None,
-    bias: Tensor | None = None,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    scale: float = 1.0,
-    activation: str = "swiglu",
-    gate_up_layout: str = "concatenated",
-    limit: float = 7.0,
-    deterministic: bool = True,
-    workspace_limit: int | None = None,
-    main_grad: bool = False,
+    router: RouterTensors,
+    experts: Experts,
+    options: Packed,
+    seed_tensor: Tensor | None,
+    main_grad: bool,
 ) -> LayerOutput:
-    """moe_layer with everything it computes; y and logits are [T, ...]."""
+    """On what check_layer took."""
     operation = "moe_layer"
-    check_tensors(
-        operation, x=x, router_w=router_w, w1=w1, w2=w2, router_b=router_b, b1=b1, b2=b2,
-        bias=bias, seed=tensor_or_none(seed),
-    )  # fmt: skip
-    num_experts = _checked_experts(x, router_w, w1, router_b, bias)
-    *experts, workspace_limit = expert_options(
-        operation, activation, gate_up_layout, limit, deterministic, workspace_limit
-    )
-    routing = router_options(
-        operation, num_experts, top_k, scoring, renormalize, _name_of(bias), num_groups,
-        top_groups, scale,
-    )  # fmt: skip
-    rounding = (router_kind(operation, router), *rounding_options(operation, tile, policy))
-    seed, seed_tensor = seed_of(operation, seed)
-    if flag(operation, "main_grad", main_grad):
+    if main_grad:
         check_main_grad(x)
-
-    x = matrix(operation, "x", x)
-    x, w1, w2, b1, b2 = autocast(operation, "x", x, w1, w2, b1, b2)
-    check_dtype(operation, "router_w", router_w, x.dtype, torch.float32)
-    check_dtype(operation, "router_b", router_b, router_w.dtype, torch.float32)
-    save = needs_backward(x, router_w, router_b, w1, w2, b1, b2)
+    x = rows_of(operation, "x", x)
+    x, w1, w2, b1, b2 = autocast(operation, x, *experts)
+    weight, bias, selection_bias = router
+    check_dtype(operation, "router_weight", weight, x.dtype, torch.float32)
+    check_dtype(operation, "router_bias", bias, weight.dtype, torch.float32)
+    save = needs_backward(x, weight, bias, w1, w2, b1, b2)
     inputs = (
-        x, router_w, router_b, w1, b1, w2, b2, constant(bias), seed_tensor, *experts, *routing,
-        *rounding, workspace_limit, seed, save,
+        x, weight, bias, w1, b1, w2, b2, constant(selection_bias), seed_tensor, *options, save,
     )  # fmt: skip
     if main_grad and save:
         return LayerOutput(*MainGradLayer.call(*inputs))
     return LayerOutput(*run(ops.moe_layer_forward, *inputs))
 
 
-def _checked_experts(x, router_w, w1, router_b, bias) -> int:
-    """E, to which the router's tensors have to fit."""
-    num_experts = w1.shape[0]
-    if num_experts == 0:
-        refuse("moe_layer", "w1", "at least one expert", f"shape {list(w1.shape)}")
-    check_shape("moe_layer", "router_w", router_w, num_experts, x.shape[-1])
-    check_shape("moe_layer", "router_b", router_b, num_experts)
-    check_shape("moe_layer", "bias", bias, num_experts)
-    return num_experts
+def layer_output(
+    x: Tensor,
+    router_weight: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    top_k: int,
+    *,
+    router_bias: Tensor | None = None,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    selection_bias: Tensor | None = None,
+    seed: int | Tensor = 0,
+    main_grad: bool = False,
+    **options: Unpack[LayerKeywords],
+) -> LayerOutput:
+    """moe_layer with everything it computes."""
+    operation = "moe_layer"
+    router = RouterTensors(router_weight, router_bias, selection_bias)
+    experts = (w1, w2, b1, b2)
+    num_experts = check_layer(x, router, experts, tensor_or_none(seed))
+    number, seed_tensor = seed_of(operation, seed)
+    biased = selection_bias is not None
+    packed = packed_layer(operation, num_experts, biased, top_k=top_k, seed=number, **options)
+    FLAG.check(operation, "main_grad", main_grad)
+    return run_layer(x, router, experts, packed, seed_tensor, main_grad)
 
 
+@with_keywords(RoundingOptions, RouterOptions, ExpertOptions, router="topk")
 def moe_layer(
-    x: Tensor, router_w: Tensor, w1: Tensor, w2: Tensor, top_k: int, **options
+    x: Tensor,
+    router_weight: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    top_k: int,
+    *,
+    router_bias: Tensor | None = None,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    selection_bias: Tensor | None = None,
+    seed: int | Tensor = 0,
+    main_grad: bool = False,
+    **options: Unpack[LayerKeywords],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Router GEMM, routing and experts as one autograd node.
 
     Returns (y [..., d], logits [..., E] float32, rows_per_expert [E] int32); gradients flow from y
     and from the logits (auxiliary losses). rows_per_expert counts token choice, before any
-    rounding: what `load_balancing_loss` and `update_expert_bias_` take. router_w [E, d], of the
-    dtype of x or float32.
+    rounding: what `load_balancing_loss` and `update_expert_bias_` take.
 
-    Options (keyword only): router_b [E]; b1, b2; router "topk" | "token_rounding" with tile,
-    policy, seed; scoring, renormalize, bias, num_groups, top_groups, scale as in `route`;
-    activation, gate_up_layout, limit, workspace_limit, deterministic as in `moe`.
+    router_weight [E, d] and router_bias [E], of the dtype of x or float32; w1, w2, b1, b2 as in
+    `moe`; selection_bias as in `route`; router "topk" | "token_rounding", the latter with tile,
+    policy, seed as in `round_tokens`; main_grad as in `MoE`.
     """
-    out = run_layer(x, router_w, w1, w2, top_k, **options)
-    logits = out.logits.reshape(*x.shape[:-1], out.logits.shape[-1])
-    return out.y.reshape(x.shape), logits, out.rows_per_expert_before
+    out = layer_output(
+        x, router_weight, w1, w2, top_k, router_bias=router_bias, b1=b1, b2=b2,
+        selection_bias=selection_bias, seed=seed, main_grad=main_grad, **options,
+    )  # fmt: skip
+    return out.y, out.logits, out.rows_per_expert_before

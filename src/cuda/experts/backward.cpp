@@ -1,85 +1,29 @@
 // Backward without Y: dS = <dA', A>, so that only X, H and the row lists are kept.
-//   1 dH, A', dS from dO, W2 and the stored H
-//   2 the router's gradient (moe_layer only)
-//   3 bias gradients
-//   4 dW2, from A', whose place dX~ then takes
-//   5 dX: the router's share, then dX~ = dH W1, summed per token slab by slab, or added at once
-//   6 dW1
 #include <algorithm>
 
-#include "cuda/experts/buffers.hpp"
 #include "cuda/experts/experts.hpp"
-#include "cuda/router/router.hpp"
 
 namespace sonicmoe::cuda {
-namespace {
 
-constexpr std::int64_t kLeastPartialColumns = 128;
-
-struct Buffers {
-  RowTables tables;
-  void* grad_h;    // [P, g*n]
-  void* scaled_a;  // [P, n], needed until dW2 is done
-  float* partial;  // [P, ceil(n / 128)]
-  void* grad_x;    // [P, slab] dX~ in the place of A', where stores_rows()
-  router::GradientTerms terms;
-};
-
-Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab) {
+BackwardSteps::Buffers BackwardSteps::carve(WorkspaceCarver& carver, const MoEShape& shape,
+                                            std::int64_t slab) {
+  constexpr std::int64_t kLeastPartialColumns = 128;
   Buffers b{};
   const std::int64_t parts = ceil_div(shape.intermediate_size, kLeastPartialColumns);
   b.tables = carve_row_tables(carver, shape);
-  b.grad_h = carver.take_bytes(elements(shape.num_pairs, shape.hidden_columns()) * kElementBytes);
+  b.grad_h = carver.take_bytes(elements(shape.num_pairs, shape.h_columns()) * kElementBytes);
   const std::int64_t stored = stores_rows(shape) ? slab : 0;
   b.scaled_a = carver.take_bytes(
       elements(shape.num_pairs, std::max(shape.intermediate_size, stored)) * kElementBytes);
-  b.grad_x = b.scaled_a;
+  b.dx_rows = b.scaled_a;
   b.partial = carver.take<float>(elements(shape.num_pairs, parts));
-  if (shape.form != MoEShape::Form::kSorted) {
-    b.terms = router::carve_share_terms(carver, shape.num_tokens, shape.num_experts);
-  }
   return b;
 }
 
-void input_gradients(const ExpertCall& call, const MoEBackwardArgs& args, const Metadata& m,
-                     const Buffers& b, const RouterShare* router, std::int64_t slab) {
-  const MoEShape& shape = call.shape;
-  const bool sorted = shape.form == MoEShape::Form::kSorted;
-  const bool stores = stores_rows(shape), adds = adds_rows(shape);
-  if (adds && router == nullptr) zero_rows(call.stream, shape, matrix(args.grad_x));
-  for (std::int64_t c = 0; c < shape.hidden_size; c += slab) {
-    const std::int64_t columns = std::min(slab, shape.hidden_size - c);
-    const Matrix out{args.grad_x.as<bfloat16>() + c, args.grad_x.stride(0)};
-    if (router != nullptr) {
-      router::logits_grad_input(call.stream, call.device, router->grad_logits,
-                                router->router_weight, c, columns, out, b.terms);
-    }
-    SONICMOE_RUN_GEMM(call, input_gradient,
-                      InputGradientArgs{.grad_h = b.grad_h,
-                                        .w1 = args.weights.w1,
-                                        .first_column = c,
-                                        .num_columns = columns,
-                                        .out = stores ? Matrix{b.grad_x, columns} : out,
-                                        .add_rows = adds});
-    if (sorted) zero_tail(call.stream, shape, m, out, columns);
-    if (stores) {
-      aggregate(call.stream, shape, m,
-                {.rows = b.grad_x,
-                 .rows_ld = columns,
-                 .weights = {},
-                 .out = out,
-                 .add_to_out = router != nullptr,
-                 .columns = columns});
-    }
-  }
-}
-
-}  // namespace
-
-WorkspacePlan backward_plan(const MoEShape& shape, std::optional<std::size_t> limit) {
-  return plan_slabs("moe_backward", shape.hidden_size, kSlabStep, limit, [&](std::int64_t slab) {
+ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit) {
+  return plan_slabs(shape, kSlabStep, limit, [&](std::int64_t slab) {
     WorkspaceCarver carver;
-    carve(carver, shape, slab);
+    BackwardSteps::carve(carver, shape, slab);
     return carver.used();
   });
 }
@@ -108,48 +52,99 @@ void check_backward(const Check& check, const MoEShape& shape, const MoEBackward
   }
 }
 
-void backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
-              RouterShare* router) {
-  const WorkspacePlan plan = backward_plan(shape, args.workspace_limit);
+BackwardSteps::BackwardSteps(const Context& context, const ExpertPlan& plan,
+                             const MoEBackwardArgs& args)
+    : args_(args), slab_(plan.workspace.slab_columns) {
   WorkspaceCarver carver(args.workspace.data());
-  Buffers b = carve(carver, shape, plan.slab_columns);
+  buffers_ = carve(carver, plan.shape, slab_);
+  if (!routing_weights(args.routing).defined()) buffers_.tables.row_weight = nullptr;
   // The metadata is only read here; the view type is shared with the forward that fills it.
-  const Metadata m = metadata_view(shape, const_cast<void*>(args.metadata.data()));
-  if (!routing_weights(args.routing).defined()) b.tables.row_weight = nullptr;
-  const ExpertCall call = expert_call(context, shape, args.options, m, b.tables);
-  build_row_tables(call.stream, shape, args.routing, m, b.tables);
+  metadata_ = metadata_view(plan.shape, const_cast<void*>(args.metadata.data()));
+  call_ = expert_call(context, plan.shape, args.options, metadata_, buffers_.tables);
+}
 
-  const Matrix grad_out = matrix(args.grad_out), x = matrix(args.x);
-  SONICMOE_RUN_GEMM(call, hidden_gradient,
-                    HiddenGradientArgs{grad_out, args.weights.w2, args.h.data(),
-                                       b.tables.row_weight, b.grad_h, b.scaled_a, b.partial});
-  if (args.grad_routing_weights.defined()) {
-    const std::int64_t width = hopper::partial_columns(shape);
-    finish_weight_gradient(call.stream, shape, m, b.partial,
-                           static_cast<int>(ceil_div(shape.intermediate_size, width)), grad_out,
-                           args.weights.b2, args.grad_routing_weights.as<float>());
+void BackwardSteps::rows() {
+  const MoEShape& shape = call_.shape;
+  const Matrix grad_out = matrix(args_.grad_out);
+  build_row_tables(call_.stream, shape, args_.routing, metadata_, buffers_.tables);
+  SONICMOE_RUN_GEMM(
+      call_, hidden_gradient,
+      HiddenGradientArgs{grad_out, args_.weights.w2, args_.h.data(), buffers_.tables.row_weight,
+                         buffers_.grad_h, buffers_.scaled_a, buffers_.partial});
+  if (!args_.grad_routing_weights.defined()) return;
+  const std::int64_t width = hopper::partial_columns(shape);
+  finish_weight_gradient(call_.stream, shape, metadata_, buffers_.partial,
+                         static_cast<int>(ceil_div(shape.intermediate_size, width)), grad_out,
+                         args_.weights.b2, args_.grad_routing_weights.as<float>());
+}
+
+void BackwardSteps::bias_gradients() {
+  const MoEShape& shape = call_.shape;
+  if (args_.grad_b1.defined()) {
+    bias_gradient(call_.stream, shape, metadata_, {buffers_.grad_h, shape.h_columns()}, false,
+                  nullptr, args_.grad_b1, args_.accumulate);
   }
-  if (router != nullptr) {
-    const Matrix grad_x = args.grad_x.defined() ? matrix(args.grad_x) : Matrix{};
-    router::layer_grad_logits(call.stream, m, args.x, plan.slab_columns, grad_x, b.terms, *router);
+  if (args_.grad_b2.defined()) {
+    bias_gradient(call_.stream, shape, metadata_, matrix(args_.grad_out), true,
+                  buffers_.tables.row_weight, args_.grad_b2, args_.accumulate);
   }
-  if (args.grad_b1.defined()) {
-    bias_gradient(call.stream, shape, m, {b.grad_h, shape.hidden_columns()}, false, nullptr,
-                  args.grad_b1, args.accumulate);
+}
+
+void BackwardSteps::grad_w2() {
+  if (!args_.grad_w2.defined()) return;
+  SONICMOE_RUN_GEMM(call_, down_weight_gradient,
+                    DownWeightGradientArgs{matrix(args_.grad_out), buffers_.scaled_a, args_.grad_w2,
+                                           args_.accumulate});
+}
+
+Matrix BackwardSteps::grad_x_columns(std::int64_t first) const {
+  if (!args_.grad_x.defined()) return {};
+  return {args_.grad_x.as<bfloat16>() + first, args_.grad_x.stride(0)};
+}
+
+void BackwardSteps::grad_x(std::int64_t first, std::int64_t columns, bool add) {
+  if (!args_.grad_x.defined()) return;
+  const MoEShape& shape = call_.shape;
+  const bool stores = stores_rows(shape), adds = adds_rows(shape);
+  const Matrix out = grad_x_columns(first);
+  if (adds && !add && first == 0) zero_rows(call_.stream, shape, matrix(args_.grad_x));
+  SONICMOE_RUN_GEMM(call_, input_gradient,
+                    InputGradientArgs{.grad_h = buffers_.grad_h,
+                                      .w1 = args_.weights.w1,
+                                      .first_column = first,
+                                      .num_columns = columns,
+                                      .out = stores ? Matrix{buffers_.dx_rows, columns} : out,
+                                      .add_rows = adds});
+  if (shape.form == MoEShape::Form::kSorted) {
+    zero_tail(call_.stream, shape, metadata_, out, columns);
   }
-  if (args.grad_b2.defined()) {
-    bias_gradient(call.stream, shape, m, grad_out, true, b.tables.row_weight, args.grad_b2,
-                  args.accumulate);
+  if (stores) {
+    aggregate(call_.stream, shape, metadata_,
+              {.rows = buffers_.dx_rows,
+               .rows_ld = columns,
+               .weights = {},
+               .out = out,
+               .add_to_out = add,
+               .columns = columns});
   }
-  if (args.grad_w2.defined()) {
-    SONICMOE_RUN_GEMM(call, down_weight_gradient,
-                      DownWeightGradientArgs{grad_out, b.scaled_a, args.grad_w2, args.accumulate});
-  }
-  if (args.grad_x.defined()) input_gradients(call, args, m, b, router, plan.slab_columns);
-  if (args.grad_w1.defined()) {
-    SONICMOE_RUN_GEMM(call, up_weight_gradient,
-                      UpWeightGradientArgs{b.grad_h, x, args.grad_w1, args.accumulate});
-  }
+}
+
+void BackwardSteps::grad_w1() {
+  if (!args_.grad_w1.defined()) return;
+  SONICMOE_RUN_GEMM(
+      call_, up_weight_gradient,
+      UpWeightGradientArgs{buffers_.grad_h, matrix(args_.x), args_.grad_w1, args_.accumulate});
+}
+
+void backward(const Context& context, const ExpertPlan& plan, const MoEBackwardArgs& args) {
+  BackwardSteps steps(context, plan, args);
+  steps.rows();
+  steps.bias_gradients();
+  steps.grad_w2();
+  for_each_slab(plan, [&](std::int64_t first, std::int64_t columns) {
+    steps.grad_x(first, columns, /*add=*/false);
+  });
+  steps.grad_w1();
 }
 
 }  // namespace sonicmoe::cuda

@@ -3,19 +3,66 @@
 
 #include <optional>
 
-#include "core/backend.hpp"
+#include "core/check.hpp"
+#include "core/plan.hpp"
+#include "cuda/experts/buffers.hpp"
 
 namespace sonicmoe::cuda {
 
-WorkspacePlan forward_plan(const MoEShape& shape, bool inference, std::optional<std::size_t> limit);
-WorkspacePlan backward_plan(const MoEShape& shape, std::optional<std::size_t> limit);
+ExpertPlan plan_forward(const MoEShape& shape, bool inference, std::optional<std::size_t> limit);
+ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit);
 
-/// Throws for what the Hopper kernels decline (dtype, widths, strides, alignment), by argument.
+/// Throws for what the Hopper kernels decline (numerics, widths, strides, alignment), by argument.
 void check_forward(const Check& check, const MoEShape& shape, const MoEForwardArgs& args);
 void check_backward(const Check& check, const MoEShape& shape, const MoEBackwardArgs& args);
 
-void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs& args);
-void backward(const Context& context, const MoEShape& shape, const MoEBackwardArgs& args,
-              RouterShare* router);
+void forward(const Context& context, const ExpertPlan& plan, const MoEForwardArgs& args);
+void backward(const Context& context, const ExpertPlan& plan, const MoEBackwardArgs& args);
+
+/// The steps of backward, to be called in this order; a layer puts its router's between them. Each
+/// enqueues its kernels, for the gradients that are wanted.
+class BackwardSteps {
+ public:
+  BackwardSteps(const Context& context, const ExpertPlan& plan, const MoEBackwardArgs& args);
+
+  /// Row lists; dH, A' and dS from dO, W2 and the stored H.
+  void rows();
+  void bias_gradients();
+  /// dW2 from A', whose place dX~ then takes.
+  void grad_w2();
+  /// dX = the sum of dX~ = dH W1 over each token's rows, added at once or slab by slab, in columns
+  /// [first, first + columns). With `add`, dX holds what the sum is added to.
+  void grad_x(std::int64_t first, std::int64_t columns, bool add);
+  void grad_w1();
+
+  const Metadata& metadata() const { return metadata_; }
+  std::int64_t slab_columns() const { return slab_; }
+  /// Those columns of dX.
+  Matrix grad_x_columns(std::int64_t first) const;
+
+ private:
+  struct Buffers {
+    RowTables tables;
+    void* grad_h;    // [P, g*n]
+    void* scaled_a;  // [P, n], needed until dW2 is done
+    float* partial;  // [P, ceil(n / 128)]
+    void* dx_rows;   // [P, slab] dX~ in the place of A', where stores_rows()
+  };
+  static Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab);
+  friend ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit);
+
+  const MoEBackwardArgs& args_;
+  std::int64_t slab_;
+  Buffers buffers_;
+  Metadata metadata_;
+  ExpertCall call_;
+};
+
+/// Calls step(first column, columns) for each slab of d.
+template <class Step>
+void for_each_slab(const ExpertPlan& plan, Step step) {
+  const std::int64_t d = plan.shape.hidden_size, slab = plan.workspace.slab_columns;
+  for (std::int64_t first = 0; first < d; first += slab) step(first, std::min(slab, d - first));
+}
 
 }  // namespace sonicmoe::cuda

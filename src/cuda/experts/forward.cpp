@@ -2,7 +2,6 @@
 // the order of the sum is free, Y added to O at once.
 #include <algorithm>
 
-#include "cuda/experts/buffers.hpp"
 #include "cuda/experts/experts.hpp"
 
 namespace sonicmoe::cuda {
@@ -30,9 +29,8 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, bool inference, st
 
 }  // namespace
 
-WorkspacePlan forward_plan(const MoEShape& shape, bool inference,
-                           std::optional<std::size_t> limit) {
-  return plan_slabs("moe_forward", shape.hidden_size, kSlabStep, limit, [&](std::int64_t slab) {
+ExpertPlan plan_forward(const MoEShape& shape, bool inference, std::optional<std::size_t> limit) {
+  return plan_slabs(shape, kSlabStep, limit, [&](std::int64_t slab) {
     WorkspaceCarver carver;
     carve(carver, shape, inference, slab);
     return carver.used();
@@ -49,12 +47,12 @@ void check_forward(const Check& check, const MoEShape& shape, const MoEForwardAr
       call, DownArgs{.w2 = w.w2, .b2 = w.b2, .num_columns = shape.hidden_size, .out = out}));
 }
 
-void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs& args) {
+void forward(const Context& context, const ExpertPlan& plan, const MoEForwardArgs& args) {
+  const MoEShape& shape = plan.shape;
   const bool inference = !args.h.defined(), sorted = shape.form == MoEShape::Form::kSorted;
   const bool stores = stores_rows(shape), adds = adds_rows(shape);
-  const WorkspacePlan plan = forward_plan(shape, inference, args.workspace_limit);
   WorkspaceCarver carver(args.workspace.data());
-  Buffers b = carve(carver, shape, inference, plan.slab_columns);
+  Buffers b = carve(carver, shape, inference, plan.workspace.slab_columns);
   const Metadata m = metadata_view(shape, inference ? b.metadata : args.metadata.data());
   const ConstTensorView& weights = routing_weights(args.routing);
   // The sum over stored rows takes `weights`.
@@ -65,8 +63,7 @@ void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs
                     UpArgs{matrix(args.x), args.weights.w1, args.weights.b1,
                            inference ? nullptr : args.h.data(), b.a, b.tables.row_weight});
   if (adds) zero_rows(call.stream, shape, matrix(args.out));
-  for (std::int64_t c = 0; c < shape.hidden_size; c += plan.slab_columns) {
-    const std::int64_t columns = std::min(plan.slab_columns, shape.hidden_size - c);
+  for_each_slab(plan, [&](std::int64_t c, std::int64_t columns) {
     const Matrix out{args.out.as<bfloat16>() + c, args.out.stride(0)};
     SONICMOE_RUN_GEMM(call, down,
                       DownArgs{.a = b.a,
@@ -83,7 +80,7 @@ void forward(const Context& context, const MoEShape& shape, const MoEForwardArgs
           call.stream, shape, m,
           {.rows = b.y, .rows_ld = columns, .weights = weights, .out = out, .columns = columns});
     }
-  }
+  });
 }
 
 }  // namespace sonicmoe::cuda

@@ -34,8 +34,8 @@ void launch_input_gradient(const ExpertCall& call, const InputGradientArgs& args
   using Spec = RowsSpec<kBlockN, kMajor>;
   const MoEShape& s = call.shape;
   Params<Spec> p{};
-  p.operands = row_operands(call, s.hidden_columns(), args.num_columns, kBlockN);
-  p.operands.a = map_of_rows(args.grad_h, s.num_pairs, s.hidden_columns());
+  p.operands = row_operands(call, s.h_columns(), args.num_columns, kBlockN);
+  p.operands.a = map_of_rows(args.grad_h, s.num_pairs, s.h_columns());
   set_weight(p.operands, args.w1, 2, 1, kBlockN, kMajor, args.first_column);
   if (args.add_rows) set_add_group(p.operands, s.num_tokens, kBlockN);
   p.epilogue = {.out = static_cast<bf16*>(args.out.data),

@@ -32,8 +32,8 @@ Reason not_aligned(const char* argument) {
 
 Reason check_shape(const ExpertCall& call) {
   const MoEShape& s = call.shape;
-  if (s.dtype != DType::kBFloat16) {
-    return Objection{"x", "bfloat16 on a GPU", std::string(name_of(s.dtype))};
+  if (s.numerics != Numerics::of(DType::kBFloat16)) {
+    return Objection{"x", "bfloat16 on a GPU", to_string(s.numerics)};
   }
   if (s.hidden_size % kVector != 0) return not_a_multiple("x", "hidden_size", s.hidden_size);
   if (s.intermediate_size % kVector != 0) {

@@ -98,7 +98,7 @@ void down_weight_gradient(const ExpertCall& call, const DownWeightGradientArgs& 
 void up_weight_gradient(const ExpertCall& call, const UpWeightGradientArgs& args) {
   weight_gradient(call, {.gathered = args.x,
                          .rows = args.grad_h,
-                         .columns = call.shape.hidden_columns(),
+                         .columns = call.shape.h_columns(),
                          .out = args.grad_w1,
                          .d_dim = 2,
                          .accumulate = args.accumulate});

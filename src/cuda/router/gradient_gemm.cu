@@ -13,9 +13,9 @@ namespace {
 using bf16 = __nv_bfloat16;
 
 // dlogits is read as vectors that stay inside a row.
-bool can_split(ConstTensorView grad_logits) {
-  return reinterpret_cast<std::uintptr_t>(grad_logits.data()) % sizeof(float4) == 0 &&
-         grad_logits.size(1) % FourTerms::kCount == 0;
+bool can_split(const LogitsGradient& grad_logits) {
+  return reinterpret_cast<std::uintptr_t>(grad_logits.data) % sizeof(float4) == 0 &&
+         grad_logits.num_experts % FourTerms::kCount == 0;
 }
 
 // The terms of float32 dlogits, and the lists.
@@ -43,12 +43,11 @@ __global__ void write_lists_kernel(GradientTerms terms, std::int64_t num_tokens)
   write_lists(terms, num_tokens, threadIdx.x, blockDim.x);
 }
 
-void split_terms(cudaStream_t stream, ConstTensorView grad_logits, const GradientTerms& terms,
+void split_terms(cudaStream_t stream, const LogitsGradient& grad_logits, const GradientTerms& terms,
                  const char* operation) {
-  const std::int64_t vectors = grad_logits.numel() / FourTerms::kCount;
-  split_terms_kernel<<<grid_stride_blocks(vectors, 256), 256, 0, stream>>>(
-      static_cast<const float4*>(grad_logits.data()), grad_logits.size(0), grad_logits.size(1),
-      terms);
+  const std::int64_t T = grad_logits.num_tokens, E = grad_logits.num_experts;
+  split_terms_kernel<<<grid_stride_blocks(T * E / FourTerms::kCount, 256), 256, 0, stream>>>(
+      static_cast<const float4*>(grad_logits.data), T, E, terms);
   check_launch(operation);
 }
 
@@ -64,7 +63,7 @@ ExpertCall gemm_call(cudaStream_t stream, int device, std::int64_t num_tokens,
   call.shape.intermediate_size = terms.count * num_experts;
   call.shape.form = MoEShape::Form::kSorted;
   call.shape.activation = Activation::kReLU;
-  call.shape.dtype = DType::kBFloat16;
+  call.shape.numerics = Numerics::of(DType::kBFloat16);
   call.rows.tiles = terms.tiles;
   call.rows.num_tiles = terms.num_tiles;
   call.rows.experts = terms.slices;
@@ -115,8 +114,8 @@ std::int64_t choose_slices(std::int64_t num_tokens, std::int64_t columns, std::i
 
 }  // namespace
 
-GradientTerms carve_share_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
-                                std::int64_t num_experts) {
+GradientTerms carve_grad_x_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
+                                 std::int64_t num_experts) {
   GradientTerms terms;
   terms.count = 1;
   terms.values = carver.take<bf16>(static_cast<std::size_t>(num_tokens * num_experts));
@@ -140,33 +139,32 @@ GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_token
   return terms;
 }
 
-bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad_logits,
-                           ConstTensorView router_weight, std::int64_t first_column,
-                           std::int64_t num_columns, Matrix out, const GradientTerms& terms) {
-  const std::int64_t num_experts = num_experts_of(grad_logits);
-  const ExpertCall call =
-      gemm_call(stream, device, grad_logits.size(0), num_experts, router_weight.size(1), 1, terms);
+bool grad_x_on_grouped_gemm(cudaStream_t stream, int device, const LogitsGradient& grad_logits,
+                            ConstTensorView router_weight, std::int64_t first_column,
+                            std::int64_t num_columns, Matrix out, const GradientTerms& terms) {
+  const ExpertCall call = gemm_call(stream, device, grad_logits.num_tokens, grad_logits.num_experts,
+                                    router_weight.size(1), 1, terms);
   const InputGradientArgs args =
       share_args(router_weight, first_column, num_columns, out, terms.values);
-  if (!holds_terms(grad_logits)) {
+  if (!grad_logits.split) {
     if (router_weight.dtype() != DType::kBFloat16 || !can_split(grad_logits)) return false;
     if (hopper::reason_against(call, args)) return false;
-    if (first_column == 0) split_terms(stream, grad_logits, terms, "router's share of dX");
+    if (first_column == 0) split_terms(stream, grad_logits, terms, "router's dX");
   }
   hopper::input_gradient(call, args);
   return true;
 }
 
 bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView x,
-                                  ConstTensorView grad_logits, float* parts,
+                                  const LogitsGradient& grad_logits, float* parts,
                                   const GradientTerms& terms) {
   const char* operation = "router_logits_backward";
-  const std::int64_t num_tokens = x.size(0), num_experts = num_experts_of(grad_logits);
+  const std::int64_t num_tokens = x.size(0), num_experts = grad_logits.num_experts;
   const ExpertCall call =
       gemm_call(stream, device, num_tokens, num_experts, x.size(1), terms.num_slices, terms);
   UpWeightGradientArgs args = weight_args(x, num_experts, terms.num_slices, parts);
-  if (holds_terms(grad_logits)) {
-    args.grad_h = grad_logits.data();
+  if (grad_logits.split) {
+    args.grad_h = grad_logits.data;
     write_lists_kernel<<<1, 256, 0, stream>>>(terms, num_tokens);
     check_launch(operation);
   } else {

@@ -1,7 +1,8 @@
 // The router's gradient products on the experts' grouped GEMMs (wgmma). dlogits goes in as bf16
 // terms, high = bf16(dlogits) and low = bf16(dlogits - high), 16 bits in all, split from float32
 // here or written so by the backward of renormalised weights:
-//   dX share [T, d] = high Wr       one "expert" of T rows; rounded to bf16 as every row of dX~ is,
+//   router's dX [T, d] = high Wr      one "expert" of T rows; rounded to bf16 as every row of dX~
+//   is,
 //                                   from a factor rounded as dH is
 //   dWr [E, d] = (high + low)ᵀ x    slices of the tokens as "experts" of 2E columns, one per term:
 //                                   x is gathered once, and the terms fill the tile's width
@@ -20,14 +21,13 @@ namespace sonicmoe::cuda::router {
 /// Terms of dlogits in dWr.
 inline constexpr int kWeightTerms = 2;
 
-/// dlogits comes to the products as float32 [T, E] or as its terms, bf16 [T, kWeightTerms, E]: as
-/// many bytes, and what dWr reads.
-inline bool holds_terms(const ConstTensorView& grad_logits) {
-  return grad_logits.dtype() == DType::kBFloat16;
-}
-inline std::int64_t num_experts_of(const ConstTensorView& grad_logits) {
-  return grad_logits.size(grad_logits.rank() - 1);
-}
+/// dlogits on its way to the products.
+struct LogitsGradient {
+  const void* data = nullptr;  ///< float32 [T, E]; split: bf16 [T, kWeightTerms, E], as many bytes
+  std::int64_t num_tokens = 0;
+  std::int64_t num_experts = 0;
+  bool split = false;  ///< whether it holds its terms, which is what dWr reads
+};
 
 /// Tokens of a slice where T are cut into `slices`: whole steps of all kernels' reductions.
 inline std::int64_t slice_rows(std::int64_t num_tokens, std::int64_t slices) {
@@ -47,24 +47,24 @@ struct GradientTerms {
   std::int64_t rows_per_slice = 0;
 };
 
-/// For the share of dX: the high term and the row tiles.
-GradientTerms carve_share_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
-                                std::int64_t num_experts);
+/// For the router's dX: the high term and the row tiles.
+GradientTerms carve_grad_x_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
+                                 std::int64_t num_experts);
 /// For dWr: both terms and the slices, whose number (at least 1) is a function of the shape alone.
 GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
                                  std::int64_t num_experts, std::int64_t d);
 
 /// out [T, num_columns] bf16 = grad_logits router_weight[:, first_column...]. False, and nothing
-/// enqueued, where the kernels decline. Where grad_logits holds terms, the high ones and the lists
+/// enqueued, where the kernels decline. Where grad_logits is split, the high ones and the lists
 /// are in `terms` already; else the slab at column 0, which comes first, puts them there for all.
-bool share_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView grad_logits,
-                           ConstTensorView router_weight, std::int64_t first_column,
-                           std::int64_t num_columns, Matrix out, const GradientTerms& terms);
+bool grad_x_on_grouped_gemm(cudaStream_t stream, int device, const LogitsGradient& grad_logits,
+                            ConstTensorView router_weight, std::int64_t first_column,
+                            std::int64_t num_columns, Matrix out, const GradientTerms& terms);
 
 /// parts [num_slices, kWeightTerms, E, d] float32: slice s sums the tokens [s, s + 1) *
 /// rows_per_slice, and dWr is the sum of all parts. False as above.
 bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView x,
-                                  ConstTensorView grad_logits, float* parts,
+                                  const LogitsGradient& grad_logits, float* parts,
                                   const GradientTerms& terms);
 
 /// Whether both products take their grad_logits as terms: slabs of `num_columns` of `grad_x` as

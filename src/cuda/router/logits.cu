@@ -1,12 +1,13 @@
 // The router's matrix products.
 //   logits [T, E] = x Wrᵀ + bias          tensor cores for bf16, else float32
 //   dWr [E, d] = dlogitsᵀ x, db = sums    split over T, the parts added in order
-//   dX share [T, d] = dlogits Wr
-// dlogits is float32, or two bf16 terms already. With a bf16 operand beside it the products run on
-// the grouped GEMMs (gradient_gemm.hpp) where those fit, else on the tensor cores in two or three
-// terms (split_gemm.cuh); with a float32 one, in float32.
+//   router's dX [T, d] = dlogits Wr
+// dlogits is float32, or split into two bf16 terms already. With a bf16 operand beside it the
+// products run on the grouped GEMMs (gradient_gemm.hpp) where those fit, else on the tensor cores
+// in two or three terms (split_gemm.cuh); with a float32 one, in float32.
 #include <type_traits>
 
+#include "core/log.hpp"
 #include "core/workspace.hpp"
 #include "cuda/router/bias.cuh"
 #include "cuda/router/gradient_gemm.hpp"
@@ -108,23 +109,25 @@ struct StoreRows {
 
 // --------------------------------------------------------------------------------- weight gradient
 
-// Scratch of the weight gradient.
+// Scratch of backward.
 struct GradientParts {
   float* weight;  // [num_weight_parts, E, d]
   double* bias;   // [kBiasSplits, E]
   GradientTerms terms;
   std::int64_t num_weight_parts;
+  GradientTerms grad_x;  // of the router's dX
 };
 
-std::size_t carve(void* base, std::int64_t num_tokens, std::int64_t num_experts, std::int64_t d,
-                  GradientParts& parts) {
-  WorkspaceCarver carver(base);
+GradientParts carve(WorkspaceCarver& carver, std::int64_t num_tokens, std::int64_t num_experts,
+                    std::int64_t d) {
+  GradientParts parts;
   parts.terms = carve_weight_terms(carver, num_tokens, num_experts, d);
   parts.num_weight_parts = parts.terms.num_slices * kWeightTerms;
   parts.weight =
       carver.take<float>(static_cast<std::size_t>(parts.num_weight_parts * num_experts * d));
   parts.bias = carver.take<double>(static_cast<std::size_t>(kBiasSplits * num_experts));
-  return carver.used();
+  parts.grad_x = carve_grad_x_terms(carver, num_tokens, num_experts);
+  return parts;
 }
 
 template <class T, int kWidth>
@@ -279,12 +282,14 @@ void launch_column_sums(cudaStream_t stream, const Gradient& gradient, std::int6
 }  // namespace
 
 void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,
-                   ConstTensorView bias, TensorView logits, TensorView) {
+                   ConstTensorView bias, TensorView logits) {
   const std::int64_t num_tokens = x.size(0);
   const std::int64_t num_experts = weight.size(0);
   const cudaStream_t stream = stream_of(context);
   if (num_tokens == 0) return;
-  if (tensor_core_logits_fit(x, weight)) {
+  const bool tensor_cores = tensor_core_logits_fit(x, weight);
+  log_choice("logits", [&] { return tensor_cores ? "tensor cores" : "float32 units"; });
+  if (tensor_cores) {
     return launch_tensor_core_logits(stream, context.device.index, x, weight, bias, logits);
   }
   const SimtShape shape{num_tokens, num_experts, x.size(1), x.size(1)};
@@ -298,21 +303,27 @@ void router_logits(const Context& context, ConstTensorView x, ConstTensorView we
   });
 }
 
-std::size_t router_logits_workspace_bytes(const Context&, const MoEShape& shape) {
-  GradientParts parts;
-  return carve(nullptr, shape.num_tokens, shape.num_experts, shape.hidden_size, parts);
+std::size_t router_logits_backward_workspace_bytes(const MoEShape& shape) {
+  WorkspaceCarver carver;
+  carve(carver, shape.num_tokens, shape.num_experts, shape.hidden_size);
+  return carver.used();
 }
 
-void router_logits_backward(const Context& context, ConstTensorView x, ConstTensorView grad_logits,
-                            TensorView grad_weight, TensorView grad_bias, bool accumulate,
-                            TensorView workspace) {
+GradientTerms router_grad_x_terms(void* workspace, const MoEShape& shape) {
+  WorkspaceCarver carver(workspace);
+  return carve(carver, shape.num_tokens, shape.num_experts, shape.hidden_size).grad_x;
+}
+
+void router_logits_backward(const Context& context, ConstTensorView x,
+                            const LogitsGradient& grad_logits, TensorView grad_weight,
+                            TensorView grad_bias, bool accumulate, void* workspace) {
   const char* operation = "router_logits_backward";
   const cudaStream_t stream = stream_of(context);
   const std::int64_t num_tokens = x.size(0);
   const std::int64_t d = x.size(1);
-  const std::int64_t num_experts = num_experts_of(grad_logits);
-  GradientParts parts;
-  carve(workspace.data(), num_tokens, num_experts, d, parts);
+  const std::int64_t num_experts = grad_logits.num_experts;
+  WorkspaceCarver carver(workspace);
+  const GradientParts parts = carve(carver, num_tokens, num_experts, d);
   if (grad_weight.defined()) {
     std::int64_t num_parts = parts.num_weight_parts;
     if (!weight_parts_on_grouped_gemm(stream, context.device.index, x, grad_logits, parts.weight,
@@ -321,10 +332,12 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
       const std::int64_t tokens = slice_rows(num_tokens, num_parts);
       num_parts = std::max<std::int64_t>(ceil_div(num_tokens, tokens), 1);
       visit_float_dtype(x, [&]<class X>(const X* x_data) {
-        launch_product(
-            stream, SimtOperand<float, Unit::kWidth>{grad_logits.as<float>(), num_experts},
-            SimtOperand<X, Unit::kWidth>{x_data, x.stride(0)}, {num_experts, d, num_tokens, tokens},
-            num_parts, StoreMatrix{parts.weight, num_experts, d}, operation);
+        launch_product(stream,
+                       SimtOperand<float, Unit::kWidth>{static_cast<const float*>(grad_logits.data),
+                                                        num_experts},
+                       SimtOperand<X, Unit::kWidth>{x_data, x.stride(0)},
+                       {num_experts, d, num_tokens, tokens}, num_parts,
+                       StoreMatrix{parts.weight, num_experts, d}, operation);
       });
     }
     launch_add_parts(stream, parts.weight, num_parts,
@@ -332,12 +345,12 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
                       grad_weight.dtype() == DType::kBFloat16, accumulate});
   }
   if (grad_bias.defined()) {
-    if (holds_terms(grad_logits)) {
-      launch_column_sums(stream, SplitGradient{grad_logits.as<bf16>(), num_experts}, num_tokens,
-                         parts.bias);
+    if (grad_logits.split) {
+      const SplitGradient gradient{static_cast<const bf16*>(grad_logits.data), num_experts};
+      launch_column_sums(stream, gradient, num_tokens, parts.bias);
     } else {
-      launch_column_sums(stream, FloatGradient{grad_logits.as<float>(), num_experts}, num_tokens,
-                         parts.bias);
+      const FloatGradient gradient{static_cast<const float*>(grad_logits.data), num_experts};
+      launch_column_sums(stream, gradient, num_tokens, parts.bias);
     }
     launch_add_parts(stream, parts.bias, kBiasSplits,
                      {grad_bias.data(), num_experts, 1, num_experts,
@@ -345,22 +358,22 @@ void router_logits_backward(const Context& context, ConstTensorView x, ConstTens
   }
 }
 
-void logits_grad_input(cudaStream_t stream, int device, ConstTensorView grad_logits,
-                       ConstTensorView router_weight, std::int64_t first_column,
-                       std::int64_t num_columns, Matrix out, const GradientTerms& terms) {
-  const std::int64_t num_tokens = grad_logits.size(0);
-  const std::int64_t num_experts = num_experts_of(grad_logits);
+void router_grad_x(cudaStream_t stream, int device, const LogitsGradient& grad_logits,
+                   ConstTensorView router_weight, std::int64_t first_column,
+                   std::int64_t num_columns, Matrix out, const GradientTerms& terms) {
+  const std::int64_t num_tokens = grad_logits.num_tokens, num_experts = grad_logits.num_experts;
   if (num_tokens == 0 || num_columns == 0) return;
-  if (share_on_grouped_gemm(stream, device, grad_logits, router_weight, first_column, num_columns,
-                            out, terms)) {
+  if (grad_x_on_grouped_gemm(stream, device, grad_logits, router_weight, first_column, num_columns,
+                             out, terms)) {
     return;
   }
+  const auto* values = static_cast<const float*>(grad_logits.data);
   visit_float_dtype(router_weight, [&]<class W>(const W* weight) {
-    launch_product(stream, SimtOperand<float, Unit::kDepth>{grad_logits.as<float>(), num_experts},
+    launch_product(stream, SimtOperand<float, Unit::kDepth>{values, num_experts},
                    SimtOperand<W, Unit::kWidth>{weight + first_column, router_weight.stride(0)},
                    {num_tokens, num_columns, num_experts, num_experts}, 1,
                    StoreRows{static_cast<bf16*>(out.data), out.ld, out.has_aligned_rows()},
-                   "logits_grad_input");
+                   "router_grad_x");
   });
 }
 

@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) topk_backward_kernel(BackwardP
 struct TermsParams {
   const float4* addend;    // [T, E] or null: added to dlogits
   FourTerms* grad_logits;  // [T, 2, E]: a token's high terms, then its low ones
-  GradientTerms share;     // [T, E] high terms, and the lists
+  GradientTerms grad_x;    // [T, E] high terms, and the lists
 };
 
 // A token's row goes through shared memory: whole vectors of zeros and terms reach memory.
@@ -237,11 +237,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
       const FourTerms high = high_terms(v);
       out.grad_logits[t * 2 * per_row + i] = high;
       out.grad_logits[(t * 2 + 1) * per_row + i] = low_terms(v, high);
-      static_cast<FourTerms*>(out.share.values)[t * per_row + i] = high;
+      static_cast<FourTerms*>(out.grad_x.values)[t * per_row + i] = high;
     }
     __syncwarp();
   }
-  write_lists(out.share, b.num_tokens, std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x,
+  write_lists(out.grad_x, b.num_tokens, std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x,
               std::int64_t{gridDim.x} * blockDim.x);
 }
 
@@ -266,7 +266,7 @@ bool aligned(const void* data) {
 // take terms: E is a multiple of eight.
 template <class Args, class Gradients>
 bool launch_terms(cudaStream_t stream, const Args& args, ConstTensorView grad_weights,
-                  const Gradients& gradients, ConstTensorView addend, const GradientTerms& share) {
+                  const Gradients& gradients, ConstTensorView addend, const GradientTerms& grad_x) {
   const std::int64_t num_tokens = args.logits.size(0), num_experts = args.logits.size(1);
   const ScoringParams scoring = scoring_params(args.options, num_experts);
   const std::size_t bytes = sizeof(float) * kMaxWarps * static_cast<std::size_t>(num_experts);
@@ -282,27 +282,11 @@ bool launch_terms(cudaStream_t stream, const Args& args, ConstTensorView grad_we
                          nullptr,
                          num_tokens};
   const TermsParams out{static_cast<const float4*>(addend.data()),
-                        static_cast<FourTerms*>(args.grad_logits.data()), share};
+                        static_cast<FourTerms*>(args.grad_logits.data()), grad_x};
   gradient_terms_kernel<<<grid_stride_blocks(num_tokens, kMaxWarps), 32 * kMaxWarps, bytes,
                           stream>>>(b, gradients, out);
   check_launch("router's gradient");
   return true;
-}
-
-bool launch_layer_terms(cudaStream_t stream, const Metadata& m, const GradientTerms& share,
-                        const RouterShare& router) {
-  if (router.rounding != nullptr) {
-    const RoundTokensBackwardArgs& args = *router.rounding;
-    const PairGradients gradients{m.token_start, m.token_rows, m.row_pair,
-                                  args.expert_ids.as<std::int32_t>()};
-    return launch_terms(stream, args, args.grad_pair_weights, gradients, router.addend, share);
-  }
-  const RouteBackwardArgs& args = *router.topk;
-  const auto launch = [&](auto gradients) {
-    return launch_terms(stream, args, args.grad_topk_weights, gradients, router.addend, share);
-  };
-  return args.topk_ids.dtype() == DType::kInt64 ? launch(SlotGradients<std::int64_t>{})
-                                                : launch(SlotGradients<std::int32_t>{});
 }
 
 // dL/d weight(t,e) as a matrix: the list is sorted by expert, the normalisation runs over tokens.
@@ -347,16 +331,18 @@ void route_backward(const Context& context, const RouteBackwardArgs& args) {
                          args.grad_logits.as<float>(), "route_backward");
 }
 
-void layer_grad_logits(cudaStream_t stream, const Metadata& metadata, ConstTensorView x,
-                       std::int64_t num_columns, Matrix grad_x, const GradientTerms& terms,
-                       RouterShare& router) {
-  if (!products_take_terms(x, router.router_weight, num_columns, grad_x) ||
-      !launch_layer_terms(stream, metadata, terms, router)) {
-    return router.compute_grad_logits();
-  }
-  const ConstTensorView& logits = router.grad_logits;
-  router.grad_logits = ConstTensorView(logits.data(), DType::kBFloat16,
-                                       {logits.size(0), kWeightTerms, logits.size(1)});
+bool split_route_backward(cudaStream_t stream, const RouteBackwardArgs& args,
+                          ConstTensorView addend, const GradientTerms& terms) {
+  return launch_terms(stream, args, args.grad_topk_weights, SlotGradients<std::int32_t>{}, addend,
+                      terms);
+}
+
+bool split_round_tokens_backward(cudaStream_t stream, const RoundTokensBackwardArgs& args,
+                                 const Metadata& m, ConstTensorView addend,
+                                 const GradientTerms& terms) {
+  const PairGradients gradients{m.token_start, m.token_rows, m.row_pair,
+                                args.expert_ids.as<std::int32_t>()};
+  return launch_terms(stream, args, args.grad_pair_weights, gradients, addend, terms);
 }
 
 void round_tokens_backward(const Context& context, const RoundTokensBackwardArgs& args) {

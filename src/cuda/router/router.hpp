@@ -1,6 +1,6 @@
-// The router on a Hopper GPU: the router half of Backend, one function for one method, plus the
-// router's share of dX. Arguments are validated by src/api/; see sonicmoe/router.hpp and
-// core/backend.hpp for the contracts.
+// The router on a Hopper GPU: the router half of ComposedBackend, one function for one method, and
+// the router's part in a layer's backward. Arguments are validated by src/api/; see
+// sonicmoe/router.hpp and layer/composed_backend.hpp for the contracts.
 //
 // Everything runs on the context's stream. Nothing allocates, synchronises or reads device data on
 // the host, so every function can be captured in a graph; the device must be current. Results are
@@ -13,7 +13,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/backend.hpp"
 #include "core/metadata.hpp"
 #include "cuda/router/gradient_gemm.hpp"
 #include "sonicmoe/moe.hpp"
@@ -43,28 +42,40 @@ void router_z_loss_backward(const Context& context, ConstTensorView logits,
                             ConstTensorView grad_loss, TensorView grad_logits);
 void update_expert_bias(const Context& context, TensorView bias, ConstTensorView rows_per_expert,
                         float rate);
-void add_logits_gradient(const Context& context, TensorView grad_logits, ConstTensorView addend);
+
+// --------------------------------------------------------------------------------- layer's
+// products
 
 void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,
-                   ConstTensorView bias, TensorView logits, TensorView workspace);
-void router_logits_backward(const Context& context, ConstTensorView x, ConstTensorView grad_logits,
-                            TensorView grad_weight, TensorView grad_bias, bool accumulate,
-                            TensorView workspace);
-std::size_t router_logits_workspace_bytes(const Context& context, const MoEShape& shape);
+                   ConstTensorView bias, TensorView logits);
 
-/// dlogits of a layer's backward pass, whose rows `metadata` lists. Where both products take it as
-/// terms (gradient_gemm.hpp), it is written as such straight away, router.grad_logits says so and
-/// `terms` are ready for logits_grad_input() into slabs of `num_columns` of grad_x; else as
-/// router.compute_grad_logits() does.
-void layer_grad_logits(cudaStream_t stream, const Metadata& metadata, ConstTensorView x,
-                       std::int64_t num_columns, Matrix grad_x, const GradientTerms& terms,
-                       RouterShare& router);
+/// Scratch of the layer's backward: of router_logits_backward(), and the terms of router_grad_x().
+std::size_t router_logits_backward_workspace_bytes(const MoEShape& shape);
+GradientTerms router_grad_x_terms(void* workspace, const MoEShape& shape);
+
+void router_logits_backward(const Context& context, ConstTensorView x,
+                            const LogitsGradient& grad_logits, TensorView grad_weight,
+                            TensorView grad_bias, bool accumulate, void* workspace);
 
 /// out [T, num_columns] bfloat16 = grad_logits [T, E] router_weight [E, d], the columns
 /// from `first_column` on: rounded as the rows of dX~ it is added to. num_columns % 8 == 0. `terms`
-/// from carve_share_terms().
-void logits_grad_input(cudaStream_t stream, int device, ConstTensorView grad_logits,
-                       ConstTensorView router_weight, std::int64_t first_column,
-                       std::int64_t num_columns, Matrix out, const GradientTerms& terms);
+/// from router_grad_x_terms().
+void router_grad_x(cudaStream_t stream, int device, const LogitsGradient& grad_logits,
+                   ConstTensorView router_weight, std::int64_t first_column,
+                   std::int64_t num_columns, Matrix out, const GradientTerms& terms);
+
+/// args.grad_logits = the gradient of the logits + addend [T, E] (float32 or absent), split into
+/// its terms as both products take it (products_take_terms()); and `terms` for router_grad_x().
+/// False, and nothing enqueued, where the kernel declines: other weights than renormalised ones, E
+/// or K too large.
+bool split_route_backward(cudaStream_t stream, const RouteBackwardArgs& args,
+                          ConstTensorView addend, const GradientTerms& terms);
+/// The rows of args.token_ids are found through `metadata`.
+bool split_round_tokens_backward(cudaStream_t stream, const RoundTokensBackwardArgs& args,
+                                 const Metadata& metadata, ConstTensorView addend,
+                                 const GradientTerms& terms);
+
+/// grad_logits += addend, both [T, E] float32 contiguous.
+void add_logits_gradient(const Context& context, TensorView grad_logits, ConstTensorView addend);
 
 }  // namespace sonicmoe::cuda::router

@@ -1,4 +1,4 @@
-"""A replaced MoE block: one fused layer where router and experts are plain, their calls elsewhere."""
+"""A replaced MoE block: one fused layer where router and experts are plain, else their calls."""
 
 import copy
 import functools
@@ -7,9 +7,10 @@ import types
 import torch
 from torch import Tensor, nn
 
-from ..._options import integer, rounding_options, router_kind
-from ...functional import round_tokens, run_layer
+from ..._rules import Integer
+from ...functional import layer_output, round_tokens
 from ...module import advance_seed
+from ...options import check_rounding as check_rounding_options
 from .activations import expert_options
 from .experts import BACKEND, expert_weights, register
 from .families import (
@@ -91,11 +92,11 @@ class SonicMoEBlock:
         router = getattr(self, self._family.router_name)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights = expert_weights(self.experts)
-        out = run_layer(
+        out = layer_output(
             x.to(weights["w1"].dtype),
             router.weight,
             top_k=router.top_k,
-            router_b=getattr(router, "bias", None),
+            router_bias=getattr(router, "bias", None),
             router="token_rounding" if rounds else "topk",
             tile=self.tile,
             policy=self.policy,
@@ -109,7 +110,7 @@ class SonicMoEBlock:
                 raise ValueError(f"{hook}: expected None from an observer(), got another result")
         self.last_rows_per_expert = out.rows_per_expert
         self._last_topk_ids = out.topk_ids if rounds else None
-        return out.y, out.pair_weights
+        return out.y, out.routing_weights
 
     def _call_router(self, hidden_states: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         router = getattr(self, self._family.router_name)
@@ -238,13 +239,12 @@ def replace_moe_blocks(
     """Replaces every sparse MoE block of a supported family in place; returns how many.
 
     router "token_rounding" rounds in training and is plain top-K in eval(); `seed` is that of the
-    policy `stochastic`, other for every block. Blocks that were replaced before get the new options.
-    ValueError, with the block's place in the model and the model left as it was: an option, no
-    block at all, or a block that the library cannot compute.
+    policy `stochastic`, other for every block. Blocks that were replaced before get the new
+    options. ValueError, with the block's place in the model and the model left as it was: an
+    option, no block at all, or a block that the library cannot compute.
     """
-    rounds = router_kind("replace_moe_blocks", router)
-    rounding_options("replace_moe_blocks", tile, policy)
-    integer("replace_moe_blocks", "seed", seed, 0, 2**62 - 1)  # each block adds its index
+    rounding = check_rounding_options("replace_moe_blocks", router, tile=tile, policy=policy)
+    Integer(0, 2**62 - 1).check("replace_moe_blocks", "seed", seed)  # each block adds its index
     found = [(path, block) for path, block in model.named_modules() if family_of(block)]
     if not found:
         known = ", ".join(family.block.__name__ for family in FAMILIES)
@@ -254,7 +254,7 @@ def replace_moe_blocks(
         )
     for path, block in found:
         path = f"replace_moe_blocks: {path or type(block).__name__}"
-        check_block(block, _stock_class(block), family_of(block), path, rounds)
+        check_block(block, _stock_class(block), family_of(block), path, rounding is not None)
         _check_own_forward(block, path)
     register()
     configs: dict[int, tuple] = {}

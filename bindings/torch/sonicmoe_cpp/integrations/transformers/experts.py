@@ -47,7 +47,8 @@ def _check_plain(tensors: dict[str, Tensor], path: str) -> None:
 def experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The experts backend: y[t] = sum over k of top_k_weights[t, k] * expert top_k_index[t, k] (x[t]).
+    """The experts backend:
+    y[t] = sum over k of top_k_weights[t, k] * expert top_k_index[t, k] (x[t]).
 
     hidden_states x [T, d], computed in the dtype of the experts' weights; top_k_index and
     top_k_weights [T, K]. An id of num_experts or more (expert parallelism) is a dropped slot.

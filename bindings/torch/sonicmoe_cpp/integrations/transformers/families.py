@@ -1,4 +1,4 @@
-"""The blocks that `replace_moe_blocks` knows, and what it asks of one before it changes anything."""
+"""The blocks that `replace_moe_blocks` knows, and what it asks of one before any change."""
 
 from collections.abc import Callable
 
@@ -67,7 +67,7 @@ class Family:
         return {
             "scoring": self.scoring,
             "renormalize": renormalize,
-            "bias": _selection_bias(router),
+            "selection_bias": _selection_bias(router),
             "num_groups": getattr(router, "num_group", 1),
             "top_groups": getattr(router, "topk_group", 1),
             "scale": float(getattr(router, "routed_scaling_factor", 1.0)),

@@ -1,0 +1,296 @@
+"""The options: one frozen dataclass for each option struct of the library, checked when it is made.
+
+A new option is one field here (its rule beside it, its type in the keywords below), one line in
+csrc/options.cpp, one member of the struct in include/sonicmoe, and the code that obeys it.
+
+`pack()` gives what the operators take: integers and reals, the fields in their order, which is the
+order in csrc/options.cpp. Tensors (a selection bias, a seed) travel as tensors.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import InitVar, dataclass
+from typing import Any, NamedTuple, TypedDict, TypeVar
+
+import torch
+
+from ._library import ACTIVATIONS, GATE_UP_LAYOUTS, POLICIES, SCORINGS
+from ._rules import MOST_INT64, SEED, SIZE, Flag, Integer, Name, Number, Optional, Positive, Rule
+from ._rules import refuse as refuse
+
+OptionsType = TypeVar("OptionsType", bound="Options")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Packed(NamedTuple):
+    integers: tuple[int, ...]
+    reals: tuple[float, ...]
+
+    def __add__(self, other: "Packed") -> "Packed":  # type: ignore[override]
+        return Packed(self.integers + other.integers, self.reals + other.reals)
+
+
+def option(default: Any, rule: Rule) -> Any:
+    return dataclasses.field(default=default, metadata={"rule": rule})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base class. Errors begin with `operation`, by default the name of the class."""
+
+    operation: InitVar[str | None] = None
+
+    def __post_init__(self, operation: str | None) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            value = _rule(field).check(operation or type(self).__name__, field.name, value)
+            object.__setattr__(self, field.name, value)
+
+    def pack(self) -> Packed:
+        integers: list[int] = []
+        reals: list[float] = []
+        for field in dataclasses.fields(self):
+            numbers = reals if _rule(field).real else integers
+            numbers.append(_rule(field).pack(getattr(self, field.name)))
+        return Packed(tuple(integers), tuple(reals))
+
+    @classmethod
+    def unpack(
+        cls: type[OptionsType], integers: Iterator[int], reals: Iterator[float]
+    ) -> OptionsType:
+        """The inverse of pack, for fakes: takes what is its own from the front of both."""
+        values = {}
+        for field in dataclasses.fields(cls):
+            number = next(reals if _rule(field).real else integers)
+            values[field.name] = _rule(field).unpack(number)
+        return cls(**values)
+
+
+def _rule(field: dataclasses.Field) -> Rule:
+    return field.metadata["rule"]
+
+
+@dataclass(frozen=True)
+class ExpertOptions(Options):
+    """sonicmoe::ExpertOptions and the limit of a call's scratch in bytes (None: no limit)."""
+
+    activation: str = option("swiglu", Name(ACTIVATIONS))
+    gate_up_layout: str = option("concatenated", Name(GATE_UP_LAYOUTS))
+    limit: float = option(7.0, Positive())
+    deterministic: bool = option(True, Flag())
+    workspace_limit: int | None = option(None, Optional(Integer(0, MOST_INT64)))
+
+
+@dataclass(frozen=True)
+class RouterOptions(Options):
+    """sonicmoe::RouterOptions without its tensor. What depends on the number of experts is checked
+    by `fit`."""
+
+    top_k: int = option(1, SIZE)
+    scoring: str = option("softmax_topk", Name(SCORINGS))
+    renormalize: bool | None = option(None, Optional(Flag()))
+    num_groups: int = option(1, SIZE)
+    top_groups: int = option(1, SIZE)
+    scale: float = option(1.0, Number())
+
+    def fit(self, operation: str, num_experts: int, biased: bool) -> "RouterOptions":
+        """Itself, for a router over num_experts, with a selection bias or without."""
+        Integer(1, num_experts).check(operation, "top_k", self.top_k)
+        if self.scoring == "topk_softmax" and self.renormalize is False:
+            refuse(operation, "renormalize", "None or True with topk_softmax", self.renormalize)
+        if self.scoring != "sigmoid_topk" and biased:
+            refuse(operation, "selection_bias", f"none with {self.scoring}", "one")
+        most = num_experts if self.scoring == "sigmoid_topk" else 1
+        Integer(1, most).check(operation, "num_groups", self.num_groups)
+        if num_experts % self.num_groups != 0:
+            refuse(operation, "num_groups", f"a divisor of {num_experts} experts", self.num_groups)
+        Integer(1, self.num_groups).check(operation, "top_groups", self.top_groups)
+        selectable = self.top_groups * (num_experts // self.num_groups)
+        if self.top_k > selectable:
+            groups = f"{self.top_groups} of {self.num_groups} groups"
+            refuse(operation, "top_k", f"at most {selectable}, the experts of {groups}", self.top_k)
+        return self
+
+
+@dataclass(frozen=True)
+class RoundingOptions(Options):
+    """sonicmoe::RoundingOptions without its tensor."""
+
+    tile: int = option(128, SIZE)
+    policy: str = option("nearest", Name(POLICIES))
+    seed: int = option(0, SEED)
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """sonicmoe::MoELayerOptions; rounding None is plain top-K."""
+
+    experts: ExpertOptions
+    router: RouterOptions
+    rounding: RoundingOptions | None
+
+    def pack(self) -> Packed:
+        parts = self.experts.pack() + self.router.pack()
+        parts += Packed((int(self.rounding is not None),), ())
+        return parts if self.rounding is None else parts + self.rounding.pack()
+
+    @classmethod
+    def unpack(cls, integers: Iterator[int], reals: Iterator[float]) -> "LayerOptions":
+        experts = ExpertOptions.unpack(integers, reals)
+        router = RouterOptions.unpack(integers, reals)
+        rounds = bool(next(integers))
+        return cls(experts, router, RoundingOptions.unpack(integers, reals) if rounds else None)
+
+
+# ---------------------------------------------------------------------- keywords of the functions
+
+
+class ExpertKeywords(TypedDict, total=False):
+    activation: str
+    gate_up_layout: str
+    limit: float
+    deterministic: bool
+    workspace_limit: int | None
+
+
+class RouterKeywords(TypedDict, total=False):
+    scoring: str
+    renormalize: bool | None
+    num_groups: int
+    top_groups: int
+    scale: float
+
+
+class RoundingKeywords(TypedDict, total=False):
+    tile: int
+    policy: str
+
+
+class RouterAndRoundingKeywords(RouterKeywords, RoundingKeywords, total=False):
+    pass
+
+
+class LayerKeywords(ExpertKeywords, RouterKeywords, RoundingKeywords, total=False):
+    router: str
+
+
+_ROUTERS = Name({"topk": 0, "token_rounding": 1})
+_FORMER_NAMES = {"bias": "selection_bias", "router_b": "router_bias"}
+
+
+def layer_options(
+    operation: str,
+    num_experts: int,
+    biased: bool,
+    router: str = "topk",
+    **keywords: Any,
+) -> LayerOptions:
+    """From the keywords of moe_layer, `top_k` and an int `seed` included."""
+    classes = ExpertOptions, RouterOptions, RoundingOptions
+    experts, routing, rounding = _split(operation, keywords, *classes)
+    return LayerOptions(
+        ExpertOptions(operation, **experts),
+        RouterOptions(operation, **routing).fit(operation, num_experts, biased),
+        check_rounding(operation, router, **rounding),
+    )
+
+
+def check_rounding(operation: str, router: str, **rounding: Any) -> RoundingOptions | None:
+    """None for plain top-K; its options have to be right all the same."""
+    rounds = _ROUTERS.check(operation, "router", router) == "token_rounding"
+    options = RoundingOptions(operation, **rounding)
+    return options if rounds else None
+
+
+def _split(operation: str, keywords: dict[str, Any], *classes: type[Options]) -> list[dict]:
+    """Each class's share of the keywords."""
+    parts = []
+    for cls in classes:
+        names = [field.name for field in dataclasses.fields(cls) if field.name in keywords]
+        parts.append({name: keywords.pop(name) for name in names})
+    for name in keywords:
+        message = f"{operation}() got an unexpected keyword argument {name!r}"
+        former = _FORMER_NAMES | ({"bias": "expert_bias"} if operation == "MoE" else {})
+        if name in former:
+            message += f": it is called {former[name]!r}"
+        raise TypeError(message)
+    return parts
+
+
+def _kept(pack: Function) -> Function:
+    """Packs each combination once: a call in a training loop costs one look-up. torch.compile and
+    torch.export take the result as a constant."""
+    cached = functools.lru_cache(maxsize=256, typed=True)(pack)
+
+    @functools.wraps(pack)
+    def call(*arguments: Any, **keywords: Any) -> Packed:
+        try:
+            return cached(*arguments, **keywords)
+        except TypeError:  # what cannot be hashed is no option: let `pack` name it
+            return pack(*arguments, **keywords)
+
+    return torch.compiler.assume_constant_result(call)
+
+
+@_kept
+def packed_experts(operation: str, **keywords: Any) -> Packed:
+    (experts,) = _split(operation, keywords, ExpertOptions)
+    return ExpertOptions(operation, **experts).pack()
+
+
+@_kept
+def packed_router(operation: str, num_experts: int, biased: bool, **keywords: Any) -> Packed:
+    (router,) = _split(operation, keywords, RouterOptions)
+    return RouterOptions(operation, **router).fit(operation, num_experts, biased).pack()
+
+
+@_kept
+def packed_rounding(operation: str, num_experts: int, biased: bool, **keywords: Any) -> Packed:
+    """Of the router, then of the rounding."""
+    router, rounding = _split(operation, keywords, RouterOptions, RoundingOptions)
+    routing = RouterOptions(operation, **router).fit(operation, num_experts, biased)
+    return routing.pack() + RoundingOptions(operation, **rounding).pack()
+
+
+@_kept
+def packed_layer(operation: str, num_experts: int, biased: bool, **keywords: Any) -> Packed:
+    return layer_options(operation, num_experts, biased, **keywords).pack()
+
+
+@_kept
+def packed_loss(operation: str, num_experts: int, top_k: int, scoring: str) -> tuple[int, int]:
+    """top_k and the scoring's enumerator."""
+    top_k = Integer(1, num_experts).check(operation, "top_k", top_k)
+    name = Name(SCORINGS)
+    return top_k, name.pack(name.check(operation, "scoring", scoring))
+
+
+def with_keywords(*classes: type[Options], **more: Any) -> Callable[[Function], Function]:
+    """Shows the fields of classes, and `more`, as keywords in help() and inspect.signature(). (Type
+    checkers and editors read the TypedDicts.)"""
+
+    def document(function: Function) -> Function:
+        signature = inspect.signature(function)
+        *named, _ = signature.parameters.values()
+        known = {parameter.name for parameter in named}
+        keywords = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=field.type,
+            )
+            for cls in classes
+            for field in dataclasses.fields(cls)
+            if field.name not in known
+        ]
+        keywords += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for name, default in more.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*named, *keywords])
+        return function
+
+    return document
