@@ -174,13 +174,8 @@ void LayerCheck::check_router_gradients(const Values& exact, const Values& naive
   // Softmax gradients of a token cancel in the sum over the tokens: the terms are the scale.
   const double scale =
       strictness_ == Strictness::kRealistic ? max_abs(exact) : std::max(magnitude, max_abs(exact));
-  const double error = max_error(run_.grad_router_bias.values(), reference.bias);
-  const double tolerance =
-      2 * max_error(rounded.bias, reference.bias) + relative_floor(dtype()) * scale * std::sqrt(T);
-  if (!(error <= tolerance)) {
-    add("grad_router_bias",
-        "error " + std::to_string(error) + " > tolerance " + std::to_string(tolerance));
-  }
+  check_tensor("grad_router_bias", run_.grad_router_bias.values(), reference.bias, rounded.bias,
+               relative_floor(dtype()) * scale * std::sqrt(T), Strictness::kTiny, problems_);
 }
 
 void LayerCheck::check_experts() {
