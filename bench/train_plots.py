@@ -15,7 +15,8 @@ from pathlib import Path
 
 import matplotlib
 
-from bench.train import KINDS, summarize
+from bench.lib.train_worker import KINDS
+from bench.train import summarize
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <utility>
 
-#include "cli/environment.hpp"
 #include "cli/resources.hpp"
 #include "rig/host_memory.hpp"
 #include "rig/target.hpp"
@@ -14,6 +13,12 @@ namespace sonicmoe::cli {
 namespace {
 
 constexpr int kMostThreads = 4096;
+
+// A variable that the library reads; empty is the same as unset, as everywhere in the shell.
+std::string environment_variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
 
 Device parse_device(const std::string& text) {
   if (text == "cpu") return {DeviceType::kCpu, 0};
@@ -91,11 +96,14 @@ std::string RunOptions::words() const {
 }
 
 Context RunOptions::context() {
-  check_environment();
+  if (const std::string log = environment_variable("SONICMOE_LOG"); !log.empty()) {
+    parse_value("SONICMOE_LOG", one_of({"dispatch"}), log);
+  }
   std::string option = "--backend";
-  if (const auto forced = environment_variable("SONICMOE_BACKEND"); forced && backend.empty()) {
+  if (const std::string forced = environment_variable("SONICMOE_BACKEND");
+      !forced.empty() && backend.empty()) {
     option = "SONICMOE_BACKEND";
-    backend = *forced;
+    backend = forced;
   }
   Context context;
   context.device = parse_device(device);

@@ -49,7 +49,7 @@ std::vector<std::string> LargeLayer::check() const {
   }
   const LayerRun& run = *layer_;
   const Tensor grad_weights = run.grad_routing_weights();
-  return spot_check({run.inputs, run.topk_ids, run.pair_weights, run.h, run.out, run.grad_x,
+  return spot_check({run.inputs, run.topk_ids, run.routing_weights, run.h, run.out, run.grad_x,
                      run.grad_w1, run.grad_w2, grad_weights, &run.router_weight,
                      &run.grad_router_weight});
 }
@@ -59,7 +59,7 @@ std::size_t LargeLayer::kept_bytes() const {
     return run.h.view().nbytes() + run.metadata.size() + ids.view().nbytes() +
            weights.view().nbytes();
   };
-  return layer_ ? bytes(*layer_, layer_->topk_ids, layer_->pair_weights)
+  return layer_ ? bytes(*layer_, layer_->topk_ids, layer_->routing_weights)
                 : bytes(*experts_, inputs_->topk_ids, inputs_->routing_weights);
 }
 

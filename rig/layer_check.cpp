@@ -13,7 +13,7 @@ namespace {
 // What the oracle reads, in host memory.
 struct HostLayer {
   MoEInputs inputs;
-  Tensor router_weight, router_bias, topk_ids, token_ids, expert_ids, pair_weights;
+  Tensor router_weight, router_bias, topk_ids, token_ids, expert_ids, routing_weights;
 
   explicit HostLayer(const LayerRun& run)
       : inputs(host_target(), run.c.experts),
@@ -22,12 +22,12 @@ struct HostLayer {
         topk_ids(run.topk_ids.to(host_target())),
         token_ids(run.token_ids.to(host_target())),
         expert_ids(run.expert_ids.to(host_target())),
-        pair_weights(run.pair_weights.to(host_target())) {}
+        routing_weights(run.routing_weights.to(host_target())) {}
 
   oracle::Problem problem(const LayerRun& run) const {
-    Routing routing = TopKRouting{topk_ids.view(), pair_weights.view()};
+    Routing routing = TopKRouting{topk_ids.view(), routing_weights.view()};
     if (run.c.rounding) {
-      routing = PairRouting{token_ids.view(), expert_ids.view(), pair_weights.view()};
+      routing = PairRouting{token_ids.view(), expert_ids.view(), routing_weights.view()};
     }
     return {run.options.experts, inputs.x.view(), inputs.weights(), routing};
   }
@@ -140,13 +140,13 @@ void LayerCheck::check_choice() {
 void LayerCheck::check_weights() {
   const Values expected = oracle::weight_matrix(run_.options.router, logits_, num_experts(),
                                                 oracle::to_ids(host_.topk_ids.view()));
-  const Values actual = run_.pair_weights.values();
+  const Values actual = run_.routing_weights.values();
   for (const oracle::Row& row : rows_) {
     const double weight =
         expected[static_cast<std::size_t>(row.token * num_experts() + row.expert)];
     if (std::abs(actual[static_cast<std::size_t>(row.position)] - weight) <= 1e-6 * weight)
       continue;
-    return add("pair_weights", "wrong at " + std::to_string(row.position));
+    return add("routing_weights", "wrong at " + std::to_string(row.position));
   }
 }
 

@@ -29,9 +29,9 @@ MoELayerForwardArgs forward_args(Workbench& bench, bool rounding, bool inference
   if (rounding) {
     args.saved.token_ids = bench.blank(DType::kInt32, {P});
     args.saved.expert_ids = bench.blank(DType::kInt32, {P});
-    args.saved.pair_weights = bench.blank(DType::kFloat32, {P});
+    args.saved.routing_weights = bench.blank(DType::kFloat32, {P});
   } else {
-    args.saved.pair_weights = bench.blank(DType::kFloat32, {T, bench.K});
+    args.saved.routing_weights = bench.blank(DType::kFloat32, {T, bench.K});
   }
   if (!inference) {
     args.saved.h = bench.blank(bench.dtype, {P, 2 * n});

@@ -68,9 +68,9 @@ LayerRun::LayerRun(const Target& target_, const LayerCase& layer_case,
   if (c.rounding) {
     token_ids = make(DType::kInt32, {shape.num_pairs});
     expert_ids = make(DType::kInt32, {shape.num_pairs});
-    pair_weights = make(DType::kFloat32, {shape.num_pairs});
+    routing_weights = make(DType::kFloat32, {shape.num_pairs});
   } else {
-    pair_weights = make(DType::kFloat32, {T, K});
+    routing_weights = make(DType::kFloat32, {T, K});
   }
   h = make(e.dtype, {shape.num_pairs, columns});
   metadata = GuardedBuffer(target, moe_metadata_bytes(shape));
@@ -90,13 +90,13 @@ LayerRun::LayerRun(const Target& target_, const LayerCase& layer_case,
 }
 
 MoELayerSaved LayerRun::saved() const {
-  return {topk_ids.view(),     token_ids.view(), expert_ids.view(),
-          pair_weights.view(), h.view(),         metadata.view()};
+  return {topk_ids.view(),        token_ids.view(), expert_ids.view(),
+          routing_weights.view(), h.view(),         metadata.view()};
 }
 
 Routing LayerRun::routing() const {
-  if (c.rounding) return PairRouting{token_ids.view(), expert_ids.view(), pair_weights.view()};
-  return TopKRouting{topk_ids.view(), pair_weights.view()};
+  if (c.rounding) return PairRouting{token_ids.view(), expert_ids.view(), routing_weights.view()};
+  return TopKRouting{topk_ids.view(), routing_weights.view()};
 }
 
 void LayerRun::forward() {
@@ -138,7 +138,7 @@ void LayerRun::backward() {
 }
 
 Tensor LayerRun::grad_routing_weights() const {
-  const auto extents = pair_weights.view().shape();
+  const auto extents = routing_weights.view().shape();
   Tensor result(target, DType::kFloat32, {extents.begin(), extents.end()});
   const GuardedBuffer workspace(target, moe_backward_workspace(target.context(), shape).bytes);
   MoEBackwardArgs args;
@@ -163,8 +163,8 @@ std::vector<std::string> LayerRun::violations() const {
   for (const Tensor* input : {&router_weight, &router_bias, &grad_logits}) {
     note("an input of the router", input->violation_as_input());
   }
-  for (const Tensor* output :
-       {&out, &logits, &rows_per_expert, &topk_ids, &token_ids, &expert_ids, &pair_weights, &h}) {
+  for (const Tensor* output : {&out, &logits, &rows_per_expert, &topk_ids, &token_ids, &expert_ids,
+                               &routing_weights, &h}) {
     note("an output of forward", output->violation_as_output());
   }
   for (const Tensor* output :

@@ -49,7 +49,7 @@ class LayerRun {
   MoEShape shape;
   WorkspacePlan forward_plan, backward_plan;
   Tensor router_weight, router_bias, grad_logits;  // inputs
-  Tensor out, logits, rows_per_expert, topk_ids, token_ids, expert_ids, pair_weights, h;
+  Tensor out, logits, rows_per_expert, topk_ids, token_ids, expert_ids, routing_weights, h;
   Tensor grad_x, grad_router_weight, grad_router_bias, grad_w1, grad_b1, grad_w2, grad_b2;
   GuardedBuffer metadata, forward_workspace, backward_workspace;
 

@@ -5,7 +5,7 @@ An asm statement must name each accumulator register, so the operand lists are g
 Usage: python3 tools/gen_wgmma.py > src/cuda/ptx/wgmma_bf16.inc.cuh
 """
 
-WIDTHS = (64, 96, 128, 192, 256)
+WIDTHS = (128, 256)
 COLUMNS = 96
 
 

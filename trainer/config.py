@@ -51,7 +51,7 @@ class TrainConfig:
     """Everything that determines a run; saved as runs/NAME/config.json."""
 
     name: str = setting(
-        "", NAME, "the run's folder in the runs folder (default: pretrain-DATE-TIME)", RUN
+        "", NAME, "the run's folder in the runs folder (default: train-DATE-TIME)", RUN
     )
     runs_dir: str = setting(
         "runs", text("a path in UTF-8", pattern="(?s:.+)"), "folder of the runs", RUN, "DIR"
@@ -185,7 +185,7 @@ def parse_train(argv: list[str]) -> Request:
     if resume and not config.name:
         config.name = latest_run(config.runs_dir)
     if not config.name:
-        config.name = time.strftime("pretrain-%Y%m%d-%H%M%S")
+        config.name = time.strftime("train-%Y%m%d-%H%M%S")
     if not resume:
         validate(config)
     return Request(config, set(values), resume, overwrite)

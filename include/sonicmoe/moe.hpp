@@ -98,7 +98,7 @@ struct MoEShape {
   std::int64_t intermediate_size = 0;  ///< n
   std::int64_t num_experts = 0;        ///< E
   std::int64_t num_pairs = 0;          ///< P = T*K, rows of x, or length of the pair list
-  Form form = Form::kTopK;
+  Form form = Form::kTopK;  ///< decides the metadata; sorted rows are not summed by token
   Activation activation = Activation::kSwiGLU;
   Numerics numerics;          ///< of the dtype of x
   bool deterministic = true;  ///< ExpertOptions::deterministic

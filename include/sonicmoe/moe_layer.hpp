@@ -18,12 +18,12 @@ struct MoELayerOptions {
 
 /// What forward keeps for backward beside x, the weights and the logits. All contiguous.
 struct MoELayerSaved {
-  TensorView topk_ids;      ///< [T, K] int32
-  TensorView token_ids;     ///< [P] int32, token rounding only (P = rounded_capacity())
-  TensorView expert_ids;    ///< [P] int32, token rounding only
-  TensorView pair_weights;  ///< [T, K] (top-K) or [P] (token rounding) float32
-  TensorView h;             ///< [P, g*n], dtype of x; absent in inference (P = T*K for top-K)
-  TensorView metadata;      ///< [moe_metadata_bytes()] uint8; absent in inference
+  TensorView topk_ids;         ///< [T, K] int32
+  TensorView token_ids;        ///< [P] int32, token rounding only (P = rounded_capacity())
+  TensorView expert_ids;       ///< [P] int32, token rounding only
+  TensorView routing_weights;  ///< [T, K] (top-K) or [P] (token rounding) float32
+  TensorView h;                ///< [P, g*n], dtype of x; absent in inference (P = T*K for top-K)
+  TensorView metadata;         ///< [moe_metadata_bytes()] uint8; absent in inference
 };
 
 /// Of moe_layer_forward().

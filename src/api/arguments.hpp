@@ -146,7 +146,7 @@ void for_each_tensor(Saved& saved, Access access, Visit visit) {
   visit("topk_ids", saved.topk_ids, access);
   visit("token_ids", saved.token_ids, access);
   visit("expert_ids", saved.expert_ids, access);
-  visit("pair_weights", saved.pair_weights, access);
+  visit("routing_weights", saved.routing_weights, access);
   visit("h", saved.h, access);
   visit("metadata", saved.metadata, access);
 }

@@ -62,11 +62,12 @@ std::int64_t checked_capacity(const Check& check, std::int64_t num_tokens, std::
 // Each of these checks everything but the workspace, whose size the backend tells.
 MoEShape check_moe_forward(const Check& check, const MoEForwardArgs& args);
 MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args);
-/// `weights` is the argument's name for topk_weights.
+/// `weights` is the argument's name for topk_weights or pair_weights.
 void check_route_forward(const Check& check, const RouteForwardArgs& args,
                          const char* weights = "topk_weights");
 void check_route_backward(const Check& check, const RouteBackwardArgs& args);
-void check_round_tokens_forward(const Check& check, const RoundTokensForwardArgs& args);
+void check_round_tokens_forward(const Check& check, const RoundTokensForwardArgs& args,
+                                const char* weights = "pair_weights");
 void check_round_tokens_backward(const Check& check, const RoundTokensBackwardArgs& args);
 
 /// Options alone, for a router over `num_experts`.

@@ -87,11 +87,11 @@ void check_saved_routing(const Check& check, const MoELayerBackwardArgs& args,
   };
   matrix("topk_ids", args.saved.topk_ids, DType::kInt32);
   if (!args.options.rounding)
-    return matrix("pair_weights", args.saved.pair_weights, DType::kFloat32);
+    return matrix("routing_weights", args.saved.routing_weights, DType::kFloat32);
   check_seed(check, *args.options.rounding);
   vector("token_ids", args.saved.token_ids, DType::kInt32);
   vector("expert_ids", args.saved.expert_ids, DType::kInt32);
-  vector("pair_weights", args.saved.pair_weights, DType::kFloat32);
+  vector("routing_weights", args.saved.routing_weights, DType::kFloat32);
 }
 
 // A shape handed back by a caller, who may have changed it, against the options.
@@ -112,9 +112,9 @@ MoEShape check_layer_forward(const Check& check, const MoELayerForwardArgs& args
   const MoEShape shape = checked_shape(check, args.options, args.x, args.weights);
   check_router(check, args.x, args.router_weight, args.router_bias, args.logits, shape.num_experts);
   if (args.options.rounding) {
-    check_round_tokens_forward(check, round_tokens_args(args));
+    check_round_tokens_forward(check, round_tokens_args(args), "routing_weights");
   } else {
-    check_route_forward(check, route_args(args), "pair_weights");
+    check_route_forward(check, route_args(args), "routing_weights");
   }
   check.defined("rows_per_expert", args.rows_per_expert);
   check_moe_forward(check, expert_args(args));

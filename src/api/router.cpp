@@ -199,13 +199,14 @@ std::size_t round_tokens_workspace_bytes(const Context& context, std::int64_t nu
   });
 }
 
-void check_round_tokens_forward(const Check& check, const RoundTokensForwardArgs& args) {
+void check_round_tokens_forward(const Check& check, const RoundTokensForwardArgs& args,
+                                const char* weights) {
   check_logits(check, args.logits);
   const std::int64_t num_tokens = args.logits.size(0);
   const std::int64_t num_experts = args.logits.size(1);
   check_router_options(check, args.options, num_experts);
   check_pair_list(check, args, num_tokens, num_experts, args.options.top_k);
-  check_vector(check, "pair_weights", args.pair_weights, args.token_ids.size(0), DType::kFloat32);
+  check_vector(check, weights, args.pair_weights, args.token_ids.size(0), DType::kFloat32);
   check_matrix(check, "topk_ids", args.topk_ids, {DType::kInt32});
   check.shape("topk_ids", args.topk_ids, {num_tokens, args.options.top_k});
 }

@@ -73,6 +73,7 @@ class Check {
   }
 
   const std::string& operation() const noexcept { return operation_; }
+  const Device& device() const noexcept { return device_; }
 
  private:
   std::string operation_;

@@ -119,7 +119,7 @@ class Backward {
     const TensorView& ds = args_.grad_routing_weights;
     if (ds.defined()) std::fill_n(ds.as<float>(), ds.numel(), 0.0f);
     const std::int64_t blocks = make_row_blocks<Compute>(metadata_, buffers_.blocks);
-    parallel_for(threads_, blocks, [&](std::int64_t i, int t) { hidden(buffers_.blocks[i], t); });
+    parallel_for(threads_, blocks, [&](std::int64_t i, int t) { grad_h(buffers_.blocks[i], t); });
   }
 
   void gradients(const RouterGradX* router) {
@@ -132,7 +132,7 @@ class Backward {
       for (std::int64_t c = 0; c < shape_.hidden_size; c += slab_) {
         const std::int64_t columns = std::min(slab_, shape_.hidden_size - c);
         parallel_for(threads_, blocks,
-                     [&](std::int64_t i, int t) { input(buffers_.blocks[i], c, columns, t); });
+                     [&](std::int64_t i, int t) { dx_rows(buffers_.blocks[i], c, columns, t); });
         sum(c, columns, router);
       }
     }
@@ -141,7 +141,7 @@ class Backward {
 
  private:
   // dS, dH and A' of one row block.
-  void hidden(const RowBlock& block, int thread) const {
+  void grad_h(const RowBlock& block, int thread) const {
     WorkspaceCarver carver = buffers_.thread(thread);
     const auto scratch = RowScratch<Compute>::carve(shape_, carver);
     const std::int64_t d = shape_.hidden_size;
@@ -234,7 +234,7 @@ class Backward {
   }
 
   // Columns [column, column + columns) of dX~ for one row block.
-  void input(const RowBlock& block, std::int64_t column, std::int64_t columns, int thread) const {
+  void dx_rows(const RowBlock& block, std::int64_t column, std::int64_t columns, int thread) const {
     WorkspaceCarver carver = buffers_.thread(thread);
     const auto scratch = RowScratch<Compute>::carve(shape_, carver);
     const std::int64_t depth = layout_.columns();

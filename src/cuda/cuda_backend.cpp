@@ -112,9 +112,9 @@ class CudaBackend final : public ComposedBackend {
   std::size_t router_logits_workspace_bytes(const Context&, const MoEShape&) const override {
     return 0;
   }
-  std::size_t router_logits_backward_workspace_bytes(const Context&,
+  std::size_t router_logits_backward_workspace_bytes(const Context& context,
                                                      const MoEShape& shape) const override {
-    return router::router_logits_backward_workspace_bytes(shape);
+    return router::router_logits_backward_workspace_bytes(context.device.index, shape);
   }
   void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,
                      ConstTensorView bias, TensorView logits, TensorView) const override {

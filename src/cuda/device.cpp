@@ -2,23 +2,34 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
+
+#include "cuda/hopper/products.hpp"
 #include "cuda/launch_check.hpp"
+#include "cuda/products.hpp"
 
 namespace sonicmoe::cuda {
 namespace {
 
+// Every family of kernels; a GPU gets the first that serves it.
+const std::array kFamilies = {&hopper::products()};
+
 struct Gpus {
   std::string reason;  // empty: at least one is usable
   std::vector<int> ordinals;
+  std::vector<const Products*> families;  // of every GPU by ordinal, null: none serves it
 };
 
-bool is_hopper(int ordinal) {
+const Products* family_of(int ordinal) {
   int major = 0, minor = 0;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal) ==
-             cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal) ==
-             cudaSuccess &&
-         major == 9 && minor == 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal) != cudaSuccess) {
+    return nullptr;
+  }
+  for (const Products* family : kFamilies) {
+    if (family->serves(major, minor)) return family;
+  }
+  return nullptr;
 }
 
 Gpus find() {
@@ -31,7 +42,8 @@ Gpus find() {
     return gpus;
   }
   for (int i = 0; i < count; ++i) {
-    if (is_hopper(i)) gpus.ordinals.push_back(i);
+    gpus.families.push_back(family_of(i));
+    if (gpus.families.back() != nullptr) gpus.ordinals.push_back(i);
   }
   if (gpus.ordinals.empty()) {
     gpus.reason = "none of the " + std::to_string(count) +
@@ -71,6 +83,21 @@ std::vector<DeviceInfo> devices() {
     list.push_back({Device{DeviceType::kCuda, i}, p.name, p.totalGlobalMem});
   }
   return list;
+}
+
+const Products& products_of(int device) {
+  const auto index = static_cast<std::size_t>(device);
+  const Products* family = index < gpus().families.size() ? gpus().families[index] : nullptr;
+  if (family == nullptr) {
+    throw Error("cuda:" + std::to_string(device) + ": no kernels of this build serve this device");
+  }
+  return *family;
+}
+
+int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
 }
 
 DeviceGuard::DeviceGuard(int device) {

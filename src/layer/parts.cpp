@@ -36,8 +36,9 @@ TensorView bytes_view(void* data, std::size_t bytes, const Device& device) {
 }
 
 Routing routing_of(const MoELayerOptions& options, const MoELayerSaved& saved) {
-  if (options.rounding) return PairRouting{saved.token_ids, saved.expert_ids, saved.pair_weights};
-  return TopKRouting{saved.topk_ids, saved.pair_weights};
+  if (options.rounding)
+    return PairRouting{saved.token_ids, saved.expert_ids, saved.routing_weights};
+  return TopKRouting{saved.topk_ids, saved.routing_weights};
 }
 
 }  // namespace
@@ -69,7 +70,7 @@ LayerBackwardScratch layer_scratch(const LayerPlan& plan, const MoELayerBackward
   const Pieces pieces = carve_backward(carver, plan.experts.shape, plan.router_bytes, expert_bytes);
   const Device device = args.x.device();
   return {.grad_routing_weights = {pieces.grad_routing_weights, DType::kFloat32,
-                                   args.saved.pair_weights.shape(), device},
+                                   args.saved.routing_weights.shape(), device},
           .grad_logits = {pieces.grad_logits, DType::kFloat32, args.logits.shape(), device},
           .router = bytes_view(pieces.router, plan.router_bytes, device),
           .experts = bytes_view(pieces.experts, expert_bytes, device)};
@@ -79,7 +80,7 @@ RouteForwardArgs route_args(const MoELayerForwardArgs& args) {
   return {.options = args.options.router,
           .logits = args.logits,
           .topk_ids = args.saved.topk_ids,
-          .topk_weights = args.saved.pair_weights,
+          .topk_weights = args.saved.routing_weights,
           .rows_per_expert = args.rows_per_expert};
 }
 
@@ -89,7 +90,7 @@ RoundTokensForwardArgs round_tokens_args(const MoELayerForwardArgs& args) {
           .logits = args.logits,
           .token_ids = args.saved.token_ids,
           .expert_ids = args.saved.expert_ids,
-          .pair_weights = args.saved.pair_weights,
+          .pair_weights = args.saved.routing_weights,
           .topk_ids = args.saved.topk_ids,
           .rows_per_expert = args.rows_per_expert,
           .rows_per_expert_before = {},

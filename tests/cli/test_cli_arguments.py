@@ -197,11 +197,6 @@ def test_logits_larger_than_the_memory_are_refused(sonicmoe, refused):
         ("SONICMOE_BACKEND", "CPU"),
         ("SONICMOE_LOG", "everything"),
         ("SONICMOE_LOG", "1"),
-        ("SONICMOE_CUDA_BLOCK_N", "100"),
-        ("SONICMOE_CUDA_HIDDEN_STORERS", "four"),
-        ("SONICMOE_CUDA_GRID", "-1"),
-        ("SONICMOE_CUDA_GRID", "many"),
-        ("SONICMOE_CUDA_ADD_WINDOW", "99999999999"),
         ("OMP_NUM_THREADS", "5000"),
     ],
 )
@@ -212,7 +207,7 @@ def test_the_environment_is_checked_as_options_are(sonicmoe, refused, subcommand
 
 def test_an_empty_variable_is_none_and_options_overrule_it(sonicmoe):
     arguments = ("check", "--op", "route", "--cases", 1, "--json")
-    variables = ("BACKEND", "LOG", "CUDA_BLOCK_N", "CUDA_GRID", "CUDA_ADD_WINDOW")
+    variables = ("BACKEND", "LOG")
     assert sonicmoe(*arguments, **{f"SONICMOE_{name}": "" for name in variables}).returncode == 0
     overruled = sonicmoe(*arguments, "--backend", "reference", SONICMOE_BACKEND="abacus")
     assert json.loads(overruled.stdout)["backend"] == "reference"

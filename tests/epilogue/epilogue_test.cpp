@@ -1,6 +1,6 @@
 // The epilogues of up and dH on the host: which lane reads and stores what, for every layout of H,
 // tile width and division of the rows, against plain loops. Their sources are compiled as they are,
-// with the headers of host/ in place of PTX and of the kernel. A lane runs alone, so what needs
+// with the headers of host/ in place of ptx/ and of CUDA's own. A lane runs alone, so what needs
 // others (row weights, dS) is not computed; approximate functions are exact; biases are the math
 // warps' and not here.
 #include <gtest/gtest.h>
@@ -181,19 +181,19 @@ void check_up(const Shape& s, bool with_h) {
   }
 }
 
-// kWarps epilogue warps store; with kOwn the math warps, too.
-template <int kBlockN, bool kGated, int kWarps, bool kOwn>
-void check_hidden_gradient(const Shape& s) {
-  using Input = HiddenInput<kBlockN, kGated, kWarps, kOwn>;
-  using Epilogue = HiddenGradientEpilogue<kBlockN, kGated, Input>;
-  using OwnEpilogue = HiddenGradientEpilogue<kBlockN, kGated, OwnHiddenInput<kBlockN, kGated>>;
+// kWarps epilogue warps store; with kMathWarpsStore the math warps, too.
+template <int kBlockN, bool kGated, int kWarps, bool kMathWarpsStore>
+void check_grad_h(const Shape& s) {
+  using Input = HiddenInput<kBlockN, kGated, kWarps, kMathWarpsStore>;
+  using Epilogue = GradHEpilogue<kBlockN, kGated, Input>;
+  using MathWarpEpilogue = GradHEpilogue<kBlockN, kGated, MathWarpHiddenInput<kBlockN, kGated>>;
   const int parts = (s.n + kBlockN - 1) / kBlockN, values = kGated ? 2 : 1;
   Matrix h = Matrix::random(s.columns(), 2), grad_a = Matrix::random(s.n, 3);
   host::readable = {&h.at(kFirstRow, 0), &h.at(kEndRow - 1, s.columns() - 1) + 1};
   Matrix grad_h(s.columns(), kPoison), scaled_a(s.n, kPoison);
   std::vector<float> partial(static_cast<std::size_t>(kNumRows * parts));
   const int in_row = s.interleaved() ? values : 1;  // values of a unit side by side
-  const HiddenGradientParams p{
+  const GradHParams p{
       .h_map = {h.data(), kNumRows, values / in_row, in_row * s.n, in_row * kBlockN / 2},
       .h = h.data(),
       .grad_h = grad_h.data(),
@@ -210,11 +210,12 @@ void check_hidden_gradient(const Shape& s) {
   });
   run_warps<Epilogue>(p, halves, kWarps);
   for (const Half& half : halves) {
-    if (!kOwn || half.item.rows <= 64 * half.w) continue;  // a dead warpgroup stores nothing
+    if (!kMathWarpsStore || half.item.rows <= 64 * half.w)
+      continue;  // a dead warpgroup stores nothing
     for (int thread = 0; thread < 128; ++thread) {
       const int warp = thread / 32, lane = thread % 32;
-      typename OwnEpilogue::State state(p, half.item, half.w, warp, lane);
-      OwnEpilogue(p, half.item, half.w, warp, lane, state).store(half.dump);
+      typename MathWarpEpilogue::State state(p, half.item, half.w, warp, lane);
+      MathWarpEpilogue(p, half.item, half.w, warp, lane, state).store(half.dump);
     }
   }
   Differences differences;
@@ -258,12 +259,12 @@ TEST_P(Epilogues, UpStoresHAndA) {
 
 template <int kBlockN, bool kGated>
 void check_every_division(const Shape& s) {
-  check_hidden_gradient<kBlockN, kGated, 3, true>(s);
-  check_hidden_gradient<kBlockN, kGated, 3, false>(s);
-  check_hidden_gradient<kBlockN, kGated, 2, false>(s);
+  check_grad_h<kBlockN, kGated, 3, true>(s);
+  check_grad_h<kBlockN, kGated, 3, false>(s);
+  check_grad_h<kBlockN, kGated, 2, false>(s);
 }
 
-TEST_P(Epilogues, HiddenGradientStoresDHAndA) {
+TEST_P(Epilogues, GradHStoresDHAndA) {
   for (const HiddenLayout layout : {HiddenLayout::kConcatenated, HiddenLayout::kInterleaved}) {
     SCOPED_TRACE(layout == HiddenLayout::kInterleaved ? "interleaved" : "concatenated");
     check_every_division<128, true>({layout, GetParam()});

@@ -194,7 +194,7 @@ TEST_P(MoELayerTest, ForwardIsTheCompositionBitForBit) {
     round_tokens_forward(context, args);
     EXPECT_EQ(same(tokens, layer.token_ids), "");
     EXPECT_EQ(same(experts, layer.expert_ids), "");
-    EXPECT_EQ(same(weights, layer.pair_weights), "");
+    EXPECT_EQ(same(weights, layer.routing_weights), "");
   } else {
     const Tensor weights = make(DType::kFloat32, {c.num_tokens, K});
     RouteForwardArgs args;
@@ -203,7 +203,7 @@ TEST_P(MoELayerTest, ForwardIsTheCompositionBitForBit) {
     args.topk_ids = ids.view();
     args.topk_weights = weights.view();
     route_forward(context, args);
-    EXPECT_EQ(same(weights, layer.pair_weights), "");
+    EXPECT_EQ(same(weights, layer.routing_weights), "");
   }
   EXPECT_EQ(same(ids, layer.topk_ids), "");
 

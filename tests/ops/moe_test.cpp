@@ -1,10 +1,10 @@
 // moe_forward and moe_backward on every backend, against the float64 oracle.
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <limits>
 
 #include "core/metadata.hpp"
+#include "ops/tuning.hpp"
 #include "rig/compare.hpp"
 #include "rig/moe_run.hpp"
 #include "sonicmoe/error.hpp"
@@ -143,12 +143,11 @@ TEST_P(Moe, SumsInAnyOrder) {
     c.num_tokens = tokens;
     expect_correct(GetParam(), c, {}, Strictness::kTiny);
   }
-  setenv("SONICMOE_CUDA_ADD_WINDOW", "1", 1);  // MiB: three column tiles of ten at a time
+  const Forced forced({.add_window = 1 << 20});  // three column tiles of ten at a time
   c.num_tokens = 600;
   c.hidden_size = 2312;
   c.intermediate_size = 24;
   expect_correct(GetParam(), c);
-  unsetenv("SONICMOE_CUDA_ADD_WINDOW");
 }
 
 TEST_P(Moe, RowsPastTheEndAreNeverRead) {

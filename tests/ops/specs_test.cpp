@@ -1,6 +1,6 @@
 // Every configuration of the Hopper kernels, not only the one that select.cpp picks: tile widths,
-// who stores dH, boxes and grids are forced through the environment, which other backends do not
-// read. Poison and SONICMOE_CUDA_STRESS are as in hazards_test.cpp.
+// who stores dH, boxes and grids are forced (tuning.hpp). Poison and SONICMOE_CUDA_STRESS are as in
+// hazards_test.cpp.
 #include <gtest/gtest.h>
 
 #include <iterator>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "ops/hazards.hpp"
-#include "rig/environment.hpp"
+#include "ops/tuning.hpp"
 #include "rig/random.hpp"
 
 namespace sonicmoe::rig {
@@ -19,30 +19,15 @@ class Specs : public Hazards {};
 INSTANTIATE_TEST_SUITE_P(Backends, Specs, ::testing::ValuesIn(targets()),
                          [](const auto& test) { return test.param.backend; });
 
-// Forces tile width and who stores dH; "" leaves the choice to select.cpp.
-struct Forced {
-  const char* block_n;
-  const char* storers;
-};
-const std::vector<Forced> kForced = {{"128", "math"}, {"128", "three"}, {"128", "two"},
-                                     {"256", "math"}, {"256", "three"}, {"256", "two"}};
-
-class ForcedSpec {
- public:
-  explicit ForcedSpec(const Forced& f)
-      : block_n_("SONICMOE_CUDA_BLOCK_N", f.block_n),
-        storers_("SONICMOE_CUDA_HIDDEN_STORERS", f.storers),
-        trace_(__FILE__, __LINE__,
-               std::string("SONICMOE_CUDA_BLOCK_N=") + f.block_n +
-                   " SONICMOE_CUDA_HIDDEN_STORERS=" + f.storers) {}
-
- private:
-  Environment block_n_, storers_;
-  ::testing::ScopedTrace trace_;
-};
+const std::vector<Tuning> kForced = {{.block_n = 128, .stores = StoreRoles::kThreeAndMath},
+                                     {.block_n = 128, .stores = StoreRoles::kThree},
+                                     {.block_n = 128, .stores = StoreRoles::kTwo},
+                                     {.block_n = 256, .stores = StoreRoles::kThreeAndMath},
+                                     {.block_n = 256, .stores = StoreRoles::kThree},
+                                     {.block_n = 256, .stores = StoreRoles::kTwo}};
 
 // What to force: all of `values` on a GPU; other backends do not read them and run the first alone.
-template <class T = const char*>
+template <class T = int>
 std::vector<T> of_cuda(const Target& target, std::vector<T> values) {
   if (target.backend != "cuda") values.resize(1);
   return values;
@@ -59,8 +44,8 @@ constexpr std::pair<Activation, GateUpLayout> kHiddenLayouts[] = {
 // ways a weight gradient leaves: every configuration that specs.cuh allows, not only select.cpp's
 // choice.
 TEST_P(Specs, EveryLegalSpec) {
-  for (const Forced& forced : of_cuda(GetParam(), kForced)) {
-    const ForcedSpec spec(forced);
+  for (const Tuning& wanted : of_cuda(GetParam(), kForced)) {
+    const Forced forced(wanted);
     for (const auto& [activation, layout] : kHiddenLayouts) {
       for (const Strides strides : {Strides::kContiguous, Strides::kTransposed}) {
         for (const DType gradient : {DType::kBFloat16, DType::kFloat32}) {
@@ -83,8 +68,8 @@ TEST_P(Specs, EveryLegalSpec) {
 // have blocks past the end; and n = 168, interleaved, where the last block ends within the lanes'
 // second runs. Weights are read with and without unit stride along the reduction.
 TEST_P(Specs, BoxesOfSeveralBlocksOfColumns) {
-  for (const char* block_n : of_cuda(GetParam(), {"", "128", "256"})) {
-    const ForcedSpec spec({block_n, ""});
+  for (const int block_n : of_cuda(GetParam(), {0, 128, 256})) {
+    const Forced forced({.block_n = block_n});
     for (const std::int64_t width : {192, 168, 448}) {
       for (const Strides w1 : {Strides::kContiguous, Strides::kTransposed}) {
         for (const Strides w2 : {Strides::kContiguous, Strides::kTransposed}) {
@@ -150,9 +135,9 @@ TEST_P(Specs, ExpertsOfEveryNumberOfKTiles) {
     c.seed = static_cast<std::uint64_t>(1200 + wanted.width);
     c.fill = route_as_wanted;
     const RunResult whole = expect_correct(c);
-    for (const char* grid : of_cuda(GetParam(), {"1", "2"})) {
-      const Environment environment("SONICMOE_CUDA_GRID", grid);
-      SCOPED_TRACE(c.describe() + " SONICMOE_CUDA_GRID=" + grid);
+    for (const int grid : of_cuda(GetParam(), {1, 2})) {
+      const Forced forced({.grid = grid});
+      SCOPED_TRACE(c.describe());
       const RunResult other = run_moe(GetParam(), c);
       EXPECT_EQ(bitwise_difference(whole, other), "");
       EXPECT_TRUE(other.violations.empty()) << other.violations.front();
@@ -165,13 +150,15 @@ TEST_P(Specs, EveryGridGivesTheSameBits) {
   expect_correct(c);
   const RunResult whole = run_moe(GetParam(), c);
   EXPECT_EQ(bitwise_difference(whole, run_moe(GetParam(), c)), "");
-  for (const Forced& forced : of_cuda(GetParam(), kForced)) {
-    const ForcedSpec spec(forced);
-    const RunResult expected = run_moe(GetParam(), c);
-    for (const char* grid : {"1", "2", "7", "131"}) {
-      const Environment environment("SONICMOE_CUDA_GRID", grid);
-      EXPECT_EQ(bitwise_difference(expected, run_moe(GetParam(), c)), "")
-          << "SONICMOE_CUDA_GRID=" << grid;
+  for (Tuning wanted : of_cuda(GetParam(), kForced)) {
+    const RunResult expected = [&] {
+      const Forced forced(wanted);
+      return run_moe(GetParam(), c);
+    }();
+    for (const int grid : {1, 2, 7, 131}) {
+      wanted.grid = grid;
+      const Forced forced(wanted);
+      EXPECT_EQ(bitwise_difference(expected, run_moe(GetParam(), c)), "");
     }
   }
 }
@@ -191,19 +178,17 @@ TEST_P(Specs, BlocksOfTileRowsGiveTheSameBits) {
   for (const MoECase& wanted : {many_tiles(), sorted, ungated, large}) {
     const MoECase c = fitted(GetParam(), wanted);
     SCOPED_TRACE(c.describe());
-    for (const char* block_n : {"128", "256"}) {
-      const ForcedSpec spec({block_n, ""});
-      const auto run = [&](const char* rows, const char* grid) {
-        const Environment row_block("SONICMOE_CUDA_ROW_BLOCK", rows),
-            ctas("SONICMOE_CUDA_GRID", grid);
+    for (const int block_n : {128, 256}) {
+      const auto run = [&](int rows, int grid) {
+        const Forced forced({.block_n = block_n, .grid = grid, .row_block = rows});
         return run_moe(GetParam(), c);
       };
-      const RunResult expected = run("1", "");
-      for (const char* rows : {"2", "3", "16"}) {
-        for (const char* grid : {"", "7"}) {
+      const RunResult expected = run(1, 0);
+      for (const int rows : {2, 3, 16}) {
+        for (const int grid : {0, 7}) {
           const RunResult other = run(rows, grid);
           EXPECT_EQ(bitwise_difference(expected, other), "")
-              << "SONICMOE_CUDA_ROW_BLOCK=" << rows << " SONICMOE_CUDA_GRID=" << grid;
+              << "block_n " << block_n << ", row_block " << rows << ", grid " << grid;
           EXPECT_TRUE(other.violations.empty()) << other.violations.front();
         }
       }
@@ -227,12 +212,12 @@ TEST_P(Specs, RowsThatTheMathWarpsStore) {
   for (const MoECase& wanted : cases) {
     const MoECase c = fitted(GetParam(), wanted);
     SCOPED_TRACE(c.describe());
-    for (const char* block_n : {"128", "256"}) {
-      const auto run = [&](const char* storers) {
-        const ForcedSpec spec({block_n, storers});
+    for (const int block_n : {128, 256}) {
+      const auto run = [&](StoreRoles stores) {
+        const Forced forced({.block_n = block_n, .stores = stores});
         return run_moe(GetParam(), c);
       };
-      EXPECT_EQ(bitwise_difference(run("three"), run("math")), "");
+      EXPECT_EQ(bitwise_difference(run(StoreRoles::kThree), run(StoreRoles::kThreeAndMath)), "");
     }
   }
 }
@@ -248,8 +233,8 @@ TEST_P(Specs, DelaysInEveryRoleChangeNoBit) {
   ungated.activation = Activation::kGELU;
   for (const MoECase& wanted :
        {one_expert(65), one_expert(129), one_expert(321), many_tiles(), interleaved, ungated}) {
-    for (const Forced& forced : of_cuda(GetParam(), kForced)) {
-      const ForcedSpec spec(forced);
+    for (const Tuning& tuning : of_cuda(GetParam(), kForced)) {
+      const Forced forced(tuning);
       const MoECase c = fitted(GetParam(), wanted);
       SCOPED_TRACE(c.describe());
       expect_correct(c);

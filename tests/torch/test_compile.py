@@ -234,6 +234,44 @@ def test_compile_the_bias_update():
     assert ours._version > 0 and ours.abs().max() == 0.5
 
 
+def test_compile_with_options_that_change():
+    """Whatever dynamo makes of an int, an option is a constant: each value is a graph."""
+    _, wr, w1, _, w2, _ = tensors(False)
+    ids, weights = torch.randint(0, E, (T, K)), torch.rand(T, K)
+
+    def layer(x, seed):
+        options = {"router": "token_rounding", "policy": "stochastic", "tile": 8}
+        return sm.moe_layer(x, wr, w1, w2, K, seed=seed, **options)[0]
+
+    def limited(x, limit):
+        return sm.moe(x, w1, w2, ids, weights, workspace_limit=limit)
+
+    x = torch.randn(T, D)
+    for function, values in ((layer, (3, 4, 5, 2**63 - 1)), (limited, (2**30, 2**31, 2**40))):
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for value in values:
+            assert torch.equal(compiled(x, value), function(x, value))
+    assert any(not torch.equal(layer(x, 3), layer(x, seed)) for seed in range(4, 12))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_two_dynamic_dimensions(strict, tmp_path):
+    """Also through a file, where the options are numbers in the graph."""
+    module = sm.MoE(D, N, E, K, scoring="sigmoid_topk", selection_bias=True, scale=0.5).eval()
+    batch, length = (torch.export.Dim(name, min=1, max=64) for name in ("batch", "length"))
+    program = torch.export.export(
+        module, (torch.randn(2, 6, D),), {"return_router": True},
+        dynamic_shapes={"x": {0: batch, 1: length}, "return_router": None}, strict=strict,
+    )  # fmt: skip
+    torch.export.save(program, tmp_path / "layer.pt2")
+    loaded = torch.export.load(tmp_path / "layer.pt2").module()
+    for shape in ((2, 6, D), (3, 5, D), (1, 1, D)):
+        x = torch.randn(shape)
+        for ours, right in zip(loaded(x, return_router=True), module(x, True), strict=True):
+            assert torch.equal(ours, right)
+
+
 def test_compile_torch_func():
     _, wr, w1, b1, w2, b2 = tensors(False)
 

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from bench import train
-from bench.lib import step
+from bench.lib import step, train_worker
 from trainer import model, precision
 from trainer.config import TrainConfig
 
@@ -89,7 +89,7 @@ def test_logits_in_parts_make_the_same_loss_and_gradients():
     ],
 )
 def test_kinds_of_kernels(kernel, kind):
-    assert train.kind_of(kernel) == kind
+    assert train_worker.kind_of(kernel) == kind
 
 
 def timing(system, mode, microbatch, speed):

@@ -105,7 +105,7 @@ TEST_P(Comparators, RejectZerosInAnyTensorOfALayer) {
   layer.backward();
   ASSERT_TRUE(check_layer(layer).empty());
   for (Tensor* tensor :
-       {&layer.logits, &layer.topk_ids, &layer.rows_per_expert, &layer.pair_weights, &layer.out,
+       {&layer.logits, &layer.topk_ids, &layer.rows_per_expert, &layer.routing_weights, &layer.out,
         &layer.grad_x, &layer.grad_router_weight, &layer.grad_router_bias, &layer.grad_w1,
         &layer.grad_b1, &layer.grad_w2, &layer.grad_b2}) {
     const Values values = tensor->values();
@@ -131,13 +131,14 @@ TEST(SpotCheckTest, RejectsZerosInAnyTensor) {
   layer.backward();
   Tensor grad_weights = layer.grad_routing_weights();
   const auto check = [&] {
-    return spot_check({layer.inputs, layer.topk_ids, layer.pair_weights, layer.h, layer.out,
+    return spot_check({layer.inputs, layer.topk_ids, layer.routing_weights, layer.h, layer.out,
                        layer.grad_x, layer.grad_w1, layer.grad_w2, grad_weights,
                        &layer.router_weight, &layer.grad_router_weight});
   };
   ASSERT_TRUE(check().empty()) << check()[0];
-  for (Tensor* tensor : {&layer.h, &layer.pair_weights, &layer.out, &layer.grad_x, &layer.grad_w1,
-                         &layer.grad_w2, &grad_weights, &layer.grad_router_weight}) {
+  for (Tensor* tensor :
+       {&layer.h, &layer.routing_weights, &layer.out, &layer.grad_x, &layer.grad_w1, &layer.grad_w2,
+        &grad_weights, &layer.grad_router_weight}) {
     const Values values = tensor->values();
     tensor->fill_constant(0.0);
     EXPECT_FALSE(check().empty()) << tensor->view().describe();

@@ -18,7 +18,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-/// Makes views of the tensors of one operation; its errors carry the operation's name.
+/// Makes views of the tensors of one operation, and asks the library for its sizes; all errors
+/// carry the operation's name.
 class Views {
  public:
   explicit Views(const char* operation) : operation_(operation) {}
@@ -34,6 +35,16 @@ class Views {
   sonicmoe::ConstTensorView rows(const char* argument, const OptionalTensor& tensor) const;
   sonicmoe::TensorView out(const char* argument, const Tensor& tensor) const;
   sonicmoe::TensorView out_rows(const char* argument, const Tensor& tensor) const;
+
+  /// What `question` returns: a shape, or a plan.
+  template <class Question>
+  auto ask(Question question) const {
+    try {
+      return question();
+    } catch (const sonicmoe::Error& error) {
+      throw sonicmoe::Error(operation_, error);
+    }
+  }
 
  private:
   const char* operation_;

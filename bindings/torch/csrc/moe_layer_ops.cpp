@@ -37,9 +37,12 @@ moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTe
       .router_bias = views.in("router_bias", router_bias),
       .weights = {views.in("w1", w1), views.in("b1", b1), views.in("w2", w2), views.in("b2", b2)},
       .workspace_limit = layer.workspace_limit};
-  const auto shape = sonicmoe::moe_layer_shape(args.options, args.x, args.weights);
-  const auto plan = sonicmoe::moe_layer_forward_workspace(call.context(), args.options, shape,
-                                                          !save_for_backward, args.workspace_limit);
+  const auto shape =
+      views.ask([&] { return sonicmoe::moe_layer_shape(args.options, args.x, args.weights); });
+  const auto plan = views.ask([&] {
+    return sonicmoe::moe_layer_forward_workspace(call.context(), args.options, shape,
+                                                 !save_for_backward, args.workspace_limit);
+  });
 
   const bool rounds = args.options.rounding.has_value();
   const std::int64_t top_k = args.options.router.top_k;
@@ -62,7 +65,7 @@ moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTe
   args.logits = views.out_rows("logits", logits);
   args.rows_per_expert = views.out("rows_per_expert", rows);
   args.saved.topk_ids = views.out("topk_ids", topk_ids);
-  args.saved.pair_weights = views.out("routing_weights", routing_weights);
+  args.saved.routing_weights = views.out("routing_weights", routing_weights);
   if (rounds) {
     args.saved.token_ids = views.out("token_ids", token_ids);
     args.saved.expert_ids = views.out("expert_ids", expert_ids);
@@ -107,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_bac
       .logits = views.rows("logits", logits),
       .workspace_limit = layer.workspace_limit};
   args.saved.topk_ids = views.out("topk_ids", topk_ids);
-  args.saved.pair_weights = views.out("routing_weights", routing_weights);
+  args.saved.routing_weights = views.out("routing_weights", routing_weights);
   if (args.options.rounding) {
     args.saved.token_ids = views.out("token_ids", token_ids);
     args.saved.expert_ids = views.out("expert_ids", expert_ids);
@@ -115,7 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_bac
   args.saved.h = views.out("h", h);
   args.saved.metadata = views.out("metadata", metadata);
   // Before anything is allocated.
-  const auto shape = sonicmoe::moe_layer_shape(args.options, args.x, args.weights);
+  const auto shape =
+      views.ask([&] { return sonicmoe::moe_layer_shape(args.options, args.x, args.weights); });
 
   Gradients gradients(views, x, needs, 7, main_grads);
   const Gradient grad_x = gradients.of_input("grad_x", x);
@@ -134,8 +138,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_bac
   args.grad_b2 = grad_b2.view;
   args.accumulate = gradients.accumulate();
 
-  const auto plan = sonicmoe::moe_layer_backward_workspace(call.context(), args.options, shape,
-                                                           args.workspace_limit);
+  const auto plan = views.ask([&] {
+    return sonicmoe::moe_layer_backward_workspace(call.context(), args.options, shape,
+                                                  args.workspace_limit);
+  });
   const Tensor workspace = new_workspace(x, plan.bytes, args.workspace_limit.has_value());
   args.workspace = views.out("workspace", workspace);
   sonicmoe::moe_layer_backward(call.context(), args);

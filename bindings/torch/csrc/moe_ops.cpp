@@ -53,9 +53,12 @@ std::tuple<Tensor, Tensor, Tensor> moe_forward(const Tensor& x, const Tensor& w1
       .weights = {views.in("w1", w1), views.in("b1", b1), views.in("w2", w2), views.in("b2", b2)},
       .routing = make_routing(views, form, ids, token_ids, weights),
       .workspace_limit = experts.workspace_limit};
-  const auto shape = sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing);
-  const auto plan = sonicmoe::moe_forward_workspace(call.context(), shape, !save_for_backward,
-                                                    args.workspace_limit);
+  const auto shape = views.ask(
+      [&] { return sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing); });
+  const auto plan = views.ask([&] {
+    return sonicmoe::moe_forward_workspace(call.context(), shape, !save_for_backward,
+                                           args.workspace_limit);
+  });
 
   const Tensor y = new_like_contiguous(x, x.scalar_type());
   Tensor h = nothing(x);
@@ -101,7 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
       .metadata = views.in("metadata", metadata),
       .workspace_limit = experts.workspace_limit};
   // Before anything is allocated.
-  const auto shape = sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing);
+  const auto shape = views.ask(
+      [&] { return sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing); });
 
   Gradients gradients(views, x, needs, 6);
   const Gradient grad_x = gradients.of_input("grad_x", x);
@@ -117,7 +121,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   args.grad_b2 = grad_b2.view;
   args.grad_routing_weights = grad_weights.view;
 
-  const auto plan = sonicmoe::moe_backward_workspace(call.context(), shape, args.workspace_limit);
+  const auto plan = views.ask([&] {
+    return sonicmoe::moe_backward_workspace(call.context(), shape, args.workspace_limit);
+  });
   const Tensor workspace = new_workspace(x, plan.bytes, args.workspace_limit.has_value());
   args.workspace = views.out("workspace", workspace);
   sonicmoe::moe_backward(call.context(), args);

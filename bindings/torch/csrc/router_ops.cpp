@@ -102,8 +102,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> round_tokens_forward(
       unpack(PackedOptions(views.operation(), options, reals), views, selection_bias, seed_tensor);
   const auto logits_view = views.in("logits", logits);
   const LogitsShape shape = shape_of("round_tokens_forward", logits_view);
-  const std::int64_t capacity =
-      sonicmoe::rounded_capacity(shape.num_tokens, shape.num_experts, router.top_k, rounding);
+  const std::int64_t capacity = views.ask([&] {
+    return sonicmoe::rounded_capacity(shape.num_tokens, shape.num_experts, router.top_k, rounding);
+  });
 
   const Tensor token_ids = new_tensor(logits, {capacity}, ScalarType::Int);
   const Tensor expert_ids = new_tensor(logits, {capacity}, ScalarType::Int);

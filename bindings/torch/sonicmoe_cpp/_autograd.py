@@ -166,10 +166,10 @@ def _apply(function: type[torch.autograd.Function], inputs: tuple) -> Any:
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)
     # The dispatcher has already entered one level of torch.func: differentiate at that level.
-    from torch._functorch.autograd_function import enable_single_level_autograd_function
+    from torch._functorch import autograd_function as functorch
 
-    with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*inputs)
+    with functorch.enable_single_level_autograd_function():  # type: ignore[attr-defined]
+        return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
 
 
 def _vmap_rule(operator: Any) -> Callable:

@@ -6,7 +6,7 @@ type, layout, dtype, rank and device.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def refuse(operation: str, argument: str, expected: str, got: object) -> NoRetur
     raise RuntimeError(f"{operation}: {argument}: expected {expected}, got {got}")
 
 
-def check_tensors(operation: str, **given: Tensor | None) -> None:
+def check_tensors(operation: str, **given: Any) -> None:
     """Each argument against its rule in TENSORS; all have to be on the device of the first."""
     first = device = None
     for argument, tensor in given.items():

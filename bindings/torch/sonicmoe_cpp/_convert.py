@@ -1,5 +1,7 @@
 """From checked arguments to what the operators take: matrices of rows, in float32 or bfloat16."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,9 +9,9 @@ from ._checks import check_dtype, names_of, refuse
 from ._rules import SEED
 
 
-def autocast(operation: str, x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
+def autocast(operation: str, x: Tensor, w1: Tensor, w2: Tensor, *biases: Tensor | None) -> Any:
     """Under autocast: x and the experts' parameters in the autocast dtype, as for linear."""
-    tensors = [x, *weights]
+    tensors = [x, w1, w2, *biases]
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

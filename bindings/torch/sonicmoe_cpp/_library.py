@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +20,7 @@ torch.ops.load_library(str(_PATH))
 ops = torch.ops.sonicmoe_cpp
 
 
-def run(operator: Callable, *arguments):
+def run(operator: Callable, *arguments: Any) -> Any:
     """The operator's result. Where torch's allocator has no room on the GPU it raises torch's own
     error; a compiled graph calls the operator itself and raises RuntimeError of the same text."""
     if torch.compiler.is_compiling():
@@ -41,7 +41,7 @@ def register_fake(name: str) -> Callable:
 
     def register(fake: Callable) -> Callable:
         @functools.wraps(fake)
-        def checked(*given):
+        def checked(*given: Any) -> Any:
             check_same_device(name, names, given)
             return fake(*given)
 

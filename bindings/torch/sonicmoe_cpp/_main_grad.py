@@ -50,7 +50,9 @@ class MainGradLayer(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_logits: Tensor | None, *unused: None):
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_logits: Tensor | None, *unused: None
+    ) -> tuple:
         if grad_out is None and grad_logits is None:
             return (None,) * len(ctx.needs_input_grad)
         need_x = ctx.needs_input_grad[0]
@@ -71,7 +73,7 @@ class MainGradLayer(torch.autograd.Function):
         return tuple(grads)
 
 
-def _fates(ctx) -> list[str]:
+def _fates(ctx: Any) -> list[str]:
     """What this pass of autograd does with the gradient of each parameter: "unused",
     "accumulated" (backward()) or "returned" (autograd.grad())."""
     nodes = dict(zip(ctx.tensors, (node for node, _ in ctx.next_functions), strict=True))

@@ -44,7 +44,7 @@ class Integer(Rule):
         counts = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
         if not counts or not self.least <= value <= self.most:
             refuse(operation, argument, f"an integer in {self.least} .. {self.most}", value)
-        return value if isinstance(value, (int, torch.SymInt)) else int(value)
+        return value if isinstance(value, (int, torch.SymInt)) else int(value)  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Positive(Rule):
     real = True
 
     def check(self, operation: str, argument: str, value: Any) -> float:
-        if not isinstance(value, Real) or isinstance(value, bool) or not value > 0:
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        if not real or not value > 0:
             refuse(operation, argument, "a positive number", value)
         return float(value)
 

@@ -42,6 +42,8 @@ class ExactBuffers(nn.Module):
 class Router(ExactBuffers):
     """weight [E, d] and, where asked for, bias [E] and the buffer selection_bias [E]."""
 
+    selection_bias: Tensor | None
+
     def __init__(
         self,
         hidden_size: int,
@@ -164,6 +166,9 @@ class MoE(ExactBuffers):
     An option that can never work is a ValueError of the constructor.
     """
 
+    rounding_seed: Tensor
+    last_rows_per_expert: Tensor | None
+
     @with_keywords(RoundingOptions, RouterOptions, ExpertOptions, router="topk")
     def __init__(
         self,
@@ -204,7 +209,7 @@ class MoE(ExactBuffers):
         )  # fmt: skip
         start = torch.empty(1, dtype=torch.int64, device=device)
         self.register_buffer("rounding_seed", start, persistent=False)
-        self.last_rows_per_expert: Tensor | None = None
+        self.last_rows_per_expert = None
         self._last_topk_ids: Tensor | None = None  # where they were rounded
         self.reset_parameters()
 
@@ -231,7 +236,7 @@ class MoE(ExactBuffers):
         self._last_topk_ids = out.topk_ids if rounds else None
         if not return_router:
             return out.y
-        return out.y, out.logits, self.last_rows_per_expert_before
+        return out.y, out.logits, out.rows_per_expert_before
 
     @property
     def last_rows_per_expert_before(self) -> Tensor | None:

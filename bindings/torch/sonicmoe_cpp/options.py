@@ -10,9 +10,10 @@ order in csrc/options.cpp. Tensors (a selection bias, a seed) travel as tensors.
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar, cast
 
 import torch
 
@@ -220,18 +221,29 @@ def _split(operation: str, keywords: dict[str, Any], *classes: type[Options]) ->
 
 
 def _kept(pack: Function) -> Function:
-    """Packs each combination once: a call in a training loop costs one look-up. torch.compile and
-    torch.export take the result as a constant."""
+    """Packs each combination once: a call in a training loop costs one look-up. In a graph of
+    torch.compile or torch.export the result is a constant."""
     cached = functools.lru_cache(maxsize=256, typed=True)(pack)
 
     @functools.wraps(pack)
-    def call(*arguments: Any, **keywords: Any) -> Packed:
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if torch.compiler.is_compiling():
+            arguments = tuple(_specialised(value) for value in arguments)
+            keywords = {name: _specialised(value) for name, value in keywords.items()}
+            return pack(*arguments, **keywords)
         try:
             return cached(*arguments, **keywords)
         except TypeError:  # what cannot be hashed is no option: let `pack` name it
             return pack(*arguments, **keywords)
 
-    return torch.compiler.assume_constant_result(call)
+    torch.compiler.assume_constant_result(pack)  # after wraps(), which would mark `call` as well
+    return cast(Function, call)
+
+
+def _specialised(value: Any) -> Any:
+    """A symbolic integer as the number it stands for, which becomes a guard of the graph."""
+    symbolic = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    return operator.index(value) if symbolic else value
 
 
 @_kept
@@ -290,7 +302,8 @@ def with_keywords(*classes: type[Options], **more: Any) -> Callable[[Function], 
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
             for name, default in more.items()
         ]
-        function.__signature__ = signature.replace(parameters=[*named, *keywords])
+        shown: Any = function
+        shown.__signature__ = signature.replace(parameters=[*named, *keywords])
         return function
 
     return document

@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "core/metadata.hpp"
-#include "cuda/experts/gemms.hpp"
+#include "cuda/products.hpp"
 
 namespace sonicmoe::cuda {
 

@@ -3,17 +3,18 @@
 
 #include "core/check.hpp"
 #include "core/slabs.hpp"
+#include "cuda/device.hpp"
+#include "cuda/element.hpp"
 #include "cuda/experts/aggregate.hpp"
-#include "cuda/experts/gemms.hpp"
 #include "cuda/experts/metadata.hpp"
 #include "cuda/launch_check.hpp"
+#include "cuda/products.hpp"
 
 namespace sonicmoe::cuda {
 
 /// Slabs are multiples of the widest tile, so that a column is computed by the same tile with and
 /// without a limit.
 inline constexpr std::int64_t kSlabStep = 256;
-inline constexpr std::size_t kElementBytes = 2;  // bfloat16
 
 inline std::size_t elements(std::int64_t rows, std::int64_t columns) {
   return static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns);
@@ -28,23 +29,26 @@ inline bool adds_rows(const MoEShape& shape) {
   return shape.form != MoEShape::Form::kSorted && !shape.deterministic;
 }
 
-inline ExpertCall expert_call(const Context& context, const MoEShape& shape,
-                              const ExpertOptions& options, const Metadata& metadata,
-                              const RowTables& tables) {
-  return {shape, options, row_lists(metadata, tables),
-          static_cast<cudaStream_t>(context.stream.handle), context.device.index};
+inline ProductCall product_call(const Context& context, const MoEShape& shape,
+                                const RowLists& rows = {}) {
+  return {shape.num_tokens, shape.num_pairs, rows, static_cast<cudaStream_t>(context.stream.handle),
+          context.device.index};
+}
+
+inline HiddenFunction hidden_function(const MoEShape& shape, const ExpertOptions& options) {
+  return {shape.activation, options.gate_up_layout, options.limit};
 }
 
 inline Matrix matrix(const ConstTensorView& view) {
   return {const_cast<void*>(view.data()), view.stride(0)};
 }
 
-/// Runs a grouped GEMM. What it cannot take has been refused before the first launch of the call.
-#define SONICMOE_RUN_GEMM(call, operation, ...)                                  \
-  do {                                                                           \
-    const auto gemm_args = __VA_ARGS__;                                          \
-    Check(#operation, Device{}).refuse(hopper::reason_against(call, gemm_args)); \
-    hopper::operation(call, gemm_args);                                          \
-  } while (false)
+/// Runs a product. What it cannot take has been refused before the first launch of the call.
+template <class Args>
+void run(const ProductCall& call, const char* name, const Args& args) {
+  const Products& products = products_of(call.device);
+  Check(name, Device{}).refuse(products.reason_against(call, args));
+  products.run(call, args);
+}
 
 }  // namespace sonicmoe::cuda

@@ -12,7 +12,7 @@ namespace sonicmoe::cuda {
 ExpertPlan plan_forward(const MoEShape& shape, bool inference, std::optional<std::size_t> limit);
 ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit);
 
-/// Throws for what the Hopper kernels decline (numerics, widths, strides, alignment), by argument.
+/// Throws for what the products decline (numerics, widths, strides, alignment), by argument.
 void check_forward(const Check& check, const MoEShape& shape, const MoEForwardArgs& args);
 void check_backward(const Check& check, const MoEShape& shape, const MoEBackwardArgs& args);
 
@@ -51,11 +51,12 @@ class BackwardSteps {
   static Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab);
   friend ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit);
 
+  const MoEShape& shape_;
   const MoEBackwardArgs& args_;
   std::int64_t slab_;
   Buffers buffers_;
   Metadata metadata_;
-  ExpertCall call_;
+  ProductCall call_;
 };
 
 /// Calls step(first column, columns) for each slab of d.

@@ -38,13 +38,18 @@ ExpertPlan plan_forward(const MoEShape& shape, bool inference, std::optional<std
 }
 
 void check_forward(const Check& check, const MoEShape& shape, const MoEForwardArgs& args) {
-  const ExpertCall call{shape, args.options, {}};
+  const Products& products = products_of(check.device().index);
+  const ProductCall call{.num_tokens = shape.num_tokens, .num_rows = shape.num_pairs};
   const Matrix out = stores_rows(shape) ? Matrix{nullptr, shape.hidden_size} : matrix(args.out);
   const ExpertWeights& w = args.weights;
-  const UpArgs up{.x = matrix(args.x), .w1 = w.w1, .b1 = w.b1, .h = args.h.data()};
-  check.refuse(hopper::reason_against(call, up));
-  check.refuse(hopper::reason_against(
-      call, DownArgs{.w2 = w.w2, .b2 = w.b2, .num_columns = shape.hidden_size, .out = out}));
+  const UpArgs up{.x = matrix(args.x),
+                  .w1 = w.w1,
+                  .b1 = w.b1,
+                  .function = hidden_function(shape, args.options),
+                  .h = args.h.data()};
+  const RowsArgs down{.weight = w.w2, .bias = w.b2, .num_columns = shape.hidden_size, .out = out};
+  check.refuse(products.reason_against(call, up));
+  check.refuse(renamed(products.reason_against(call, down), "weight", "w2"));
 }
 
 void forward(const Context& context, const ExpertPlan& plan, const MoEForwardArgs& args) {
@@ -57,23 +62,23 @@ void forward(const Context& context, const ExpertPlan& plan, const MoEForwardArg
   const ConstTensorView& weights = routing_weights(args.routing);
   // The sum over stored rows takes `weights`.
   if (stores || !weights.defined()) b.tables.row_weight = nullptr;
-  const ExpertCall call = expert_call(context, shape, args.options, m, b.tables);
+  const ProductCall call = product_call(context, shape, row_lists(m, b.tables));
   build_metadata(call.stream, shape, args.routing, m, b.scratch, b.tables);
-  SONICMOE_RUN_GEMM(call, up,
-                    UpArgs{matrix(args.x), args.weights.w1, args.weights.b1,
-                           inference ? nullptr : args.h.data(), b.a, b.tables.row_weight});
+  run(call, "up",
+      UpArgs{matrix(args.x), args.weights.w1, args.weights.b1, hidden_function(shape, args.options),
+             inference ? nullptr : args.h.data(), b.a, b.tables.row_weight});
   if (adds) zero_rows(call.stream, shape, matrix(args.out));
   for_each_slab(plan, [&](std::int64_t c, std::int64_t columns) {
     const Matrix out{args.out.as<bfloat16>() + c, args.out.stride(0)};
-    SONICMOE_RUN_GEMM(call, down,
-                      DownArgs{.a = b.a,
-                               .w2 = args.weights.w2,
-                               .b2 = args.weights.b2,
-                               .first_column = c,
-                               .num_columns = columns,
-                               .out = stores ? Matrix{b.y, columns} : out,
-                               .row_weight = b.tables.row_weight,
-                               .add_rows = adds});
+    run(call, "down",
+        RowsArgs{.a = b.a,
+                 .weight = args.weights.w2,
+                 .bias = args.weights.b2,
+                 .first_column = c,
+                 .num_columns = columns,
+                 .out = stores ? Matrix{b.y, columns} : out,
+                 .row_weight = b.tables.row_weight,
+                 .add_rows = adds});
     if (sorted) zero_tail(call.stream, shape, m, out, columns);
     if (stores) {
       aggregate(

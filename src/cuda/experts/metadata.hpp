@@ -5,7 +5,7 @@
 
 #include "core/metadata.hpp"
 #include "core/workspace.hpp"
-#include "cuda/experts/gemms.hpp"
+#include "cuda/products.hpp"
 
 namespace sonicmoe::cuda {
 
@@ -43,7 +43,7 @@ void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& r
 void build_row_tables(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
                       const Metadata& metadata, const RowTables& tables);
 
-/// The view the GEMMs take.
+/// The view that products take.
 RowLists row_lists(const Metadata& metadata, const RowTables& tables);
 
 }  // namespace sonicmoe::cuda

@@ -59,8 +59,7 @@ void build_row_tables(cudaStream_t stream, const MoEShape& shape, const Routing&
 }
 
 RowLists row_lists(const Metadata& metadata, const RowTables& tables) {
-  return {metadata.offsets, metadata.row_token, tables.tiles,
-          tables.num_tiles, tables.experts,     tables.claims};
+  return {metadata.row_token, tables.tiles, tables.num_tiles, tables.experts, tables.claims};
 }
 
 }  // namespace sonicmoe::cuda

@@ -1,187 +1,121 @@
 #include "cuda/hopper/select.hpp"
 
 #include <algorithm>
-#include <cstdlib>
-#include <limits>
-#include <string_view>
+
+#include "core/integers.hpp"
+#include "cuda/device.hpp"
+#include "cuda/hopper/shape.hpp"
+#include "cuda/products.hpp"
 
 namespace sonicmoe::cuda::hopper {
 namespace {
 
-constexpr std::int64_t kVector = 8;  // bf16 values in 16 bytes
+constexpr std::int64_t kMiB = 1 << 20;
 
-// The number in an environment variable, 0 where there is none.
-int number_from_environment(const char* name) {
-  const char* text = std::getenv(name);
-  return text == nullptr ? 0 : std::atoi(text);
+bool gathers(Product p) { return p == Product::kUp || p == Product::kGradH; }
+
+// Whether tiles are handed out in order or strided (mainloop/schedule.cuh).
+//   product                        in order because                                     gain
+//   up, dH                         neighbours share the rows they gather                 up to 20%
+//   rows that are added to out     CTAs add to one part of out at a time                 up to 1.5x
+//   weights beyond 6 MiB           CTAs at different experts fetch them again and again  1-4%
+//   few k-tiles and many tiles     the CTAs would drift far apart                        (lab M7)
+// Else strided: in order costs 1-2% where weights are small, 8-13% in weight gradients.
+bool in_order(const ProductSizes& s, const Choice& c) {
+  if (s.product == Product::kWeightGradient) return false;
+  constexpr std::int64_t kMostWeight = 6 * kMiB, kShort = 256, kManyTiles = 256;
+  const std::int64_t weight = kElementBytes * s.depth * c.n_tiles * c.block_n;
+  return gathers(s.product) || s.add_rows || weight > kMostWeight ||
+         (s.depth <= kShort && s.row_tiles * c.n_tiles > kManyTiles * c.grid);
 }
 
-bool aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
-
-using Reason = std::optional<Objection>;
-
-Reason not_a_multiple(const char* argument, const std::string& what, std::int64_t value,
-                      std::int64_t vector = kVector) {
-  return Objection{argument, what + " a multiple of " + std::to_string(vector) + " on a GPU",
-                   std::to_string(value)};
-}
-
-Reason not_aligned(const char* argument) {
-  return Objection{argument, "16-byte alignment on a GPU", "an unaligned address"};
-}
-
-Reason check_shape(const ExpertCall& call) {
-  const MoEShape& s = call.shape;
-  if (s.numerics != Numerics::of(DType::kBFloat16)) {
-    return Objection{"x", "bfloat16 on a GPU", to_string(s.numerics)};
-  }
-  if (s.hidden_size % kVector != 0) return not_a_multiple("x", "hidden_size", s.hidden_size);
-  if (s.intermediate_size % kVector != 0) {
-    return not_a_multiple("w2", "intermediate_size", s.intermediate_size);
-  }
-  return {};
-}
-
-Reason check_matrix(const char* name, const Matrix& m, std::int64_t rows) {
-  if (!aligned(m.data)) return not_aligned(name);
-  if (m.ld % kVector != 0) return not_a_multiple(name, "a row stride", m.ld);
-  if (rows * (m.ld / kVector) > std::numeric_limits<std::uint32_t>::max()) {
-    return Objection{name, "at most 2^35 elements on a GPU",
-                     std::to_string(rows) + " rows of " + std::to_string(m.ld)};
-  }
-  return {};
-}
-
-// A weight or its gradient: one of the last strides 1, everything else in steps of 16 bytes.
-Reason check_strided(const char* name, const ConstTensorView& w, std::int64_t vector) {
-  if (!aligned(w.data())) return not_aligned(name);
-  const int unit = depth_has_unit_stride(w, 2) ? 2 : 1;
-  for (int i = 0; i < 3; ++i) {
-    if (i == unit ? w.stride(i) == 1 || w.size(i) == 1
-                  : w.stride(i) % vector == 0 || w.size(i) == 1) {
-      continue;
-    }
-    const std::string what = "a stride of dimension " + std::to_string(i);
-    return not_a_multiple(name, what, w.stride(i), vector);
-  }
-  return {};
-}
-
-Reason check_gradient(const char* name, const TensorView& w) {
-  return check_strided(name, w, w.dtype() == DType::kFloat32 ? 2 : kVector);
-}
-
-// The first that there is.
-template <class... Reasons>
-Reason first_of(Reasons... reasons) {
-  Reason result;
-  ((result ? void() : void(result = reasons)), ...);
-  return result;
-}
-
-// A gated concatenated weight needs its second half to start at a multiple of 16 bytes.
-Reason check_halves(const ExpertCall& call, const ConstTensorView& w1) {
-  const bool concatenated =
-      is_gated(call.shape.activation) && call.options.gate_up_layout == GateUpLayout::kConcatenated;
-  const std::int64_t offset = call.shape.intermediate_size * w1.stride(1);
-  return concatenated && offset % kVector != 0 ? not_a_multiple("w1", "the up rows' offset", offset)
-                                               : Reason();
-}
-
-// H is read and written by TMA.
-Reason check_rows_of_h(const void* h) { return aligned(h) ? Reason() : not_aligned("h"); }
-
-Reason check_slab(std::int64_t first_column, std::int64_t num_columns) {
-  if (first_column % kVector != 0) {
-    return not_a_multiple("workspace_limit", "a slab's first column", first_column);
-  }
-  return num_columns % kVector != 0
-             ? not_a_multiple("workspace_limit", "a slab's width", num_columns)
-             : Reason();
+// Whether stages are handed back early when data is short: 2-6% faster where reductions are short
+// and the ring runs dry at every tile, 2-5% slower where the loaders nearly keep up. Never in
+// weight gradients, 1-3% slower (lab M8, M12).
+bool early_release(const ProductSizes& s) {
+  if (s.product == Product::kWeightGradient) return false;
+  return s.depth <= (gathers(s.product) ? 2048 : 512);
 }
 
 }  // namespace
 
+Choice choose(const ProductSizes& s) {
+  Choice c;
+  c.block_n = choose_block_n(s.columns);
+  if (s.product == Product::kGradH) c.stores = choose_stores(s.depth);
+  c.n_tiles = static_cast<int>(ceil_div(s.columns, c.block_n));
+  const std::int64_t most = tuning.grid > 0 ? tuning.grid : s.processors;
+  c.grid = static_cast<int>(std::min(most, s.row_tiles * c.n_tiles));
+  c.n_group =
+      s.add_rows ? choose_add_group(s.num_tokens, s.depth, c.n_tiles, c.block_n) : c.n_tiles;
+  // Groups of columns are an order of their own.
+  if (c.n_group == c.n_tiles) {
+    c.row_block = choose_row_block(s.depth, std::int64_t{c.n_tiles} * c.block_n);
+  }
+  c.in_order = in_order(s, c);
+  c.early_release = early_release(s);
+  return c;
+}
+
+std::string describe(const Choice& c) {
+  std::string text = std::to_string(c.block_n) + " columns, ";
+  text += c.in_order ? "in order" : "strided";
+  if (c.n_group != c.n_tiles) text += ", groups of " + std::to_string(c.n_group) + " column tiles";
+  if (c.row_block > 1) text += ", blocks of " + std::to_string(c.row_block) + " tile rows";
+  if (c.early_release) text += ", early release";
+  return text + ", " + std::to_string(c.grid) + " CTAs";
+}
+
 int choose_block_n(std::int64_t columns) {
-  const int forced = number_from_environment("SONICMOE_CUDA_BLOCK_N");
-  if (forced == 128 || forced == 256) return forced;
+  if (tuning.block_n != 0) return tuning.block_n;
   const std::int64_t wide = round_up(columns, 256), narrow = round_up(columns, 128);
   return narrow * 108 < wide * 100 ? 128 : 256;
 }
 
-int choose_gated_block_n(std::int64_t n) { return choose_block_n(2 * n); }
-
-HiddenStorers choose_hidden_storers(std::int64_t hidden_size) {
-  const char* text = std::getenv("SONICMOE_CUDA_HIDDEN_STORERS");
-  const std::string_view forced = text == nullptr ? "" : text;
-  if (forced == "math") return HiddenStorers::kThreeAndMath;
-  if (forced == "three") return HiddenStorers::kThree;
-  if (forced == "two") return HiddenStorers::kTwo;
-  if (hidden_size >= 3072) return HiddenStorers::kTwo;
-  return hidden_size < 2048 ? HiddenStorers::kThreeAndMath : HiddenStorers::kThree;
+StoreRoles choose_stores(std::int64_t hidden_size) {
+  if (tuning.stores) return *tuning.stores;
+  if (hidden_size >= 3072) return StoreRoles::kTwo;
+  return hidden_size < 2048 ? StoreRoles::kThreeAndMath : StoreRoles::kThree;
 }
 
 int choose_add_group(std::int64_t num_tokens, std::int64_t depth, int n_tiles, int block_n) {
-  constexpr std::int64_t kMiB = 1 << 20, kMostDepth = 256, kFits = 64 * kMiB, kWindow = 34 * kMiB;
-  const std::int64_t forced = number_from_environment("SONICMOE_CUDA_ADD_WINDOW") * kMiB;
-  const std::int64_t tile = std::max<std::int64_t>(num_tokens * block_n * 2, 1);
+  constexpr std::int64_t kMostDepth = 256, kFits = 64 * kMiB, kWindow = 34 * kMiB;
+  const std::int64_t tile = std::max<std::int64_t>(num_tokens * block_n * kElementBytes, 1);
+  const std::int64_t forced = tuning.add_window;
   if (forced <= 0 && (depth > kMostDepth || tile * n_tiles <= kFits)) return n_tiles;
   const std::int64_t window = forced > 0 ? forced : kWindow;
   return static_cast<int>(std::clamp<std::int64_t>(window / tile, 1, n_tiles));
 }
 
 int choose_row_block(std::int64_t depth, std::int64_t columns) {
-  constexpr std::int64_t kCached = 48 << 20;  // bytes; L2 has 50 MB on an H100, 60 on an H200
+  constexpr std::int64_t kCached = 48 * kMiB;  // L2 has 50 MB on an H100, 60 on an H200
   constexpr int kSquare = 16, kMost = 1 << 16;
-  const int forced = number_from_environment("SONICMOE_CUDA_ROW_BLOCK");
-  if (forced > 0) return std::min(forced, kMost);
-  return 2 * depth * columns > kCached ? kSquare : 1;
+  if (tuning.row_block > 0) return std::min(tuning.row_block, kMost);
+  return kElementBytes * depth * columns > kCached ? kSquare : 1;
 }
 
-int grid_limit(int processors) {
-  const int wanted = number_from_environment("SONICMOE_CUDA_GRID");
-  return wanted > 0 ? wanted : processors;
+std::int64_t choose_slices(std::int64_t num_rows, std::int64_t width, std::int64_t columns) {
+  constexpr std::int64_t kMaxWaves = 3, kMinRows = 256;
+  constexpr std::int64_t kTileCost =
+      512;  // rows that storing a tile and summing it later counts as
+  const std::int64_t tiles = std::max<std::int64_t>(
+      ceil_div(columns, choose_block_n(columns)) * ceil_div(width, kBlockM), 1);
+  const std::int64_t most = std::min(kMaxWaves * kPlannedProcessors / tiles, num_rows / kMinRows);
+  const auto cost = [&](std::int64_t slices) {
+    return ceil_div(slices * tiles, std::int64_t{kPlannedProcessors}) *
+           (slice_rows(num_rows, slices) + kTileCost);
+  };
+  std::int64_t best = 1;
+  for (std::int64_t slices = 2; slices <= most; ++slices) {
+    if (cost(slices) < cost(best)) best = slices;
+  }
+  return best;
 }
 
 bool depth_has_unit_stride(const ConstTensorView& w, int depth_dim) {
   const int other = 3 - depth_dim;
   if (w.stride(depth_dim) == 1 && w.size(depth_dim) > 1) return true;
   return w.stride(other) != 1 || w.size(other) == 1;
-}
-
-int partial_columns(const MoEShape& shape) { return choose_block_n(shape.intermediate_size); }
-
-Reason reason_against(const ExpertCall& call, const UpArgs& args) {
-  return first_of(check_shape(call), check_matrix("x", args.x, call.shape.num_tokens),
-                  check_strided("w1", args.w1, kVector), check_halves(call, args.w1),
-                  check_rows_of_h(args.h));
-}
-
-Reason reason_against(const ExpertCall& call, const DownArgs& args) {
-  return first_of(check_shape(call), check_strided("w2", args.w2, kVector),
-                  check_matrix("out", args.out, 0),
-                  check_slab(args.first_column, args.num_columns));
-}
-
-Reason reason_against(const ExpertCall& call, const HiddenGradientArgs& args) {
-  return first_of(check_shape(call), check_matrix("grad_out", args.grad_out, call.shape.num_tokens),
-                  check_strided("w2", args.w2, kVector), check_rows_of_h(args.h));
-}
-
-Reason reason_against(const ExpertCall& call, const InputGradientArgs& args) {
-  return first_of(check_shape(call), check_strided("w1", args.w1, kVector),
-                  check_matrix("out", args.out, 0),
-                  check_slab(args.first_column, args.num_columns));
-}
-
-Reason reason_against(const ExpertCall& call, const DownWeightGradientArgs& args) {
-  return first_of(check_shape(call), check_matrix("grad_out", args.grad_out, call.shape.num_tokens),
-                  check_gradient("grad_w2", args.grad_w2));
-}
-
-Reason reason_against(const ExpertCall& call, const UpWeightGradientArgs& args) {
-  return first_of(check_shape(call), check_matrix("x", args.x, call.shape.num_tokens),
-                  check_gradient("grad_w1", args.grad_w1));
 }
 
 }  // namespace sonicmoe::cuda::hopper

@@ -5,15 +5,16 @@
 
 #include <type_traits>
 
+#include "cuda/hopper/choice.hpp"
 #include "cuda/hopper/epilogue/glu.cuh"
+#include "cuda/hopper/epilogue/logits.cuh"
 #include "cuda/hopper/epilogue/store.cuh"
-#include "cuda/hopper/grouped_gemm.cuh"
-#include "cuda/hopper/select.hpp"
+#include "cuda/hopper/shape.hpp"
 
 namespace sonicmoe::cuda::hopper {
 
 // [H; A] = act(X[token] W1^T): gathers X. Two loader warps: one cannot issue 1024 copies per k-tile
-// and leave their latency covered (450-530 against 650 TFLOP/s at 120B-n2048).
+// and leave their latency covered (lab M5).
 template <int kBlockN, Major kMajor, bool kGated>
 struct UpSpec {
   static constexpr const char* name = "up";
@@ -31,15 +32,15 @@ struct RowsSpec {
 
 // dA' = dO[token] W2, with dH, A' and dS in the epilogue: gathers dO. Gather and epilogue both want
 // a third warp: the epilogue's time is that of a tile, the gather's grows with the reduction.
-template <int kBlockN, Major kMajor, bool kGated, HiddenStorers kStorers>
-struct HiddenGradientSpec {
-  static constexpr const char* name = "hidden_gradient";
-  static constexpr int kWarps = kStorers == HiddenStorers::kTwo ? 2 : 3;
-  static constexpr bool kOwn = kStorers == HiddenStorers::kThreeAndMath;
+template <int kBlockN, Major kMajor, bool kGated, StoreRoles kStores>
+struct GradHSpec {
+  static constexpr const char* name = "grad_h";
+  static constexpr int kWarps = kStores == StoreRoles::kTwo ? 2 : 3;
+  static constexpr bool kMathWarpsStore = kStores == StoreRoles::kThreeAndMath;
   using Epilogue =
-      HiddenGradientEpilogue<kBlockN, kGated, HiddenInput<kBlockN, kGated, kWarps, kOwn>>;
-  using OwnEpilogue = std::conditional_t<
-      kOwn, HiddenGradientEpilogue<kBlockN, kGated, OwnHiddenInput<kBlockN, kGated>>, void>;
+      GradHEpilogue<kBlockN, kGated, HiddenInput<kBlockN, kGated, kWarps, kMathWarpsStore>>;
+  using MathWarpEpilogue = std::conditional_t<
+      kMathWarpsStore, GradHEpilogue<kBlockN, kGated, MathWarpHiddenInput<kBlockN, kGated>>, void>;
   static constexpr GemmShape shape = {.block_n = kBlockN,
                                       .b = kMajor,
                                       .loader_warps = 4 - kWarps,
@@ -59,6 +60,14 @@ struct WeightGradientSpec {
                                       .dump = kDump,
                                       .loader_warps = 4};
   using Epilogue = StoreWeightGradient<kBlockN, kDump>;
+};
+
+// logits = X Wr^T: one dense group, float32 sums stored by the math warps.
+template <int kBlockN>
+struct LogitsSpec {
+  static constexpr const char* name = "logits";
+  static constexpr GemmShape shape = {.block_n = kBlockN, .gather = false, .dump = Dump::kDirect};
+  using Epilogue = StoreLogits<kBlockN>;
 };
 
 // Calls f.operator()<block_n, major>() for a runtime choice.

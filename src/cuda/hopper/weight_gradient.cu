@@ -1,107 +1,95 @@
-// dW1 and dW2. The gathered side (X or dO, d columns) is the tile's M, the sorted side (dH or A')
-// its N, so dW2 [d, n] leaves as it is and dW1 [g*n, d] transposed.
+// dW1, dW2 and the parts of dWr. The gathered side (X or dO, d columns) is the tile's M, the sorted
+// side (dH or A') its N, so dW2 [d, n] leaves as it is and dW1 [g*n, d] transposed.
+#include <algorithm>
+
 #include "cuda/hopper/launch.cuh"
+#include "cuda/hopper/products.hpp"
 #include "cuda/hopper/specs.cuh"
 
 namespace sonicmoe::cuda::hopper {
 namespace {
 
-struct WeightGradient {
-  Matrix gathered;             // [T, d]
-  const void* rows = nullptr;  // [P, columns] contiguous
-  std::int64_t columns = 0;
-  TensorView out;  // [E, ...], d along d_dim
-  int d_dim = 1;
-  bool accumulate = false;
-};
-
-// Map of the gradient [E, ...] with unit stride along dimension `inner`, in boxes of 64 x box_rows.
-CUtensorMap map_of_gradient(const TensorView& out, int inner, int box_rows) {
+// Map of the gradient [G, ...] with unit stride along dimension `inner`, in boxes of 64 x box_rows.
+CUtensorMap map_of_gradient(const TensorView& grad, int inner, int box_rows) {
   constexpr std::int64_t kUnused = 64;  // stride of a dimension of one element; must still be legal
   const int outer = 3 - inner;
-  const auto stride = [&](int i) { return out.size(i) == 1 ? kUnused : out.stride(i); };
-  return make_tensor_map(out.data(), {out.size(inner), out.size(outer), out.size(0)},
+  const auto stride = [&](int i) { return grad.size(i) == 1 ? kUnused : grad.stride(i); };
+  return make_tensor_map(grad.data(), {grad.size(inner), grad.size(outer), grad.size(0)},
                          {stride(outer), stride(0)}, {64, box_rows, 1});
 }
 
-template <int kBlockN, Dump kDump>
-void launch_weight_gradient(const ExpertCall& call, const WeightGradient& g) {
-  using Spec = WeightGradientSpec<kBlockN, kDump>;
-  const MoEShape& s = call.shape;
-  Params<Spec> p{};
-  OperandParams& o = p.operands;
-  o.whole_boxes = whole_blocks(g.columns);
-  if (s.num_pairs == 0) {
+// The sorted rows [P, columns].
+CUtensorMap map_of_sorted(const ProductCall& call, const WeightGradientArgs& g, int block_n) {
+  const std::int64_t columns = g.columns();
+  if (call.num_rows == 0) {
     // The gradient is still written (zeros) and nothing is loaded; a tensor map needs at least one
     // row and an address.
-    o.b = map_of_rows(g.out.data(), 1, g.columns);
-  } else if (o.whole_boxes) {
-    o.b = make_tensor_map(g.rows, {64, s.num_pairs, g.columns / 64}, {g.columns, 64},
-                          {64, kBlockK, kBlockN / 64});
-  } else {
-    o.b = map_of_rows(g.rows, s.num_pairs, g.columns);
+    return map_of_rows(g.grad.data(), 1, columns);
   }
+  if (!whole_blocks(columns)) return map_of_rows(g.rows, call.num_rows, columns);
+  return make_tensor_map(g.rows, {64, call.num_rows, columns / 64}, {columns, 64},
+                         {64, kBlockK, block_n / 64});
+}
+
+template <int kBlockN, Dump kDump>
+void launch_weight_gradient(const ProductCall& call, const WeightGradientArgs& g,
+                            const Choice& choice) {
+  using Spec = WeightGradientSpec<kBlockN, kDump>;
+  const int columns_dim = 3 - g.gathered_dim;
+  Params<Spec> p{};
+  OperandParams& o = p.operands;
+  o.whole_boxes = whole_blocks(g.columns());
+  o.b = map_of_sorted(call, g, kBlockN);
   o.row_token = call.rows.row_token;
   o.b_rows = static_cast<const bf16*>(g.rows);
-  o.b_rows_ld = g.columns;
-  o.entries = call.rows.experts;
-  o.max_entries = static_cast<int>(s.num_experts);
-  o.m_tiles = static_cast<int>(ceil_div(s.hidden_size, kBlockM));
-  o.n_tiles = static_cast<int>(ceil_div(g.columns, kBlockN));
-  o.depth = static_cast<int>(s.hidden_size);
-  o.b_columns = static_cast<int>(g.columns);
+  o.b_rows_ld = g.columns();
+  o.entries = call.rows.groups;
+  o.max_entries = static_cast<int>(g.grad.size(0));
+  o.m_tiles = static_cast<int>(ceil_div(g.width(), kBlockM));
+  o.depth = static_cast<int>(g.width());
+  o.b_columns = static_cast<int>(g.columns());
   set_gather(o, g.gathered);
-  p.epilogue = {.out = g.out.data(),
-                .expert_stride = g.out.stride(0),
-                .row_stride = g.out.stride(g.d_dim),
-                .column_stride = g.out.stride(3 - g.d_dim),
-                .rows = static_cast<int>(s.hidden_size),
-                .columns = static_cast<int>(g.columns),
+  p.epilogue = {.out = g.grad.data(),
+                .expert_stride = g.grad.stride(0),
+                .row_stride = g.grad.stride(g.gathered_dim),
+                .column_stride = g.grad.stride(columns_dim),
+                .rows = static_cast<int>(g.width()),
+                .columns = static_cast<int>(g.columns()),
                 .accumulate = g.accumulate,
                 .map = {}};
-  if constexpr (kDump == Dump::kRows) p.epilogue.map = map_of_gradient(g.out, 3 - g.d_dim, 64);
-  if constexpr (kDump == Dump::kTransposed)
-    p.epilogue.map = map_of_gradient(g.out, g.d_dim, kBlockN);
-  launch<Spec>(call, p, max_items(o));
+  if constexpr (kDump == Dump::kRows) p.epilogue.map = map_of_gradient(g.grad, columns_dim, 64);
+  if constexpr (kDump == Dump::kTransposed) {
+    p.epilogue.map = map_of_gradient(g.grad, g.gathered_dim, kBlockN);
+  }
+  launch<Spec>(call, choice, p);
 }
 
 template <int kBlockN>
-void visit_dump(const ExpertCall& call, const WeightGradient& g) {
-  if (g.out.dtype() == DType::kFloat32) {
-    launch_weight_gradient<kBlockN, Dump::kDirect>(call, g);
-  } else if (depth_has_unit_stride(g.out, 3 - g.d_dim)) {  // the columns' index is contiguous
-    launch_weight_gradient<kBlockN, Dump::kRows>(call, g);
+void visit_dump(const ProductCall& call, const WeightGradientArgs& g, const Choice& choice) {
+  if (g.grad.dtype() == DType::kFloat32) {
+    launch_weight_gradient<kBlockN, Dump::kDirect>(call, g, choice);
+  } else if (depth_has_unit_stride(g.grad, 3 - g.gathered_dim)) {  // of the columns' index
+    launch_weight_gradient<kBlockN, Dump::kRows>(call, g, choice);
   } else {
-    launch_weight_gradient<kBlockN, Dump::kTransposed>(call, g);
-  }
-}
-
-void weight_gradient(const ExpertCall& call, const WeightGradient& g) {
-  if (choose_block_n(g.columns) == 256) {
-    visit_dump<256>(call, g);
-  } else {
-    visit_dump<128>(call, g);
+    launch_weight_gradient<kBlockN, Dump::kTransposed>(call, g, choice);
   }
 }
 
 }  // namespace
 
-void down_weight_gradient(const ExpertCall& call, const DownWeightGradientArgs& args) {
-  weight_gradient(call, {.gathered = args.grad_out,
-                         .rows = args.scaled_a,
-                         .columns = call.shape.intermediate_size,
-                         .out = args.grad_w2,
-                         .d_dim = 1,
-                         .accumulate = args.accumulate});
-}
-
-void up_weight_gradient(const ExpertCall& call, const UpWeightGradientArgs& args) {
-  weight_gradient(call, {.gathered = args.x,
-                         .rows = args.grad_h,
-                         .columns = call.shape.h_columns(),
-                         .out = args.grad_w1,
-                         .d_dim = 2,
-                         .accumulate = args.accumulate});
+void HopperProducts::run(const ProductCall& call, const WeightGradientArgs& args) const {
+  const std::int64_t num_groups = args.grad.size(0);
+  const Choice choice =
+      choose(call, "weight_gradient",
+             {.product = Product::kWeightGradient,
+              .depth = ceil_div(call.num_rows, std::max<std::int64_t>(num_groups, 1)),
+              .columns = args.columns(),
+              .row_tiles = num_groups * ceil_div(args.width(), kBlockM)});
+  if (choice.block_n == 256) {
+    visit_dump<256>(call, args, choice);
+  } else {
+    visit_dump<128>(call, args, choice);
+  }
 }
 
 }  // namespace sonicmoe::cuda::hopper

@@ -45,7 +45,7 @@ void layer_backward(const Context& context, const LayerPlan& plan,
   const LayerBackwardScratch scratch = layer_scratch(plan, args);
   void* const router_scratch = scratch.router.data();
   const router::GradientTerms terms =
-      router::router_grad_x_terms(router_scratch, plan.experts.shape);
+      router::router_grad_x_terms(router_scratch, context.device.index, plan.experts.shape);
   const MoEBackwardArgs experts = expert_args(args, scratch);
   BackwardSteps steps(context, plan.experts, experts);
 

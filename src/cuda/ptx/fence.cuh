@@ -13,7 +13,4 @@ SONICMOE_DEVICE void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Acquire and release at GPU scope, for flags and counters in global memory.
-SONICMOE_DEVICE void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-
 }  // namespace sonicmoe::ptx

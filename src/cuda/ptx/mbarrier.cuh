@@ -27,21 +27,6 @@ SONICMOE_DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes)
                : "memory");
 }
 
-// One arrival at the barrier with the same offset in CTA `cta` of the cluster (this CTA included).
-// That CTA must still be running. Relaxed: it publishes no writes. Enough to hand back a stage that
-// was only read by wgmma (complete after wgmma_wait_group); the release form costs a GPU-wide
-// MEMBAR per arrival: 38% more clocks for a mainloop in pairs.
-SONICMOE_DEVICE void mbarrier_arrive_cluster_relaxed(uint32_t barrier, uint32_t cta) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [remote];\n"
-      "}" ::"r"(barrier),
-      "r"(cta)
-      : "memory");
-}
-
 // True when the phase of the given parity has completed; may suspend the thread for a short,
 // hardware chosen time first. Acquire at CTA scope. A fresh barrier counts as having completed
 // parity 1.
@@ -51,22 +36,6 @@ SONICMOE_DEVICE bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
       "{\n"
       ".reg .pred p;\n"
       "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
-// The same, relaxed at cluster scope: for a loader whose only next access is a bulk copy into the
-// stage that mbarrier_arrive_cluster_relaxed() handed back. (The acquire form invalidates L1.)
-SONICMOE_DEVICE bool mbarrier_try_wait_cluster_relaxed(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n"
       "}"
       : "=r"(done)

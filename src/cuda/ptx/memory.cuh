@@ -28,13 +28,6 @@ SONICMOE_DEVICE void await_value(uint32_t value) {
       : "memory");
 }
 
-// 4 bytes from shared memory.
-SONICMOE_DEVICE uint32_t load_shared(uint32_t address) {
-  uint32_t v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-  return v;
-}
-
 // 8 bytes.
 SONICMOE_DEVICE uint2 load_shared_v2(uint32_t address) {
   uint2 v;
@@ -47,11 +40,6 @@ SONICMOE_DEVICE void store_shared_v4(uint32_t address, const uint4& v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
                : "memory");
-}
-
-// 4 bytes to shared memory.
-SONICMOE_DEVICE void store_shared(uint32_t address, uint32_t value) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
 // 16 bytes of data no kernel writes meanwhile, read once: not kept in L1. Volatile, so that a batch
@@ -103,26 +91,6 @@ SONICMOE_DEVICE void reduce_add_bf16x2_v4(void* address, const uint4& v) {
   asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x),
                "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
-}
-
-// Adds 4 fp32 values at 16-byte aligned `address`.
-SONICMOE_DEVICE void reduce_add_f32_v4(void* address, const float4& v) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(v.x), "f"(v.y),
-               "f"(v.z), "f"(v.w)
-               : "memory");
-}
-
-// L2 policies for the *_hinted wrappers, for all of the access.
-SONICMOE_DEVICE uint64_t create_policy_evict_first() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-SONICMOE_DEVICE uint64_t create_policy_evict_last() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
 }
 
 }  // namespace sonicmoe::ptx

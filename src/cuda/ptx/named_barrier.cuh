@@ -11,9 +11,4 @@ SONICMOE_DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Arrives without waiting.
-SONICMOE_DEVICE void named_barrier_arrive(int id, int threads) {
-  asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 }  // namespace sonicmoe::ptx

@@ -52,48 +52,6 @@ SONICMOE_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint
       : "memory");
 }
 
-// The same with an L2 eviction policy from create_policy_*() (memory.cuh).
-SONICMOE_DEVICE void tma_load_hinted(uint32_t destination, const CUtensorMap* map, uint32_t barrier,
-                                     uint64_t policy, int c0, int c1, int c2) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
-      : "memory");
-}
-
-SONICMOE_DEVICE void tma_load_hinted(uint32_t destination, const CUtensorMap* map, uint32_t barrier,
-                                     uint64_t policy, int c0, int c1, int c2, int c3) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
-      : "memory");
-}
-
-// Loads the box into every CTA of `cta_mask`, at the same shared offset, and completes on the
-// barrier with the same offset in each. The issuer must know (cluster-scope acquire) that the stage
-// is free in all of them.
-SONICMOE_DEVICE void tma_load_multicast(uint32_t destination, const CUtensorMap* map,
-                                        uint32_t barrier, uint16_t cta_mask, int c0, int c1,
-                                        int c2) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"(cta_mask)
-      : "memory");
-}
-
-SONICMOE_DEVICE void tma_load_multicast(uint32_t destination, const CUtensorMap* map,
-                                        uint32_t barrier, uint16_t cta_mask, int c0, int c1, int c2,
-                                        int c3) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(cta_mask)
-      : "memory");
-}
-
 // Stores the map's box from shared memory, clipped to the tensor, in this thread's open bulk group.
 // What the generic proxy wrote needs fence_proxy_async_shared() first.
 SONICMOE_DEVICE void tma_store(const CUtensorMap* map, uint32_t source, int c0, int c1, int c2) {
@@ -104,36 +62,12 @@ SONICMOE_DEVICE void tma_store(const CUtensorMap* map, uint32_t source, int c0, 
       : "memory");
 }
 
-// Copies `bytes` (a multiple of 16) from shared to global memory, in this thread's open bulk group.
-// What the generic proxy wrote needs fence_proxy_async_shared() first.
-SONICMOE_DEVICE void bulk_store(void* destination, uint32_t source, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination),
-               "r"(source), "r"(bytes)
-               : "memory");
-}
-
-// Adds `bytes` / 2 bf16 values from shared to global memory, element by element, rounding each sum
-// to bf16. Order among concurrent adds is unspecified, so the result depends on it.
-SONICMOE_DEVICE void bulk_reduce_add_bf16(void* destination, uint32_t source, uint32_t bytes) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%0], [%1], %2;" ::"l"(
-          destination),
-      "r"(source), "r"(bytes)
-      : "memory");
-}
-
 // Closes this thread's bulk group.
 SONICMOE_DEVICE void bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Waits until at most kPending of this thread's bulk groups are unfinished (written to memory).
-template <int kPending>
-SONICMOE_DEVICE void bulk_wait_group() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// The same for the reads of the source only: the shared memory may then be overwritten.
+// Until at most kPending of its groups still read shared memory, which may then be overwritten.
 template <int kPending>
 SONICMOE_DEVICE void bulk_wait_group_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");

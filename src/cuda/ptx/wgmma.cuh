@@ -4,12 +4,9 @@
 #pragma once
 
 #include "cuda/ptx/common.cuh"
+#include "cuda/ptx/major.hpp"
 
 namespace sonicmoe::ptx {
-
-// Which index of an operand is contiguous in shared memory: the reduction (K) or the other one. The
-// values are the instruction's transpose bits.
-enum class Major : int { kK = 0, kMn = 1 };
 
 // Orders register accesses before the wgmma that follow. Before the first wgmma of a group whenever
 // other instructions touched the accumulators.

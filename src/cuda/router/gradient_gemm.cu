@@ -1,16 +1,13 @@
-#include <cuda_bf16.h>
-
 #include <array>
 
-#include "cuda/hopper/select.hpp"
+#include "cuda/device.hpp"
+#include "cuda/element.hpp"
 #include "cuda/router/gradient_gemm.hpp"
 #include "cuda/router/gradient_terms.cuh"
 #include "cuda/router/launch.hpp"
 
 namespace sonicmoe::cuda::router {
 namespace {
-
-using bf16 = __nv_bfloat16;
 
 // dlogits is read as vectors that stay inside a row.
 bool can_split(const LogitsGradient& grad_logits) {
@@ -51,65 +48,38 @@ void split_terms(cudaStream_t stream, const LogitsGradient& grad_logits, const G
   check_launch(operation);
 }
 
-// A call of the grouped GEMMs: a token's terms are what its row of dH is to an ungated expert.
-ExpertCall gemm_call(cudaStream_t stream, int device, std::int64_t num_tokens,
-                     std::int64_t num_experts, std::int64_t d, std::int64_t groups,
-                     const GradientTerms& terms) {
-  ExpertCall call;
-  call.shape.num_tokens = num_tokens;
-  call.shape.num_pairs = num_tokens;
-  call.shape.num_experts = groups;
-  call.shape.hidden_size = d;
-  call.shape.intermediate_size = terms.count * num_experts;
-  call.shape.form = MoEShape::Form::kSorted;
-  call.shape.activation = Activation::kReLU;
-  call.shape.numerics = Numerics::of(DType::kBFloat16);
-  call.rows.tiles = terms.tiles;
-  call.rows.num_tiles = terms.num_tiles;
-  call.rows.experts = terms.slices;
-  call.rows.claims = terms.claims;
-  call.stream = stream;
-  call.device = device;
-  return call;
+ProductCall product_call(cudaStream_t stream, int device, std::int64_t num_tokens,
+                         const GradientTerms& terms) {
+  return {.num_tokens = num_tokens,
+          .num_rows = num_tokens,
+          .rows = {.tiles = terms.tiles,
+                   .num_tiles = terms.num_tiles,
+                   .groups = terms.slices,
+                   .claims = terms.claims},
+          .stream = stream,
+          .device = device};
 }
 
-InputGradientArgs share_args(ConstTensorView router_weight, std::int64_t first_column,
-                             std::int64_t num_columns, Matrix out, const void* terms) {
+RowsArgs grad_x_args(ConstTensorView router_weight, std::int64_t first_column,
+                     std::int64_t num_columns, Matrix out, const void* terms) {
   const std::int64_t num_experts = router_weight.size(0), row_stride = router_weight.stride(0);
   const std::array<std::int64_t, 3> shape{1, num_experts, router_weight.size(1)};
   const std::array<std::int64_t, 3> strides{num_experts * row_stride, row_stride, 1};
-  return {.grad_h = terms,
-          .w1 = {router_weight.data(), router_weight.dtype(), shape, strides},
+  return {.a = terms,
+          .weight = {router_weight.data(), router_weight.dtype(), shape, strides},
+          .depth_dim = 1,
           .first_column = first_column,
           .num_columns = num_columns,
           .out = out};
 }
 
-// grad_h, the terms, is left for the caller to set.
-UpWeightGradientArgs weight_args(ConstTensorView x, std::int64_t num_experts,
-                                 std::int64_t num_slices, float* parts) {
-  return {.x = {const_cast<void*>(x.data()), x.stride(0)},
-          .grad_w1 = TensorView(parts, DType::kFloat32,
-                                {num_slices, kWeightTerms * num_experts, x.size(1)})};
-}
-
-// The slices that cost least: waves of tiles on the 132 SMs times a tile's length, where storing a
-// tile and summing it later counts as 512 tokens. At least 256 tokens each, and at most three
-// waves, which bound the parts to 49.5 MiB (they are summed from L2) unless a single slice has
-// more.
-std::int64_t choose_slices(std::int64_t num_tokens, std::int64_t columns, std::int64_t d) {
-  constexpr std::int64_t kProcessors = 132, kMaxWaves = 3, kMinTokens = 256, kTileCost = 512;
-  const std::int64_t tiles = std::max<std::int64_t>(
-      ceil_div(columns, hopper::choose_block_n(columns)) * ceil_div(d, kTileRows), 1);
-  const std::int64_t most = std::min(kMaxWaves * kProcessors / tiles, num_tokens / kMinTokens);
-  const auto cost = [&](std::int64_t slices) {
-    return ceil_div(slices * tiles, kProcessors) * (slice_rows(num_tokens, slices) + kTileCost);
-  };
-  std::int64_t best = 1;
-  for (std::int64_t slices = 2; slices <= most; ++slices) {
-    if (cost(slices) < cost(best)) best = slices;
-  }
-  return best;
+// The rows, which are the terms, are left for the caller to set.
+WeightGradientArgs weight_args(ConstTensorView x, std::int64_t num_experts, std::int64_t num_slices,
+                               float* parts) {
+  return {.gathered = {const_cast<void*>(x.data()), x.stride(0)},
+          .grad = TensorView(parts, DType::kFloat32,
+                             {num_slices, kWeightTerms * num_experts, x.size(1)}),
+          .gathered_dim = 2};
 }
 
 }  // namespace
@@ -125,12 +95,13 @@ GradientTerms carve_grad_x_terms(WorkspaceCarver& carver, std::int64_t num_token
   return terms;
 }
 
-GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
-                                 std::int64_t num_experts, std::int64_t d) {
+GradientTerms carve_weight_terms(WorkspaceCarver& carver, const Products& products,
+                                 std::int64_t num_tokens, std::int64_t num_experts,
+                                 std::int64_t d) {
   GradientTerms terms;
   terms.count = kWeightTerms;
   terms.rows_per_slice =
-      slice_rows(num_tokens, choose_slices(num_tokens, kWeightTerms * num_experts, d));
+      slice_rows(num_tokens, products.row_slices(num_tokens, d, kWeightTerms * num_experts));
   terms.num_slices = std::max<std::int64_t>(ceil_div(num_tokens, terms.rows_per_slice), 1);
   terms.values =
       carver.take<bf16>(static_cast<std::size_t>(num_tokens * kWeightTerms * num_experts));
@@ -142,16 +113,14 @@ GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_token
 bool grad_x_on_grouped_gemm(cudaStream_t stream, int device, const LogitsGradient& grad_logits,
                             ConstTensorView router_weight, std::int64_t first_column,
                             std::int64_t num_columns, Matrix out, const GradientTerms& terms) {
-  const ExpertCall call = gemm_call(stream, device, grad_logits.num_tokens, grad_logits.num_experts,
-                                    router_weight.size(1), 1, terms);
-  const InputGradientArgs args =
-      share_args(router_weight, first_column, num_columns, out, terms.values);
+  const Products& products = products_of(device);
+  const ProductCall call = product_call(stream, device, grad_logits.num_tokens, terms);
+  const RowsArgs args = grad_x_args(router_weight, first_column, num_columns, out, terms.values);
   if (!grad_logits.split) {
-    if (router_weight.dtype() != DType::kBFloat16 || !can_split(grad_logits)) return false;
-    if (hopper::reason_against(call, args)) return false;
+    if (!can_split(grad_logits) || products.reason_against(call, args)) return false;
     if (first_column == 0) split_terms(stream, grad_logits, terms, "router's dX");
   }
-  hopper::input_gradient(call, args);
+  products.run(call, args);
   return true;
 }
 
@@ -160,37 +129,34 @@ bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorVi
                                   const GradientTerms& terms) {
   const char* operation = "router_logits_backward";
   const std::int64_t num_tokens = x.size(0), num_experts = grad_logits.num_experts;
-  const ExpertCall call =
-      gemm_call(stream, device, num_tokens, num_experts, x.size(1), terms.num_slices, terms);
-  UpWeightGradientArgs args = weight_args(x, num_experts, terms.num_slices, parts);
+  const Products& products = products_of(device);
+  const ProductCall call = product_call(stream, device, num_tokens, terms);
+  WeightGradientArgs args = weight_args(x, num_experts, terms.num_slices, parts);
   if (grad_logits.split) {
-    args.grad_h = grad_logits.data;
+    args.rows = grad_logits.data;
     write_lists_kernel<<<1, 256, 0, stream>>>(terms, num_tokens);
     check_launch(operation);
   } else {
     if (x.dtype() != DType::kBFloat16 || !can_split(grad_logits)) return false;
-    if (hopper::reason_against(call, args)) return false;
-    args.grad_h = terms.values;
+    if (products.reason_against(call, args)) return false;
+    args.rows = terms.values;
     split_terms(stream, grad_logits, terms, operation);
   }
-  hopper::up_weight_gradient(call, args);
+  products.run(call, args);
   return true;
 }
 
 bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::int64_t num_columns,
                          Matrix grad_x) {
-  if (x.dtype() != DType::kBFloat16 || router_weight.dtype() != DType::kBFloat16) return false;
-  const std::int64_t num_tokens = x.size(0), num_experts = router_weight.size(0), d = x.size(1);
-  GradientTerms terms;
-  terms.count = 1;
-  const ExpertCall share_call = gemm_call(nullptr, 0, num_tokens, num_experts, d, 1, terms);
-  terms.count = kWeightTerms;
-  const ExpertCall weight_call = gemm_call(nullptr, 0, num_tokens, num_experts, d, 1, terms);
+  if (x.dtype() != DType::kBFloat16) return false;
+  const int device = current_device();
+  const Products& products = products_of(device);
+  const ProductCall call = product_call(nullptr, device, x.size(0), {});
   // Stands for the parts, of which only the alignment is known here, that of any workspace.
   alignas(WorkspaceCarver::kAlignment) float parts[1];
-  return !hopper::reason_against(share_call,
-                                 share_args(router_weight, 0, num_columns, grad_x, nullptr)) &&
-         !hopper::reason_against(weight_call, weight_args(x, num_experts, 1, parts));
+  return !products.reason_against(call,
+                                  grad_x_args(router_weight, 0, num_columns, grad_x, nullptr)) &&
+         !products.reason_against(call, weight_args(x, router_weight.size(0), 1, parts));
 }
 
 }  // namespace sonicmoe::cuda::router

@@ -1,20 +1,17 @@
-// The router's gradient products on the experts' grouped GEMMs (wgmma). dlogits goes in as bf16
+// The router's gradient products on the experts' grouped products. dlogits goes in as bf16
 // terms, high = bf16(dlogits) and low = bf16(dlogits - high), 16 bits in all, split from float32
 // here or written so by the backward of renormalised weights:
-//   router's dX [T, d] = high Wr      one "expert" of T rows; rounded to bf16 as every row of dX~
-//   is,
+//   router's dX [T, d] = high Wr    one group of T rows; rounded to bf16 as every row of dX~ is,
 //                                   from a factor rounded as dH is
-//   dWr [E, d] = (high + low)ᵀ x    slices of the tokens as "experts" of 2E columns, one per term:
+//   dWr [E, d] = (high + low)ᵀ x    slices of the tokens as groups, 2E columns, one per term:
 //                                   x is gathered once, and the terms fill the tile's width
 // Callers fall back on split_gemm.cuh where reason_against() declines (d no multiple of 8, ...).
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-
 #include "core/workspace.hpp"
-#include "cuda/experts/gemms.hpp"
+#include "cuda/products.hpp"
 
 namespace sonicmoe::cuda::router {
 
@@ -28,12 +25,6 @@ struct LogitsGradient {
   std::int64_t num_experts = 0;
   bool split = false;  ///< whether it holds its terms, which is what dWr reads
 };
-
-/// Tokens of a slice where T are cut into `slices`: whole steps of all kernels' reductions.
-inline std::int64_t slice_rows(std::int64_t num_tokens, std::int64_t slices) {
-  constexpr std::int64_t kStep = 64;
-  return std::max(round_up(ceil_div(num_tokens, slices), kStep), kStep);
-}
 
 /// Scratch of one product.
 struct GradientTerms {
@@ -51,8 +42,8 @@ struct GradientTerms {
 GradientTerms carve_grad_x_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
                                  std::int64_t num_experts);
 /// For dWr: both terms and the slices, whose number (at least 1) is a function of the shape alone.
-GradientTerms carve_weight_terms(WorkspaceCarver& carver, std::int64_t num_tokens,
-                                 std::int64_t num_experts, std::int64_t d);
+GradientTerms carve_weight_terms(WorkspaceCarver& carver, const Products& products,
+                                 std::int64_t num_tokens, std::int64_t num_experts, std::int64_t d);
 
 /// out [T, num_columns] bf16 = grad_logits router_weight[:, first_column...]. False, and nothing
 /// enqueued, where the kernels decline. Where grad_logits is split, the high ones and the lists
@@ -67,8 +58,8 @@ bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorVi
                                   const LogitsGradient& grad_logits, float* parts,
                                   const GradientTerms& terms);
 
-/// Whether both products take their grad_logits as terms: slabs of `num_columns` of `grad_x` as
-/// `out` of the first.
+/// Whether both products of the current device take their grad_logits as terms: slabs of
+/// `num_columns` of `grad_x` as `out` of the first.
 bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::int64_t num_columns,
                          Matrix grad_x);
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/integers.hpp"
+#include "cuda/device.hpp"
 #include "cuda/launch_check.hpp"
 #include "sonicmoe/context.hpp"
 
@@ -19,11 +20,10 @@ inline cudaStream_t stream_of(const Context& context) {
 /// After a launch: what the launch itself was refused for.
 inline void check_launch(const char* operation) { check_cuda(cudaGetLastError(), operation); }
 
-/// Blocks of a grid-stride loop over `count` items: enough to fill the GPU, at most 8 per SM of
-/// the largest Hopper.
+/// Blocks of a grid-stride loop over `count` items: enough to fill the GPU, at most 8 per SM.
 inline unsigned grid_stride_blocks(std::int64_t count, std::int64_t per_block) {
-  return static_cast<unsigned>(
-      std::clamp<std::int64_t>(ceil_div(count, per_block), 1, std::int64_t{8} * 132));
+  return static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(count, per_block), 1,
+                                                        std::int64_t{8} * kPlannedProcessors));
 }
 
 }  // namespace sonicmoe::cuda::router

@@ -9,10 +9,10 @@
 
 #include "core/log.hpp"
 #include "core/workspace.hpp"
+#include "cuda/device.hpp"
 #include "cuda/router/bias.cuh"
 #include "cuda/router/gradient_gemm.hpp"
 #include "cuda/router/launch.hpp"
-#include "cuda/router/logits_gemm.hpp"
 #include "cuda/router/router.hpp"
 #include "cuda/router/simt_gemm.cuh"
 #include "cuda/router/split_gemm.cuh"
@@ -118,10 +118,10 @@ struct GradientParts {
   GradientTerms grad_x;  // of the router's dX
 };
 
-GradientParts carve(WorkspaceCarver& carver, std::int64_t num_tokens, std::int64_t num_experts,
-                    std::int64_t d) {
+GradientParts carve(WorkspaceCarver& carver, int device, std::int64_t num_tokens,
+                    std::int64_t num_experts, std::int64_t d) {
   GradientParts parts;
-  parts.terms = carve_weight_terms(carver, num_tokens, num_experts, d);
+  parts.terms = carve_weight_terms(carver, products_of(device), num_tokens, num_experts, d);
   parts.num_weight_parts = parts.terms.num_slices * kWeightTerms;
   parts.weight =
       carver.take<float>(static_cast<std::size_t>(parts.num_weight_parts * num_experts * d));
@@ -287,11 +287,12 @@ void router_logits(const Context& context, ConstTensorView x, ConstTensorView we
   const std::int64_t num_experts = weight.size(0);
   const cudaStream_t stream = stream_of(context);
   if (num_tokens == 0) return;
-  const bool tensor_cores = tensor_core_logits_fit(x, weight);
-  log_choice("logits", [&] { return tensor_cores ? "tensor cores" : "float32 units"; });
-  if (tensor_cores) {
-    return launch_tensor_core_logits(stream, context.device.index, x, weight, bias, logits);
-  }
+  const Products& products = products_of(context.device.index);
+  const ProductCall call{
+      .num_tokens = num_tokens, .stream = stream, .device = context.device.index};
+  const LogitsArgs args{.x = x, .weight = weight, .bias = bias, .logits = logits.as<float>()};
+  if (!products.reason_against(call, args)) return products.run(call, args);
+  log_choice("logits", [] { return "float32 units"; });
   const SimtShape shape{num_tokens, num_experts, x.size(1), x.size(1)};
   const StoreLogits store{logits.as<float>(), num_experts, RouterBias(bias)};
   visit_float_dtype(x, [&]<class X>(const X* x_data) {
@@ -303,15 +304,15 @@ void router_logits(const Context& context, ConstTensorView x, ConstTensorView we
   });
 }
 
-std::size_t router_logits_backward_workspace_bytes(const MoEShape& shape) {
+std::size_t router_logits_backward_workspace_bytes(int device, const MoEShape& shape) {
   WorkspaceCarver carver;
-  carve(carver, shape.num_tokens, shape.num_experts, shape.hidden_size);
+  carve(carver, device, shape.num_tokens, shape.num_experts, shape.hidden_size);
   return carver.used();
 }
 
-GradientTerms router_grad_x_terms(void* workspace, const MoEShape& shape) {
+GradientTerms router_grad_x_terms(void* workspace, int device, const MoEShape& shape) {
   WorkspaceCarver carver(workspace);
-  return carve(carver, shape.num_tokens, shape.num_experts, shape.hidden_size).grad_x;
+  return carve(carver, device, shape.num_tokens, shape.num_experts, shape.hidden_size).grad_x;
 }
 
 void router_logits_backward(const Context& context, ConstTensorView x,
@@ -323,7 +324,7 @@ void router_logits_backward(const Context& context, ConstTensorView x,
   const std::int64_t d = x.size(1);
   const std::int64_t num_experts = grad_logits.num_experts;
   WorkspaceCarver carver(workspace);
-  const GradientParts parts = carve(carver, num_tokens, num_experts, d);
+  const GradientParts parts = carve(carver, context.device.index, num_tokens, num_experts, d);
   if (grad_weight.defined()) {
     std::int64_t num_parts = parts.num_weight_parts;
     if (!weight_parts_on_grouped_gemm(stream, context.device.index, x, grad_logits, parts.weight,

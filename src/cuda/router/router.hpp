@@ -50,8 +50,8 @@ void router_logits(const Context& context, ConstTensorView x, ConstTensorView we
                    ConstTensorView bias, TensorView logits);
 
 /// Scratch of the layer's backward: of router_logits_backward(), and the terms of router_grad_x().
-std::size_t router_logits_backward_workspace_bytes(const MoEShape& shape);
-GradientTerms router_grad_x_terms(void* workspace, const MoEShape& shape);
+std::size_t router_logits_backward_workspace_bytes(int device, const MoEShape& shape);
+GradientTerms router_grad_x_terms(void* workspace, int device, const MoEShape& shape);
 
 void router_logits_backward(const Context& context, ConstTensorView x,
                             const LogitsGradient& grad_logits, TensorView grad_weight,

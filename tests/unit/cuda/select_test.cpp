@@ -3,12 +3,12 @@
 
 #include <gtest/gtest.h>
 
-#include "rig/environment.hpp"
+#include "ops/tuning.hpp"
 
 namespace sonicmoe::cuda::hopper {
 namespace {
 
-using sonicmoe::rig::Environment;
+using sonicmoe::rig::Forced;
 
 struct Shape {
   std::int64_t tokens, d, n, experts, top_k;
@@ -59,13 +59,72 @@ TEST(RowBlock, WeightGradientsByTheRowsOfAnExpert) {
 }
 
 TEST(RowBlock, Forced) {
-  for (const char* rows : {"1", "2", "16"}) {
-    const Environment environment("SONICMOE_CUDA_ROW_BLOCK", rows);
-    EXPECT_EQ(choose_row_block(64, 64), std::atoi(rows));
-    EXPECT_EQ(choose_row_block(4096, 28672), std::atoi(rows));
+  for (const int rows : {1, 2, 16}) {
+    const Forced forced({.row_block = rows});
+    EXPECT_EQ(choose_row_block(64, 64), rows);
+    EXPECT_EQ(choose_row_block(4096, 28672), rows);
   }
-  const Environment environment("SONICMOE_CUDA_ROW_BLOCK", "2147483647");
+  const Forced forced({.row_block = 2147483647});
   EXPECT_LE(choose_row_block(64, 64), 1 << 16);
+}
+
+// Of a layer on 132 multiprocessors, K-major weights, `tiles` tile rows at most.
+Choice chosen(Product product, std::int64_t depth, std::int64_t columns, std::int64_t tiles,
+              bool add_rows = false) {
+  return choose({.product = product,
+                 .depth = depth,
+                 .columns = columns,
+                 .row_tiles = tiles,
+                 .num_tokens = 40960,
+                 .add_rows = add_rows,
+                 .processors = 132});
+}
+
+TEST(Choice, OfTheProductsOf7BN256) {
+  constexpr std::int64_t kD = 1536, kN = 256, kTiles = 24576 * 8 / 128 + 128;
+  const Choice up = chosen(Product::kUp, kD, 2 * kN, kTiles);
+  EXPECT_EQ(describe(up), "256 columns, in order, early release, 132 CTAs");
+  const Choice grad_h = chosen(Product::kGradH, kD, kN, kTiles);
+  EXPECT_EQ(describe(grad_h), describe(up));
+  EXPECT_EQ(grad_h.stores, StoreRoles::kThreeAndMath);
+  EXPECT_EQ(grad_h.n_tiles, 1);
+  // 10 k-tiles of six columns each are too few to drift apart.
+  EXPECT_EQ(describe(chosen(Product::kRows, kN, kD, kTiles)),
+            "256 columns, strided, early release, 132 CTAs");
+  EXPECT_TRUE(chosen(Product::kRows, kN, kD, 100 * kTiles).in_order);
+  EXPECT_EQ(describe(chosen(Product::kWeightGradient, kTiles, 2 * kN, 128 * 12)),
+            "256 columns, strided, 132 CTAs");
+}
+
+TEST(Choice, RowsThatAreAddedPassInOrderAndInGroups) {
+  const Choice added = chosen(Product::kRows, 256, 4096, 1000, true);
+  EXPECT_TRUE(added.in_order);
+  EXPECT_EQ(added.n_tiles, 16);
+  EXPECT_EQ(added.n_group, 1);  // 20 MiB of out a column tile
+  EXPECT_EQ(added.row_block, 1);
+  EXPECT_EQ(chosen(Product::kRows, 512, 4096, 1000, true).n_group, 16);
+}
+
+TEST(Choice, LargeWeightsPassInOrder) {
+  EXPECT_TRUE(chosen(Product::kRows, 4096, 1024, 1000).in_order);
+  EXPECT_FALSE(chosen(Product::kRows, 4096, 512, 1000).in_order);
+}
+
+TEST(Choice, NothingToLaunch) {
+  EXPECT_EQ(chosen(Product::kUp, 64, 0, 10).grid, 0);
+  EXPECT_EQ(chosen(Product::kLogits, 64, 8, 0).grid, 0);
+  EXPECT_EQ(chosen(Product::kLogits, 64, 8, 5).grid, 5);
+}
+
+// A slice more costs its sum, a wave more its time.
+TEST(Slices, FillTheWaves) {
+  EXPECT_EQ(choose_slices(0, 1536, 256), 1);
+  EXPECT_EQ(choose_slices(255, 1536, 256), 1);
+  for (const std::int64_t width : {1536, 4096}) {
+    const std::int64_t slices = choose_slices(32768, width, 256), tiles = slices * width / 128;
+    EXPECT_GE(tiles, 100);
+    EXPECT_LE(tiles, 3 * 132);
+  }
 }
 
 }  // namespace

@@ -192,7 +192,7 @@ class UpEpilogue {
   const State& weights_;
 };
 
-struct HiddenGradientParams {
+struct GradHParams {
   CUtensorMap h_map;        // of H [P, g*n], by map_of_hidden()
   const bf16* h;            // the same
   bf16* grad_h;             // [P, g*n]
@@ -206,18 +206,17 @@ struct HiddenGradientParams {
 
 // acc is dA' of kBlockN hidden units. With s = row_weight[r] and H read back:
 //   dH = act'(H) (s dA'), A' = s act(H), partial[r, n tile] = sum over the tile of dA' act(H)
-// Input: HiddenInput or OwnHiddenInput.
+// Input: HiddenInput or MathWarpHiddenInput.
 template <int kBlockN, bool kGated, class Input>
-class HiddenGradientEpilogue {
+class GradHEpilogue {
  public:
   using State = Input;
-  using Params = HiddenGradientParams;
+  using Params = GradHParams;
 
   template <int kCount>
   static __device__ void finish(const Params&, const Item&, float (&)[kCount], int, int) {}
 
-  __device__ HiddenGradientEpilogue(const Params& p, const Item& t, int w, int warp, int lane,
-                                    State& input)
+  __device__ GradHEpilogue(const Params& p, const Item& t, int w, int warp, int lane, State& input)
       : p_(p), rows_(t, w, warp, lane), w_(w), n_tile_(t.n), input_(input) {}
 
   __device__ void store(uint32_t half) {

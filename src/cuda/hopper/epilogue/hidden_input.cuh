@@ -4,8 +4,13 @@
 #pragma once
 
 #include "cuda/hopper/epilogue/store.cuh"
+#include "cuda/hopper/tile/pipeline.cuh"
+#include "cuda/ptx/mbarrier.cuh"
 
 namespace sonicmoe::cuda::hopper {
+
+using tile::Role;
+using tile::Slot;
 
 // Where gate and up of one hidden unit j lie in a row of H.
 enum class HiddenLayout : int {
@@ -58,19 +63,19 @@ struct HiddenVectors {
 // are filled and taken, also where they lie past column n: HalfRows::groups() alone says how many.
 // Rows past the end of the tile arrive too (of other experts, or zeros); nothing computed from them
 // is stored.
-template <int kBlockN, bool kGated, int kWarps, bool kOwn>
+template <int kBlockN, bool kGated, int kWarps, bool kMathWarpsStore>
 class HiddenInput {
  public:
-  using Rows = HalfRows<kWarps, kOwn>;
+  using Rows = HalfRows<kWarps, kMathWarpsStore>;
   static constexpr int kBatches = 2;                 // slots of a row group
   static constexpr int kUnits = kBlockN / kBatches;  // of a slot
   static constexpr int kBlocks = kUnits / 64;
-  static constexpr int kRowBytes = (kGated ? 2 : 1) * kUnits * 2;
+  static constexpr int kRowBytes = (kGated ? 2 : 1) * kUnits * kElementBytes;
   static constexpr int kSlotBytes = 4 * kRowBytes;
   // What three stages of 256 columns leave to each of three warps.
   static constexpr int kSlots = 6144 / kSlotBytes;
   static constexpr int kBytes = kSlots * kSlotBytes;  // of shared memory, a warp
-  static_assert(kSlotBytes % 128 == 0 && kWarps * kSlots * 8 <= 640);
+  static_assert(kSlotBytes % 128 == 0 && kWarps * kSlots * 8 <= int{sizeof(Barriers::extra)});
   static_assert(Rows::kGroups <= 8, "a lane holds one row's weight of a half");
 
   using Vectors = HiddenVectors<kBlocks, kGated>;  // one lane's share of a slot
@@ -113,7 +118,7 @@ class HiddenInput {
   __device__ void take(Vectors& to) {
     tile::wait(barriers_ + 8 * ring_.stage, ring_.parity, Role::kEpilogue, Slot::kHidden,
                ring_.stage);
-    const int scale = interleaved_ ? 2 : 1, second = interleaved_ ? 128 : kUnits * 2;
+    const int scale = interleaved_ ? 2 : 1, second = interleaved_ ? 128 : kUnits * kElementBytes;
     const uint32_t from =
         slots_ + ring_.stage * kSlotBytes + lane_ / 8 * kRowBytes + (lane_ & 7) * 16;
     uint32_t last = 0;  // of each load one register: the four of a load come together
@@ -180,16 +185,16 @@ class HiddenInput {
 
 // The same for a math warp's own four rows, by plain loads when it is made.
 template <int kBlockN, bool kGated>
-class OwnHiddenInput {
+class MathWarpHiddenInput {
  public:
-  using Rows = OwnRows;
+  using Rows = MathWarpRows;
   static constexpr int kBatches = 1;
   static constexpr int kBlocks = kBlockN / 64;
   using Vectors = HiddenVectors<kBlocks, kGated>;
 
   // Params: h, n, row_weight, layout.
   template <class Params>
-  __device__ OwnHiddenInput(const Params& p, const Item& t, int w, int warp, int lane) {
+  __device__ MathWarpHiddenInput(const Params& p, const Item& t, int w, int warp, int lane) {
     const Rows rows(t, w, warp, lane);
     // Nothing computed from rows and units past the end is stored: any will do.
     const int64_t row = rows.row0 + min(rows.row(0), rows.rows - 1);

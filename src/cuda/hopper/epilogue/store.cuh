@@ -1,5 +1,4 @@
-// Epilogues that store the product as it is: rows of Y or dX~, and weight gradients. Included after
-// hopper/grouped_gemm.cuh.
+// Epilogues that store the product as it is: rows of Y or dX~, and weight gradients.
 //
 // Interface of an epilogue, called by grouped_gemm.cuh:
 //   finish(params, item, acc, warp, lane)   math warps, before rounding (bias, fp32 stores)
@@ -13,44 +12,48 @@
 // Eight lanes take 64 columns of a row in chunks of 16 bytes (but LaneUnits in hidden_input.cuh), a
 // warp four rows: a half is sixteen groups of four rows, of which each math warp dumps four. Where
 // reductions are short the tensor cores wait for the epilogue warps; there, a Spec has besides
-// Epilogue an OwnEpilogue, by which each math warp stores the last of its four groups itself. It
-// has Epilogue's Params and
+// Epilogue a MathWarpEpilogue, by which each math warp stores the last of its four groups itself.
+// It has Epilogue's Params and
 //   State(params, item, w, warp, lane)      for one half, while its last products still run: math
 //                                           warp `warp` of the half's four; no begin()
 //   constructor, store(half)                as above
 #pragma once
 
-#include "cuda/hopper/grouped_gemm.cuh"
+#include "cuda/hopper/shape.hpp"
+#include "cuda/hopper/tile/swizzle.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/tma.cuh"
 #include "cuda/vector8.cuh"
 
 namespace sonicmoe::cuda::hopper {
 
 // Position of a lane in the half: the row of its i-th group of four, i < kGroups. kWarps epilogue
-// warps take the groups in turn, with kOwn without every fourth, which the math warps keep.
-template <int kWarps, bool kOwn = false>
+// warps take the groups in turn, with kMathWarpsStore without every fourth, which the math warps
+// keep.
+template <int kWarps, bool kMathWarpsStore = false>
 struct HalfRows {
-  static constexpr int kShared = kOwn ? 3 : 4;  // of a math warp's groups
+  static constexpr int kShared = kMathWarpsStore ? 3 : 4;  // of a math warp's groups
   static constexpr int kGroups = (4 * kShared + kWarps - 1) / kWarps;
   __device__ HalfRows(const Item& t, int w, int warp, int lane)
       : row0(t.row0 + 64 * w), rows(min(t.rows - 64 * w, 64)), warp(warp), lane(lane) {}
   // Epilogue warp `warp`'s i-th group.
   static __device__ int group(int warp, int i) {
     const int nth = warp + i * kWarps;
-    return kOwn ? nth + nth / kShared : nth;
+    return kMathWarpsStore ? nth + nth / kShared : nth;
   }
   __device__ int row(int i) const { return 4 * group(warp, i) + lane / 8; }
   __device__ bool valid(int i) const { return row(i) < rows; }
   // Groups of this warp with at least one row; the same for all lanes.
   __device__ int groups() const {
-    const int all = (rows + 3) / 4, shared = kOwn ? all - all / 4 : all;
+    const int all = (rows + 3) / 4, shared = kMathWarpsStore ? all - all / 4 : all;
     return max(shared - warp + kWarps - 1, 0) / kWarps;
   }
   int row0, rows, warp, lane;
 };
 
 // The same for the one group that math warp `warp` of the half's four keeps.
-struct OwnRows {
-  __device__ OwnRows(const Item& t, int w, int warp, int lane)
+struct MathWarpRows {
+  __device__ MathWarpRows(const Item& t, int w, int warp, int lane)
       : row0(t.row0 + 64 * w), rows(min(t.rows - 64 * w, 64)), warp(warp), lane(lane) {}
   __device__ int row(int) const { return first() + lane / 8; }
   __device__ bool valid(int i) const { return row(i) < rows; }

@@ -1,5 +1,13 @@
-// The loader warps of the grouped GEMM. Included by grouped_gemm.cuh only.
+// The loader warps of the grouped GEMM.
 #pragma once
+
+#include "cuda/hopper/mainloop/schedule.cuh"
+#include "cuda/hopper/shape.hpp"
+#include "cuda/hopper/tile/pipeline.cuh"
+#include "cuda/hopper/tile/swizzle.cuh"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
 
 namespace sonicmoe::cuda::hopper {
 
@@ -110,7 +118,7 @@ class DepthGather {
     inside_[0] = column < p.depth;
     inside_[1] = column + 64 < p.depth;
     const auto* source = reinterpret_cast<const char*>(p.gathered + (inside_[0] ? column : 0));
-    const uint32_t row_bytes = 2 * p.gathered_ld;
+    const uint32_t row_bytes = kElementBytes * p.gathered_ld;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const uint32_t token = __shfl_sync(~0u, token_[0], 4 * i + lane_ / 8);
@@ -174,7 +182,7 @@ template <class Spec>
 __device__ void load_boxes(const OperandParams& p, const Item& t, uint32_t a, uint32_t b,
                            uint32_t full, int k) {
   constexpr GemmShape s = Spec::shape;
-  constexpr int b_bytes = s.block_n * kBlockK * 2;
+  constexpr int b_bytes = s.block_n * kBlockK * kElementBytes;
   const int depth = k * kBlockK;
   if constexpr (s.gather) {
     ptx::mbarrier_arrive_expect_tx(full, b_bytes);

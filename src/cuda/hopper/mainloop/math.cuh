@@ -1,5 +1,19 @@
-// The math warpgroups of the grouped GEMM. Included by grouped_gemm.cuh only.
+// The math warpgroups of the grouped GEMM.
 #pragma once
+
+#include <type_traits>
+
+#include "cuda/hopper/mainloop/schedule.cuh"
+#include "cuda/hopper/shape.hpp"
+#include "cuda/hopper/tile/pipeline.cuh"
+#include "cuda/hopper/tile/swizzle.cuh"
+#include "cuda/ptx/fence.cuh"
+#include "cuda/ptx/math.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/stmatrix.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
 
 namespace sonicmoe::cuda::hopper {
 
@@ -58,7 +72,7 @@ class MathPipes {
   __device__ void wait_dump_empty() {
     if constexpr (s.bulk_stores()) {
       finish_stores();
-      ptx::named_barrier_sync(1 + w_, 128);
+      ptx::named_barrier_sync(barrier_of_half(w_), 32 * kHalfWarps);
     } else {
       tile::wait(l_.dump_empty + 8 * w_, dump_parity_, Role::kMath, Slot::kDumpEmpty, w_);
       dump_parity_ ^= 1;
@@ -69,7 +83,7 @@ class MathPipes {
   __device__ void hand_over_dump(Store store) {
     if constexpr (s.bulk_stores()) {
       ptx::fence_proxy_async_shared();
-      ptx::named_barrier_sync(1 + w_, 128);
+      ptx::named_barrier_sync(barrier_of_half(w_), 32 * kHalfWarps);
       tile::pause(Role::kEpilogue, Slot::kDumpFull, w_);
       if (!stores_) return;
       store();
@@ -112,18 +126,18 @@ __device__ void dump_half(const Params<Spec>& p, const Item& t, const float (&ac
 // The rows of a half that this math warp stores itself (store.cuh), if any. It also wrote and will
 // overwrite them, so no barrier is needed. Made while the last products still run.
 template <class Spec>
-class OwnStores {
+class MathWarpStores {
  public:
-  __device__ OwnStores(const Params<Spec>&, const Item&, int, int) {}
+  __device__ MathWarpStores(const Params<Spec>&, const Item&, int, int) {}
   template <int kCount>
   __device__ void store(const Params<Spec>&, const Item&, uint32_t, int, int, float (&)[kCount]) {}
 };
 
 template <class Spec>
-  requires(!std::is_void_v<typename Spec::OwnEpilogue>)
-class OwnStores<Spec> {
+  requires(!std::is_void_v<typename Spec::MathWarpEpilogue>)
+class MathWarpStores<Spec> {
  public:
-  __device__ OwnStores(const Params<Spec>& p, const Item& t, int warp, int lane)
+  __device__ MathWarpStores(const Params<Spec>& p, const Item& t, int warp, int lane)
       : state_(p.epilogue, t, warp / 4, warp % 4, lane) {}
 
   // After the dump. Zeroes `acc`: the next tile's fence_accumulators() would else keep the old sums
@@ -132,14 +146,14 @@ class OwnStores<Spec> {
   __device__ void store(const Params<Spec>& p, const Item& t, uint32_t half, int warp, int lane,
                         float (&acc)[kCount]) {
     tile::pause(Role::kMath, Slot::kDumpFull, warp / 4);
-    typename Spec::OwnEpilogue(p.epilogue, t, warp / 4, warp % 4, lane, state_).store(half);
+    typename Spec::MathWarpEpilogue(p.epilogue, t, warp / 4, warp % 4, lane, state_).store(half);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) acc[i] = 0.0f;
   }
 
  private:
-  typename Spec::OwnEpilogue::State state_;
+  typename Spec::MathWarpEpilogue::State state_;
 };
 
 // A half without products: a dead warpgroup (nothing will read its dump) or, along the depth, an
@@ -169,7 +183,7 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
   const int w = warp / 4;
   const uint32_t a_half = s.a == Major::kK ? 64 * 128 : tile::kBlockBytes;
   const uint64_t a0 = tile::make_descriptor(l.ring + w * a_half, s.a);
-  const uint64_t b0 = tile::make_descriptor(l.ring + kBlockM * kBlockK * 2, s.b);
+  const uint64_t b0 = tile::make_descriptor(l.ring + kStageABytes, s.b);
   MathPipes<Spec> pipes(l, warp, lane);
   float acc[s.block_n / 2];
   ItemSink<Spec> items(p.operands, l, lane, Role::kMath);
@@ -209,7 +223,7 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
         pending = false;
       }
     }
-    OwnStores<Spec> own(p, t, warp, lane);
+    MathWarpStores<Spec> own(p, t, warp, lane);
     ptx::wgmma_wait_group<0>();
     ptx::fence_accumulators(acc);
     pipes.release(previous);  // of the last k-tile, which is never handed back early

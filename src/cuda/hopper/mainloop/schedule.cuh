@@ -1,4 +1,4 @@
-// Which tile a CTA computes next. Included by grouped_gemm.cuh only.
+// Which tile a CTA computes next.
 //
 // Tiles are numbered expert by expert, in one of three orders:
 //   columns fastest  all columns of a tile row, then the next row: neighbours share the rows
@@ -7,7 +7,7 @@
 //                    Mixtral-8x7B reads 3.3 GB from DRAM, with columns fastest 28
 //   n_group          groups of column tiles: all rows of all experts before the next group
 // What a tile computes does not depend on its number or on who computes it.
-// Two ways to hand them out (launch.cuh says which product takes which):
+// Two ways to hand them out (choice.hpp: in_order):
 //   in order   whoever is free claims the next tile: the CTAs work on neighbouring tiles at any
 //              time, whose operands are then in L2. With strides the faster CTAs run ahead: `down`
 //              of 30B-n256 read 5.6 GB from DRAM where 0.8 GB are needed.
@@ -19,18 +19,19 @@
 #pragma once
 
 #include "cuda/hopper/mainloop/tile_order.hpp"
+#include "cuda/hopper/shape.hpp"
+#include "cuda/hopper/tile/pipeline.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/memory.cuh"
 
 namespace sonicmoe::cuda::hopper {
 
-inline constexpr int kItemSlots = 4;
+using tile::Role;
+using tile::Slot;
+
 // Not lane 0: its arrivals on the pipeline's barriers are releases, which would wait for an atomic
 // under way.
 inline constexpr int kClaimLane = 31;
-
-// Warps that read an item: all that have a role but the first loader warp.
-__host__ __device__ constexpr int item_readers(GemmShape s) {
-  return kLoaderWarp + s.loader_warps - 1 + s.epilogue_warps();
-}
 
 // {first row, rows (-1: no more tiles), expert, tile within the entry}
 template <class Spec>

@@ -1,11 +1,7 @@
 // In which order the tiles of an expert are numbered. Plain arithmetic, for device and host.
 #pragma once
 
-#ifdef __CUDACC__
-#define SONICMOE_HOST_DEVICE __host__ __device__
-#else
-#define SONICMOE_HOST_DEVICE
-#endif
+#include "cuda/hopper/host_device.hpp"
 
 namespace sonicmoe::cuda::hopper {
 

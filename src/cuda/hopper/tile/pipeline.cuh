@@ -12,7 +12,7 @@
 namespace sonicmoe::tile {
 
 // Who waits, for the report of a wait that does not end.
-enum class Role : uint32_t { kLoader, kMath, kEpilogue, kConsumer };
+enum class Role : uint32_t { kLoader, kMath, kEpilogue };
 enum class Slot : uint32_t { kFull, kEmpty, kDumpFull, kDumpEmpty, kItemFull, kItemEmpty, kHidden };
 
 // Position in a ring of kStages: index and parity of the current pass. A consumer waits for
@@ -95,18 +95,10 @@ SONICMOE_DEVICE void poison_shared([[maybe_unused]] void* shared, [[maybe_unused
 }
 
 // Waits for the phase `parity` of `barrier`. The role, slot and stage cost nothing without
-// SONICMOE_STRESS or SONICMOE_WAIT_LIMIT. kPair: the slot was handed back by both CTAs of a
-// cluster.
-template <bool kPair = false>
+// SONICMOE_STRESS or SONICMOE_WAIT_LIMIT.
 SONICMOE_DEVICE void wait(uint32_t barrier, uint32_t parity, [[maybe_unused]] Role role,
                           [[maybe_unused]] Slot slot, [[maybe_unused]] uint32_t stage) {
-  auto try_wait = [&] {
-    if constexpr (kPair) {
-      return ptx::mbarrier_try_wait_cluster_relaxed(barrier, parity);
-    } else {
-      return ptx::mbarrier_try_wait(barrier, parity);
-    }
-  };
+  const auto try_wait = [&] { return ptx::mbarrier_try_wait(barrier, parity); };
 #if defined(SONICMOE_STRESS)
   while (!try_wait()) {
   }

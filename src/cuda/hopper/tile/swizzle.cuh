@@ -5,7 +5,8 @@
 
 #include <cstdint>
 
-#include "cuda/ptx/wgmma.cuh"
+#include "cuda/ptx/common.cuh"
+#include "cuda/ptx/major.hpp"
 
 namespace sonicmoe::tile {
 
@@ -18,17 +19,6 @@ inline constexpr int kBlockBytes = 8192;        // 64 rows of 128 bytes
 // Byte offset of 16-byte chunk `chunk` (0..7) of row `row`.
 __host__ __device__ constexpr uint32_t chunk_offset(uint32_t row, uint32_t chunk) {
   return row * 128 + ((chunk ^ (row & 7)) << 4);
-}
-
-// Byte offset of element (row, k), k < 64, of a K-major tile.
-__host__ __device__ constexpr uint32_t k_major_offset(uint32_t row, uint32_t k) {
-  return chunk_offset(row, k / 8) + (k % 8) * 2;
-}
-
-// Byte offset of element (mn, k), k < 64, of an MN-major tile: blocks of 64 mn, each with its 64 k
-// as rows.
-__host__ __device__ constexpr uint32_t mn_major_offset(uint32_t mn, uint32_t k) {
-  return (mn / 64) * kBlockBytes + chunk_offset(k, (mn % 64) / 8) + (mn % 8) * 2;
 }
 
 // Byte offset of chunk `chunk` (8 columns) of row `row` of a dump tile of 64 rows: blocks of 64

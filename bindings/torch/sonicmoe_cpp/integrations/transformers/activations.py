@@ -7,6 +7,7 @@ Recognised by identity: the function itself, or the class whose forward runs. A 
 import functools
 import math
 import types
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from transformers import activations as hf
 from transformers.integrations.moe import _default_apply_gate
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from ...options import ExpertKeywords
 from .plain import has_hooks, has_own_forward, only_moves
 
 _FUNCTIONS = ((F.silu, "silu"), (F.gelu, "gelu"), (F.relu, "relu"), (torch.relu, "relu"))
@@ -39,7 +41,7 @@ _CLAMPED_ALPHA = 1.702
 _CLAMPED_GATE = GptOssExperts._apply_gate
 
 
-def _function(act) -> str | None:
+def _function(act: Any) -> str | None:
     """A function, or a partial of one that sets options only."""
     bare = act.func if isinstance(act, functools.partial) else act
     name = next((name for function, name in _FUNCTIONS if function is bare), None)
@@ -54,7 +56,7 @@ def _gelu(approximate: str) -> str | None:
     return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
 
 
-def activation_name(act) -> str | None:
+def activation_name(act: Any) -> str | None:
     """The library's name of act, a module or a function of one tensor; None for any other."""
     if not isinstance(act, nn.Module):
         return _function(act) if callable(act) else None
@@ -62,7 +64,7 @@ def activation_name(act) -> str | None:
     if has_own_forward(act, forward) and not only_moves(act, forward):
         return None
     if forward is nn.GELU.forward:
-        return _gelu(act.approximate)
+        return _gelu(str(act.approximate))
     if forward in _GELUS_BY_ATTRIBUTE:
         if isinstance(act.act, types.MethodType):
             return _PYTHON_GELUS.get(act.act.__func__)
@@ -73,7 +75,7 @@ def activation_name(act) -> str | None:
     return _FORWARDS.get(forward)
 
 
-def _clamped_gate(experts: nn.Module, path: str) -> dict:
+def _clamped_gate(experts: Any, path: str) -> ExpertKeywords:
     alpha, limit = experts.alpha, experts.limit
     if alpha != _CLAMPED_ALPHA:
         raise ValueError(f"{path}.alpha (of _apply_gate): expected {_CLAMPED_ALPHA}, got {alpha}")
@@ -86,9 +88,9 @@ def _clamped_gate(experts: nn.Module, path: str) -> dict:
     }
 
 
-def _act_fn(act, gated: bool, path: str) -> str:
+def _act_fn(act: Any, gated: bool, path: str) -> str:
     name = activation_name(act)
-    known = _GATED.get(name) if gated else name
+    known = _GATED.get(name or "") if gated else name
     if known is None:
         expected = ", ".join(_GATED) + ("" if gated else ", relu_squared")
         got = act if isinstance(act, nn.Module) else getattr(act, "__qualname__", repr(act))
@@ -101,7 +103,7 @@ def _act_fn(act, gated: bool, path: str) -> str:
     return known
 
 
-def expert_options(experts: nn.Module, path: str) -> dict:
+def expert_options(experts: Any, path: str) -> ExpertKeywords:
     """activation, gate_up_layout and limit of an experts module, as options of `moe`.
 
     ValueError, naming `path`, where the library has no such activation or gate.

@@ -3,6 +3,7 @@
 import copy
 import functools
 import types
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from .families import (
     check_rounding,
     family_of,
     innermost,
+    selection_bias,
 )
 from .plain import accelerate_wraps, all_plain, has_own_forward, why_called
 
@@ -38,17 +40,19 @@ class SonicMoEBlock:
     """
 
     _family: Family
-    _stock: type[nn.Module]  # the class before the replacement
+    _stock: Any  # the class before the replacement
     router_kind: str
     tile: int
     policy: str
     seed: int
+    training: bool  # this and the experts of the stock class
+    experts: Any
     last_rows_per_expert: Tensor | None = None
     _last_topk_ids: Tensor | None = None
 
     @property
     def last_rows_per_expert_before(self) -> Tensor | None:
-        if self._last_topk_ids is None:
+        if self._last_topk_ids is None or self.last_rows_per_expert is None:
             return self.last_rows_per_expert
         return _count(self._last_topk_ids, self.last_rows_per_expert.numel())
 
@@ -56,16 +60,19 @@ class SonicMoEBlock:
         """Why the next forward would call router and experts; None where it is the fused layer."""
         family = self._family
         router, experts = getattr(self, family.router_name), self.experts
-        reason = why_called(router, family.router, family.router_forward, observers=True)
+        forward = family.own(family.router_forward)
+        reason = why_called(router, family.router, forward, observers=True)
         if reason is not None:
             return f"{family.router_name}: {reason}"
-        reason = why_called(experts, family.experts, family.experts_forward)
+        reason = why_called(experts, family.experts, family.own(family.experts_forward))
         if reason is not None:
             return f"experts: {reason}"
-        tensors = (router.weight, getattr(router, "bias", None), *expert_weights(experts).values())
-        return None if all_plain(tensors) else "a parameter is no plain tensor"
+        weights = expert_weights(experts)
+        tensors = (router.weight, getattr(router, "bias", None), weights["w1"], weights["w2"])
+        plain = all_plain((*tensors, weights["b1"], weights["b2"]))
+        return None if plain else "a parameter is no plain tensor"
 
-    def forward(self, hidden_states: Tensor):
+    def forward(self, hidden_states: Tensor) -> Any:
         family = self._family
         if self._stock.forward is not family.block_forward:
             raise ValueError(
@@ -97,6 +104,7 @@ class SonicMoEBlock:
             router.weight,
             top_k=router.top_k,
             router_bias=getattr(router, "bias", None),
+            selection_bias=selection_bias(router),
             router="token_rounding" if rounds else "topk",
             tile=self.tile,
             policy=self.policy,
@@ -137,6 +145,7 @@ class SonicMoEBlock:
             tile=self.tile,
             policy=self.policy,
             seed=self._next_seed(x.device),
+            selection_bias=selection_bias(router),
             **family.router_options(router),
         )
         num_experts = logits.shape[-1]
@@ -161,8 +170,9 @@ class SonicMoEBlock:
         rounding = f", tile={self.tile}, policy={self.policy}" if self.router_kind != "topk" else ""
         return f"sonicmoe_cpp: router={self.router_kind}{rounding}"
 
-    def __reduce_ex__(self, protocol):
-        if type(self) is not _block_class(self._stock, self._family):  # fully_shard's, for one
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        cls: type = _block_class(self._stock, self._family)
+        if type(self) is not cls:  # fully_shard's, for one
             return super().__reduce_ex__(protocol)
         return _new_block, (self._stock,), self.__dict__
 
@@ -177,14 +187,14 @@ def _count(ids: Tensor, num_experts: int) -> Tensor:
 
 
 @functools.cache
-def _block_class(stock: type[nn.Module], family: Family) -> type[nn.Module]:
+def _block_class(stock: Any, family: Family) -> Any:
     """One class for all blocks of a kind, so that torch.compile compiles one layer, not each. It
     keeps the stock class's name, by which wrapping policies and leaf modules are chosen."""
     members = {"__module__": stock.__module__, "_family": family, "_stock": stock}
     return type(stock.__name__, (SonicMoEBlock, stock), members)
 
 
-def _new_block(stock: type[nn.Module]) -> nn.Module:
+def _new_block(stock: Any) -> Any:
     """An empty block, for copy and pickle."""
     register()
     family = next(family for family in FAMILIES if issubclass(stock, family.block))
@@ -208,10 +218,10 @@ def _check_own_forward(block: nn.Module, path: str) -> None:
         )
 
 
-def _swap(block: nn.Module, configs: dict[int, tuple]) -> None:
+def _swap(block: Any, family: Family, configs: dict[int, tuple]) -> None:
     """Makes block, already checked, a SonicMoEBlock whose experts run on the backend when called.
     configs: every configuration with its copy, by the id of the first."""
-    family, cls = family_of(block), type(block)
+    cls: Any = type(block)
     experts = innermost(block.experts, family.experts)
     # The experts' own copy: the model's configuration goes on saying what the user asked for.
     if id(experts.config) not in configs:
@@ -245,21 +255,22 @@ def replace_moe_blocks(
     """
     rounding = check_rounding_options("replace_moe_blocks", router, tile=tile, policy=policy)
     Integer(0, 2**62 - 1).check("replace_moe_blocks", "seed", seed)  # each block adds its index
-    found = [(path, block) for path, block in model.named_modules() if family_of(block)]
+    modules: Any = ((path, module, family_of(module)) for path, module in model.named_modules())
+    found = [each for each in modules if each[-1] is not None]
     if not found:
         known = ", ".join(family.block.__name__ for family in FAMILIES)
         raise ValueError(
             f"replace_moe_blocks: {type(model).__name__} has no block of {known}; experts of other "
             "models run with model.set_experts_implementation('sonicmoe_cpp') after register()"
         )
-    for path, block in found:
+    for path, block, family in found:
         path = f"replace_moe_blocks: {path or type(block).__name__}"
-        check_block(block, _stock_class(block), family_of(block), path, rounding is not None)
+        check_block(block, _stock_class(block), family, path, rounding is not None)
         _check_own_forward(block, path)
     register()
     configs: dict[int, tuple] = {}
-    for index, (_, block) in enumerate(found):
-        _swap(block, configs)
+    for index, (_, block, family) in enumerate(found):
+        _swap(block, family, configs)
         block.router_kind, block.tile, block.policy = router, tile, policy
         block.seed = seed + index
     return len(found)

@@ -1,7 +1,9 @@
 """The experts backend: what transformers calls in place of an experts module's own loop."""
 
+from typing import Any, TypedDict
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -12,7 +14,16 @@ from .plain import is_number
 BACKEND = "sonicmoe_cpp"
 
 
-def _parameters(experts: nn.Module) -> dict[str, Tensor]:
+class ExpertTensors(TypedDict):
+    """Arguments of `moe`."""
+
+    w1: Tensor
+    w2: Tensor
+    b1: Tensor | None
+    b2: Tensor | None
+
+
+def _parameters(experts: Any) -> dict[str, Tensor]:
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     names = [up, "down_proj"]
     if experts.has_bias:
@@ -20,8 +31,8 @@ def _parameters(experts: nn.Module) -> dict[str, Tensor]:
     return {name: getattr(experts, name) for name in names}
 
 
-def expert_weights(experts: nn.Module) -> dict[str, Tensor | None]:
-    """w1, w2, b1, b2 as views of the module's parameters."""
+def expert_weights(experts: Any) -> ExpertTensors:
+    """Views of the module's parameters."""
     w1, w2, *biases = _parameters(experts).values()
     if experts.is_transposed:
         w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
@@ -45,7 +56,7 @@ def _check_plain(tensors: dict[str, Tensor], path: str) -> None:
 
 
 def experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """The experts backend:
     y[t] = sum over k of top_k_weights[t, k] * expert top_k_index[t, k] (x[t]).

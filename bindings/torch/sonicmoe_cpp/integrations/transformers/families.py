@@ -1,6 +1,7 @@
 """The blocks that `replace_moe_blocks` knows, and what it asks of one before any change."""
 
 from collections.abc import Callable
+from typing import Any
 
 import transformers
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
+from ...options import RouterKeywords
 from .activations import expert_options
 from .plain import what_may_change_result
 
@@ -21,7 +23,7 @@ ADVICE = (
 
 def _stock_forward(cls: type[nn.Module], decorators: int = 0) -> Callable | None:
     """cls.forward as transformers wrote it; None where it was patched before this import."""
-    inner = cls.forward
+    inner: Any = cls.forward
     for _ in range(decorators):
         inner = getattr(inner, "__wrapped__", None)
     stock = (
@@ -59,22 +61,27 @@ class Family:
         self.router_forward = _stock_forward(router)
         self.experts_forward = _stock_forward(experts, decorators=1)
 
-    def router_options(self, router: nn.Module) -> dict:
-        """The router's settings as options of `route`, with its bias for the selection."""
+    @staticmethod
+    def own(forward: Callable | None) -> Callable:
+        """One of the three forwards, of a family that check_block took."""
+        assert forward is not None
+        return forward
+
+    def router_options(self, router: Any) -> RouterKeywords:
+        """The router's settings as options of `route`."""
         renormalize = self.renormalize
         if renormalize is None:
             renormalize = bool(router.norm_topk_prob)
         return {
             "scoring": self.scoring,
             "renormalize": renormalize,
-            "selection_bias": _selection_bias(router),
             "num_groups": getattr(router, "num_group", 1),
             "top_groups": getattr(router, "topk_group", 1),
             "scale": float(getattr(router, "routed_scaling_factor", 1.0)),
         }
 
 
-def _selection_bias(router: nn.Module) -> Tensor | None:
+def selection_bias(router: Any) -> Tensor | None:
     # model.bfloat16() casts this buffer too. The stock router then adds what is left of it to
     # float32 scores, and so does this.
     bias = getattr(router, "e_score_correction_bias", None)
@@ -113,7 +120,8 @@ FAMILIES = (
         deepseek_v3.DeepseekV3MoE,
         deepseek_v3.DeepseekV3TopkRouter,
         # Named NaiveMoe by the versions whose router does not route, which check_block refuses.
-        getattr(deepseek_v3, "DeepseekV3Experts", None) or deepseek_v3.DeepseekV3NaiveMoe,
+        getattr(deepseek_v3, "DeepseekV3Experts", None)
+        or getattr(deepseek_v3, "DeepseekV3NaiveMoe"),  # noqa: B009
         "gate",
         "sigmoid_topk",
         flat_router_input=False,
@@ -125,7 +133,7 @@ def family_of(module: nn.Module) -> Family | None:
     return next((family for family in FAMILIES if isinstance(module, family.block)), None)
 
 
-def innermost(module: nn.Module, cls: type[nn.Module]) -> nn.Module | None:
+def innermost(module: nn.Module, cls: type[nn.Module]) -> Any:
     """module itself or what wrappers (checkpointing, FSDP, adapters) put around it."""
     return next((each for each in module.modules() if isinstance(each, cls)), None)
 
@@ -149,7 +157,7 @@ def check_block(
             f"{path}: {cls.__name__}.forward: expected the forward of {family.block.__name__}, got "
             f"{cls.forward.__module__}.{cls.forward.__qualname__}: {ADVICE}"
         )
-    children = {}
+    children: dict[str, Any] = {}
     for name, wanted in ((family.router_name, family.router), ("experts", family.experts)):
         child = getattr(block, name, None)
         children[name] = innermost(child, wanted) if isinstance(child, nn.Module) else None
@@ -172,7 +180,7 @@ def check_block(
 def check_rounding(router: nn.Module, family: Family, path: str) -> None:
     """ValueError unless a call of router returns what its class computes: rounding goes by the
     logits, so weights and ids that something else chose would be lost."""
-    got = what_may_change_result(router, family.router, family.router_forward)
+    got = what_may_change_result(router, family.router, family.own(family.router_forward))
     if got is not None:
         raise ValueError(
             f"{path}: token_rounding: expected the result of {family.router.__name__}.forward, "

@@ -8,6 +8,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -23,7 +24,7 @@ def observer(hook: Callable) -> Callable:
     block call its router and its experts. Returns hook, so it is a decorator too.
     """
     try:
-        getattr(hook, "__func__", hook).sonicmoe_observer = True
+        setattr(getattr(hook, "__func__", hook), "sonicmoe_observer", True)  # noqa: B010
     except AttributeError:
         got = type(hook).__name__
         raise TypeError(f"observer: hook: expected a function of Python, got {got}") from None
@@ -72,7 +73,7 @@ def has_own_forward(module: nn.Module, forward: Callable) -> bool:
     if "forward" not in module.__dict__:
         # Read all the same: torch.compile guards what is read, not what is absent.
         return not isinstance(module.forward, types.MethodType)
-    own = module.forward
+    own: Any = module.forward
     bound = isinstance(own, types.MethodType) and own.__self__ is module
     return not (bound and own.__func__ is forward)  # left by accelerate when it removes its hooks
 
@@ -93,7 +94,7 @@ def only_moves(module: nn.Module, forward: Callable) -> bool:
     """Whether that wrapper moves tensors between devices and does nothing else."""
     if not accelerate_wraps(module, forward):
         return False
-    accelerate, hook = sys.modules["accelerate.hooks"], module._hf_hook
+    accelerate, hook = sys.modules["accelerate.hooks"], cast(Any, module._hf_hook)
     hooks = hook.hooks if type(hook) is accelerate.SequentialHook else (hook,)
     return all(type(each) is accelerate.AlignDevicesHook for each in hooks)
 

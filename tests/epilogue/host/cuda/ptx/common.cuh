@@ -3,10 +3,9 @@
 // sum over lanes is its own share.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include <algorithm>
-#include <bit>
-#include <cmath>
-#include <cstdint>
 
 #define __device__
 #define __host__
@@ -16,21 +15,6 @@
 using std::max;
 using std::min;
 
-struct uint2 {
-  uint32_t x, y;
-};
-struct uint4 {
-  uint32_t x, y, z, w;
-};
-struct float2 {
-  float x, y;
-};
-struct __nv_bfloat16 {
-  uint16_t bits;
-};
-
-inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
-inline float __bfloat162float(__nv_bfloat16 v) { return __uint_as_float(uint32_t{v.bits} << 16); }
 template <class T>
 T __ldg(const T* address) {
   return *address;
