@@ -77,14 +77,6 @@ void print_json(const CheckCommand& command, const std::vector<Tally>& tallies,
   std::printf("%s\n", root.dump(2).c_str());
 }
 
-void print_table(const std::vector<Tally>& tallies) {
-  Table table({"operation", "passed", "failed"});
-  for (const Tally& tally : tallies) {
-    table.add_row({tally.operation, std::to_string(tally.passed), std::to_string(tally.failed)});
-  }
-  table.print();
-}
-
 // All cases of operation `i` of the list; failures are appended, and printed as they happen.
 Tally run_operation(const CheckCommand& command, const rig::Target& target, std::size_t i,
                     Progress& progress, std::vector<Failure>& failures) {
@@ -130,7 +122,15 @@ int run(CheckCommand command) {
         run_operation(command, target, static_cast<std::size_t>(place), progress, failures));
   }
   progress.clear();
-  command.json ? print_json(command, tallies, failures) : print_table(tallies);
+  if (command.json) {
+    print_json(command, tallies, failures);
+  } else {
+    Table table({"operation", "passed", "failed"});
+    for (const auto& [name, passed, failed] : tallies) {
+      table.add_row({name, std::to_string(passed), std::to_string(failed)});
+    }
+    table.print();
+  }
   return failures.empty() ? kSuccess : kFailure;
 }
 

@@ -3,7 +3,6 @@
 #include "sonicmoe/memory.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -31,20 +30,17 @@ struct MemoryCommand {
   bool json = false;
 };
 
-struct Gpu {
-  const char* name;
-  double gib;  // what the driver reports as total, rounded down
-};
-constexpr std::array<Gpu, 4> kGpus{
-    {{"a100-40gb", 39.0}, {"a100-80gb", 79.0}, {"h100-80gb", 79.0}, {"h200", 139.0}}};
+// GiB that the driver reports as total, rounded down.
+constexpr std::pair<const char*, std::size_t> kGpus[] = {
+    {"a100-40gb", 39}, {"a100-80gb", 79}, {"h100-80gb", 79}, {"h200", 139}};
 
 Parser<std::size_t> gpu_bytes() {
   std::string known;
-  for (const Gpu& gpu : kGpus) known += std::string(gpu.name) + ", ";
+  for (const auto& [name, gib] : kGpus) known += std::string(name) + ", ";
   return {"GPU", known + "or " + bytes().expected,
           [](std::string_view text) -> std::optional<std::size_t> {
-            for (const Gpu& gpu : kGpus) {
-              if (text == gpu.name) return static_cast<std::size_t>(gpu.gib * 1024 * 1024 * 1024);
+            for (const auto& [name, gib] : kGpus) {
+              if (text == name) return gib << 30;
             }
             return bytes().parse(text);
           }};
@@ -213,12 +209,6 @@ void print_text(const MemoryCommand& command, const Model& model) {
                      : "Attention, embeddings and the loss are not counted.");
 }
 
-int run(const MemoryCommand& command) {
-  const Model model(command);
-  command.json ? print_json(command, model) : print_text(command, model);
-  return kSuccess;
-}
-
 }  // namespace
 
 void add_memory(CLI::App& app, Action& action) {
@@ -244,7 +234,13 @@ void add_memory(CLI::App& app, Action& action) {
   add_option(*command, "--gpu", options->gpu, gpu_bytes(),
              "Print the tokens that fit: h100-80gb, h200, a100-40gb, a100-80gb or bytes");
   add_flag(*command, "--json", options->json, "Print JSON");
-  command->callback([&action, options] { action = [options] { return run(*options); }; });
+  command->callback([&action, options] {
+    action = [options] {
+      const Model model(*options);
+      options->json ? print_json(*options, model) : print_text(*options, model);
+      return kSuccess;
+    };
+  });
 }
 
 }  // namespace sonicmoe::cli

@@ -272,8 +272,7 @@ void print_histogram(const Outcome& o) {
     for (const std::int32_t count : counts) ++buckets[static_cast<std::size_t>(count / width)];
     return buckets;
   };
-  const auto before = fill(o.before);
-  const auto after = fill(o.after);
+  const auto before = fill(o.before), after = fill(o.after);
   const std::size_t highest = std::max(*std::max_element(before.begin(), before.end()),
                                        *std::max_element(after.begin(), after.end()));
   std::printf("\nExperts by rows, policy %s, tile %lld ('.' before, '#' after)\n",
@@ -309,10 +308,7 @@ int run(RouteCommand command) {
       outcomes.push_back(round(context, command, problem, logits, policy, tile));
     }
   }
-  if (command.json) {
-    print_json(command, problem, outcomes);
-    return kSuccess;
-  }
+  if (command.json) return print_json(command, problem, outcomes), kSuccess;
   std::printf("T=%lld E=%lld K=%lld %s, logits from %s\n\n", static_cast<long long>(problem.T),
               static_cast<long long>(problem.E), static_cast<long long>(problem.K),
               std::string(name_of(command.scoring)).c_str(), problem.origin.c_str());
