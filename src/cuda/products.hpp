@@ -16,6 +16,7 @@
 
 #include "core/integers.hpp"
 #include "core/objection.hpp"
+#include "cuda/element.hpp"
 #include "sonicmoe/activation.hpp"
 #include "sonicmoe/tensor.hpp"
 
@@ -59,7 +60,7 @@ struct Matrix {
 
   /// Whether rows of bfloat16 start at multiples of 16 bytes.
   bool has_aligned_rows() const {
-    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && ld % 8 == 0;
+    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && ld % kVectorElements == 0;
   }
 };
 

@@ -10,6 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / name) for name in ("", "examples", "scripts")]
 
 import api_reference
+import sonicmoe_cpp
 import train_small
 
 from bench.lib import tables as record_tables
@@ -161,6 +162,11 @@ def test_what_a_header_declares(tmp_path):
     page = api_reference.page_of(header)
     assert page.startswith("# sonicmoe/header.hpp\n\nA header.\n")
     assert "int b;\n};\n```" in page
+
+
+def test_the_package_has_the_version_of_the_headers():
+    header = (REPOSITORY / "include/sonicmoe/version.hpp").read_text()
+    assert ".".join(re.findall(r"SONICMOE_VERSION_\w+ (\d+)", header)) == sonicmoe_cpp.__version__
 
 
 def test_the_front_pages_stay_short():

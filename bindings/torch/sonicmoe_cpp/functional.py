@@ -6,8 +6,6 @@ tensor a RuntimeError, each of the form `operation: argument: expected X, got Y`
 anything is computed.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -242,10 +240,12 @@ def update_expert_bias_(selection_bias: Tensor, rows_per_expert: Tensor, rate: f
 # ---------------------------------------------------------------------------------- the whole layer
 
 
-class RouterTensors(NamedTuple):
-    weight: Tensor  # [E, d]
-    bias: Tensor | None  # [E], added to the logits
-    selection_bias: Tensor | None  # [E], added for the selection only
+class RouterTensors:
+    """weight [E, d]; bias [E], added to the logits; selection_bias [E], added for the selection
+    only. No tuple or dataclass: FSDP's mixed precision casts what it finds in those."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, selection_bias: Tensor | None) -> None:
+        self.weight, self.bias, self.selection_bias = weight, bias, selection_bias
 
 
 def check_layer(x: Tensor, router: RouterTensors, experts: Experts, seed: Tensor | None) -> int:
@@ -278,12 +278,13 @@ def run_layer(
         check_main_grad(x)
     x = rows_of(operation, "x", x)
     x, w1, w2, b1, b2 = autocast(operation, x, *experts)
-    weight, bias, selection_bias = router
+    weight, bias = router.weight, router.bias
     check_dtype(operation, "router_weight", weight, x.dtype, torch.float32)
     check_dtype(operation, "router_bias", bias, weight.dtype, torch.float32)
     save = needs_backward(x, weight, bias, w1, w2, b1, b2)
     inputs = (
-        x, weight, bias, w1, b1, w2, b2, constant(selection_bias), seed_tensor, *options, save,
+        x, weight, bias, w1, b1, w2, b2, constant(router.selection_bias), seed_tensor,
+        *options, save,
     )  # fmt: skip
     if main_grad and save:
         return LayerOutput(*MainGradLayer.call(*inputs))

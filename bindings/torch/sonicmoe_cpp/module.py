@@ -72,9 +72,11 @@ class Router(ExactBuffers):
         if self.selection_bias is not None:
             nn.init.zeros_(self.selection_bias)
 
-    def forward(self) -> RouterTensors:
-        """Its tensors: the router's product is part of the layer's one operator."""
-        return RouterTensors(self.weight, self.bias, self.selection_bias)
+    def forward(self, x: Tensor, experts: "Experts", *arguments: Any) -> LayerOutput:
+        """The whole layer, one operator. It runs inside this call and that of the experts, so that
+        what gathers the parameters of a module for its call (FSDP) has gathered both."""
+        tensors = RouterTensors(self.weight, self.bias, self.selection_bias)
+        return experts(x, tensors, *arguments)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *arguments)
@@ -120,8 +122,7 @@ class Experts(nn.Module):
         seed_tensor: Tensor | None,
         main_grad: bool,
     ) -> LayerOutput:
-        """The whole layer: here, so that what gathers parameters when a module is called (FSDP)
-        finds both modules called."""
+        """The whole layer, called by Router.forward."""
         experts = (self.w1, self.w2, self.b1, self.b2)
         check_layer(x, router, experts, seed_tensor)
         return run_layer(x, router, experts, options, seed_tensor, main_grad)
@@ -227,11 +228,10 @@ class MoE(ExactBuffers):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """y [..., d]; with return_router (y, logits [..., E], rows_per_expert [E]), the rows being
         those of token choice."""
-        router: RouterTensors = self.router()
         rounds = self.training and self.options.rounding is not None
-        seed = self._next_seed(x, router) if rounds else None
+        seed = self._next_seed(x) if rounds else None
         packed = self._packed if rounds else self._packed_top_k
-        out: LayerOutput = self.experts(x, router, packed, seed, self.main_grad)
+        out: LayerOutput = self.router(x, self.experts, packed, seed, self.main_grad)
         self.last_rows_per_expert = out.rows_per_expert
         self._last_topk_ids = out.topk_ids if rounds else None
         if not return_router:
@@ -245,12 +245,12 @@ class MoE(ExactBuffers):
             return self.last_rows_per_expert
         return count_rows(self._last_topk_ids, self.num_experts)
 
-    def _next_seed(self, x: Tensor, router: RouterTensors) -> Tensor | None:
+    def _next_seed(self, x: Tensor) -> Tensor | None:
         """Advances it, once what can be wrong is known to be right."""
         if self.options.rounding is None or self.options.rounding.policy != "stochastic":
             return None
-        check_tensors("MoE", x=x, selection_bias=router.selection_bias)
-        check_shape("MoE", "selection_bias", router.selection_bias, self.num_experts)
+        check_tensors("MoE", x=x, selection_bias=self.router.selection_bias)
+        check_shape("MoE", "selection_bias", self.router.selection_bias, self.num_experts)
         if self.rounding_seed.device != x.device:  # load_state_dict(assign=True) leaves it on meta
             self.rounding_seed = torch.empty(1, dtype=torch.int64, device=x.device)
         return advance_seed(self.rounding_seed, self.seed)

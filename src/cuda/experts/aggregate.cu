@@ -1,8 +1,7 @@
-#include <cuda_bf16.h>
-
 #include <algorithm>
 
 #include "core/integers.hpp"
+#include "cuda/element.hpp"
 #include "cuda/experts/aggregate.hpp"
 #include "cuda/launch_check.hpp"
 #include "cuda/ptx/memory.cuh"
@@ -11,11 +10,9 @@
 namespace sonicmoe::cuda {
 namespace {
 
-using bf16 = __nv_bfloat16;
-
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kVector = 8;           // bf16 values in 16 bytes
+constexpr int kVector = kVectorElements;
 constexpr int kSpan = 32 * kVector;  // columns of a warp's load
 
 // CTAs for `count` items, `per_block` each.

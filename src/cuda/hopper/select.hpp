@@ -24,8 +24,8 @@ struct ProductSizes {
 
 Choice choose(const ProductSizes& sizes);
 
-/// Width of the tile for `columns` columns: 256, or 128 where it pads enough less. 128 x 128 tiles
-/// cost 1% more per column at long reductions, 8% at short ones.
+/// Width of the tile for `columns` columns: 256, or 128 where it pads enough less: narrow tiles
+/// cost up to 8% more per column.
 int choose_block_n(std::int64_t columns);
 
 /// The longer the reduction (`hidden_size`), the more time a tile leaves for storing dH and the

@@ -4,10 +4,13 @@
 
 #include <string>
 
+#include "cuda/element.hpp"
 #include "sonicmoe/error.hpp"
 
 namespace sonicmoe::cuda::hopper {
 namespace {
+
+constexpr CUtensorMapDataType kElementType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
@@ -37,7 +40,6 @@ CUtensorMap make_tensor_map(const void* data, std::initializer_list<std::int64_t
                             std::initializer_list<int> box, CUtensorMapSwizzle swizzle) {
   static const Encode encode = find_encode();
   constexpr int kMaxDims = 5;
-  constexpr std::int64_t kElementBytes = 2;
   cuuint64_t dims[kMaxDims], byte_strides[kMaxDims];
   cuuint32_t boxes[kMaxDims], element_strides[kMaxDims];
   const auto rank = static_cast<cuuint32_t>(sizes.size());
@@ -51,8 +53,8 @@ CUtensorMap make_tensor_map(const void* data, std::initializer_list<std::int64_t
   }
   CUtensorMap map;
   const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data), dims,
-             byte_strides, boxes, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+      encode(&map, kElementType, rank, const_cast<void*>(data), dims, byte_strides, boxes,
+             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)) +

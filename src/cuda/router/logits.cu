@@ -10,6 +10,7 @@
 #include "core/log.hpp"
 #include "core/workspace.hpp"
 #include "cuda/device.hpp"
+#include "cuda/element.hpp"
 #include "cuda/router/bias.cuh"
 #include "cuda/router/gradient_gemm.hpp"
 #include "cuda/router/launch.hpp"
@@ -19,8 +20,6 @@
 
 namespace sonicmoe::cuda::router {
 namespace {
-
-using bf16 = __nv_bfloat16;
 
 constexpr int kBiasSplits = 64;
 
@@ -68,7 +67,7 @@ void launch_product(cudaStream_t stream, const SimtOperand<float, kUnit>& a,
   launch_simt(stream, a, b, shape, splits, store, operation);
 }
 
-struct StoreLogits {
+struct LogitsOut {
   float* logits;  // [T, E]
   std::int64_t num_experts;
   RouterBias bias;
@@ -78,7 +77,7 @@ struct StoreLogits {
   }
 };
 
-struct StoreMatrix {
+struct MatrixOut {
   static constexpr bool kVectors = false;
   float* out;  // [splits, M, N]
   std::int64_t rows, columns;
@@ -88,7 +87,7 @@ struct StoreMatrix {
   }
 };
 
-struct StoreRows {
+struct RowsOut {
   static constexpr bool kVectors = true;
   bf16* out;  // [M, N]; N is a multiple of 8
   std::int64_t ld;
@@ -294,7 +293,7 @@ void router_logits(const Context& context, ConstTensorView x, ConstTensorView we
   if (!products.reason_against(call, args)) return products.run(call, args);
   log_choice("logits", [] { return "float32 units"; });
   const SimtShape shape{num_tokens, num_experts, x.size(1), x.size(1)};
-  const StoreLogits store{logits.as<float>(), num_experts, RouterBias(bias)};
+  const LogitsOut store{logits.as<float>(), num_experts, RouterBias(bias)};
   visit_float_dtype(x, [&]<class X>(const X* x_data) {
     visit_float_dtype(weight, [&]<class W>(const W* weight_data) {
       launch_simt(stream, SimtOperand<X, Unit::kDepth>{x_data, x.stride(0)},
@@ -338,7 +337,7 @@ void router_logits_backward(const Context& context, ConstTensorView x,
                                                         num_experts},
                        SimtOperand<X, Unit::kWidth>{x_data, x.stride(0)},
                        {num_experts, d, num_tokens, tokens}, num_parts,
-                       StoreMatrix{parts.weight, num_experts, d}, operation);
+                       MatrixOut{parts.weight, num_experts, d}, operation);
       });
     }
     launch_add_parts(stream, parts.weight, num_parts,
@@ -373,7 +372,7 @@ void router_grad_x(cudaStream_t stream, int device, const LogitsGradient& grad_l
     launch_product(stream, SimtOperand<float, Unit::kDepth>{values, num_experts},
                    SimtOperand<W, Unit::kWidth>{weight + first_column, router_weight.stride(0)},
                    {num_tokens, num_columns, num_experts, num_experts}, 1,
-                   StoreRows{static_cast<bf16*>(out.data), out.ld, out.has_aligned_rows()},
+                   RowsOut{static_cast<bf16*>(out.data), out.ld, out.has_aligned_rows()},
                    "router_grad_x");
   });
 }

@@ -68,8 +68,8 @@ class RowGather {
   }
 
  private:
-  // The other half of an aligned 256 bytes, half the time the row's next k-tile, is fetched too: 3%
-  // faster.
+  // The other half of an aligned 256 bytes, half the time the row's next k-tile, is fetched too
+  // (lab M9).
   static constexpr ptx::Fetch kFetch = ptx::Fetch::k256;
   int first_, chunk_, row_, copies_ = 0;
   bool inside_ = false, whole_ = false;
@@ -281,8 +281,8 @@ __device__ void load_rows(const OperandParams& p, const SharedLayout& l, Items i
   }
 }
 
-// kDepth, first loader warp: TMA alone. In a warp that gathers too, copies would wait behind it:
-// 260 to 490 clocks (median 380) for one box of 32 KB.
+// kDepth, first loader warp: TMA alone. In a warp that gathers too, copies would wait behind it
+// (lab M15).
 template <class Spec, class Items>
 __device__ void load_depth_b(const OperandParams& p, const SharedLayout& l, Items items, int lane) {
   constexpr GemmShape s = Spec::shape;

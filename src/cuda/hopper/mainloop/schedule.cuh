@@ -3,16 +3,15 @@
 // Tiles are numbered expert by expert, in one of three orders:
 //   columns fastest  all columns of a tile row, then the next row: neighbours share the rows
 //   row_block > 1    blocks of tile rows, rows fastest (tile_order.hpp): CTAs that run together
-//                    cover a square of the product, and the weights pass once per block: `up` of
-//                    Mixtral-8x7B reads 3.3 GB from DRAM, with columns fastest 28
+//                    cover a square of the product, and the weights pass once per block (lab M18)
 //   n_group          groups of column tiles: all rows of all experts before the next group
 // What a tile computes does not depend on its number or on who computes it.
 // Two ways to hand them out (choice.hpp: in_order):
 //   in order   whoever is free claims the next tile: the CTAs work on neighbouring tiles at any
-//              time, whose operands are then in L2. With strides the faster CTAs run ahead: `down`
-//              of 30B-n256 read 5.6 GB from DRAM where 0.8 GB are needed.
+//              time, whose operands are then in L2. With strides the faster CTAs run ahead, and
+//              the slower ones load again what has left L2 (lab M7).
 //   strided    every gridDim-th tile: the CTAs drift apart, which spares them asking for the same
-//              lines of L2 at the same time. 7-15% faster where the operands stay in L2 anyway.
+//              lines of L2 at the same time. Faster where the operands stay in L2 anyway.
 //
 // The first loader warp claims tiles with an atomic counter, two ahead, so that neither the atomic
 // nor the table entry is waited for, and passes them to the other warps through a small ring.
