@@ -243,7 +243,7 @@ TEST_P(Resources, NoAddressSpaceForScratch) {
     if (!leave(kMegabyte)) return 2;
     try {
       route_forward(GetParam().context(1), args);
-    } catch (const Error& error) {
+    } catch (const OutOfMemory& error) {
       return std::string(error.what()) == "route_forward: out of memory" ? 0 : 3;
     }
     return 4;
