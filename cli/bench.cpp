@@ -11,15 +11,21 @@
 #include <string>
 #include <vector>
 
-#include "cli/bench_layer.hpp"
 #include "cli/command.hpp"
 #include "cli/options.hpp"
 #include "cli/output.hpp"
 #include "cli/problems.hpp"
 #include "cli/resources.hpp"
 #include "cli/table.hpp"
+#include "rig/host_memory.hpp"
+#include "rig/large_layer.hpp"
+#include "rig/random.hpp"
 #include "sonicmoe/memory.hpp"
 #include "sonicmoe/version.hpp"
+
+#if defined(__unix__)
+#include <unistd.h>
+#endif
 
 namespace sonicmoe::cli {
 namespace {
@@ -41,6 +47,8 @@ struct BenchCommand {
   bool json = false;
 };
 
+bool on_host(Device device) { return device.type == DeviceType::kCpu; }
+
 struct Statistics {
   double median = 0.0, p10 = 0.0, p90 = 0.0;  // seconds
   std::size_t samples = 0;
@@ -54,7 +62,7 @@ Statistics statistics_of(std::vector<double> seconds, std::size_t calls_per_samp
     const auto low = static_cast<std::size_t>(place);
     const std::size_t high = std::min(low + 1, seconds.size() - 1);
     const double share = place - static_cast<double>(low);
-    return seconds[low] * (1.0 - share) + seconds[high] * share;
+    return seconds[low] + (seconds[high] - seconds[low]) * share;  // equal ones exactly
   };
   return {at(0.5), at(0.1), at(0.9), seconds.size(), calls_per_sample};
 }
@@ -63,7 +71,7 @@ Statistics statistics_of(std::vector<double> seconds, std::size_t calls_per_samp
 double time_once(Device device, const std::function<void()>& work) {
   const auto begin = std::chrono::steady_clock::now();
   work();
-  synchronize(device);
+  rig::memory_of(device).synchronize();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
@@ -83,6 +91,7 @@ struct Row {
 struct Result {
   Row row;
   std::string skipped;  // the reason, where the row was not run
+  std::string wrong;    // what the check found; nothing was timed then
   Statistics forward, backward;
   double forward_rate = 0.0, backward_rate = 0.0;  // model GFLOP/s
   std::size_t kept = 0, peak_forward = 0, peak_backward = 0;
@@ -115,24 +124,15 @@ std::vector<Row> rows_of(const BenchCommand& command, Device device) {
   return rows;
 }
 
-LayerOptions layer_options(const BenchCommand& command) {
-  LayerOptions options;
-  options.activation = command.activation;
-  options.with_router = command.with_router;
-  options.workspace_limit = command.workspace_limit;
-  return options;
-}
-
 // Median and quantiles of at least three and at most `repeats` samples within the time budget.
 // Each call takes the next set of buffers.
 Statistics measure(const BenchCommand& command, Device device,
-                   std::vector<std::unique_ptr<BenchLayer>>& layers,
-                   const std::function<void(BenchLayer&)>& call, Progress& progress,
-                   const std::string& label) {
+                   std::vector<std::unique_ptr<rig::LargeLayer>>& layers,
+                   void (rig::LargeLayer::*call)(), Progress& progress, const std::string& label) {
   std::size_t next = 0;
-  const auto call_next = [&] { call(*layers[next++ % layers.size()]); };
+  const auto call_next = [&] { (*layers[next++ % layers.size()].*call)(); };
   for (int i = 0; i < command.warmup; ++i) call_next();
-  synchronize(device);
+  rig::memory_of(device).synchronize();
   const std::size_t calls = on_host(device) ? 1 : calls_per_sample(time_once(device, call_next));
   std::vector<double> seconds;
   double total = 0.0;
@@ -149,6 +149,18 @@ Statistics measure(const BenchCommand& command, Device device,
   return statistics_of(std::move(seconds), calls);
 }
 
+// How many layers to take turns with, so that none finds its data in the last-level cache.
+std::size_t sets_to_rotate(Device device, std::size_t bytes_of_one) {
+  constexpr std::size_t kMostSets = 8;
+  std::size_t cache = std::size_t{64} << 20;  // more than the L2 of a Hopper GPU
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  if (const long size = sysconf(_SC_LEVEL3_CACHE_SIZE); on_host(device) && size > 0) {
+    cache = static_cast<std::size_t>(size);
+  }
+#endif
+  return std::clamp<std::size_t>(cache / std::max<std::size_t>(bytes_of_one, 1) + 1, 1, kMostSets);
+}
+
 // Why a row of so many bytes on the device, and of `extra` on the host, is not even tried, or
 // empty.
 std::string reason_against(Device device, double needed, double extra) {
@@ -157,7 +169,7 @@ std::string reason_against(Device device, double needed, double extra) {
     if (!reason.empty()) return reason;
     extra = 0.0;
   }
-  const auto memory = static_cast<double>(memory_bytes_of(device));
+  const auto memory = static_cast<double>(rig::usable_memory(device));
   if (memory == 0.0 || needed + extra <= 0.9 * memory) return {};
   return "needs " + format_bytes(needed + extra) + ", " +
          (on_host(device) ? "this process may use " : "this GPU has ") + format_bytes(memory) +
@@ -168,42 +180,54 @@ Result run_row(const BenchCommand& command, const Context& context, const Row& r
                Progress& progress, const std::string& place) {
   Result result;
   result.row = row;
-  const LayerOptions options = layer_options(command);
   constexpr std::int64_t kMostPairs = (std::int64_t{1} << 31) - 2;  // of one operation
   if (row.shape.num_tokens > kMostPairs / row.shape.top_k) {
     result.skipped =
         "has more than 2^31 - 2 pairs of tokens and experts (--tokens makes it smaller)";
     return result;
   }
-  const std::size_t needed = BenchLayer::total_bytes(context, row.shape, row.dtype, options);
-  result.skipped = reason_against(
-      context.device, static_cast<double>(needed),
-      BenchLayer::reference_bytes(context, row.shape, options, !command.without_check));
+  const MoEShape shape = row.shape.moe_shape(row.dtype, command.activation);
+  const std::size_t needed =
+      rig::LargeLayer::total_bytes(context, shape, command.with_router, command.workspace_limit);
+  result.skipped =
+      reason_against(context.device, static_cast<double>(needed),
+                     rig::LargeLayer::reference_bytes(context, shape, !command.without_check));
   if (!result.skipped.empty()) return result;
   const std::string label = place + " " + row.name + " " + std::string(name_of(row.dtype)) + ": ";
   progress.show(label + "making data");
-  std::vector<std::unique_ptr<BenchLayer>> layers;
-  const std::size_t sets = BenchLayer::sets_to_rotate(context.device, needed);
+  std::vector<std::unique_ptr<rig::LargeLayer>> layers;
+  const std::size_t sets = sets_to_rotate(context.device, needed);
+  rig::MoECase sizes;
+  sizes.num_tokens = row.shape.num_tokens;
+  sizes.hidden_size = row.shape.hidden_size;
+  sizes.intermediate_size = row.shape.intermediate_size;
+  sizes.num_experts = row.shape.num_experts;
+  sizes.top_k = row.shape.top_k;
+  sizes.activation = command.activation;
+  sizes.dtype = row.dtype;
   for (std::size_t i = 0; i < sets; ++i) {
-    Random random{command.seed, i};
-    layers.push_back(std::make_unique<BenchLayer>(context, row.shape, row.dtype, options, random));
+    sizes.seed = rig::Random{command.seed, i}.bits() >> 2;
+    layers.push_back(std::make_unique<rig::LargeLayer>(context, sizes, command.with_router,
+                                                       command.workspace_limit));
   }
   require_headroom();
   if (!command.without_check) {
     progress.show(label + "checking");
-    layers.front()->forward(context);
-    layers.front()->backward(context);
-    layers.front()->check(context);
+    layers.front()->forward();
+    layers.front()->backward();
+    const std::vector<std::string> problems = layers.front()->check();
+    if (!problems.empty()) {
+      result.wrong = problems.front();
+      return result;
+    }
   }
   result.buffers = sets;
-  result.forward = measure(
-      command, context.device, layers, [&](BenchLayer& layer) { layer.forward(context); }, progress,
-      label + "forward");
-  for (auto& layer : layers) layer->forward(context);
-  result.backward = measure(
-      command, context.device, layers, [&](BenchLayer& layer) { layer.backward(context); },
-      progress, label + "backward");
-  const BenchLayer& layer = *layers.front();
+  result.forward = measure(command, context.device, layers, &rig::LargeLayer::forward, progress,
+                           label + "forward");
+  for (auto& layer : layers) layer->forward();
+  result.backward = measure(command, context.device, layers, &rig::LargeLayer::backward, progress,
+                            label + "backward");
+  const rig::LargeLayer& layer = *layers.front();
   result.forward_rate = forward_flops(layer.shape()) / result.forward.median / 1e9;
   result.backward_rate = backward_flops(layer.shape()) / result.backward.median / 1e9;
   result.kept = layer.kept_bytes();
@@ -229,10 +253,7 @@ std::string repeat_line(const BenchCommand& command, const Row& row) {
   if (command.workspace_limit) {
     line += " --workspace-limit " + std::to_string(*command.workspace_limit);
   }
-  if (!command.run.backend.empty()) line += " --backend " + command.run.backend;
-  if (command.run.device != "cpu") line += " --device " + command.run.device;
-  if (command.run.threads != 0) line += " --threads " + std::to_string(command.run.threads);
-  return line;
+  return line + command.run.words();
 }
 
 void print_json(const BenchCommand& command, const std::vector<Result>& results) {
@@ -296,7 +317,7 @@ void print_text(const BenchCommand& command, const std::vector<Result>& results)
       repeat_line(command, results.front().row).c_str());
 }
 
-// The row, or the row with the reason why it was skipped. Errors: CheckFailed.
+// The row, or the row with the reason why it was skipped.
 Result try_row(const BenchCommand& command, const Context& context, const Row& row,
                Progress& progress, const std::string& place) {
   try {
@@ -318,14 +339,12 @@ int run(BenchCommand command) {
   std::vector<Result> results;
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const std::string place = "[" + std::to_string(i + 1) + "/" + std::to_string(rows.size()) + "]";
-    try {
-      results.push_back(try_row(command, context, rows[i], progress, place));
-    } catch (const CheckFailed& failure) {
-      progress.clear();
-      report(rows[i].name + " " + std::string(name_of(rows[i].dtype)) +
-             " computes wrong results, nothing was timed: " + failure.what());
-      return kFailure;
-    }
+    results.push_back(try_row(command, context, rows[i], progress, place));
+    if (results.back().wrong.empty()) continue;
+    progress.clear();
+    report(rows[i].name + " " + std::string(name_of(rows[i].dtype)) +
+           " computes wrong results, nothing was timed: " + results.back().wrong);
+    return kFailure;
   }
   progress.clear();
   command.json ? print_json(command, results) : print_text(command, results);

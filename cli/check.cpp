@@ -1,38 +1,20 @@
-// sonicmoe check: self-test of every operation against float64 definitions on random shapes.
-#include "cli/check.hpp"
-
+// sonicmoe check: self-test of every operation against the float64 oracle on random shapes.
 #include <algorithm>
-#include <array>
 #include <cstdio>
-#include <exception>
 #include <limits>
 #include <memory>
-#include <new>
 #include <nlohmann/json.hpp>
 #include <string>
-#include <system_error>
 #include <vector>
 
 #include "cli/command.hpp"
 #include "cli/options.hpp"
-#include "cli/resources.hpp"
 #include "cli/table.hpp"
+#include "rig/checks.hpp"
+#include "rig/random.hpp"
 
 namespace sonicmoe::cli {
 namespace {
-
-constexpr std::array kOperations{
-    CheckOperation{"moe", check_moe},
-    CheckOperation{"moe_sorted", check_moe_sorted},
-    CheckOperation{"moe_pairs", check_moe_pairs},
-    CheckOperation{"moe_layer", check_moe_layer},
-    CheckOperation{"route", check_route},
-    CheckOperation{"round_tokens", check_round_tokens},
-    CheckOperation{"round_select", check_round_select},
-    CheckOperation{"load_balancing_loss", check_load_balancing_loss},
-    CheckOperation{"router_z_loss", check_router_z_loss},
-    CheckOperation{"update_expert_bias", check_update_expert_bias},
-};
 
 struct CheckCommand {
   RunOptions run;
@@ -46,8 +28,7 @@ struct CheckCommand {
 struct Failure {
   std::string operation;
   std::int64_t index = 0;
-  std::string description;
-  std::vector<std::string> problems;
+  rig::Finding finding;
   std::string repro;
 };
 
@@ -57,60 +38,19 @@ struct Tally {
   std::int64_t failed = 0;
 };
 
-std::string repro_line(const CheckCommand& command, const char* operation, std::int64_t index) {
-  std::string line = "sonicmoe check --op " + std::string(operation) + " --seed " +
-                     std::to_string(command.seed) + " --first " + std::to_string(index) +
-                     " --cases 1";
-  if (!command.run.backend.empty()) line += " --backend " + command.run.backend;
-  if (command.run.device != "cpu") line += " --device " + command.run.device;
-  if (command.run.threads != 0) line += " --threads " + std::to_string(command.run.threads);
-  return line;
-}
-
-// The case's own generator: independent of the cases before it and of the operations selected.
-Random case_random(const CheckCommand& command, std::size_t operation, std::int64_t index) {
-  return Random{command.seed, operation, static_cast<std::uint64_t>(index)};
-}
-
 std::vector<std::string> operation_names() {
   std::vector<std::string> names;
-  for (const CheckOperation& operation : kOperations) names.emplace_back(operation.name);
+  for (const rig::CheckOperation& operation : rig::check_operations()) {
+    names.emplace_back(operation.name);
+  }
   return names;
 }
 
-// Numbers of the operations asked for, in that order; none named: all.
-std::vector<std::size_t> selected_operations(const CheckCommand& command) {
-  const std::vector<std::string> known = operation_names();
-  std::vector<std::size_t> selected;
-  for (const std::string& name : command.operations.empty() ? known : command.operations) {
-    const auto found = std::find(known.begin(), known.end(), name);
-    selected.push_back(static_cast<std::size_t>(found - known.begin()));
-  }
-  return selected;
-}
-
-// An exception in the middle of a case is a finding of that case. Lack of memory or threads is not:
-// it says nothing about the operation.
-Findings run_case(const CheckOperation& operation, const Context& context, Random random) {
-  try {
-    return operation.run(context, random);
-  } catch (const std::bad_alloc&) {
-    throw;
-  } catch (const std::system_error&) {
-    throw;
-  } catch (const OutOfMemory&) {
-    throw std::bad_alloc();
-  } catch (const std::exception& error) {
-    Findings findings;
-    findings.description = "error";
-    findings.add(error.what());
-    return findings;
-  }
-}
-
 void print_failure(const Failure& failure) {
-  std::printf("FAIL %s\n", failure.description.c_str());
-  for (const std::string& problem : failure.problems) std::printf("     %s\n", problem.c_str());
+  std::printf("FAIL %s\n", failure.finding.description.c_str());
+  for (const std::string& problem : failure.finding.problems) {
+    std::printf("     %s\n", problem.c_str());
+  }
   std::printf("     repeat: %s\n", failure.repro.c_str());
 }
 
@@ -130,35 +70,31 @@ void print_json(const CheckCommand& command, const std::vector<Tally>& tallies,
   for (const Failure& failure : failures) {
     root["failures"].push_back({{"operation", failure.operation},
                                 {"case", failure.index},
-                                {"description", failure.description},
-                                {"problems", failure.problems},
+                                {"description", failure.finding.description},
+                                {"problems", failure.finding.problems},
                                 {"repro", failure.repro}});
   }
   std::printf("%s\n", root.dump(2).c_str());
 }
 
-void print_table(const std::vector<Tally>& tallies) {
-  Table table({"operation", "passed", "failed"});
-  for (const Tally& tally : tallies) {
-    table.add_row({tally.operation, std::to_string(tally.passed), std::to_string(tally.failed)});
-  }
-  table.print();
-}
-
-// All cases of one operation; failures are appended, and printed as they happen.
-Tally run_operation(const CheckCommand& command, const Context& context, std::size_t i,
+// All cases of operation `i` of the list; failures are appended, and printed as they happen.
+Tally run_operation(const CheckCommand& command, const rig::Target& target, std::size_t i,
                     Progress& progress, std::vector<Failure>& failures) {
-  const CheckOperation& operation = kOperations[i];
+  const rig::CheckOperation& operation = rig::check_operations()[i];
   Tally tally{operation.name};
   for (std::int64_t done = 0; done < command.cases; ++done) {
     const std::int64_t index = command.first + done;
     progress.show(tally.operation + " " + std::to_string(done + 1) + "/" +
                   std::to_string(command.cases));
-    const Findings findings = run_case(operation, context, case_random(command, i, index));
-    ++(findings.passed() ? tally.passed : tally.failed);
-    if (findings.passed()) continue;
-    failures.push_back({tally.operation, index, findings.description, findings.problems(),
-                        repro_line(command, operation.name, index)});
+    // Independent of the cases before it and of the operations selected.
+    rig::Random seeds{command.seed, i, static_cast<std::uint64_t>(index)};
+    const rig::Finding finding = rig::run_check(operation, target, seeds.bits());
+    ++(finding.problems.empty() ? tally.passed : tally.failed);
+    if (finding.problems.empty()) continue;
+    failures.push_back({tally.operation, index, finding,
+                        "sonicmoe check --op " + tally.operation + " --seed " +
+                            std::to_string(command.seed) + " --first " + std::to_string(index) +
+                            " --cases 1" + command.run.words()});
     if (command.json) continue;
     progress.clear();
     print_failure(failures.back());
@@ -175,15 +111,26 @@ int run(CheckCommand command) {
                           std::to_string(command.first),
                       std::to_string(command.cases));
   }
-
+  const rig::Target target = rig::target_of(context);
+  const std::vector<std::string> known = operation_names();
   std::vector<Tally> tallies;
   std::vector<Failure> failures;
   Progress progress(!command.json);
-  for (const std::size_t i : selected_operations(command)) {
-    tallies.push_back(run_operation(command, context, i, progress, failures));
+  for (const std::string& name : command.operations.empty() ? known : command.operations) {
+    const auto place = std::find(known.begin(), known.end(), name) - known.begin();
+    tallies.push_back(
+        run_operation(command, target, static_cast<std::size_t>(place), progress, failures));
   }
   progress.clear();
-  command.json ? print_json(command, tallies, failures) : print_table(tallies);
+  if (command.json) {
+    print_json(command, tallies, failures);
+  } else {
+    Table table({"operation", "passed", "failed"});
+    for (const auto& [name, passed, failed] : tallies) {
+      table.add_row({name, std::to_string(passed), std::to_string(failed)});
+    }
+    table.print();
+  }
   return failures.empty() ? kSuccess : kFailure;
 }
 

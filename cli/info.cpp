@@ -13,10 +13,6 @@
 namespace sonicmoe::cli {
 namespace {
 
-std::string device_name(const Device& device) {
-  return device.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(device.index);
-}
-
 void print_json() {
   nlohmann::ordered_json root;
   root["version"] = version();
@@ -27,7 +23,7 @@ void print_json() {
   }
   root["devices"] = nlohmann::ordered_json::array();
   for (const DeviceInfo& device : devices()) {
-    root["devices"].push_back({{"device", device_name(device.device)},
+    root["devices"].push_back({{"device", to_string(device.device)},
                                {"name", device.name},
                                {"memory_bytes", device.memory_bytes}});
   }
@@ -44,7 +40,7 @@ void print_text() {
   std::printf("\n");
   Table device_table({"device", "name", "memory"}, 2);
   for (const DeviceInfo& device : devices()) {
-    device_table.add_row({device_name(device.device), device.name,
+    device_table.add_row({to_string(device.device), device.name,
                           format_bytes(static_cast<double>(device.memory_bytes))});
   }
   device_table.print();

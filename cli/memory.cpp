@@ -3,13 +3,10 @@
 #include "sonicmoe/memory.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstdio>
-#include <initializer_list>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -33,102 +30,59 @@ struct MemoryCommand {
   bool json = false;
 };
 
-struct Gpu {
-  const char* name;
-  double gib;  // what the driver reports as total, rounded down
-};
-constexpr std::array<Gpu, 4> kGpus{
-    {{"a100-40gb", 39.0}, {"a100-80gb", 79.0}, {"h100-80gb", 79.0}, {"h200", 139.0}}};
+// GiB that the driver reports as total, rounded down.
+constexpr std::pair<const char*, std::size_t> kGpus[] = {
+    {"a100-40gb", 39}, {"a100-80gb", 79}, {"h100-80gb", 79}, {"h200", 139}};
 
 Parser<std::size_t> gpu_bytes() {
   std::string known;
-  for (const Gpu& gpu : kGpus) known += std::string(gpu.name) + ", ";
+  for (const auto& [name, gib] : kGpus) known += std::string(name) + ", ";
   return {"GPU", known + "or " + bytes().expected,
           [](std::string_view text) -> std::optional<std::size_t> {
-            for (const Gpu& gpu : kGpus) {
-              if (text == gpu.name) return static_cast<std::size_t>(gpu.gib * 1024 * 1024 * 1024);
+            for (const auto& [name, gib] : kGpus) {
+              if (text == name) return gib << 30;
             }
             return bytes().parse(text);
           }};
 }
 
-// Sums and products of bytes that the options make as large as they like.
-// Errors: std::overflow_error from 2^63 on.
-std::size_t sum(std::initializer_list<std::size_t> terms) {
-  std::int64_t total = 0;
-  for (const std::size_t term : terms) {
-    if (__builtin_add_overflow(total, term, &total)) throw std::overflow_error("bytes");
-  }
-  return static_cast<std::size_t>(total);
-}
-std::size_t product(std::size_t a, std::size_t b) {
-  std::int64_t result = 0;
-  if (__builtin_mul_overflow(a, b, &result)) throw std::overflow_error("bytes");
-  return static_cast<std::size_t>(result);
-}
-std::size_t whole_bytes(double bytes) {
-  if (!(bytes < 0x1p63)) throw std::overflow_error("bytes");
-  return static_cast<std::size_t>(bytes);
-}
+// Bytes that the options make as large as they like: sums and products of 64 bits fit.
+using Wide = __int128;
 
 // Everything of one implementation at one number of tokens, in bytes.
 struct Footprint {
   MemoryEstimate layer;           // of one layer
   std::size_t input = 0;          // X of one layer, kept for backward by everybody
-  std::size_t parameters = 0;     // of one layer: weights, gradients, optimizer state
+  Wide parameters = 0;            // of one layer: weights, gradients, optimizer state
   std::size_t peak_forward = 0;   // transients plus O
   std::size_t peak_backward = 0;  // transients plus dO and dX
-  std::size_t other = 0;          // of the whole model
+  Wide other = 0;                 // of the whole model
 
-  std::size_t kept(std::int64_t layers) const {
-    return product(static_cast<std::size_t>(layers), layer.kept());
-  }
-  std::size_t total(std::int64_t layers) const {
-    return sum({product(static_cast<std::size_t>(layers), sum({parameters, input, layer.kept()})),
-                std::max(peak_forward, peak_backward), other});
+  Wide kept(std::int64_t layers) const { return Wide{layers} * Wide(layer.kept()); }
+  Wide total(std::int64_t layers) const {
+    return Wide{layers} * (parameters + Wide(input) + Wide(layer.kept())) +
+           Wide(std::max(peak_forward, peak_backward)) + other;
   }
 };
 
 class Model {
  public:
   explicit Model(const MemoryCommand& command)
-      : shape_(command.shape),
-        layers_(command.layers),
-        dtype_(command.dtype),
-        activation_(command.activation),
-        limit_(command.workspace_limit),
+      : command_(command),
         parameter_bytes_(
-            command.parameter_bytes.value_or(2.0 * static_cast<double>(size_of(command.dtype)))),
-        other_(command.other),
-        other_per_token_(command.other_per_token) {
-    require_countable_bytes("--shape", shape_, activation_);
-    try {
-      for (const Footprint& f : {ours(shape_.num_tokens), scattermoe(shape_.num_tokens)}) {
-        f.total(layers_);
-      }
-    } catch (const std::overflow_error&) {
-      throw usage_error("--shape", "with the other options a model whose bytes stay below 2^63",
-                        shape_.to_string() + " --layers " + std::to_string(layers_) +
-                            " --parameter-bytes " + format_fixed(parameter_bytes_, 1) +
-                            " --other-bytes " + std::to_string(other_) +
-                            " --other-bytes-per-token " + format_fixed(other_per_token_, 1));
-    }
-  }
-
-  MoEShape shape(std::int64_t tokens) const {
-    MoEShape shape;
-    shape.num_tokens = tokens;
-    shape.hidden_size = shape_.hidden_size;
-    shape.intermediate_size = shape_.intermediate_size;
-    shape.num_experts = shape_.num_experts;
-    shape.num_pairs = tokens * shape_.top_k;
-    shape.activation = activation_;
-    shape.numerics = Numerics::of(dtype_);
-    return shape;
+            command.parameter_bytes.value_or(2.0 * static_cast<double>(size_of(command.dtype)))) {
+    const std::int64_t tokens = command.shape.num_tokens;
+    require_countable_bytes("--shape", command.shape, command.activation);
+    if (is_countable(ours(tokens)) && is_countable(scattermoe(tokens))) return;
+    throw usage_error("--shape", "with the other options a model whose bytes stay below 2^63",
+                      command.shape.to_string() + " --layers " + std::to_string(command.layers) +
+                          " --parameter-bytes " + format_fixed(parameter_bytes_, 1) +
+                          " --other-bytes " + std::to_string(command.other) +
+                          " --other-bytes-per-token " + format_fixed(command.other_per_token, 1));
   }
 
   Footprint ours(std::int64_t tokens) const {
-    return footprint(tokens, estimate_memory(shape(tokens), limit_));
+    return footprint(tokens, estimate_memory(shape(tokens), command_.workspace_limit));
   }
   Footprint scattermoe(std::int64_t tokens) const {
     return footprint(tokens, estimate_memory_scattermoe(shape(tokens)));
@@ -137,15 +91,11 @@ class Model {
   /// The most tokens whose total is within `bytes`; 0 when the parameters alone do not fit.
   std::int64_t tokens_that_fit(std::size_t bytes, bool scattermoe_formula) const {
     const auto fits = [&](std::int64_t tokens) {
-      LayerShape enlarged = shape_;
+      LayerShape enlarged = command_.shape;
       enlarged.num_tokens = tokens;
-      if (!enlarged.has_countable_bytes(activation_)) return false;
-      try {
-        const Footprint f = scattermoe_formula ? scattermoe(tokens) : ours(tokens);
-        return f.total(layers_) <= bytes;
-      } catch (const std::overflow_error&) {
-        return false;
-      }
+      if (!enlarged.has_countable_bytes(command_.activation)) return false;
+      const Footprint f = scattermoe_formula ? scattermoe(tokens) : ours(tokens);
+      return f.total(command_.layers) <= Wide(bytes);
     };
     std::int64_t low = 0, high = 1;  // low fits, or nothing does
     while (fits(high)) low = std::exchange(high, 2 * high);
@@ -156,100 +106,100 @@ class Model {
     return low;
   }
 
-  const LayerShape& layer_shape() const { return shape_; }
-  std::int64_t layers() const { return layers_; }
-  DType dtype() const { return dtype_; }
-  Activation activation() const { return activation_; }
-
  private:
+  MoEShape shape(std::int64_t tokens) const {
+    LayerShape resized = command_.shape;
+    resized.num_tokens = tokens;
+    return resized.moe_shape(command_.dtype, command_.activation);
+  }
   Footprint footprint(std::int64_t tokens, const MemoryEstimate& estimate) const {
     const MoEShape s = shape(tokens);
-    const auto x = static_cast<std::size_t>(tokens * s.hidden_size) * size_of(dtype_);
+    const std::size_t element = size_of(command_.dtype);
+    const auto x = static_cast<std::size_t>(tokens * s.hidden_size) * element;
     const double parameters =
-        static_cast<double>(sonicmoe::parameter_bytes(s)) / static_cast<double>(size_of(dtype_));
+        static_cast<double>(sonicmoe::parameter_bytes(s)) / static_cast<double>(element);
     return {estimate,
             x,
-            whole_bytes(parameters * parameter_bytes_),
+            static_cast<Wide>(parameters * parameter_bytes_),
             estimate.transient_forward + x,
             estimate.transient_backward + 2 * x,
-            sum({other_, whole_bytes(other_per_token_ * static_cast<double>(tokens))})};
+            Wide(command_.other) +
+                static_cast<Wide>(command_.other_per_token * static_cast<double>(tokens))};
   }
+  bool is_countable(const Footprint& f) const { return f.total(command_.layers) < Wide{1} << 63; }
 
-  LayerShape shape_;
-  std::int64_t layers_;
-  DType dtype_ = DType::kBFloat16;
-  Activation activation_ = Activation::kSwiGLU;
-  std::optional<std::size_t> limit_;
-  double parameter_bytes_ = 0.0;
-  std::size_t other_ = 0;
-  double other_per_token_ = 0.0;
+  const MemoryCommand& command_;
+  double parameter_bytes_;
 };
 
 nlohmann::ordered_json to_json(const Footprint& f, std::int64_t layers) {
   return {{"kept_h_bytes", f.layer.kept_h},
           {"kept_metadata_bytes", f.layer.kept_metadata},
           {"kept_bytes", f.layer.kept()},
-          {"kept_bytes_all_layers", f.kept(layers)},
+          {"kept_bytes_all_layers", static_cast<std::size_t>(f.kept(layers))},
           {"transient_forward_bytes", f.layer.transient_forward},
           {"transient_backward_bytes", f.layer.transient_backward},
           {"input_bytes", f.input},
-          {"parameter_bytes", f.parameters},
-          {"other_bytes", f.other},
-          {"total_bytes_all_layers", f.total(layers)}};
+          {"parameter_bytes", static_cast<std::size_t>(f.parameters)},
+          {"other_bytes", static_cast<std::size_t>(f.other)},
+          {"total_bytes_all_layers", static_cast<std::size_t>(f.total(layers))}};
 }
 
-void print_json(const Model& model, std::optional<std::size_t> gpu) {
-  const std::int64_t tokens = model.layer_shape().num_tokens;
+void print_json(const MemoryCommand& command, const Model& model) {
+  const std::int64_t tokens = command.shape.num_tokens;
   nlohmann::ordered_json root;
-  root["shape"] = model.layer_shape().to_string();
-  root["dtype"] = name_of(model.dtype());
-  root["activation"] = name_of(model.activation());
-  root["layers"] = model.layers();
-  root["sonicmoe"] = to_json(model.ours(tokens), model.layers());
-  root["scattermoe"] = to_json(model.scattermoe(tokens), model.layers());
-  if (gpu) {
-    root["gpu_bytes"] = *gpu;
-    root["sonicmoe"]["tokens_that_fit"] = model.tokens_that_fit(*gpu, false);
-    root["scattermoe"]["tokens_that_fit"] = model.tokens_that_fit(*gpu, true);
+  root["shape"] = command.shape.to_string();
+  root["dtype"] = name_of(command.dtype);
+  root["activation"] = name_of(command.activation);
+  root["layers"] = command.layers;
+  root["sonicmoe"] = to_json(model.ours(tokens), command.layers);
+  root["scattermoe"] = to_json(model.scattermoe(tokens), command.layers);
+  if (command.gpu) {
+    root["gpu_bytes"] = *command.gpu;
+    root["sonicmoe"]["tokens_that_fit"] = model.tokens_that_fit(*command.gpu, false);
+    root["scattermoe"]["tokens_that_fit"] = model.tokens_that_fit(*command.gpu, true);
   }
   std::printf("%s\n", root.dump(2).c_str());
 }
 
-void print_text(const Model& model, std::optional<std::size_t> gpu) {
-  const LayerShape& shape = model.layer_shape();
-  const auto layers = static_cast<std::size_t>(model.layers());
+std::string ratio(double ours, double theirs) {
+  return ours == 0.0 || theirs == 0.0 ? "-" : format_fixed(theirs / ours, 2);
+}
+
+void print_text(const MemoryCommand& command, const Model& model) {
+  const LayerShape& shape = command.shape;
   const Footprint ours = model.ours(shape.num_tokens);
   const Footprint scatter = model.scattermoe(shape.num_tokens);
-  std::printf("T=%lld d=%lld n=%lld E=%lld K=%lld %s %s, %zu layer%s\n\n",
+  std::printf("T=%lld d=%lld n=%lld E=%lld K=%lld %s %s, %lld layer%s\n\n",
               static_cast<long long>(shape.num_tokens), static_cast<long long>(shape.hidden_size),
               static_cast<long long>(shape.intermediate_size),
               static_cast<long long>(shape.num_experts), static_cast<long long>(shape.top_k),
-              std::string(name_of(model.dtype())).c_str(),
-              std::string(name_of(model.activation())).c_str(), layers, layers == 1 ? "" : "s");
+              std::string(name_of(command.dtype)).c_str(),
+              std::string(name_of(command.activation)).c_str(),
+              static_cast<long long>(command.layers), command.layers == 1 ? "" : "s");
 
   Table table({"", "sonicmoe", "ScatterMoE", "ratio"});
-  const auto add = [&](const char* name, std::size_t a, std::size_t b) {
-    const double ratio = a == 0 ? 0.0 : static_cast<double>(b) / static_cast<double>(a);
-    table.add_row({name, format_bytes(static_cast<double>(a)), format_bytes(static_cast<double>(b)),
-                   a == 0 ? "-" : format_fixed(ratio, 2)});
+  const auto add = [&](const char* name, auto bytes_of) {
+    const auto a = static_cast<double>(bytes_of(ours)), b = static_cast<double>(bytes_of(scatter));
+    table.add_row({name, format_bytes(a), format_bytes(b), ratio(a, b)});
   };
-  add("kept, one layer", ours.layer.kept(), scatter.layer.kept());
-  add("  activations", ours.layer.kept_h, scatter.layer.kept_h);
-  add("  routing", ours.layer.kept_metadata, scatter.layer.kept_metadata);
-  add("kept, all layers", ours.kept(model.layers()), scatter.kept(model.layers()));
-  add("transient, forward", ours.layer.transient_forward, scatter.layer.transient_forward);
-  add("transient, backward", ours.layer.transient_backward, scatter.layer.transient_backward);
-  add("input X, one layer", ours.input, scatter.input);
-  add("weights and gradients, one layer", ours.parameters, scatter.parameters);
-  if (ours.other > 0) add("the rest of the model", ours.other, scatter.other);
-  add("total, all layers", ours.total(model.layers()), scatter.total(model.layers()));
-  if (gpu) {
-    const std::int64_t a = model.tokens_that_fit(*gpu, false);
-    const std::int64_t b = model.tokens_that_fit(*gpu, true);
-    table.add_row(
-        {"tokens that fit " + format_bytes(static_cast<double>(*gpu)), std::to_string(a),
-         std::to_string(b),
-         b == 0 ? "-" : format_fixed(static_cast<double>(a) / static_cast<double>(b), 2)});
+  using F = Footprint;
+  add("kept, one layer", [](const F& f) { return f.layer.kept(); });
+  add("  activations", [](const F& f) { return f.layer.kept_h; });
+  add("  routing", [](const F& f) { return f.layer.kept_metadata; });
+  add("kept, all layers", [&](const F& f) { return f.kept(command.layers); });
+  add("transient, forward", [](const F& f) { return f.layer.transient_forward; });
+  add("transient, backward", [](const F& f) { return f.layer.transient_backward; });
+  add("input X, one layer", [](const F& f) { return f.input; });
+  add("weights and gradients, one layer", [](const F& f) { return f.parameters; });
+  if (ours.other > 0) add("the rest of the model", [](const F& f) { return f.other; });
+  add("total, all layers", [&](const F& f) { return f.total(command.layers); });
+  if (command.gpu) {
+    const std::int64_t a = model.tokens_that_fit(*command.gpu, false);
+    const std::int64_t b = model.tokens_that_fit(*command.gpu, true);
+    table.add_row({"tokens that fit " + format_bytes(static_cast<double>(*command.gpu)),
+                   std::to_string(a), std::to_string(b),
+                   ratio(static_cast<double>(b), static_cast<double>(a))});
   }
   table.print();
   std::printf(
@@ -257,12 +207,6 @@ void print_text(const Model& model, std::optional<std::size_t> gpu) {
       "layer's output or gradients.\n%s\n",
       ours.other > 0 ? "The rest of the model is what --other-bytes says."
                      : "Attention, embeddings and the loss are not counted.");
-}
-
-int run(const MemoryCommand& command) {
-  const Model model(command);
-  command.json ? print_json(model, command.gpu) : print_text(model, command.gpu);
-  return kSuccess;
 }
 
 }  // namespace
@@ -290,7 +234,13 @@ void add_memory(CLI::App& app, Action& action) {
   add_option(*command, "--gpu", options->gpu, gpu_bytes(),
              "Print the tokens that fit: h100-80gb, h200, a100-40gb, a100-80gb or bytes");
   add_flag(*command, "--json", options->json, "Print JSON");
-  command->callback([&action, options] { action = [options] { return run(*options); }; });
+  command->callback([&action, options] {
+    action = [options] {
+      const Model model(*options);
+      options->json ? print_json(*options, model) : print_text(*options, model);
+      return kSuccess;
+    };
+  });
 }
 
 }  // namespace sonicmoe::cli

@@ -14,7 +14,7 @@
 #include <system_error>
 
 #include "cli/options.hpp"
-#include "cli/resources.hpp"
+#include "rig/host_memory.hpp"
 
 namespace sonicmoe::cli {
 namespace {
@@ -122,7 +122,7 @@ std::size_t element_count(const NpyHeader& header, const File& file) {
          std::to_string(count) + " elements of shape (" + std::to_string(header.rows) + ", " +
          std::to_string(header.columns) + "), got " + std::to_string(file.left()) + " in all");
   }
-  const std::uint64_t memory = usable_host_memory();
+  const std::uint64_t memory = rig::usable_host_memory();
   if (memory > 0 && count > memory / (2 * sizeof(float))) {  // here and as a tensor
     fail("expected an array that fits the memory, got " +
          format_bytes(static_cast<double>(file.left())));

@@ -4,15 +4,21 @@
 #include <cstdlib>
 #include <utility>
 
-#include "cli/environment.hpp"
 #include "cli/resources.hpp"
+#include "rig/host_memory.hpp"
+#include "rig/target.hpp"
 #include "sonicmoe/backend.hpp"
-#include "sonicmoe/router.hpp"
 
 namespace sonicmoe::cli {
 namespace {
 
 constexpr int kMostThreads = 4096;
+
+// A variable that the library reads; empty is the same as unset, as everywhere in the shell.
+std::string environment_variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
 
 Device parse_device(const std::string& text) {
   if (text == "cpu") return {DeviceType::kCpu, 0};
@@ -25,16 +31,12 @@ Device parse_device(const std::string& text) {
   throw usage_error("--device", "cpu, cuda or cuda:INDEX", text);
 }
 
-std::string name_of(const Device& device) {
-  return device.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(device.index);
-}
-
 // A device that the machine does not have would fail later, in the middle of the output.
 void require_device(const Device& device, const std::string& text) {
   std::string known;
   for (const DeviceInfo& info : devices()) {
     if (info.device.type == device.type && info.device.index == device.index) return;
-    known += (known.empty() ? "" : ", ") + name_of(info.device);
+    known += (known.empty() ? "" : ", ") + to_string(info.device);
   }
   for (const BackendInfo& info : backends()) {
     if (info.name == "cuda" && !info.available) known += "; cuda is off: " + info.reason;
@@ -54,16 +56,6 @@ void require_backend(const std::string& option, const std::string& name) {
     known += (known.empty() ? "" : ", ") + info.name;
   }
   throw usage_error(option, "one of " + known, name);
-}
-
-// A backend that does not serve the device would fail in every operation.
-void require_backend_of_device(const std::string& option, const Context& context) {
-  try {
-    round_tokens_workspace_bytes(context, 1, 1, 1);  // any operation: it chooses a backend
-  } catch (const Error&) {
-    throw usage_error(option, "a backend for " + name_of(context.device),
-                      std::string(context.backend));
-  }
 }
 
 }  // namespace
@@ -95,12 +87,23 @@ void RunOptions::add_to(CLI::App& command) {
              "CPU threads of one call; 0 takes OpenMP's default");
 }
 
+std::string RunOptions::words() const {
+  std::string words;
+  if (!backend.empty()) words += " --backend " + backend;
+  if (device != "cpu") words += " --device " + device;
+  if (threads != 0) words += " --threads " + std::to_string(threads);
+  return words;
+}
+
 Context RunOptions::context() {
-  check_environment();
+  if (const std::string log = environment_variable("SONICMOE_LOG"); !log.empty()) {
+    parse_value("SONICMOE_LOG", one_of({"dispatch"}), log);
+  }
   std::string option = "--backend";
-  if (const auto forced = environment_variable("SONICMOE_BACKEND"); forced && backend.empty()) {
+  if (const std::string forced = environment_variable("SONICMOE_BACKEND");
+      !forced.empty() && backend.empty()) {
     option = "SONICMOE_BACKEND";
-    backend = *forced;
+    backend = forced;
   }
   Context context;
   context.device = parse_device(device);
@@ -108,13 +111,18 @@ Context RunOptions::context() {
   if (!backend.empty()) require_backend(option, backend);
   context.num_threads = threads;
   context.backend = backend;
-  if (!backend.empty()) require_backend_of_device(option, context);
+  if (!backend.empty() && !rig::serves(context)) {  // it would fail in every operation
+    throw usage_error(option, "a backend for " + to_string(context.device), backend);
+  }
   const int wanted = threads > 0 ? threads : default_threads();
   if (wanted > kMostThreads) {
     throw usage_error("OMP_NUM_THREADS", "at most " + std::to_string(kMostThreads) + " threads",
                       std::to_string(wanted));
   }
   require_threads(wanted);
+  if (const std::size_t memory = rig::usable_host_memory(); memory > 0) {
+    rig::limit_host_memory(memory / 10 * 9);
+  }
   return context;
 }
 

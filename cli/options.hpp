@@ -81,6 +81,8 @@ struct RunOptions {
   int threads = 0;
 
   void add_to(CLI::App& command);
+  /// " --backend cpu --threads 2": what repeats them, defaults left out.
+  std::string words() const;
   /// Reads the environment where no option overrules it, and checks all against this machine. To be
   /// called once, before anything runs; the context points into *this.
   /// Errors: a malformed device; a device or backend that this machine does not have, with the

@@ -16,6 +16,14 @@
 
 namespace sonicmoe::cli {
 
+bool is_terminal([[maybe_unused]] std::FILE* stream) {
+#if defined(__unix__)
+  return isatty(fileno(stream)) != 0;
+#else
+  return false;
+#endif
+}
+
 void prepare_streams() {
 #if defined(__unix__)
   for (int stream = STDIN_FILENO; stream <= STDERR_FILENO; ++stream) {
@@ -25,7 +33,7 @@ void prepare_streams() {
   }
   // Of an output that fits the buffer the last write tells why it fails.
   static std::array<char, 1 << 18> buffer;
-  if (isatty(STDOUT_FILENO) == 0) std::setvbuf(stdout, buffer.data(), _IOFBF, buffer.size());
+  if (!is_terminal(stdout)) std::setvbuf(stdout, buffer.data(), _IOFBF, buffer.size());
   std::signal(SIGPIPE, SIG_IGN);
   std::signal(SIGXFSZ, SIG_IGN);
 #endif

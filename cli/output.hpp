@@ -1,6 +1,7 @@
 // The standard streams: what is lost is noticed, and every error is one line.
 #pragma once
 
+#include <cstdio>
 #include <string>
 
 namespace sonicmoe::cli {
@@ -9,6 +10,8 @@ namespace sonicmoe::cli {
 /// errors of the write and end no process; a stream that was closed is an error of the first write
 /// and is no file that happens to be opened next.
 void prepare_streams();
+
+bool is_terminal(std::FILE* stream);
 
 /// "sonicmoe: message" in one line on stderr, whatever the message was made of.
 void report(const std::string& message);

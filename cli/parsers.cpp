@@ -100,14 +100,7 @@ std::vector<std::string> split_list(std::string_view list) {
 
 Parser<double> number(double low, double high) {
   return {"X", "a number from " + in_digits(low) + " to " + in_digits(high),
-          [low, high](std::string_view text) -> std::optional<double> {
-            double value = 0.0;
-            const auto [end, error] =
-                std::from_chars(text.data(), text.data() + text.size(), value);
-            const bool whole = error == std::errc() && end == text.data() + text.size();
-            if (!whole || !(value >= low && value <= high)) return {};  // NaN is in no range
-            return value;
-          }};
+          [low, high](std::string_view text) { return in_range(text, low, high); }};
 }
 
 Parser<std::size_t> bytes() {

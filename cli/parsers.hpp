@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "cli/layer_shape.hpp"
+#include "cli/problems.hpp"
 #include "sonicmoe/dtype.hpp"
 #include "sonicmoe/error.hpp"
 
@@ -43,18 +43,21 @@ T parse_value(const std::string& option, const Parser<T>& parser, const std::str
   return *std::move(value);
 }
 
+/// All of `text` as a T in [low, high], or nothing.
+template <class T>
+std::optional<T> in_range(std::string_view text, T low, T high) {
+  T value{};
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  const bool whole = error == std::errc() && end == text.data() + text.size();
+  if (!whole || !(value >= low && value <= high)) return {};  // NaN is in no range
+  return value;
+}
+
 /// Decimal digits, with a sign where T has one, in [low, high].
 template <class T>
 Parser<T> integer(T low, T high = std::numeric_limits<T>::max()) {
   return {"N", "an integer from " + std::to_string(low) + " to " + std::to_string(high),
-          [low, high](std::string_view text) -> std::optional<T> {
-            T value{};
-            const auto [end, error] =
-                std::from_chars(text.data(), text.data() + text.size(), value);
-            const bool whole = error == std::errc() && end == text.data() + text.size();
-            if (!whole || value < low || value > high) return {};
-            return value;
-          }};
+          [low, high](std::string_view text) { return in_range(text, low, high); }};
 }
 
 /// A finite number in [low, high].

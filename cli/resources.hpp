@@ -1,13 +1,7 @@
 // What this process may use of the machine.
 #pragma once
 
-#include <cstddef>
-
 namespace sonicmoe::cli {
-
-/// Bytes of memory: what the machine has left, or less where a limit (ulimit, a container) says so.
-/// 0 where nothing is known.
-std::size_t usable_host_memory();
 
 /// To be called before operations run, after their large tensors are made: oneDNN generates code
 /// when it is first used, and OpenMP starts threads, and neither survives without memory. Errors:

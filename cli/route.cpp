@@ -6,6 +6,7 @@
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,9 +14,9 @@
 #include "cli/command.hpp"
 #include "cli/npy.hpp"
 #include "cli/options.hpp"
-#include "cli/random.hpp"
 #include "cli/table.hpp"
-#include "cli/tensor.hpp"
+#include "rig/host_memory.hpp"
+#include "rig/tensor.hpp"
 #include "sonicmoe/router.hpp"
 
 namespace sonicmoe::cli {
@@ -52,9 +53,7 @@ struct Outcome {
 };
 
 std::int64_t sum(const std::vector<std::int32_t>& counts) {
-  std::int64_t total = 0;
-  for (const std::int32_t count : counts) total += count;
-  return total;
+  return std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
 }
 
 // Rows that a kernel with tiles of `tile` rows computes in vain.
@@ -79,20 +78,20 @@ void check_sizes(const RouteCommand& command, std::int64_t T, std::int64_t E) {
 // What is rounded.
 struct RouteProblem {
   std::int64_t T, E, K;
-  Tensor logits;       // [T, E] on the host
-  std::string origin;  // of the logits, in words
+  std::vector<float> logits;  // [T, E]
+  std::string origin;         // of the logits, in words
 };
 
 // More than the process may use would end it, or the machine's other work, while the data are made.
 void require_memory(const RouteCommand& command, const Context& context, std::int64_t T,
                     std::int64_t E, std::int64_t K) {
-  const std::size_t memory = memory_bytes_of(context.device);
+  const std::size_t memory = rig::usable_memory(context.device);
   const double limit = memory > 0 ? 0.9 * static_cast<double>(memory) : 0x1p60;
   double needed = 4.0 * static_cast<double>(T) * static_cast<double>(E);
   if (needed <= limit) {  // else the other sizes need not be countable
     const std::int64_t longest_tile = *std::max_element(command.tiles.begin(), command.tiles.end());
     needed += static_cast<double>(round_tokens_workspace_bytes(context, T, E, K)) +
-              12.0 * (static_cast<double>(T) * static_cast<double>(2 * K) +
+              24.0 * (static_cast<double>(T) * static_cast<double>(2 * K) +
                       static_cast<double>(E) * static_cast<double>(longest_tile));
   }
   if (needed <= limit) return;
@@ -111,12 +110,12 @@ RouteProblem random_problem(const RouteCommand& command, const Context& context)
   const double skew = command.skew.value_or(kSkew);
   check_sizes(command, T, E);
   require_memory(command, context, T, E, command.top_k);
-  RouteProblem problem{T, E, command.top_k, Tensor(DType::kFloat32, {T, E}),
+  RouteProblem problem{T, E, command.top_k, std::vector<float>(static_cast<std::size_t>(T * E)),
                        "seed " + std::to_string(command.seed) + ", skew " + format_fixed(skew, 2)};
-  Random random(command.seed);
-  for (std::size_t i = 0; i < problem.logits.count(); ++i) {
+  rig::Random random(command.seed);
+  for (std::size_t i = 0; i < problem.logits.size(); ++i) {
     const auto e = static_cast<double>(i % static_cast<std::size_t>(E));
-    problem.logits.set(i, static_cast<float>(random.normal() - skew * std::log1p(e)));
+    problem.logits[i] = static_cast<float>(random.normal() - skew * std::log1p(e));
   }
   return problem;
 }
@@ -126,7 +125,7 @@ RouteProblem problem_of_file(const RouteCommand& command, const Context& context
   if (command.skew) {
     throw usage_error("--skew", "none beside --logits", format_fixed(*command.skew, 2));
   }
-  const Matrix matrix = read_npy("--logits", command.logits_file);
+  Matrix matrix = read_npy("--logits", command.logits_file);
   const auto require_same = [&](const char* option, std::optional<std::int64_t> given,
                                 std::int64_t held) {
     if (!given || *given == held) return;
@@ -137,38 +136,30 @@ RouteProblem problem_of_file(const RouteCommand& command, const Context& context
   require_same("--experts", command.experts, matrix.columns);
   check_sizes(command, matrix.rows, matrix.columns);
   require_memory(command, context, matrix.rows, matrix.columns, command.top_k);
-  RouteProblem problem{matrix.rows, matrix.columns, command.top_k,
-                       Tensor(DType::kFloat32, {matrix.rows, matrix.columns}), command.logits_file};
-  std::copy(matrix.values.begin(), matrix.values.end(), problem.logits.as<float>());
-  return problem;
+  return {matrix.rows, matrix.columns, command.top_k, std::move(matrix.values),
+          command.logits_file};
 }
 
-// Which pairs rounding dropped and added, which tokens it left without any. Tensors on the host.
-void compare_pairs(Outcome& outcome, const RouteProblem& problem, const Tensor& topk_ids,
-                   const Tensor& token_ids, const Tensor& expert_ids) {
+// Which pairs rounding dropped and added, which tokens it left without any.
+void compare_pairs(Outcome& outcome, const RouteProblem& problem,
+                   const std::vector<std::int32_t>& topk_ids,
+                   const std::vector<std::int32_t>& token_ids,
+                   const std::vector<std::int32_t>& expert_ids) {
   std::vector<bool> has_row(static_cast<std::size_t>(problem.T), false);
   std::int64_t kept = 0;
-  for (std::size_t p = 0; p < token_ids.count(); ++p) {
-    const std::int32_t token = token_ids.as<std::int32_t>()[p];
-    if (token < 0) continue;
-    has_row[static_cast<std::size_t>(token)] = true;
-    const std::int32_t* chosen = topk_ids.as<std::int32_t>() + token * problem.K;
-    const std::int32_t* end = chosen + problem.K;
-    const bool was_chosen = std::find(chosen, end, expert_ids.as<std::int32_t>()[p]) != end;
+  for (std::size_t p = 0; p < token_ids.size() && token_ids[p] >= 0; ++p) {
+    has_row[static_cast<std::size_t>(token_ids[p])] = true;
+    const auto chosen = topk_ids.begin() + token_ids[p] * problem.K, end = chosen + problem.K;
+    const bool was_chosen = std::find(chosen, end, expert_ids[p]) != end;
     ++(was_chosen ? kept : outcome.added);
   }
   outcome.dropped = problem.T * problem.K - kept;
   outcome.empty_tokens = std::count(has_row.begin(), has_row.end(), false);
 }
 
-std::vector<std::int32_t> to_vector(const Tensor& tensor) {
-  const Tensor host = tensor.to_host();
-  return {host.as<std::int32_t>(), host.as<std::int32_t>() + host.count()};
-}
-
 // `logits` on the context's device.
 Outcome round(const Context& context, const RouteCommand& command, const RouteProblem& problem,
-              const Tensor& logits, RoundingPolicy policy, std::int64_t tile) {
+              const ConstTensorView& logits, RoundingPolicy policy, std::int64_t tile) {
   const std::int64_t T = problem.T, E = problem.E, K = problem.K;
   RoundTokensForwardArgs args;
   args.options.top_k = K;
@@ -177,15 +168,14 @@ Outcome round(const Context& context, const RouteCommand& command, const RoutePr
   args.rounding.policy = policy;
   args.rounding.seed = command.seed;
   const std::int64_t capacity = rounded_capacity(T, E, K, args.rounding);
-  const Device device = context.device;
-  const Tensor token_ids(DType::kInt32, {capacity}, device);
-  const Tensor expert_ids(DType::kInt32, {capacity}, device);
-  const Tensor weights(DType::kFloat32, {capacity}, device);
-  const Tensor topk_ids(DType::kInt32, {T, K}, device);
-  const Tensor before(DType::kInt32, {E}, device), after(DType::kInt32, {E}, device);
-  const auto bytes = round_tokens_workspace_bytes(context, T, E, K);
-  const Tensor workspace(DType::kUInt8, {static_cast<std::int64_t>(bytes)}, device);
-  args.logits = logits.view();
+  const rig::Target target = rig::target_of(context);
+  const rig::Tensor token_ids(target, DType::kInt32, {capacity});
+  const rig::Tensor expert_ids(target, DType::kInt32, {capacity});
+  const rig::Tensor weights(target, DType::kFloat32, {capacity});
+  const rig::Tensor topk_ids(target, DType::kInt32, {T, K});
+  const rig::Tensor before(target, DType::kInt32, {E}), after(target, DType::kInt32, {E});
+  const rig::GuardedBuffer workspace(target, round_tokens_workspace_bytes(context, T, E, K));
+  args.logits = logits;
   args.token_ids = token_ids.view();
   args.expert_ids = expert_ids.view();
   args.pair_weights = weights.view();
@@ -195,8 +185,10 @@ Outcome round(const Context& context, const RouteCommand& command, const RoutePr
   args.workspace = workspace.view();
   round_tokens_forward(context, args);
 
-  Outcome outcome{policy, tile, to_vector(before), to_vector(after), 0, 0, 0};
-  compare_pairs(outcome, problem, topk_ids.to_host(), token_ids.to_host(), expert_ids.to_host());
+  Outcome outcome{policy, tile, before.elements<std::int32_t>(), after.elements<std::int32_t>(), 0,
+                  0,      0};
+  compare_pairs(outcome, problem, topk_ids.elements<std::int32_t>(),
+                token_ids.elements<std::int32_t>(), expert_ids.elements<std::int32_t>());
   return outcome;
 }
 
@@ -280,8 +272,7 @@ void print_histogram(const Outcome& o) {
     for (const std::int32_t count : counts) ++buckets[static_cast<std::size_t>(count / width)];
     return buckets;
   };
-  const auto before = fill(o.before);
-  const auto after = fill(o.after);
+  const auto before = fill(o.before), after = fill(o.after);
   const std::size_t highest = std::max(*std::max_element(before.begin(), before.end()),
                                        *std::max_element(after.begin(), after.end()));
   std::printf("\nExperts by rows, policy %s, tile %lld ('.' before, '#' after)\n",
@@ -303,7 +294,13 @@ int run(RouteCommand command) {
   if (command.policies.empty()) command.policies.assign(kPolicies.begin(), kPolicies.end());
   const RouteProblem problem = command.logits_file.empty() ? random_problem(command, context)
                                                            : problem_of_file(command, context);
-  const Tensor logits = problem.logits.to(context.device);
+  ConstTensorView logits(problem.logits.data(), DType::kFloat32, {problem.T, problem.E});
+  rig::Tensor placed;
+  if (context.device.type != DeviceType::kCpu) {
+    placed = rig::Tensor(rig::target_of(context), DType::kFloat32, {problem.T, problem.E});
+    placed.fill_floats(problem.logits);
+    logits = placed.view();
+  }
 
   std::vector<Outcome> outcomes;
   for (const std::int64_t tile : command.tiles) {
@@ -311,10 +308,7 @@ int run(RouteCommand command) {
       outcomes.push_back(round(context, command, problem, logits, policy, tile));
     }
   }
-  if (command.json) {
-    print_json(command, problem, outcomes);
-    return kSuccess;
-  }
+  if (command.json) return print_json(command, problem, outcomes), kSuccess;
   std::printf("T=%lld E=%lld K=%lld %s, logits from %s\n\n", static_cast<long long>(problem.T),
               static_cast<long long>(problem.E), static_cast<long long>(problem.K),
               std::string(name_of(command.scoring)).c_str(), problem.origin.c_str());

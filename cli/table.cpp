@@ -2,22 +2,9 @@
 
 #include <algorithm>
 
-#if defined(__unix__)
-#include <unistd.h>
-#endif
+#include "cli/output.hpp"
 
 namespace sonicmoe::cli {
-namespace {
-
-bool is_terminal(std::FILE* file) {
-#if defined(__unix__)
-  return isatty(fileno(file)) != 0;
-#else
-  return false;
-#endif
-}
-
-}  // namespace
 
 void Table::print(std::FILE* file) const {
   std::vector<std::size_t> widths;

@@ -15,9 +15,9 @@ struct Item {
   const char* name;
   DType dtype;
   bool wanted;
-  const std::vector<double>& actual;
-  const std::vector<double>& reference;
-  const std::vector<double>& naive;
+  const Values& actual;
+  const Values& reference;
+  const Values& naive;
   double magnitude;
 };
 
@@ -28,7 +28,7 @@ struct Expectation {
   Magnitudes magnitudes;
 };
 
-std::vector<double> plus(std::vector<double> values, double offset) {
+Values plus(Values values, double offset) {
   for (double& value : values) value += offset;
   return values;
 }
@@ -64,7 +64,7 @@ std::vector<Item> items(const MoECase& c, const RunOptions& options, const RunRe
   };
 }
 
-bool all_zero(const std::vector<double>& values) { return max_abs(values) == 0.0; }
+bool all_zero(const Values& values) { return max_abs(values) == 0.0; }
 
 void check_item(const Item& item, const MoECase& c, Strictness strictness,
                 std::vector<std::string>& problems) {
@@ -73,30 +73,18 @@ void check_item(const Item& item, const MoECase& c, Strictness strictness,
       strictness == Strictness::kRealistic
           ? relative_floor(item.dtype) * max_abs(item.reference)
           : relative_floor(c.dtype) * std::max(item.magnitude, max_abs(item.reference));
-  const Comparison result = compare(item.actual, item.reference, item.naive, floor);
-  std::ostringstream out;
-  if (!result.passed()) {
-    out << item.name << ": error " << result.error << " > tolerance " << result.tolerance
-        << " (max|reference| " << result.scale << ", naive error "
-        << max_error(item.naive, item.reference) << ")";
-  } else if (result.vacuous() && strictness == Strictness::kRealistic) {
-    out << item.name << ": the comparison would accept zeros: tolerance " << result.tolerance
-        << " beside max|reference| " << result.scale;
-  } else if (result.scale > 0 && all_zero(item.actual) && !all_zero(item.naive)) {
-    out << item.name << ": suspicious: all zeros where max|reference| is " << result.scale;
-  }
-  if (!out.str().empty()) problems.push_back(out.str());
+  check_tensor(item.name, item.actual, item.reference, item.naive, floor, strictness, problems);
 }
 
 }  // namespace
 
-double max_abs(const std::vector<double>& values) {
+double max_abs(const Values& values) {
   double result = 0.0;
   for (const double value : values) result = std::max(result, std::abs(value));
   return result;
 }
 
-double max_error(const std::vector<double>& actual, const std::vector<double>& reference) {
+double max_error(const Values& actual, const Values& reference) {
   if (actual.size() != reference.size()) return std::numeric_limits<double>::infinity();
   double result = 0.0;
   for (std::size_t i = 0; i < actual.size(); ++i) {
@@ -111,10 +99,28 @@ double max_error(const std::vector<double>& actual, const std::vector<double>& r
 
 double relative_floor(DType dtype) { return dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-22; }
 
-Comparison compare(const std::vector<double>& actual, const std::vector<double>& reference,
-                   const std::vector<double>& naive, double floor) {
+Comparison compare(const Values& actual, const Values& reference, const Values& naive,
+                   double floor) {
   return {max_error(actual, reference), 2.0 * max_error(naive, reference) + floor,
           max_abs(reference)};
+}
+
+void check_tensor(const char* name, const Values& actual, const Values& reference,
+                  const Values& naive, double floor, Strictness strictness,
+                  std::vector<std::string>& problems) {
+  const Comparison result = compare(actual, reference, naive, floor);
+  std::ostringstream out;
+  if (!result.passed()) {
+    out << name << ": error " << result.error << " > tolerance " << result.tolerance
+        << " (max|reference| " << result.scale << ", naive error " << max_error(naive, reference)
+        << ")";
+  } else if (result.vacuous() && strictness == Strictness::kRealistic) {
+    out << name << ": the comparison would accept zeros: tolerance " << result.tolerance
+        << " beside max|reference| " << result.scale;
+  } else if (result.scale > 0 && all_zero(actual) && !all_zero(naive)) {
+    out << name << ": suspicious: all zeros where max|reference| is " << result.scale;
+  }
+  if (!out.str().empty()) problems.push_back(out.str());
 }
 
 std::vector<std::string> check_run(const MoECase& test_case, const RunOptions& options,
@@ -124,7 +130,7 @@ std::vector<std::string> check_run(const MoECase& test_case, const RunOptions& o
   Expectation expected;
   expected.forward = oracle::forward(problem);
   expected.naive_forward = naive_forward(problem);
-  const std::vector<double>& h = options.inference ? expected.forward.h : result.h;
+  const Values& h = options.inference ? expected.forward.h : result.h;
   if (h.size() != expected.forward.h.size()) return {"h: wrong number of rows"};
   const std::vector<oracle::Row>& rows = expected.forward.rows;
   if (!options.inference) {
@@ -163,7 +169,7 @@ std::vector<std::string> check_run_exactly(const MoECase& test_case, const RunOp
   for (std::size_t i = 0; i < exact_items.size(); ++i) {
     const Item& item = exact_items[i];
     if (!item.wanted) continue;
-    std::vector<double> rounded = item.reference;
+    Values rounded = item.reference;
     for (double& value : rounded) value = oracle::rounded_to(item.dtype, value);
     if (max_error(stored_items[i].reference, item.reference) != 0.0 ||
         max_error(rounded, item.reference) != 0.0) {

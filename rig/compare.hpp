@@ -10,9 +10,9 @@
 
 namespace sonicmoe::rig {
 
-double max_abs(const std::vector<double>& values);
+double max_abs(const Values& values);
 /// Largest |actual - reference|; infinity for a NaN or a wrong number of elements.
-double max_error(const std::vector<double>& actual, const std::vector<double>& reference);
+double max_error(const Values& actual, const Values& reference);
 
 /// The smallest tolerance that makes sense for a dtype, relative to max|reference|. bfloat16: 2^-8,
 /// half an ulp of the largest element, the one final rounding that two correct programs may do
@@ -30,14 +30,20 @@ struct Comparison {
 };
 
 /// error <= 2 * naive error + floor.
-Comparison compare(const std::vector<double>& actual, const std::vector<double>& reference,
-                   const std::vector<double>& naive, double floor);
+Comparison compare(const Values& actual, const Values& reference, const Values& naive,
+                   double floor);
 
 enum class Strictness {
   kRealistic,  ///< floor relative to max|reference|; a vacuous comparison fails
   kTiny,       ///< floor relative to the sums of |terms| (Magnitudes), for shapes with a few
                ///< elements; a vacuous comparison counts as no comparison
 };
+
+/// Adds what is wrong with a tensor, one line, to `problems`: an error beyond 2 x naive + floor; a
+/// tolerance that zeros would pass; zeros where neither the reference nor the naive result is zero.
+void check_tensor(const char* name, const Values& actual, const Values& reference,
+                  const Values& naive, double floor, Strictness strictness,
+                  std::vector<std::string>& problems);
 
 /// What is wrong with a run of `test_case`, compared with the oracle: one line per tensor, and the
 /// run's violations. Empty when all is well. Gradients are compared with the oracle's backward from

@@ -123,7 +123,7 @@ std::string MoECase::describe() const {
       << " x=" << name_of(x_strides) << " w1=" << name_of(w1_strides)
       << " w2=" << name_of(w2_strides) << " load=" << static_cast<int>(load)
       << " drop=" << drop_probability << (deterministic ? "" : " any order")
-      << (values == Values::kIntegers ? " integers" : "") << " seed=" << seed
+      << (values == Numbers::kIntegers ? " integers" : "") << " seed=" << seed
       << (fill ? " filled by the test" : "");
   return out.str();
 }
@@ -195,10 +195,26 @@ void MoEInputs::fill_routing(const Target& target) {
 void MoEInputs::fill_values() {
   const MoECase& c = description;
   Random random(c.seed * 2);
+  if (routing_weights.defined()) {
+    Random of_weights(c.seed * 2 + 2);
+    Values weights(static_cast<std::size_t>(routing_weights.numel()));
+    for (double& weight : weights) {
+      weight = c.values == Numbers::kIntegers ? static_cast<double>(of_weights.integer(-1, 2))
+                                              : 0.1 + 0.9 * of_weights.uniform();
+    }
+    routing_weights.fill(weights);
+  }
   const auto d = static_cast<double>(std::max<std::int64_t>(c.hidden_size, 1));
   const auto n = static_cast<double>(std::max<std::int64_t>(c.intermediate_size, 1));
-  const bool integers = c.values == Values::kIntegers;
-
+  if (c.values == Numbers::kLarge) {
+    x.fill_random(random, 1.0);
+    grad_out.fill_random(random, 1.0);
+    w1.fill_random(random, 1.0 / std::sqrt(d));
+    w2.fill_random(random, 1.0 / std::sqrt(n));
+    if (c.biases) b1.fill_random(random, 0.5), b2.fill_random(random, 0.5);
+    return;
+  }
+  const bool integers = c.values == Numbers::kIntegers;
   std::vector<double> rows =
       integers ? integer_values(random, x.numel(), 0.5) : normal_values(random, x.numel(), 1.0);
   poison_unused(rows, c.hidden_size, used_tokens_);
@@ -216,12 +232,6 @@ void MoEInputs::fill_values() {
     b2.fill(integers ? integer_values(random, b2.numel(), 0.5, 3)
                      : normal_values(random, b2.numel(), 0.5));
   }
-  if (!routing_weights.defined()) return;
-  std::vector<double> weights(static_cast<std::size_t>(routing_weights.numel()));
-  for (double& weight : weights) {
-    weight = integers ? static_cast<double>(random.integer(-1, 2)) : 0.1 + 0.9 * random.uniform();
-  }
-  routing_weights.fill(weights);
 }
 
 ExpertWeights MoEInputs::weights() const { return {w1.view(), b1.view(), w2.view(), b2.view()}; }

@@ -12,9 +12,11 @@
 
 namespace sonicmoe::rig {
 
-enum class Values : std::uint8_t {
+enum class Numbers : std::uint8_t {
   kRealistic,  ///< normal activations, weights scaled by their fan-in, weights of pairs in (0, 1)
   kIntegers,   ///< so small that every stored intermediate is exact in bfloat16
+  kLarge,      ///< as realistic, but quick to make (Tensor::fill_random): for contiguous tensors of
+               ///< gigabytes whose rows are all used
 };
 
 enum class Load : std::uint8_t {
@@ -48,7 +50,7 @@ struct MoECase {
   Strides w2_strides = Strides::kContiguous;  ///< of w2 and grad_w2
   Load load = Load::kUniform;
   double drop_probability = 0.0;  ///< of a slot or pair, forms A and C
-  Values values = Values::kRealistic;
+  Numbers values = Numbers::kRealistic;
   std::uint64_t seed = 1;
   /// Unless empty, called last on all inputs of the case, on the target and on the host alike, to
   /// overwrite them with a test's own; `description` there is the fitted case.

@@ -35,11 +35,34 @@ struct RunOptions {
 struct RunResult {
   WorkspacePlan forward_plan, backward_plan;
   // Row-major elements of what was asked for; h holds the R rows that exist.
-  std::vector<double> out, h;
+  Values out, h;
   std::vector<std::byte> metadata;
-  std::vector<double> grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_routing_weights;
+  Values grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_routing_weights;
   /// Guards, gaps, inputs or rows of h past R that were written: "NAME: what happened".
   std::vector<std::string> violations;
+};
+
+/// The outputs, gradients and scratch of a case, all poison, and its calls, which may be repeated.
+/// `inputs` lies on `target`; both outlive the run.
+class ExpertsRun {
+ public:
+  ExpertsRun(const Target& target, const MoEInputs& inputs, const RunOptions& options = {});
+
+  void forward();
+  void backward();
+  /// "NAME: what happened" for what a call wrote where it must not.
+  std::vector<std::string> violations() const;
+
+  Tensor out, h, grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_routing_weights;
+  GuardedBuffer metadata, forward_workspace, backward_workspace;
+  WorkspacePlan forward_plan, backward_plan;
+
+ private:
+  Tensor gradient(unsigned bit, const Tensor& like, Strides strides) const;
+
+  const Target& target_;
+  const MoEInputs& inputs_;
+  RunOptions options_;
 };
 
 /// moe_forward and, unless options.inference, moe_backward, of fitted(target, test_case).
@@ -49,6 +72,6 @@ RunResult run_moe(const Target& target, const MoECase& test_case, const RunOptio
 std::string bitwise_difference(const RunResult& a, const RunResult& b);
 
 /// Index of the first element that differs in a bit, as text; empty when none does.
-std::string bitwise_difference(const std::vector<double>& a, const std::vector<double>& b);
+std::string bitwise_difference(const Values& a, const Values& b);
 
 }  // namespace sonicmoe::rig

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <numbers>
 #include <vector>
 
@@ -11,6 +12,11 @@ namespace sonicmoe::rig {
 class Random {  // SplitMix64
  public:
   explicit Random(std::uint64_t seed) : state_(seed) {}
+  /// A generator of its own for every combination.
+  Random(std::initializer_list<std::uint64_t> seeds) : state_(0) {
+    for (const std::uint64_t seed : seeds) state_ = bits() ^ seed;
+    bits();
+  }
 
   std::uint64_t bits() {
     std::uint64_t z = state_ += 0x9E3779B97F4A7C15u;
@@ -29,6 +35,8 @@ class Random {  // SplitMix64
     const double radius = std::sqrt(-2.0 * std::log(1.0 - uniform()));
     return radius * std::cos(2.0 * std::numbers::pi * uniform());
   }
+  /// Uniform with mean 0 and variance 1: cheaper than normal().
+  float unit() { return static_cast<float>((uniform() - 0.5) * 2.0 * std::numbers::sqrt3); }
   template <class T>
   const T& pick(const std::vector<T>& choices) {
     return choices[static_cast<std::size_t>(

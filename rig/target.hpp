@@ -16,11 +16,15 @@ namespace sonicmoe::rig {
 class DeviceMemory {
  public:
   virtual ~DeviceMemory() = default;
-  /// At least `alignment`-aligned; freed by release().
-  virtual void* allocate(std::size_t bytes, std::size_t alignment) = 0;
-  virtual void release(void* data) = 0;
+  /// Aligned to 64 at least; freed by release(). Errors: std::bad_alloc.
+  virtual void* allocate(std::size_t bytes) = 0;
+  virtual void release(void* data, std::size_t bytes) = 0;
   virtual void upload(void* device, const void* host, std::size_t bytes) = 0;
   virtual void download(void* host, const void* device, std::size_t bytes) = 0;
+  /// Inside the device; the ranges do not overlap.
+  virtual void copy(void* to, const void* from, std::size_t bytes) = 0;
+  /// Returns when everything handed to the device has ended.
+  virtual void synchronize() {}
   /// Whether the device holds the same bytes as the host.
   virtual bool equal(const void* device, const void* host, std::size_t bytes);
   /// Makes [data, data + bytes) an error to touch, or legal again, where a sanitizer can do that.
@@ -30,16 +34,24 @@ class DeviceMemory {
   virtual void poison_shared();
 };
 
+/// The memory of a device of devices().
+DeviceMemory& memory_of(Device device);
+
+/// From now on host memory is refused (std::bad_alloc) where all of it together would pass `bytes`:
+/// a system grants more than there is, and ends the process that uses it.
+void limit_host_memory(std::size_t bytes);
+
 struct Target {
-  std::string backend;  ///< empty: no backend, host memory for the oracle
+  std::string backend;  ///< empty: the library's choice, or host memory for the oracle alone
   Device device;
   DeviceMemory* memory = nullptr;
+  int num_threads = 0;  ///< of a call that names none
 
   /// Refers to this target's `backend`: the target outlives the context.
-  Context context(int num_threads = 0) const {
+  Context context(int threads = 0) const {
     Context result;
     result.device = device;
-    result.num_threads = num_threads;
+    result.num_threads = threads > 0 ? threads : num_threads;
     result.backend = backend;
     return result;
   }
@@ -49,10 +61,16 @@ inline std::ostream& operator<<(std::ostream& out, const Target& target) {
   return out << target.backend;
 }
 
+/// Where a call with this context runs.
+Target target_of(const Context& context);
+
+/// Whether the context's backend is available and serves its device.
+bool serves(const Context& context);
+
 /// Host memory without a backend.
 const Target& host_target();
 
-/// Every available backend on every device it serves.
+/// Every available backend on the first device of each kind that it serves.
 const std::vector<Target>& targets();
 
 }  // namespace sonicmoe::rig

@@ -1,6 +1,7 @@
 #include "rig/tensor.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <utility>
 
@@ -9,7 +10,8 @@
 namespace sonicmoe::rig {
 namespace {
 
-constexpr std::size_t kAlignment = 64;
+constexpr std::size_t kPatternBytes = std::size_t{1} << 20;  // uploaded, then copied on the device
+constexpr std::size_t kRandomPeriod = 16777213;              // the largest prime below 2^24
 
 std::vector<std::int64_t> make_strides(const std::vector<std::int64_t>& shape, Strides style) {
   const bool padded = style == Strides::kPadded || style == Strides::kTransposedPadded;
@@ -31,6 +33,15 @@ std::size_t start_of(Strides style, DType dtype) {
   return padded ? size_of(dtype) : 0;
 }
 
+// `done` bytes hold the first periods of a pattern; continues it up to `total`.
+void repeat_pattern(DeviceMemory& memory, std::byte* data, std::size_t done, std::size_t total) {
+  while (done > 0 && done < total) {
+    const std::size_t bytes = std::min(done, total - done);
+    memory.copy(data + done, data, bytes);
+    done += bytes;
+  }
+}
+
 }  // namespace
 
 std::vector<std::byte> poison(std::size_t bytes) {
@@ -39,69 +50,85 @@ std::vector<std::byte> poison(std::size_t bytes) {
   return pattern;
 }
 
+bool is_poison(double value, DType dtype) {
+  if (dtype == DType::kBFloat16) return bfloat16(static_cast<float>(value)).bits == 0xFFF5;
+  return std::bit_cast<std::uint32_t>(static_cast<float>(value)) == 0xFFF5FFF5u;
+}
+
 GuardedBuffer::GuardedBuffer(const Target& target, std::size_t bytes)
-    : target_(&target), bytes_(bytes) {
+    : memory_(target.memory), device_(target.device), bytes_(bytes) {
   const std::size_t total = bytes + 2 * kGuardBytes;
-  base_ = static_cast<std::byte*>(target.memory->allocate(total, kAlignment));
-  target.memory->upload(base_, poison(total).data(), total);
+  base_ = static_cast<std::byte*>(memory_->allocate(total));
+  const std::vector<std::byte> pattern = poison(std::min(total, kPatternBytes));
+  memory_->upload(base_, pattern.data(), pattern.size());
+  repeat_pattern(*memory_, base_, pattern.size(), total);
   forbid_guards();
 }
 
 GuardedBuffer::~GuardedBuffer() {
   if (base_ == nullptr) return;
   permit_guards();
-  target_->memory->release(base_);
+  memory_->release(base_, bytes_ + 2 * kGuardBytes);
 }
 
 GuardedBuffer::GuardedBuffer(GuardedBuffer&& other) noexcept { *this = std::move(other); }
 
 GuardedBuffer& GuardedBuffer::operator=(GuardedBuffer&& other) noexcept {
-  std::swap(target_, other.target_);
+  std::swap(memory_, other.memory_);
+  std::swap(device_, other.device_);
   std::swap(base_, other.base_);
   std::swap(bytes_, other.bytes_);
   return *this;
 }
 
 void GuardedBuffer::forbid_guards() const {
-  target_->memory->forbid(base_, kGuardBytes);
-  target_->memory->forbid(base_ + kGuardBytes + bytes_, kGuardBytes);
+  memory_->forbid(base_, kGuardBytes);
+  memory_->forbid(base_ + kGuardBytes + bytes_, kGuardBytes);
 }
 
 void GuardedBuffer::permit_guards() const {
-  target_->memory->permit(base_, kGuardBytes);
-  target_->memory->permit(base_ + kGuardBytes + bytes_, kGuardBytes);
+  memory_->permit(base_, kGuardBytes);
+  memory_->permit(base_ + kGuardBytes + bytes_, kGuardBytes);
 }
 
-void GuardedBuffer::upload(const std::vector<std::byte>& payload) {
-  if (bytes_ > 0) target_->memory->upload(data(), payload.data(), bytes_);
+void GuardedBuffer::upload(std::span<const std::byte> payload) {
+  const std::size_t bytes = std::min(bytes_, payload.size());
+  if (bytes > 0) memory_->upload(data(), payload.data(), bytes);
 }
 
 std::vector<std::byte> GuardedBuffer::download() const {
   std::vector<std::byte> payload(bytes_);
-  if (bytes_ > 0) target_->memory->download(payload.data(), data(), bytes_);
+  read(payload.data(), 0, bytes_);
   return payload;
+}
+
+void GuardedBuffer::read(void* to, std::size_t first, std::size_t bytes) const {
+  if (bytes > 0) memory_->download(to, base_ + kGuardBytes + first, bytes);
+}
+
+void GuardedBuffer::repeat(std::size_t period) {
+  repeat_pattern(*memory_, base_ + kGuardBytes, period, bytes_);
 }
 
 bool GuardedBuffer::holds(const std::vector<std::byte>& payload) const {
   return payload.size() == bytes_ &&
-         (bytes_ == 0 || target_->memory->equal(data(), payload.data(), bytes_));
+         (bytes_ == 0 || memory_->equal(data(), payload.data(), bytes_));
 }
 
 bool GuardedBuffer::guards_intact() const {
   if (base_ == nullptr) return true;
   static const std::vector<std::byte> pattern = poison(kGuardBytes + 1);
   permit_guards();
-  const bool intact = target_->memory->equal(base_, pattern.data(), kGuardBytes) &&
-                      target_->memory->equal(base_ + kGuardBytes + bytes_,
-                                             pattern.data() + bytes_ % 2, kGuardBytes);
+  const bool intact =
+      memory_->equal(base_, pattern.data(), kGuardBytes) &&
+      memory_->equal(base_ + kGuardBytes + bytes_, pattern.data() + bytes_ % 2, kGuardBytes);
   forbid_guards();
   return intact;
 }
 
 TensorView GuardedBuffer::view() const {
   if (base_ == nullptr) return {};
-  return TensorView(data(), DType::kUInt8, {static_cast<std::int64_t>(bytes_)},
-                    target_ == nullptr ? Device{} : target_->device);
+  return TensorView(data(), DType::kUInt8, {static_cast<std::int64_t>(bytes_)}, device_);
 }
 
 const char* name_of(Strides strides) {
@@ -131,7 +158,6 @@ Tensor::Tensor(const Target& target, DType dtype, std::vector<std::int64_t> shap
     bytes += (static_cast<std::size_t>(last) + 1) * size_of(dtype);
   }
   buffer_ = GuardedBuffer(target, bytes);
-  image_ = poison(bytes);
   view_ = TensorView(static_cast<std::byte*>(buffer_.data()) + start_, dtype,
                      std::span<const std::int64_t>(shape), std::span<const std::int64_t>(strides),
                      target.device);
@@ -148,11 +174,18 @@ std::size_t Tensor::byte_offset(std::int64_t index) const {
 
 template <class Write>
 void Tensor::rewrite(Write write) {
+  image();
   for (std::int64_t i = 0; i < numel(); ++i) write(image_.data() + byte_offset(i), i);
   buffer_.upload(image_);
+  forgets_ = false;
 }
 
-void Tensor::fill(const std::vector<double>& values) {
+const std::vector<std::byte>& Tensor::image() {
+  if (image_.empty()) image_ = poison(buffer_.size());
+  return image_;
+}
+
+void Tensor::fill(const Values& values) {
   rewrite([&](std::byte* element, std::int64_t i) {
     const auto value = static_cast<float>(values[static_cast<std::size_t>(i)]);
     if (dtype() == DType::kFloat32) {
@@ -164,11 +197,9 @@ void Tensor::fill(const std::vector<double>& values) {
   });
 }
 
-void Tensor::fill_constant(double value) {
-  fill(std::vector<double>(static_cast<std::size_t>(numel()), value));
-}
+void Tensor::fill_constant(double value) { fill(Values(static_cast<std::size_t>(numel()), value)); }
 
-void Tensor::fill_ids(const std::vector<std::int64_t>& ids) {
+void Tensor::fill_ids(const Ids& ids) {
   rewrite([&](std::byte* element, std::int64_t i) {
     const std::int64_t id = ids[static_cast<std::size_t>(i)];
     if (dtype() == DType::kInt64) {
@@ -182,13 +213,59 @@ void Tensor::fill_ids(const std::vector<std::int64_t>& ids) {
   });
 }
 
-std::vector<double> Tensor::values() const {
-  const std::vector<std::byte> payload = buffer_.download();
-  const auto rank = static_cast<std::size_t>(view_.rank());
-  std::vector<std::int64_t> strides(rank);
-  for (std::size_t i = 0; i < rank; ++i) strides[i] = view_.stride(static_cast<int>(i));
-  return oracle::to_double(ConstTensorView(payload.data() + start_, dtype(), view_.shape(),
+void Tensor::fill_floats(const std::vector<float>& values) {
+  const auto* bytes = reinterpret_cast<const std::byte*>(values.data());
+  buffer_.upload({bytes, values.size() * sizeof(float)});
+  image_.clear();
+  forgets_ = true;
+}
+
+void Tensor::fill_random(Random& random, double deviation) {
+  const std::size_t drawn = std::min(static_cast<std::size_t>(numel()), kRandomPeriod);
+  std::vector<std::byte> bytes(drawn * size_of(dtype()));
+  for (std::size_t i = 0; i < drawn; ++i) {
+    const float value = random.unit() * static_cast<float>(deviation);
+    if (dtype() == DType::kFloat32) {
+      std::memcpy(bytes.data() + i * sizeof value, &value, sizeof value);
+    } else {
+      const bfloat16 narrow(value);
+      std::memcpy(bytes.data() + i * sizeof narrow, &narrow, sizeof narrow);
+    }
+  }
+  if (drawn == 0) return;
+  buffer_.upload(bytes);
+  buffer_.repeat(bytes.size());
+  image_.clear();
+  forgets_ = true;
+}
+
+// Elements from dimension `first_dim` on; the payload's element 0 is at byte `start`.
+Values Tensor::values_of(const std::vector<std::byte>& payload, std::size_t start,
+                         std::span<const std::int64_t> shape, int first_dim) const {
+  std::vector<std::int64_t> strides;
+  for (int dim = first_dim; dim < view_.rank(); ++dim) strides.push_back(view_.stride(dim));
+  return oracle::to_double(ConstTensorView(payload.data() + start, dtype(), shape,
                                            std::span<const std::int64_t>(strides)));
+}
+
+Values Tensor::values() const { return values_of(buffer_.download(), start_, view_.shape(), 0); }
+
+Values Tensor::block(std::int64_t i) const {
+  std::vector<std::byte> payload(static_cast<std::size_t>(view_.stride(0)) * size_of(dtype()));
+  buffer_.read(payload.data(), start_ + static_cast<std::size_t>(i) * payload.size(),
+               payload.size());
+  return values_of(payload, 0, view_.shape().subspan(1), 1);
+}
+
+Tensor Tensor::to(const Target& target) const {
+  if (!defined()) return {};
+  const auto shape = view_.shape();
+  std::vector<std::int64_t> strides;
+  for (int dim = 0; dim < view_.rank(); ++dim) strides.push_back(view_.stride(dim));
+  Tensor copy(target, dtype(), {shape.begin(), shape.end()}, strides, start_);
+  copy.image_ = buffer_.download();
+  copy.buffer_.upload(copy.image_);
+  return copy;
 }
 
 std::string Tensor::violation_as_output() const {
@@ -208,7 +285,9 @@ std::string Tensor::violation_as_output() const {
 std::string Tensor::violation_as_input() const {
   if (!defined()) return {};
   if (!buffer_.guards_intact()) return "wrote outside an input";
-  return buffer_.holds(image_) ? "" : "changed an input";
+  if (forgets_) return {};
+  const bool same = buffer_.holds(image_.empty() ? poison(buffer_.size()) : image_);
+  return same ? "" : "changed an input";
 }
 
 }  // namespace sonicmoe::rig

@@ -32,7 +32,7 @@ class LargeTensor {
       : target_(target) {
     bytes_ = size_of(dtype);
     for (const std::int64_t extent : extents) bytes_ *= static_cast<std::size_t>(extent);
-    data_ = static_cast<std::byte*>(target.memory->allocate(std::max<std::size_t>(bytes_, 64), 64));
+    data_ = static_cast<std::byte*>(target.memory->allocate(bytes_));
     view = TensorView(data_, dtype, std::span<const std::int64_t>(extents), target.device);
     repeat(poison(std::size_t{1} << 24));
   }
@@ -48,7 +48,7 @@ class LargeTensor {
     std::memcpy(period.data(), values_.data(), period.size());
     repeat(period);
   }
-  ~LargeTensor() { target_.memory->release(data_); }
+  ~LargeTensor() { target_.memory->release(data_, bytes_); }
   LargeTensor(const LargeTensor&) = delete;
   LargeTensor& operator=(const LargeTensor&) = delete;
 

@@ -207,7 +207,7 @@ TEST_P(Moe, SmallIntegersAreExact) {
     for (const Form form : {Form::kTopK, Form::kSorted, Form::kPairs}) {
       for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
         MoECase c;
-        c.values = Values::kIntegers;
+        c.values = Numbers::kIntegers;
         c.activation = activation;
         c.form = form;
         c.dtype = dtype;

@@ -6,6 +6,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "rig/layer_run.hpp"
+#include "rig/router_run.hpp"
+#include "rig/spot_check.hpp"
+
 namespace sonicmoe::rig {
 namespace {
 
@@ -92,9 +96,74 @@ TEST_P(Comparators, RejectANaNAMissingElementAndAViolation) {
 INSTANTIATE_TEST_SUITE_P(Dtypes, Comparators, ::testing::Values(DType::kFloat32, DType::kBFloat16),
                          [](const auto& test) { return std::string(name_of(test.param)); });
 
+TEST_P(Comparators, RejectZerosInAnyTensorOfALayer) {
+  LayerCase c;
+  c.experts = example(GetParam());
+  c.auxiliary = c.router_bias = true;
+  LayerRun layer(reference_target(), c);
+  layer.forward();
+  layer.backward();
+  ASSERT_TRUE(check_layer(layer).empty());
+  for (Tensor* tensor :
+       {&layer.logits, &layer.topk_ids, &layer.rows_per_expert, &layer.routing_weights, &layer.out,
+        &layer.grad_x, &layer.grad_router_weight, &layer.grad_router_bias, &layer.grad_w1,
+        &layer.grad_b1, &layer.grad_w2, &layer.grad_b2}) {
+    const Values values = tensor->values();
+    const auto put = [&](const Values& elements) {
+      tensor->dtype() == DType::kInt32 ? tensor->fill_ids(Ids(elements.begin(), elements.end()))
+                                       : tensor->fill(elements);
+    };
+    put(Values(values.size(), 0.0));
+    EXPECT_FALSE(check_layer(layer).empty()) << tensor->view().describe();
+    EXPECT_FALSE(check_layer(layer, Strictness::kTiny).empty()) << tensor->view().describe();
+    put(values);
+  }
+}
+
+TEST(SpotCheckTest, RejectsZerosInAnyTensor) {
+  LayerCase c;
+  c.experts = example(DType::kFloat32);
+  c.experts.biases = false;
+  c.experts.values = Numbers::kLarge;
+  c.router.scoring = Scoring::kTopKSoftmax;
+  LayerRun layer(reference_target(), c);
+  layer.forward();
+  layer.backward();
+  Tensor grad_weights = layer.grad_routing_weights();
+  const auto check = [&] {
+    return spot_check({layer.inputs, layer.topk_ids, layer.routing_weights, layer.h, layer.out,
+                       layer.grad_x, layer.grad_w1, layer.grad_w2, grad_weights,
+                       &layer.router_weight, &layer.grad_router_weight});
+  };
+  ASSERT_TRUE(check().empty()) << check()[0];
+  for (Tensor* tensor :
+       {&layer.h, &layer.routing_weights, &layer.out, &layer.grad_x, &layer.grad_w1, &layer.grad_w2,
+        &grad_weights, &layer.grad_router_weight}) {
+    const Values values = tensor->values();
+    tensor->fill_constant(0.0);
+    EXPECT_FALSE(check().empty()) << tensor->view().describe();
+    tensor->fill(values);
+  }
+}
+
+TEST(RouterComparator, RejectsZerosNaNsAndSwappedElements) {
+  const auto differs = [](const Values& actual, const Values& expected) {
+    RouterResult a, e;
+    a.weights = actual, e.weights = expected;
+    return !differences(a, e).empty();
+  };
+  const Values expected{0.5, 0.25, 1e-3};
+  EXPECT_FALSE(differs({0.5f, 0.25f, 1e-3f}, expected));
+  EXPECT_TRUE(differs({0, 0, 0}, expected));
+  EXPECT_TRUE(differs({0.5, 0.25, std::nan("")}, expected));
+  EXPECT_TRUE(differs({0.25, 0.5, 1e-3}, expected));
+  EXPECT_TRUE(differs({0.5, 0.25, 0}, expected));
+  EXPECT_TRUE(differs({0.5, 0.25}, expected));
+}
+
 TEST(ExactComparator, RejectsOneBit) {
   MoECase c;
-  c.values = Values::kIntegers;
+  c.values = Numbers::kIntegers;
   c.activation = Activation::kReLU;
   c.hidden_size = 12;
   c.intermediate_size = 6;
