@@ -272,6 +272,23 @@ def test_export_with_two_dynamic_dimensions(strict, tmp_path):
             assert torch.equal(ours, right)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_aot_inductor(tmp_path):
+    """Lists of numbers, absent tensors and two dynamic dimensions, without Python at run time."""
+    module = sm.MoE(D, N, E, K, router_bias=True, workspace_limit=2**30).eval()
+    dims = {index: torch.export.Dim(f"d{index}", min=1, max=64) for index in (0, 1)}
+    with torch.no_grad():
+        x = torch.randn(2, 6, D)
+        program = torch.export.export(module, (x,), dynamic_shapes={"x": dims})
+        path = str(tmp_path / "layer.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=path)
+        loaded = torch._inductor.aoti_load_package(path)
+        for shape in ((2, 6, D), (3, 5, D)):
+            x = torch.randn(shape)
+            right = module(x)
+            assert right.abs().max() > 0 and torch.equal(loaded(x), right)
+
+
 def test_compile_torch_func():
     _, wr, w1, b1, w2, b2 = tensors(False)
 

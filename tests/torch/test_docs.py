@@ -22,8 +22,19 @@ PAGES = (
     + sorted(REPOSITORY.glob("*/README.md"))
 )
 SOURCES = (
-    *("bench", "bindings", "cli", "cmake", "examples", "include", "lab", "scripts", "src", "tests"),
-    "trainer",
+    *(
+        "bench",
+        "bindings",
+        "cli",
+        "cmake",
+        "examples",
+        "include",
+        "lab",
+        "oracle",
+        "rig",
+        "scripts",
+    ),
+    *("src", "tests", "trainer"),
 )
 SUFFIXES = {".py", ".cpp", ".hpp", ".cu", ".cuh", ".sh", ".toml", ".txt", ".md"}
 
