@@ -54,6 +54,7 @@ enum class GateUpLayout : std::uint8_t {
   kInterleaved = 1,   ///< "interleaved"   row 2j gate, row 2j+1 up (gpt-oss, tensor parallelism)
 };
 
+/// Whether an expert has gate and up rows; false of an integer that is no enumerator.
 constexpr bool is_gated(Activation activation) noexcept {
   for (const ActivationTraits& traits : kActivations) {
     if (traits.value == activation) return traits.gated;

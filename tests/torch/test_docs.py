@@ -160,6 +160,10 @@ inline constexpr int kList[] = {
 """
 
 
+def test_every_public_declaration_is_documented():
+    assert api_reference.undocumented() == []
+
+
 def test_what_a_header_declares(tmp_path):
     header = tmp_path / "header.hpp"
     header.write_text(HEADER)
