@@ -27,12 +27,11 @@ LAYERS = {
     # CUDA: the contract of the products, one family of kernels behind it, what is made of products.
     "src/cuda/ptx": "",
     "src/cuda": "include src/math src/core src/cuda/ptx",
-    "src/cuda/hopper/host_device.hpp": "",
     "src/cuda/hopper/choice.hpp": "",
     "src/cuda/hopper/tile": "src/cuda/ptx",
-    "src/cuda/hopper/shape.hpp": "src/cuda src/cuda/ptx src/cuda/hopper/host_device.hpp",
-    "src/cuda/hopper/mainloop": "src/cuda/ptx src/cuda/hopper/host_device.hpp "
-    "src/cuda/hopper/tile src/cuda/hopper/shape.hpp",
+    "src/cuda/hopper/shape.hpp": "src/math src/cuda src/cuda/ptx",
+    "src/cuda/hopper/mainloop": "src/math src/cuda/ptx src/cuda/hopper/tile "
+    "src/cuda/hopper/shape.hpp",
     "src/cuda/hopper/epilogue": "include src/math src/cuda src/cuda/ptx src/cuda/hopper/tile "
     "src/cuda/hopper/shape.hpp",
     "src/cuda/hopper": "include src/core src/cuda src/cuda/ptx src/cuda/hopper/choice.hpp "

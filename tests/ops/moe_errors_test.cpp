@@ -231,7 +231,7 @@ TEST_P(MoeErrors, WhatAGpuDeclines) {
   const std::vector<std::pair<std::string, MoECase>> cases = {
       {"x", with([](MoECase& c) { c.dtype = DType::kFloat32; })},
       {"x", with([](MoECase& c) { c.hidden_size = 28; })},
-      {"w2", with([](MoECase& c) { c.intermediate_size = 12; })},
+      {"w1", with([](MoECase& c) { c.intermediate_size = 12; })},
       {"x", with([](MoECase& c) { c.x_strides = Strides::kPadded; })},
       {"w1", with([](MoECase& c) { c.w1_strides = Strides::kPadded; })},
       {"w2", with([](MoECase& c) { c.w2_strides = Strides::kTransposedPadded; })},

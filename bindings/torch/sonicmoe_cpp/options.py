@@ -244,7 +244,9 @@ def _kept(pack: Function) -> Function:
         except TypeError:  # what cannot be hashed is no option: let `pack` name it
             return pack(*arguments, **keywords)
 
-    torch.compiler.assume_constant_result(pack)  # after wraps(), which would mark `call` as well
+    # What torch.compiler.assume_constant_result(pack) does, without loading torch._dynamo on import.
+    # After wraps(), which would mark `call` as well.
+    pack._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return cast(Function, call)
 
 

@@ -8,8 +8,8 @@
 #include <cstdint>
 
 #include "cuda/element.hpp"
-#include "cuda/hopper/host_device.hpp"
 #include "cuda/ptx/major.hpp"
+#include "math/host_device.hpp"
 
 namespace sonicmoe::cuda::hopper {
 
@@ -31,16 +31,16 @@ struct GemmShape {
   int loader_warps = 1;  // of the helper warpgroup; the others are epilogue warps (kDirect: none)
   int extra_bytes = 0;   // shared memory of the epilogue warps' own, behind the dump tile
 
-  SONICMOE_HOST_DEVICE constexpr int epilogue_warps() const {
+  SONICMOE_HD constexpr int epilogue_warps() const {
     return dump == Dump::kDirect ? 0 : 4 - loader_warps;
   }
   // The dump tile leaves by TMA, which a math thread issues: stores of 16 bytes would compete with
   // the gather for the load-store unit.
-  SONICMOE_HOST_DEVICE constexpr bool bulk_stores() const {
+  SONICMOE_HD constexpr bool bulk_stores() const {
     return grouping == Grouping::kDepth && dump != Dump::kDirect;
   }
   // The first loader warp issues TMA; in kDepth that is all it does.
-  SONICMOE_HOST_DEVICE constexpr int gather_warps() const {
+  SONICMOE_HD constexpr int gather_warps() const {
     return !gather ? 0 : grouping == Grouping::kRows ? loader_warps : loader_warps - 1;
   }
 };
@@ -73,7 +73,7 @@ static_assert(kMostStages <= 8 && sizeof(Barriers) == 1024, "operand tiles start
 struct Arrivals {
   int full, empty, dump_full, dump_empty, item_full, item_empty;
 };
-SONICMOE_HOST_DEVICE constexpr Arrivals arrivals(GemmShape s) {
+SONICMOE_HD constexpr Arrivals arrivals(GemmShape s) {
   return {.full = 1 + 32 * s.gather_warps(),  // expect_tx, and every gathering lane's copies
           .empty = kMathWarps,
           .dump_full = kHalfWarps,
@@ -84,7 +84,7 @@ SONICMOE_HOST_DEVICE constexpr Arrivals arrivals(GemmShape s) {
 
 // __syncthreads() among some of the warps: the four of a half, where they store it themselves.
 enum class NamedBarrier : int { kFirstHalf = 1, kSecondHalf = 2 };
-SONICMOE_HOST_DEVICE constexpr int barrier_of_half(int w) {
+SONICMOE_HD constexpr int barrier_of_half(int w) {
   return static_cast<int>(NamedBarrier::kFirstHalf) + w;
 }
 
@@ -92,18 +92,18 @@ inline constexpr int kSharedLimit = 232448;
 inline constexpr int kBarrierBytes = sizeof(Barriers);
 inline constexpr int kStageABytes = kBlockM * kBlockK * kElementBytes;
 
-SONICMOE_HOST_DEVICE constexpr int stage_bytes(GemmShape s) {
+SONICMOE_HD constexpr int stage_bytes(GemmShape s) {
   return kStageABytes + s.block_n * kBlockK * kElementBytes;
 }
-SONICMOE_HOST_DEVICE constexpr int half_dump_bytes(GemmShape s) {
+SONICMOE_HD constexpr int half_dump_bytes(GemmShape s) {
   return s.dump == Dump::kDirect ? 0 : 64 * s.block_n * kElementBytes;
 }
-SONICMOE_HOST_DEVICE constexpr int stage_count(GemmShape s) {
+SONICMOE_HD constexpr int stage_count(GemmShape s) {
   const int rest = kSharedLimit - kBarrierBytes - 2 * half_dump_bytes(s) - s.extra_bytes;
   const int fit = rest / stage_bytes(s);
   return fit < kMostStages ? fit : kMostStages;
 }
-SONICMOE_HOST_DEVICE constexpr int shared_bytes(GemmShape s) {
+SONICMOE_HD constexpr int shared_bytes(GemmShape s) {
   return kBarrierBytes + stage_count(s) * stage_bytes(s) + 2 * half_dump_bytes(s) + s.extra_bytes;
 }
 
@@ -113,7 +113,7 @@ struct SharedLayout {
   std::uint32_t ring, dump, extra, extra_barriers;
 };
 
-SONICMOE_HOST_DEVICE inline SharedLayout shared_layout(GemmShape s, std::uint32_t base) {
+SONICMOE_HD SharedLayout shared_layout(GemmShape s, std::uint32_t base) {
   SharedLayout l;
   l.full = base;
   l.empty = base + offsetof(Barriers, empty);
@@ -129,12 +129,12 @@ SONICMOE_HOST_DEVICE inline SharedLayout shared_layout(GemmShape s, std::uint32_
   return l;
 }
 
-SONICMOE_HOST_DEVICE constexpr std::uint32_t a_of_stage(const SharedLayout& l, GemmShape s,
-                                                        std::uint32_t stage) {
+SONICMOE_HD constexpr std::uint32_t a_of_stage(const SharedLayout& l, GemmShape s,
+                                               std::uint32_t stage) {
   return l.ring + stage * stage_bytes(s);
 }
-SONICMOE_HOST_DEVICE constexpr std::uint32_t b_of_stage(const SharedLayout& l, GemmShape s,
-                                                        std::uint32_t stage) {
+SONICMOE_HD constexpr std::uint32_t b_of_stage(const SharedLayout& l, GemmShape s,
+                                               std::uint32_t stage) {
   return a_of_stage(l, s, stage) + kStageABytes;
 }
 
