@@ -244,7 +244,7 @@ def _kept(pack: Function) -> Function:
         except TypeError:  # what cannot be hashed is no option: let `pack` name it
             return pack(*arguments, **keywords)
 
-    # What torch.compiler.assume_constant_result(pack) does, without loading torch._dynamo on import.
+    # What torch.compiler.assume_constant_result(pack) does, without importing torch._dynamo now.
     # After wraps(), which would mark `call` as well.
     pack._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return cast(Function, call)
