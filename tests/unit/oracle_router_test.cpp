@@ -5,6 +5,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <span>
 
 #include "oracle/balancing.hpp"
 #include "oracle/rounding.hpp"
@@ -15,8 +16,7 @@
 namespace sonicmoe::rig {
 namespace {
 
-constexpr Scoring kScorings[] = {Scoring::kTopKSoftmax, Scoring::kSoftmaxTopK,
-                                 Scoring::kSigmoidTopK};
+const std::span<const Scoring> kScorings = all_scorings();
 
 Values normal(Random& random, std::size_t count) {
   Values values(count);
