@@ -94,7 +94,7 @@ LayerCase random_layer(const Target& target, Random& random) {
   experts.load = Load::kUniform;
   experts.x_strides = experts.w1_strides = experts.w2_strides = Strides::kContiguous;
   c.experts = fitted(target, experts);
-  c.router.scoring = static_cast<Scoring>(random.integer(0, 2));
+  c.router.scoring = random.pick(all_scorings());
   if (c.router.scoring != Scoring::kTopKSoftmax) c.router.renormalize = random.chance(0.5);
   c.router.scale = random.pick<float>({1.0f, 2.5f});
   c.router_dtype = random.chance(0.5) ? c.experts.dtype : DType::kFloat32;
@@ -103,7 +103,7 @@ LayerCase random_layer(const Target& target, Random& random) {
   if (random.chance(0.5)) {
     c.rounding.emplace();
     c.rounding->tile = random.integer(1, std::min<std::int64_t>(experts.num_tokens, 16));
-    c.rounding->policy = static_cast<RoundingPolicy>(random.integer(0, 5));
+    c.rounding->policy = random.pick(all_rounding_policies());
     c.rounding->seed = random.bits();
   }
   return c;

@@ -30,13 +30,13 @@ RouterProblem random_problem(Random& random, std::int64_t fewest_tokens) {
   RouterProblem p;
   p.num_tokens = random.integer(fewest_tokens, 48);
   p.num_experts = random.integer(1, 24);
-  p.options.scoring = static_cast<Scoring>(random.integer(0, 2));
+  p.options.scoring = random.pick(all_scorings());
   if (p.options.scoring != Scoring::kTopKSoftmax && random.chance(0.6)) {
     p.options.renormalize = random.chance(0.5);
   }
   p.options.scale = random.chance(0.5) ? 1.0f : 2.5f;
   std::int64_t most = p.num_experts;  // experts that can be chosen
-  if (p.options.scoring == Scoring::kSigmoidTopK && random.chance(0.5)) {
+  if (traits_of(p.options.scoring).biased && random.chance(0.5)) {
     p.options.num_groups = random.integer(2, 4);
     p.options.top_groups = random.integer(1, p.options.num_groups);
     const std::int64_t size = random.integer(1, 6);
@@ -44,7 +44,7 @@ RouterProblem random_problem(Random& random, std::int64_t fewest_tokens) {
     most = p.options.top_groups * size;
   }
   p.options.top_k = random.integer(1, std::min<std::int64_t>(most, 6));
-  if (p.options.scoring == Scoring::kSigmoidTopK && random.chance(0.5)) {
+  if (traits_of(p.options.scoring).biased && random.chance(0.5)) {
     p.bias = normal(random, p.num_experts, 0.2);
   }
   p.logits = normal(random, p.num_tokens * p.num_experts);
@@ -57,7 +57,7 @@ RouterProblem random_problem(Random& random, std::int64_t fewest_tokens) {
 RoundingOptions random_rounding(Random& random, std::int64_t num_tokens) {
   RoundingOptions rounding;
   rounding.tile = random.integer(1, std::min<std::int64_t>(num_tokens, 16));
-  rounding.policy = static_cast<RoundingPolicy>(random.integer(0, 5));
+  rounding.policy = random.pick(all_rounding_policies());
   rounding.seed = random.bits();
   return rounding;
 }

@@ -20,7 +20,7 @@ struct Experts {
   Experts(Workbench& bench, Form form) {
     const std::vector<Activation> activations(all_activations().begin(), all_activations().end());
     options.activation = bench.random.pick(activations);
-    options.gate_up_layout = static_cast<GateUpLayout>(bench.random.integer(0, 1));
+    options.gate_up_layout = bench.random.pick(all_gate_up_layouts());
     options.limit = 0.75f;
     const std::int64_t columns = gate_factor(options.activation) * bench.n;
     x = bench.floats(bench.dtype, {bench.T, bench.d}, 1.0);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <numbers>
+#include <span>
 #include <vector>
 
 namespace sonicmoe::rig {
@@ -39,6 +40,10 @@ class Random {  // SplitMix64
   float unit() { return static_cast<float>((uniform() - 0.5) * 2.0 * std::numbers::sqrt3); }
   template <class T>
   const T& pick(const std::vector<T>& choices) {
+    return pick(std::span<const T>(choices));
+  }
+  template <class T>
+  const T& pick(std::span<const T> choices) {
     return choices[static_cast<std::size_t>(
         integer(0, static_cast<std::int64_t>(choices.size()) - 1))];
   }

@@ -174,7 +174,7 @@ Call make_loss(const Target& target, std::uint64_t seed, Optionals optionals) {
   Workbench bench(target, seed, optionals);
   BalanceArgs args;
   args.top_k = bench.K;
-  args.scoring = static_cast<Scoring>(bench.random.integer(0, 2));
+  args.scoring = bench.random.pick(all_scorings());
   LossArgs& t = args.tensors;
   t.logits = logits_of(bench);
   if (loss == Loss::kBalancing) t.rows_per_expert = rows_of(bench);

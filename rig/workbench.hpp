@@ -206,7 +206,7 @@ inline RoundingOptions rounding_options(Workbench& bench) {
   RoundingOptions options;
   // So small that some expert keeps rows, whichever way they are rounded.
   options.tile = bench.random.integer(2, (bench.T * bench.K + bench.E - 1) / bench.E);
-  options.policy = static_cast<RoundingPolicy>(bench.random.integer(0, 5));
+  options.policy = bench.random.pick(all_rounding_policies());
   if (bench.present()) options.seed_tensor = bench.ids(DType::kInt64, {1}, {0});
   return options;
 }

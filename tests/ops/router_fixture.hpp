@@ -8,6 +8,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,11 +23,8 @@ namespace sonicmoe::rig {
 
 inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
-inline constexpr RoundingPolicy kPolicies[] = {
-    RoundingPolicy::kNearest,    RoundingPolicy::kUp,       RoundingPolicy::kDown,
-    RoundingPolicy::kStochastic, RoundingPolicy::kBalanced, RoundingPolicy::kNearestScore};
-inline constexpr Scoring kScorings[] = {Scoring::kTopKSoftmax, Scoring::kSoftmaxTopK,
-                                        Scoring::kSigmoidTopK};
+inline const std::span<const RoundingPolicy> kPolicies = all_rounding_policies();
+inline const std::span<const Scoring> kScorings = all_scorings();
 
 inline std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
 

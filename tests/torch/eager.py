@@ -56,8 +56,14 @@ def top_k(x, w1, w2, ids, weights, **options):
     return pairs(x, w1, w2, tokens, ids.flatten(), weights.flatten(), **options)
 
 
+# Scores that are not divided by their sum over the experts, as a softmax is.
+STANDING_ALONE = {"sigmoid_topk": torch.sigmoid}
+
+
 def scores(logits, scoring):
-    return logits.sigmoid() if scoring == "sigmoid_topk" else logits.softmax(-1)
+    if scoring in STANDING_ALONE:
+        return STANDING_ALONE[scoring](logits)
+    return logits.softmax(-1)
 
 
 def route(
@@ -73,9 +79,9 @@ def route(
         choice = grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
     ids = choice.topk(k, -1)[1]
     weights = score.gather(-1, ids)
-    always = scoring == "topk_softmax"
-    if always or (scoring == "sigmoid_topk" if renormalize is None else renormalize):
-        weights = weights / (weights.sum(-1, keepdim=True) + (0 if "soft" in scoring else 1e-20))
+    always, alone = scoring == "topk_softmax", scoring in STANDING_ALONE
+    if always or (alone if renormalize is None else renormalize):
+        weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if alone else 0))
     return ids, scale * weights
 
 
