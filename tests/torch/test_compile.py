@@ -7,7 +7,13 @@ import pytest
 import sonicmoe_cpp as sm
 import torch
 from sonicmoe_cpp._library import POLICIES
-from sonicmoe_cpp.options import ExpertOptions, LayerOptions, RoundingOptions, RouterOptions
+from sonicmoe_cpp.options import (
+    ExpertOptions,
+    LayerOptions,
+    RoundingOptions,
+    RouterOptions,
+    joined,
+)
 from torch.library import opcheck
 
 ops = torch.ops.sonicmoe_cpp
@@ -115,11 +121,11 @@ def test_opcheck_router():
     ids, weights = ops.route_forward(plain, None, *ROUTER_OPTIONS)
     opcheck(ops.route_backward, (weights, plain, ids, *ROUTER_OPTIONS))
     for policy in POLICIES:
-        options = ROUTER_OPTIONS + RoundingOptions(tile=8, policy=policy, seed=1).pack()
+        options = joined(ROUTER_OPTIONS, RoundingOptions(tile=8, policy=policy, seed=1).pack())
         args = (None, None, *options)
         opcheck(ops.round_tokens_forward, (plain, *args))
         opcheck(ops.round_tokens_forward, (logits, *args), test_utils=graded)
-    options = ROUTER_OPTIONS + RoundingOptions(tile=8, policy="stochastic").pack()
+    options = joined(ROUTER_OPTIONS, RoundingOptions(tile=8, policy="stochastic").pack())
     tokens, experts, weights, ids, _, rows = ops.round_tokens_forward(
         plain, None, torch.tensor([1]), *options
     )
@@ -318,7 +324,7 @@ def operator_calls():
     layer, main = layer_backward_args(True)
     logits, seed, bias = torch.randn(T, E), torch.tensor([1]), torch.randn(E)
     router = RouterOptions(top_k=K, scoring="sigmoid_topk").pack()  # takes a bias
-    rounding = router + RoundingOptions(tile=8, policy="stochastic").pack()
+    rounding = joined(router, RoundingOptions(tile=8, policy="stochastic").pack())
     tokens, experts, weights, ids, _, rows = ops.round_tokens_forward(logits, bias, seed, *rounding)
     chosen, chosen_weights = ops.route_forward(logits, bias, *router)
     return {

@@ -10,10 +10,11 @@ order in csrc/options.cpp. Tensors (a selection bias, a seed) travel as tensors.
 import dataclasses
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass
-from typing import Any, NamedTuple, TypedDict, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 
@@ -32,12 +33,13 @@ OptionsType = TypeVar("OptionsType", bound="Options")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Packed(NamedTuple):
-    integers: tuple[int, ...]
-    reals: tuple[float, ...]
+# Integers and reals. No class of its own: torch.compile takes plain tuples as constants.
+Packed = tuple[tuple[int, ...], tuple[float, ...]]
 
-    def __add__(self, other: "Packed") -> "Packed":  # type: ignore[override]
-        return Packed(self.integers + other.integers, self.reals + other.reals)
+
+def joined(*parts: Packed) -> Packed:
+    integers, reals = zip(*parts, strict=True)
+    return tuple(itertools.chain(*integers)), tuple(itertools.chain(*reals))
 
 
 def option(default: Any, rule: Rule) -> Any:
@@ -62,7 +64,7 @@ class Options:
         for field in dataclasses.fields(self):
             numbers = reals if _rule(field).real else integers
             numbers.append(_rule(field).pack(getattr(self, field.name)))
-        return Packed(tuple(integers), tuple(reals))
+        return tuple(integers), tuple(reals)
 
     @classmethod
     def unpack(
@@ -141,9 +143,9 @@ class LayerOptions:
     rounding: RoundingOptions | None
 
     def pack(self) -> Packed:
-        parts = self.experts.pack() + self.router.pack()
-        parts += Packed((int(self.rounding is not None),), ())
-        return parts if self.rounding is None else parts + self.rounding.pack()
+        rounds: Packed = ((int(self.rounding is not None),), ())
+        rounding: Packed = ((), ()) if self.rounding is None else self.rounding.pack()
+        return joined(self.experts.pack(), self.router.pack(), rounds, rounding)
 
     @classmethod
     def unpack(cls, integers: Iterator[int], reals: Iterator[float]) -> "LayerOptions":
@@ -273,7 +275,7 @@ def packed_rounding(operation: str, num_experts: int, biased: bool, **keywords: 
     """Of the router, then of the rounding."""
     router, rounding = _split(operation, keywords, RouterOptions, RoundingOptions)
     routing = RouterOptions(operation, **router).fit(operation, num_experts, biased)
-    return routing.pack() + RoundingOptions(operation, **rounding).pack()
+    return joined(routing.pack(), RoundingOptions(operation, **rounding).pack())
 
 
 @_kept
