@@ -45,6 +45,30 @@ def backward_args(grad, args, h, metadata, needs):
     return grad, *args, [h, metadata], *EXPERT_OPTIONS, needs
 
 
+def step_args(grad, args, h, metadata):
+    """Of the operators of a backward in steps; no place of what they hand on is undefined."""
+    hidden = (grad, *args, [h, metadata], *EXPERT_OPTIONS, True)
+    grad_h, scaled_a, lists, _ = ops.moe_backward_hidden(*hidden)
+    down = (grad, *args, [metadata, scaled_a, lists], *EXPERT_OPTIONS, (True, True))
+    up = (*args, [metadata, grad_h, lists], *EXPERT_OPTIONS, (True, True, True))
+    return {"moe_backward_hidden": hidden, "moe_backward_down": down, "moe_backward_up": up}
+
+
+def layer_step_args(backward, main):
+    """Likewise of the layer, from the arguments of moe_layer_backward."""
+    grad, grad_logits, x, wr, br, *experts, saved, integers, reals, needs = backward
+    *routing, h, metadata = saved
+    options, routing = (integers, reals), [*routing, metadata]
+    hidden = (grad, x, wr, *experts, [*routing, h], *options)
+    grad_h, scaled_a, lists, ds = ops.moe_layer_backward_hidden(*hidden)
+    handed_on = [*routing, scaled_a, lists]
+    down = (grad, x, wr, *experts, handed_on, *options, needs[-2:], main[-2:])
+    handed_on = [*routing, grad_h, lists, ds]
+    up = (grad_logits, x, wr, br, *experts, handed_on, *options, needs[:-2], main[:-2])
+    names = ("moe_layer_backward_hidden", "moe_layer_backward_down", "moe_layer_backward_up")
+    return dict(zip(names, (hidden, down, up), strict=True))
+
+
 @pytest.mark.parametrize("form", [0, 1, 2])
 def test_opcheck_moe(form):
     opcheck(ops.moe_forward, (*moe_args(form, True), *EXPERT_OPTIONS, True))
@@ -53,6 +77,8 @@ def test_opcheck_moe(form):
     _, h, metadata = ops.moe_forward(*args, *EXPERT_OPTIONS, True)
     for needs in ((True,) * 6, (False, True, False, True, False, False)):
         opcheck(ops.moe_backward, backward_args(torch.randn(T, D), args, h, metadata, needs))
+    for name, given in step_args(torch.randn(T, D), args, h, metadata).items():
+        opcheck(getattr(ops, name), given)
 
 
 def layer_args(rounding, grad):
@@ -82,6 +108,9 @@ def test_opcheck_moe_layer(rounding):
     backward, main = layer_backward_args(rounding)
     opcheck(ops.moe_layer_backward, (*backward, []))
     opcheck(ops.moe_layer_backward, (*backward, main))
+    for buffers in ([], main):
+        for name, args in layer_step_args(backward, buffers).items():
+            opcheck(getattr(ops, name), args)
 
 
 def test_the_layer_adds_to_main_grads_what_it_returns_without():
@@ -330,6 +359,8 @@ def operator_calls():
     return {
         "moe_forward": (*plain, *EXPERT_OPTIONS, True),
         "moe_backward": backward_args(torch.randn(T, D), plain, h, metadata, [True] * 6),
+        **step_args(torch.randn(T, D), plain, h, metadata),
+        **layer_step_args(layer, main),
         "moe_layer_forward": (*given, seed, *options, True),
         "moe_layer_backward": (*layer, main),
         "route_forward": (logits, bias, *router),
