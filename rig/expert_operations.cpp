@@ -137,12 +137,12 @@ MoEBackwardArgs backward_args(Workbench& bench, const Experts& experts, Form for
   return args;
 }
 
-Call make_call(Workbench& bench, const std::string& name, const MoEBackwardArgs& args) {
+Call make_call(Workbench& bench, const std::string& title, const MoEBackwardArgs& args) {
   CallMaker<MoEBackwardArgs> maker;
   spoil_expert_options(maker, [](MoEBackwardArgs& a) -> auto& { return a.options; });
   spoil_workspace_limit(maker);
   spoil_step(maker);
-  Call call = maker.make(name, bench.target, args, moe_backward, bench.memory, bench.num_threads);
+  Call call = maker.make(title, bench.target, args, moe_backward, bench.memory, bench.num_threads);
   set_optional(call);
   for (const char* name :
        {"grad_x", "grad_w1", "grad_b1", "grad_w2", "grad_b2", "grad_routing_weights"}) {

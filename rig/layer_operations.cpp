@@ -107,11 +107,11 @@ TensorView workspace_of(Workbench& bench, const MoELayerBackwardArgs& args) {
       moe_layer_backward_workspace(bench.context(), args.options, shape, {}, args.step).bytes);
 }
 
-Call make_call(Workbench& bench, const std::string& name, const MoELayerBackwardArgs& args) {
+Call make_call(Workbench& bench, const std::string& title, const MoELayerBackwardArgs& args) {
   CallMaker<MoELayerBackwardArgs> maker;
   spoil_options(maker, bench, args.options.rounding.has_value());
   spoil_step(maker);
-  Call call = maker.make(name, bench.target, args, moe_layer_backward, bench.memory,
+  Call call = maker.make(title, bench.target, args, moe_layer_backward, bench.memory,
                          bench.num_threads);
   set_optional(call);
   for (const char* name : {"grad_logits", "grad_x", "grad_router_weight", "grad_router_bias",

@@ -1,5 +1,7 @@
 #include "layer/parts.hpp"
 
+#include <span>
+
 #include "core/workspace.hpp"
 
 namespace sonicmoe {
@@ -40,6 +42,11 @@ TensorView bytes_view(void* data, std::size_t bytes, const Device& device) {
   return {data, DType::kUInt8, {static_cast<std::int64_t>(bytes)}, device};
 }
 
+// Absent where the step has no such piece.
+TensorView floats_view(void* data, std::span<const std::int64_t> shape, const Device& device) {
+  return data == nullptr ? TensorView() : TensorView(data, DType::kFloat32, shape, device);
+}
+
 Routing routing_of(const MoELayerOptions& options, const MoELayerSaved& saved) {
   if (options.rounding)
     return PairRouting{saved.token_ids, saved.expert_ids, saved.routing_weights};
@@ -76,14 +83,14 @@ LayerBackwardScratch layer_scratch(const LayerPlan& plan, const MoELayerBackward
   const Pieces pieces =
       carve_backward(carver, plan.experts.shape, plan.router_bytes, expert_bytes, args.step);
   const Device device = args.x.device();
-  TensorView grad_routing_weights = args.grad_routing_weights;
-  if (args.step == BackwardStep::kAll) {
-    grad_routing_weights = {pieces.grad_routing_weights, DType::kFloat32,
-                            args.saved.routing_weights.shape(), device};
-  }
-  return {.grad_routing_weights = grad_routing_weights,
-          .grad_logits = {pieces.grad_logits, DType::kFloat32, args.logits.shape(), device},
-          .router = bytes_view(pieces.router, plan.router_bytes, device),
+  const std::size_t router_bytes = pieces.router == nullptr ? 0 : plan.router_bytes;
+  return {.grad_routing_weights =
+              args.step == BackwardStep::kAll
+                  ? floats_view(pieces.grad_routing_weights, args.saved.routing_weights.shape(),
+                                device)
+                  : args.grad_routing_weights,
+          .grad_logits = floats_view(pieces.grad_logits, args.logits.shape(), device),
+          .router = bytes_view(pieces.router, router_bytes, device),
           .experts = bytes_view(pieces.experts, expert_bytes, device)};
 }
 

@@ -101,7 +101,7 @@ def test_steps_give_the_bits_of_one_call(name, dtype, limit, monkeypatch):
 
 @pytest.mark.parametrize("frozen", ["experts.w1", "experts.w2", "router.weight", "experts.b2", "x"])
 def test_steps_leave_out_what_is_frozen(frozen, monkeypatch):
-    module = sm.MoE(D, N, E, K, bias=True)
+    module = sm.MoE(D, N, E, K, expert_bias=True)
     leaves = dict(module.named_parameters()) | {"x": torch.randn(T, D, requires_grad=True)}
     leaves.pop(frozen).requires_grad_(False)
     x = leaves.get("x", torch.randn(T, D))
@@ -113,7 +113,7 @@ def test_steps_leave_out_what_is_frozen(frozen, monkeypatch):
 
 
 def test_main_grads_are_added_to_in_steps(monkeypatch):
-    module = sm.MoE(D, N, E, K, bias=True, router_bias=True, main_grad=True)
+    module = sm.MoE(D, N, E, K, expert_bias=True, router_bias=True, main_grad=True)
     x = torch.randn(T, D)
     results = []
     for elements in (NEVER, 0):

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import register_autograd, register_once_differentiable
+from ._autograd import called_by_nodes, register_autograd, register_once_differentiable
 from ._checks import refuse
 from ._library import (
     FORM_SORTED,
     gate_factor,
     in_steps,
     metadata_bytes,
-    ops,
     register_fake,
     row_lists_bytes,
     run,
@@ -115,6 +114,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = options, reals
 
 
+_whole, _hidden, _down, _up = (
+    called_by_nodes(f"moe_backward{step}") for step in ("", "_hidden", "_down", "_up")
+)
+
+
 def _backward(ctx: Any, grad_out: Tensor | None, *unused: None) -> tuple:
     needs = ctx.needs_input_grad
     if grad_out is None:
@@ -126,21 +130,21 @@ def _backward(ctx: Any, grad_out: Tensor | None, *unused: None) -> tuple:
     if in_steps(h):
         ctx.maybe_clear_saved_tensors()  # unless the graph is kept
         grad_h, scaled_a, row_lists, grad_weights = run(
-            ops.moe_backward_hidden, grad_out, *inputs, [h, metadata], *ctx.options, need_weights
+            _hidden, grad_out, *inputs, [h, metadata], *ctx.options, need_weights
         )
         del h  # its last name
         grad_w2, grad_b2 = run(
-            ops.moe_backward_down,
+            _down,
             grad_out, *inputs, [metadata, scaled_a, row_lists], *ctx.options, (need_w2, need_b2),
         )  # fmt: skip
         del scaled_a
         grad_x, grad_w1, grad_b1 = run(
-            ops.moe_backward_up,
+            _up,
             *inputs, [metadata, grad_h, row_lists], *ctx.options, (need_x, need_w1, need_b1),
         )  # fmt: skip
     else:
         grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_weights = run(
-            ops.moe_backward,
+            _whole,
             grad_out, *inputs, [h, metadata], *ctx.options,
             (need_x, need_w1, need_b1, need_w2, need_b2, need_weights),
         )  # fmt: skip

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._autograd import register_autograd, register_once_differentiable
+from ._autograd import called_by_nodes, register_autograd, register_once_differentiable
 from ._library import (
     FORM_PAIRS,
     FORM_TOP_K,
     gate_factor,
     in_steps,
     metadata_bytes,
-    ops,
     register_fake,
     rounded_capacity,
     run,
@@ -144,6 +143,11 @@ def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = options, reals
 
 
+_whole, _hidden, _down, _up = (
+    called_by_nodes(f"moe_layer_backward{step}") for step in ("", "_hidden", "_down", "_up")
+)
+
+
 def run_backward(
     ctx: Any,
     grad_out: Tensor | None,
@@ -166,7 +170,7 @@ def run_backward(
         )  # fmt: skip
     else:
         grads = run(
-            ops.moe_layer_backward,
+            _whole,
             grad_out, grad_logits, x, router_weight, router_bias, w1, b1, w2, b2, saved,
             *ctx.options, needs, main_grads,
         )  # fmt: skip
@@ -189,7 +193,7 @@ def _backward_in_steps(
     saved.clear()
     routing.append(metadata)
     grad_h, scaled_a, row_lists, grad_routing_weights = run(
-        ops.moe_layer_backward_hidden,
+        _hidden,
         grad_out, x, router_weight, *experts, [*routing, h], *options,
     )  # fmt: skip
     del h
@@ -198,13 +202,13 @@ def _backward_in_steps(
     of_down = (need_w2 + need_b2) if main_grads else 0
     split = len(main_grads) - of_down
     grad_w2, grad_b2 = run(
-        ops.moe_layer_backward_down,
+        _down,
         grad_out, x, router_weight, *experts, [*routing, scaled_a, row_lists], *options,
         (need_w2, need_b2), main_grads[split:],
     )  # fmt: skip
     del scaled_a
     grads = run(
-        ops.moe_layer_backward_up,
+        _up,
         grad_logits, x, router_weight, router_bias, *experts,
         [*routing, grad_h, row_lists, grad_routing_weights], *options,
         (need_x, *need_router, need_w1, need_b1), main_grads[:split],
