@@ -1,5 +1,6 @@
-# The front door. Every target works from a bare clone: `setup` installs what is missing.
-#   make train [ARGS="--steps 200"]    make test    make bench    make compare
+# The front door. `make system`, as root and once, installs the Debian packages that are missing.
+# Every other target works from a bare clone and keeps to it, unless SONICMOE_APT=1 lets it install
+# them.  make train [ARGS="--steps 200"]    make test    make bench    make compare
 SHELL := /bin/bash
 BUILD ?= build
 PYTHON ?= python3
@@ -15,13 +16,16 @@ ARGS ?=
 export OMP_WAIT_POLICY ?= passive
 export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)
 
-.PHONY: all setup build test test-cpp test-python train compare fuzz sanitize bench format \
+.PHONY: all system setup build test test-cpp test-python train compare fuzz sanitize bench format \
         format-check tidy docs install-test lab gpu-test gpu-bench gpu-cases gpu-train gpu-power clean
 
 all: build
 
-# System packages (apt when root, else a list of what is missing) and the Python environment.
-$(VENV)/.ready: scripts/setup.sh requirements.txt
+system:
+	bash scripts/system.sh install
+
+# The Python environment. Missing Debian packages are named, not installed.
+$(VENV)/.ready: scripts/setup.sh scripts/system.sh requirements.txt
 	PYTHON="$(PYTHON)" bash scripts/setup.sh $(VENV)
 	touch $@
 
