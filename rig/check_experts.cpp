@@ -84,7 +84,8 @@ void check_form(Form form, const Target& target, std::uint64_t seed, Finding& fi
   }
   const std::string difference = bitwise_difference(run, again);
   if (!difference.empty()) {
-    finding.problems.push_back("with one thread, the least workspace and a shared device: " + difference);
+    finding.problems.push_back("with one thread, the least workspace and a shared device: " +
+                               difference);
   }
   finding.problems.insert(finding.problems.end(), again.violations.begin(), again.violations.end());
 }

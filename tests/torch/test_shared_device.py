@@ -3,13 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+import sonicmoe_cpp as sm
 import torch
 import torch.distributed as dist
 from sonicmoe_cpp import _shared_device
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-
-import sonicmoe_cpp as sm
 
 told = torch.ops.sonicmoe_cpp.is_shared_device
 ON_GPU = SimpleNamespace(is_cuda=True)

@@ -326,8 +326,7 @@ void router_logits_backward(const Context& context, ConstTensorView x,
   const GradientParts parts = carve(carver, context.device.index, num_tokens, num_experts, d);
   if (grad_weight.defined()) {
     std::int64_t num_parts = parts.num_weight_parts;
-    if (!weight_parts_on_grouped_gemm(context, x, grad_logits, parts.weight,
-                                      parts.terms)) {
+    if (!weight_parts_on_grouped_gemm(context, x, grad_logits, parts.weight, parts.terms)) {
       // No terms here: every part has tokens of its own.
       const std::int64_t tokens = slice_rows(num_tokens, num_parts);
       num_parts = std::max<std::int64_t>(ceil_div(num_tokens, tokens), 1);
