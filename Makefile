@@ -16,7 +16,7 @@ ARGS ?=
 export OMP_WAIT_POLICY ?= passive
 export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)
 
-.PHONY: all system setup build test test-cpp test-python train compare fuzz sanitize bench format \
+.PHONY: all system setup lock build test test-cpp test-python train compare fuzz sanitize bench format \
         format-check tidy docs install-test lab gpu-test gpu-bench gpu-cases gpu-train gpu-power clean
 
 all: build
@@ -25,11 +25,17 @@ system:
 	bash scripts/system.sh install
 
 # The Python environment. Missing Debian packages are named, not installed.
-$(VENV)/.ready: scripts/setup.sh scripts/system.sh requirements.txt
+$(VENV)/.ready: scripts/setup.sh scripts/system.sh requirements.in requirements.txt
 	PYTHON="$(PYTHON)" bash scripts/setup.sh $(VENV)
 	touch $@
 
 setup: $(VENV)/.ready
+
+# Versions and hashes of all Python packages anew, from requirements.in. ARGS=--upgrade takes newer ones.
+lock: setup
+	$(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+	      --no-emit-package torch --excludes scripts/lock_excludes.txt \
+	      --custom-compile-command "make lock" requirements.in -o requirements.txt $(ARGS)
 
 build: setup
 	cmake -S . -B "$(BUILD)" -G Ninja -DCMAKE_BUILD_TYPE=Release -DSONICMOE_BUILD_TORCH=ON \

@@ -27,7 +27,7 @@ class Project:
         self.tools = root.parent.parent / "tools"
         self.tools.mkdir()
         root.mkdir(parents=True)
-        for name in ("Makefile", "requirements.txt"):
+        for name in ("Makefile", "requirements.in", "requirements.txt"):
             shutil.copy(REPOSITORY / name, root)
         shutil.copytree(REPOSITORY / "scripts", root / "scripts")
         for tool in ("cmake", "ctest", "dpkg-query", "git"):
