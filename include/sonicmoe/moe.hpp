@@ -153,7 +153,7 @@ SONICMOE_API WorkspacePlan moe_backward_workspace(const Context& context, const 
                                                   BackwardStep step = BackwardStep::kAll);
 
 /// Bytes of the row lists that the steps of a backward hand on: 0 on the CPU; on CUDA, with each
-/// term rounded up to 64, 4 P + 16 (ceil(P / 128) + E) + 16 E + 4 + 8.
+/// term rounded up to 128, 4 P + 16 (ceil(P / 128) + E) + 16 E + 4 + 8.
 SONICMOE_API std::size_t moe_row_lists_bytes(const Context& context, const MoEShape& shape);
 
 /// Arguments of moe_forward.

@@ -64,7 +64,7 @@ def layer_step_args(backward, main):
     handed_on = [*routing, scaled_a, lists]
     down = (grad, x, wr, *experts, handed_on, *options, needs[-2:], main[-2:])
     handed_on = [*routing, grad_h, lists, ds]
-    up = (grad_logits, x, wr, br, *experts, handed_on, *options, needs[:-2], main[:-2])
+    up = (x, grad_logits, wr, br, *experts, handed_on, *options, needs[:-2], main[:-2])
     names = ("moe_layer_backward_hidden", "moe_layer_backward_down", "moe_layer_backward_up")
     return dict(zip(names, (hidden, down, up), strict=True))
 
@@ -220,6 +220,17 @@ def test_compile_functions(name):
 @pytest.mark.parametrize("router", ["topk", "token_rounding"])
 def test_compile_module(router):
     compare_compiled(sm.MoE(D, N, E, K, router=router, tile=8), "aot_eager")
+
+
+def test_compiled_batches_below_the_tile_are_plain_top_k():
+    module = sm.MoE(D, N, E, K, router="token_rounding", tile=40)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for size in (48, 39, 40, 7, 64):
+        x = torch.randn(size, D)
+        assert torch.equal(compiled(x), module(x))
+        rounded = bool((module.last_rows_per_expert % 40 == 0).all())
+        assert rounded is (size >= 40)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

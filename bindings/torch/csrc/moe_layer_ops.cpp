@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor> moe_layer_backward_down(
 }
 
 constexpr const char* kUpSchema =
-    "moe_layer_backward_up(Tensor? grad_logits, Tensor x, Tensor router_weight, "
+    "moe_layer_backward_up(Tensor x, Tensor? grad_logits, Tensor router_weight, "
     "Tensor? router_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor[] saved, "
     "int[] options, float[] reals, bool[] needs, Tensor(a!)[] main_grads) -> "
     "(Tensor grad_x, Tensor grad_router_weight, Tensor grad_router_bias, Tensor grad_w1, "
@@ -258,7 +258,7 @@ constexpr const char* kUpSchema =
 
 // saved: grad_h, row_lists and grad_routing_weights as well.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_backward_up(
-    const OptionalTensor& grad_logits, const Tensor& x, const Tensor& router_weight,
+    const Tensor& x, const OptionalTensor& grad_logits, const Tensor& router_weight,
     const OptionalTensor& router_bias, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
     const OptionalTensor& b2, const Tensors& saved, const Integers& options, const Reals& reals,
     const Needs& needs, const Tensors& main_grads) {

@@ -119,7 +119,7 @@ def row_lists_bytes(device: torch.device, num_pairs: int, num_experts: int) -> i
         return 0
     tiles = (num_pairs + 127) // 128 + num_experts
     sizes = (16 * tiles, 16 * num_experts, 4, 8, 4 * num_pairs)
-    return sum((size + 63) // 64 * 64 for size in sizes)
+    return sum((size + 127) // 128 * 128 for size in sizes)
 
 
 # From this many bytes of H on, backward is three operators and H goes after the first. Below, one:

@@ -119,7 +119,7 @@ def _(
 
 @register_fake("moe_layer_backward_up")
 def _(
-    grad_logits, x, router_weight, router_bias, w1, b1, w2, b2, saved, options, reals, needs,
+    x, grad_logits, router_weight, router_bias, w1, b1, w2, b2, saved, options, reals, needs,
     main_grads,
 ):  # fmt: skip
     need_x, *others = needs
@@ -209,7 +209,7 @@ def _backward_in_steps(
     del scaled_a
     grads = run(
         _up,
-        grad_logits, x, router_weight, router_bias, *experts,
+        x, grad_logits, router_weight, router_bias, *experts,
         [*routing, grad_h, row_lists, grad_routing_weights], *options,
         (need_x, *need_router, need_w1, need_b1), main_grads[:split],
     )  # fmt: skip

@@ -47,8 +47,8 @@ void input(const Context& context, const LayerPlan& plan, const MoELayerBackward
   const router::LogitsGradient gradient = grad_logits(context, args, scratch, steps, terms);
   if (args.grad_x.defined()) {
     for_each_slab(plan.experts, [&](std::int64_t first, std::int64_t columns) {
-      router::router_grad_x(stream, context.device.index, gradient, args.router_weight, first,
-                            columns, steps.grad_x_columns(first), terms);
+      router::router_grad_x(context, gradient, args.router_weight, first, columns,
+                            steps.grad_x_columns(first), terms);
       steps.grad_x(first, columns, /*add=*/true);
     });
   }
