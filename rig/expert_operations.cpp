@@ -169,6 +169,9 @@ Call make_step(const Target& target, std::uint64_t seed, Optionals optionals) {
   const MoEShape& shape = experts.shape;
   MoEBackwardArgs all = backward_args(bench, experts, form);
   hand_on(bench, all, shape);
+  // Each step has a result.
+  all.grad_w1 = bench.blank(bench.dtype, {bench.E, shape.h_columns(), bench.d});
+  all.grad_w2 = bench.blank(bench.dtype, {bench.E, bench.d, bench.n});
   const auto args_of = [&](BackwardStep which) {
     MoEBackwardArgs args = of_step(all, which);
     args.workspace = bench.bytes(moe_backward_workspace(bench.context(), shape, {}, which).bytes);

@@ -111,8 +111,8 @@ Call make_call(Workbench& bench, const std::string& title, const MoELayerBackwar
   CallMaker<MoELayerBackwardArgs> maker;
   spoil_options(maker, bench, args.options.rounding.has_value());
   spoil_step(maker);
-  Call call = maker.make(title, bench.target, args, moe_layer_backward, bench.memory,
-                         bench.num_threads);
+  Call call =
+      maker.make(title, bench.target, args, moe_layer_backward, bench.memory, bench.num_threads);
   set_optional(call);
   for (const char* name : {"grad_logits", "grad_x", "grad_router_weight", "grad_router_bias",
                            "grad_w1", "grad_b1", "grad_w2", "grad_b2"}) {
@@ -135,7 +135,11 @@ template <BackwardStep step>
 Call make_step(const Target& target, std::uint64_t seed, Optionals optionals) {
   Workbench bench(target, seed, optionals);
   MoELayerBackwardArgs all = backward_args(bench, seed % 2 == 0);
-  hand_on(bench, all, moe_layer_shape(all.options, all.x, all.weights));
+  const MoEShape shape = moe_layer_shape(all.options, all.x, all.weights);
+  hand_on(bench, all, shape);
+  // Each step has a result.
+  all.grad_w1 = bench.blank(bench.dtype, {bench.E, shape.h_columns(), bench.d});
+  all.grad_w2 = bench.blank(bench.dtype, {bench.E, bench.d, bench.n});
   const auto extents = all.saved.routing_weights.shape();
   all.grad_routing_weights = bench.blank(DType::kFloat32, {extents.begin(), extents.end()});
   const auto args_of = [&](BackwardStep which) {

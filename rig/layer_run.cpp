@@ -158,8 +158,7 @@ void LayerRun::backward_in_steps() {
   if (row_lists.size() > 0) all.row_lists = row_lists.view();
   for (const BackwardStep step : kBackwardSteps) {
     const GuardedBuffer workspace(
-        target,
-        moe_layer_backward_workspace(context, options, shape, backward_limit_, step).bytes);
+        target, moe_layer_backward_workspace(context, options, shape, backward_limit_, step).bytes);
     MoELayerBackwardArgs args = of_step(all, step);
     args.workspace = workspace.view();
     moe_layer_backward(context, args);

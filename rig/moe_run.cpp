@@ -1,11 +1,11 @@
 #include "rig/moe_run.hpp"
 
-#include "rig/backward_steps.hpp"
-
 #include <algorithm>
 #include <bit>
 #include <sstream>
 #include <utility>
+
+#include "rig/backward_steps.hpp"
 
 namespace sonicmoe::rig {
 namespace {
@@ -137,10 +137,10 @@ void ExpertsRun::backward_in_steps() {
     moe_backward(context, args);
     note(step_violations_, "workspace of a step",
          workspace.guards_intact() ? "" : "wrote outside its buffer");
-    const bool fits = target_.backend == "reference" || !options_.backward_limit ||
-                      bytes + handed_on - (step > BackwardStep::kDown ? scaled_a.view().nbytes()
-                                                                      : 0) <=
-                          *options_.backward_limit;
+    const bool fits =
+        target_.backend == "reference" || !options_.backward_limit ||
+        bytes + handed_on - (step > BackwardStep::kDown ? scaled_a.view().nbytes() : 0) <=
+            *options_.backward_limit;
     note(step_violations_, "a step", fits ? "" : "exceeds workspace_limit");
     if (step == BackwardStep::kDown) scaled_a.fill_constant(1e30);  // nobody reads it any more
   }

@@ -148,9 +148,8 @@ void spoil_workspace_limit(CallMaker<Args>& maker) {
 /// The step of a backward: one that is none, and, as it has other tensors, any other.
 template <class Args>
 void spoil_step(CallMaker<Args>& maker) {
-  maker.each("step", Expected::kRefused, {5, 255}, [](Args& args, int value) {
-    args.step = static_cast<BackwardStep>(value);
-  });
+  maker.each("step", Expected::kRefused, {5, 255},
+             [](Args& args, int value) { args.step = static_cast<BackwardStep>(value); });
 }
 
 /// What the steps of a backward hand on, for the arguments of either kind.

@@ -46,8 +46,7 @@ MemoryEstimate estimate_memory_scattermoe(const MoEShape& shape) {
   MemoryEstimate estimate = estimate_memory(shape);
   // H stays, and dX~ comes beside dH.
   const auto most = static_cast<std::size_t>(
-      shape.num_pairs *
-      (shape.h_columns() + std::max(shape.intermediate_size, shape.hidden_size)));
+      shape.num_pairs * (shape.h_columns() + std::max(shape.intermediate_size, shape.hidden_size)));
   estimate.transient_backward = most * size_of(shape.numerics.storage);
   const auto kept_rows = static_cast<std::size_t>(
       shape.num_pairs * (shape.h_columns() + shape.intermediate_size + shape.hidden_size));

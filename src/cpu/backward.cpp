@@ -328,12 +328,12 @@ ExpertPlan plan_backward(int threads, const MoEShape& shape, std::optional<std::
                          BackwardStep step) {
   ExpertPlan plan;
   visit_types(shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
-    plan = plan_backward_slabs(
-        shape, Tile<Compute>::kColumns, limit, step, [&](std::int64_t slab, BackwardStep part) {
-          WorkspaceCarver carver;
-          carve<Storage, Compute>(carver, threads, shape, slab, part);
-          return carver.used();
-        });
+    plan = plan_backward_slabs(shape, Tile<Compute>::kColumns, limit, step,
+                               [&](std::int64_t slab, BackwardStep part) {
+                                 WorkspaceCarver carver;
+                                 carve<Storage, Compute>(carver, threads, shape, slab, part);
+                                 return carver.used();
+                               });
   });
   return plan;
 }

@@ -23,8 +23,7 @@ class CpuBackend final : public HostRouterBackend {
     return cpu::plan_forward(thread_count(context.num_threads), shape, inference, limit);
   }
   ExpertPlan plan_moe_backward(const Context& context, const MoEShape& shape,
-                               std::optional<std::size_t> limit,
-                               BackwardStep step) const override {
+                               std::optional<std::size_t> limit, BackwardStep step) const override {
     return cpu::plan_backward(thread_count(context.num_threads), shape, limit, step);
   }
   void moe_forward(const Context& context, const ExpertPlan& plan,

@@ -45,8 +45,7 @@ LayerPlan ComposedBackend::plan_moe_layer_backward(const Context& context, const
   LayerPlan plan = plan_layer(router, beside, limit, [&](std::optional<std::size_t> left) {
     return plan_moe_backward(context, shape, left, step);
   });
-  plan.workspace.bytes =
-      plan.experts.workspace.bytes + layer_backward_bytes(shape, router, step);
+  plan.workspace.bytes = plan.experts.workspace.bytes + layer_backward_bytes(shape, router, step);
   return plan;
 }
 

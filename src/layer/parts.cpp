@@ -26,8 +26,7 @@ Pieces carve_backward(WorkspaceCarver& carver, const MoEShape& shape, std::size_
                       std::size_t expert_bytes, BackwardStep step) {
   Pieces pieces;
   if (step == BackwardStep::kAll) {
-    pieces.grad_routing_weights =
-        carver.take<float>(static_cast<std::size_t>(shape.num_pairs));
+    pieces.grad_routing_weights = carver.take<float>(static_cast<std::size_t>(shape.num_pairs));
   }
   if (does(step, BackwardStep::kInput)) {
     const std::int64_t logits = shape.num_tokens * shape.num_experts;
@@ -84,11 +83,10 @@ LayerBackwardScratch layer_scratch(const LayerPlan& plan, const MoELayerBackward
       carve_backward(carver, plan.experts.shape, plan.router_bytes, expert_bytes, args.step);
   const Device device = args.x.device();
   const std::size_t router_bytes = pieces.router == nullptr ? 0 : plan.router_bytes;
-  return {.grad_routing_weights =
-              args.step == BackwardStep::kAll
-                  ? floats_view(pieces.grad_routing_weights, args.saved.routing_weights.shape(),
-                                device)
-                  : args.grad_routing_weights,
+  return {.grad_routing_weights = args.step == BackwardStep::kAll
+                                      ? floats_view(pieces.grad_routing_weights,
+                                                    args.saved.routing_weights.shape(), device)
+                                      : args.grad_routing_weights,
           .grad_logits = floats_view(pieces.grad_logits, args.logits.shape(), device),
           .router = bytes_view(pieces.router, router_bytes, device),
           .experts = bytes_view(pieces.experts, expert_bytes, device)};

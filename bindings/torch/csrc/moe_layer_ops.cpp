@@ -223,10 +223,12 @@ constexpr const char* kDownSchema =
     "bool[] needs, Tensor(a!)[] main_grads) -> (Tensor grad_w2, Tensor grad_b2)";
 
 // saved: scaled_a and row_lists as well.
-std::tuple<Tensor, Tensor> moe_layer_backward_down(
-    const Tensor& grad_out, const Tensor& x, const Tensor& router_weight, const Tensor& w1,
-    const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, const Tensors& saved,
-    const Integers& options, const Reals& reals, const Needs& needs, const Tensors& main_grads) {
+std::tuple<Tensor, Tensor> moe_layer_backward_down(const Tensor& grad_out, const Tensor& x,
+                                                   const Tensor& router_weight, const Tensor& w1,
+                                                   const OptionalTensor& b1, const Tensor& w2,
+                                                   const OptionalTensor& b2, const Tensors& saved,
+                                                   const Integers& options, const Reals& reals,
+                                                   const Needs& needs, const Tensors& main_grads) {
   const Views views("moe_layer_backward_down");
   const Call call(x);
   const LayerCall layer = unpack(views, options, reals);

@@ -123,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   const Call call(x);
   const ExpertCall experts = unpack(views, options, reals);
   const auto [h, metadata] = exactly<2>(views, "saved", saved);
-  sonicmoe::MoEBackwardArgs args = backward_args(views, experts, x, w1, b1, w2, b2, form, ids,
-                                                 token_ids, weights, metadata);
+  sonicmoe::MoEBackwardArgs args =
+      backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
   args.grad_out = views.rows("grad_out", grad_out);
   args.h = views.in("h", h);
   // Before anything is allocated.
@@ -168,8 +168,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_backward_hidden(
   const Call call(x);
   const ExpertCall experts = unpack(views, options, reals);
   const auto [h, metadata] = exactly<2>(views, "saved", saved);
-  sonicmoe::MoEBackwardArgs args = backward_args(views, experts, x, w1, b1, w2, b2, form, ids,
-                                                 token_ids, weights, metadata);
+  sonicmoe::MoEBackwardArgs args =
+      backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
   args.grad_out = views.rows("grad_out", grad_out);
   args.h = views.in("h", h);
   const auto shape = views.ask(
@@ -201,8 +201,8 @@ std::tuple<Tensor, Tensor> moe_backward_down(
   const Call call(x);
   const ExpertCall experts = unpack(views, options, reals);
   const auto [metadata, scaled_a, row_lists] = exactly<3>(views, "saved", saved);
-  sonicmoe::MoEBackwardArgs args = backward_args(views, experts, x, w1, b1, w2, b2, form, ids,
-                                                 token_ids, weights, metadata);
+  sonicmoe::MoEBackwardArgs args =
+      backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
   args.grad_out = views.rows("grad_out", grad_out);
   args.scaled_a = views.out("scaled_a", scaled_a);
   args.row_lists = views.out("row_lists", row_lists);
@@ -233,8 +233,8 @@ std::tuple<Tensor, Tensor, Tensor> moe_backward_up(
   const ExpertCall experts = unpack(views, options, reals);
   const auto [metadata, grad_h, row_lists] = exactly<3>(views, "saved", saved);
   const sonicmoe::MoEBackwardArgs given = [&] {
-    sonicmoe::MoEBackwardArgs args = backward_args(views, experts, x, w1, b1, w2, b2, form, ids,
-                                                   token_ids, weights, metadata);
+    sonicmoe::MoEBackwardArgs args =
+        backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
     args.grad_h = views.out("grad_h", grad_h);
     args.row_lists = views.out("row_lists", row_lists);
     return args;

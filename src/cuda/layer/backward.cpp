@@ -40,7 +40,6 @@ router::LogitsGradient grad_logits(const Context& context, const MoELayerBackwar
 // The gradient of the logits, from dS; dX; the router's own gradients.
 void input(const Context& context, const LayerPlan& plan, const MoELayerBackwardArgs& args,
            const LayerBackwardScratch& scratch, BackwardSteps& steps) {
-  const auto stream = static_cast<cudaStream_t>(context.stream.handle);
   void* const router_scratch = scratch.router.data();
   const router::GradientTerms terms =
       router::router_grad_x_terms(router_scratch, context.device.index, plan.experts.shape);
