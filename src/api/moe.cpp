@@ -324,6 +324,10 @@ void check_row_lists(const Check& check, const Backend& backend, const MoEShape&
   if (args.step == BackwardStep::kAll) return;
   check.buffer("row_lists", args.row_lists, backend.row_lists_bytes(shape),
                WorkspaceCarver::kAlignment);
+  log_choice("step", [&] {
+    constexpr const char* kNames[] = {"all", "hidden", "down", "input", "up"};
+    return kNames[static_cast<int>(args.step)];
+  });
 }
 
 MoEShape check_moe_forward(const Check& check, const MoEForwardArgs& args) {
