@@ -7,5 +7,6 @@ bash "$(dirname "$0")/system.sh"
 
 [[ -x $venv/bin/python ]] || "${PYTHON:-python3}" -m venv "$venv"
 # Not bin/pip, whose first line cannot name every folder.
-"$venv/bin/python" -m pip install -q --disable-pip-version-check torch==2.13.0
-"$venv/bin/python" -m pip install -q --disable-pip-version-check -r requirements.txt
+install=("$venv/bin/python" -m pip install -q --disable-pip-version-check)
+"${install[@]}" --no-deps --require-hashes -r requirements.txt
+"${install[@]}" "$(grep '^torch==' requirements.in)"  # whichever build pip finds: see requirements.in

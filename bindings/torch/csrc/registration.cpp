@@ -9,6 +9,8 @@ namespace {
 void define_all(Library& library) {
   library.def("enum_names(int kind) -> str");
   library.def("backend_list() -> str");
+  library.def("set_shared_device(bool shared) -> ()");
+  library.def("is_shared_device() -> bool");
   define_moe_ops(library);
   define_router_ops(library);
   define_moe_layer_ops(library);
@@ -32,4 +34,6 @@ STABLE_TORCH_LIBRARY_IMPL(sonicmoe_cpp, CUDA, library) { sonicmoe_torch::impleme
 STABLE_TORCH_LIBRARY_IMPL(sonicmoe_cpp, CompositeExplicitAutograd, library) {
   library.impl("enum_names", TORCH_BOX(&sonicmoe_torch::enum_names));
   library.impl("backend_list", TORCH_BOX(&sonicmoe_torch::backend_list));
+  library.impl("set_shared_device", TORCH_BOX(&sonicmoe_torch::set_shared_device));
+  library.impl("is_shared_device", TORCH_BOX(&sonicmoe_torch::is_shared_device));
 }

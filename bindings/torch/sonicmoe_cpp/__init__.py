@@ -5,6 +5,7 @@ See docs/guide/python.md. Importing this package needs torch alone; the Hugging 
 """
 
 from ._library import Backend, backends
+from ._shared_device import set_shared_device
 from .functional import (
     load_balancing_loss,
     moe,
@@ -32,5 +33,6 @@ __all__ = [
     "round_tokens",
     "route",
     "router_z_loss",
+    "set_shared_device",
     "update_expert_bias_",
 ]
