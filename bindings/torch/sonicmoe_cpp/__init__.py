@@ -5,6 +5,7 @@ See docs/guide/python.md. Importing this package needs torch alone; the Hugging 
 """
 
 from ._library import Backend, __version__, backends
+from ._shared_device import set_shared_device
 from .functional import (
     load_balancing_loss,
     moe,
@@ -31,5 +32,6 @@ __all__ = [
     "round_tokens",
     "route",
     "router_z_loss",
+    "set_shared_device",
     "update_expert_bias_",
 ]
