@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,12 @@ def build(work: Path, objects: str) -> tuple[Path, Path]:
     stubs = work / "glibc"
     stubs.mkdir()
     arguments = f"-DSONICMOE_GLIBC_STUBS={glibc_stubs(stubs)}"
-    arguments += f" -DSONICMOE_CUDA_OBJECTS={shlex.quote(objects)}" if objects else " -DSONICMOE_CUDA=OFF"
-    run(sys.executable, "-m", "build", "--outdir", work / "raw", ROOT,
+    arguments += (
+        f" -DSONICMOE_CUDA_OBJECTS={shlex.quote(objects)}" if objects else " -DSONICMOE_CUDA=OFF"
+    )
+    # Folders whose names stay, for a compiler cache.
+    run(sys.executable, "-m", "build", "--outdir", work / "raw", "--env-dir", work / "environment",
+        "--sdist-extract-dir", work / "sources", ROOT,
         env=os.environ | {"CMAKE_ARGS": arguments})  # fmt: skip
     return next((work / "raw").glob("*.tar.gz")), next((work / "raw").glob("*.whl"))
 
@@ -90,14 +93,15 @@ def rework(wheel: Path, work: Path) -> Path:
 
 def main() -> None:
     out, objects = Path(sys.argv[1]).resolve(), sys.argv[2] if len(sys.argv) > 2 else ""
-    shutil.rmtree(out, ignore_errors=True)
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        archive, wheel = build(work, objects and str(Path(objects).resolve(strict=True)))
-        wheel = rework(wheel, work)
-        run(sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat",
-            "--exclude", "libtorch*.so", "--wheel-dir", out, wheel)  # fmt: skip
-        shutil.copy(archive, out)
+    work = ROOT / "build-wheel"
+    for folder in (out, work):
+        shutil.rmtree(folder, ignore_errors=True)
+    work.mkdir()
+    archive, wheel = build(work, objects and str(Path(objects).resolve(strict=True)))
+    wheel = rework(wheel, work)
+    run(sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat",
+        "--exclude", "libtorch*.so", "--wheel-dir", out, wheel)  # fmt: skip
+    shutil.copy(archive, out)
     (wheel,) = out.glob("*.whl")
     if wheel.stat().st_size > LIMIT:
         sys.exit(f"wheel: {wheel} has {wheel.stat().st_size} bytes, more than {LIMIT}")

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = re.search(r"^torch==\S+", (ROOT / "requirements.in").read_text(), re.M).group()
 TESTS = ("test_layer.py", "test_import.py", "test_exit.py", "test_options.py")
-OTHERS = ("python3.10", "python3.11", "python3.12", "python3.13", "python3.14")
+VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 LOOK = """
 import torch, sonicmoe_cpp as sm
 print(sm.__file__)
@@ -59,8 +59,8 @@ def test_here(wheel, work):
     run(python, "-m", "pytest", "-q", "--timeout", 300, *tests, cwd=work / "away", env=bare)
 
 
-def test_other(wheel, work, name):
-    python = environment(work / name, name)
+def test_other(wheel, work, name, interpreter):
+    python = environment(work / name, interpreter)
     install(python, "--no-deps", wheel)
     package = subprocess.check_output(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"], text=True
@@ -69,15 +69,25 @@ def test_other(wheel, work, name):
     print(f"{name}: takes the wheel")
 
 
+def pythons():
+    """One interpreter of each version that is on PATH or among pyenv's."""
+    for version in VERSIONS:
+        name = f"python{version}"
+        pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/{name}"))
+        for path in filter(None, (shutil.which(name), *pyenv)):
+            # pyenv's stand-ins on PATH answer for the active version alone
+            if subprocess.run([path, "--version"], capture_output=True).returncode == 0:
+                yield name, path
+                break
+
+
 def main():
     wheel = Path(sys.argv[1]).resolve(strict=True)
     os.environ.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as folder:
         test_here(wheel, Path(folder))
-        for name in OTHERS:
-            answers = subprocess.run([name, "--version"], capture_output=True).returncode == 0
-            if answers if shutil.which(name) else False:
-                test_other(wheel, Path(folder), name)
+        for name, python in pythons():
+            test_other(wheel, Path(folder), name, python)
 
 
 if __name__ == "__main__":
