@@ -98,7 +98,7 @@ format-check: setup
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/ruff format -q --check . && $(VENV)/bin/ruff check -q .
 	git ls-files | xargs $(VENV)/bin/codespell
-	cd bindings/torch && ../../$(VENV)/bin/mypy --no-error-summary
+	$(VENV)/bin/mypy --no-error-summary
 
 # .clang-tidy's checks on host code. OpenMP's header is the compiler's own: clang-tidy has none.
 tidy: build

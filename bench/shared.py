@@ -178,7 +178,7 @@ def main() -> int:
             if rank == 0:
                 show(row)
     if rank == 0 and arguments.output:
-        write_record(arguments.output, record)
+        write_record(record, arguments.output)
     if ranks > 1:
         dist.destroy_process_group()
     return 0

@@ -7,6 +7,7 @@ namespace sonicmoe_torch {
 namespace {
 
 void define_all(Library& library) {
+  library.def("version() -> str");
   library.def("enum_names(int kind) -> str");
   library.def("backend_list() -> str");
   library.def("set_shared_device(bool shared) -> ()");
@@ -32,6 +33,7 @@ STABLE_TORCH_LIBRARY_IMPL(sonicmoe_cpp, CPU, library) { sonicmoe_torch::implemen
 STABLE_TORCH_LIBRARY_IMPL(sonicmoe_cpp, CUDA, library) { sonicmoe_torch::implement_all(library); }
 
 STABLE_TORCH_LIBRARY_IMPL(sonicmoe_cpp, CompositeExplicitAutograd, library) {
+  library.impl("version", TORCH_BOX(&sonicmoe_torch::version));
   library.impl("enum_names", TORCH_BOX(&sonicmoe_torch::enum_names));
   library.impl("backend_list", TORCH_BOX(&sonicmoe_torch::backend_list));
   library.impl("set_shared_device", TORCH_BOX(&sonicmoe_torch::set_shared_device));

@@ -4,7 +4,7 @@ See docs/guide/python.md. Importing this package needs torch alone; the Hugging 
 (`sonicmoe_cpp.integrations.transformers`) is imported on request.
 """
 
-from ._library import Backend, backends
+from ._library import Backend, __version__, backends
 from ._shared_device import set_shared_device
 from .functional import (
     load_balancing_loss,
@@ -18,7 +18,6 @@ from .functional import (
     update_expert_bias_,
 )
 from .module import MoE
-from .version import __version__
 
 __all__ = [
     "Backend",

@@ -203,7 +203,7 @@ def _new_block(stock: Any) -> Any:
     return cls.__new__(cls)
 
 
-def _stock_class(block: nn.Module) -> type[nn.Module]:
+def stock_class(block: nn.Module) -> type[nn.Module]:
     return block._stock if isinstance(block, SonicMoEBlock) else type(block)
 
 
@@ -267,7 +267,7 @@ def replace_moe_blocks(
         )
     for path, block, family in found:
         path = f"replace_moe_blocks: {path or type(block).__name__}"
-        check_block(block, _stock_class(block), family, path, rounding is not None)
+        check_block(block, stock_class(block), family, path, rounding is not None)
         _check_own_forward(block, path)
     register()
     configs: dict[int, tuple] = {}
