@@ -74,6 +74,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     },
     "glm5_next": {
         "qk_rope_head_dim": 0, "head_dim": 0, "index_head_dim": 8, "index_n_heads": 2,
+        "mlp_layer_types": ["sparse", "sparse"],
         "linear_head_dim": 8, "linear_num_heads": 4, "index_topk": 8, "index_kpool": 4,
     },
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
