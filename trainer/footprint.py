@@ -129,6 +129,15 @@ def moe_transient(config: TrainConfig, layout: Layout, tokens: int) -> int:
     return p * element * max(3 * n, d) + around  # dH and A'; then dX~, with dH in H's place
 
 
+def moe_forward_transient(config: TrainConfig, layout: Layout, tokens: int) -> int:
+    """Of one layer's forward in this library, with its output: A and Y."""
+    if config.experts != "sonicmoe_cpp":
+        return 0  # it keeps both
+    element = moe_element(config, layout)
+    d, n = config.hidden_size, config.intermediate_size
+    return element * (rows(config, tokens) * (n + d) + tokens * d)
+
+
 def layer_other_kept(config: TrainConfig, layout: Layout, tokens: int) -> int:
     """Attention and norms of one layer from forward to backward; X of the experts included."""
     d, m = config.hidden_size, layout.element
@@ -161,6 +170,7 @@ def peak(config: TrainConfig, layout: Layout, vocab_size: int, sequences: int) -
     activations = sum(kept.values()) + count.total * layout.cast
     transient = moe_transient(config, layout, tokens)
     moments = {
+        "last layer's forward": activations + moe_forward_transient(config, layout, tokens),
         "loss": activations + loss_transient(config, layout, vocab_size, tokens),
         "last layer's backward": activations
         + transient
@@ -208,7 +218,10 @@ def memory_command(
     topk = dataclasses.replace(config, router="topk")
     each = parameters(config, vocab_size).experts * layout.state + layout.element * tokens * d
     kept = moe_kept(topk, layout, tokens) - 4 * tokens * experts
-    moe = config.layers * (each + kept) + moe_transient(topk, layout, tokens)
+    moe = config.layers * (each + kept)
+    moe += max(
+        transient(topk, layout, tokens) for transient in (moe_forward_transient, moe_transient)
+    )
     whole = peak(config, layout, vocab_size, sequences)["peak"]
     shape = (tokens, d, config.intermediate_size, experts, config.top_k)
     options = {
