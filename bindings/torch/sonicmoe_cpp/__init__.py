@@ -4,6 +4,9 @@ See docs/guide/python.md. Importing this package needs torch alone; the Hugging 
 (`sonicmoe_cpp.integrations.transformers`) is imported on request.
 """
 
+import importlib
+
+from ._after_import import after_import
 from ._library import Backend, backends
 from .functional import (
     load_balancing_loss,
@@ -34,3 +37,6 @@ __all__ = [
     "router_z_loss",
     "update_expert_bias_",
 ]
+
+# torch's module takes milliseconds to import, which only those pay who count FLOPs.
+after_import("torch.utils.flop_counter", lambda: importlib.import_module("._flops", __name__))

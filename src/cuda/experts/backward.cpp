@@ -71,11 +71,15 @@ BackwardSteps::BackwardSteps(const Context& context, const ExpertPlan& plan,
 
 void BackwardSteps::rows() {
   const Matrix grad_out = matrix(args_.grad_out);
-  build_row_tables(call_.stream, shape_, args_.routing, metadata_, buffers_.tables);
+  {
+    const Range range("row_lists");
+    build_row_tables(call_.stream, shape_, args_.routing, metadata_, buffers_.tables);
+  }
   run(call_, "grad_h",
       GradHArgs{grad_out, args_.weights.w2, hidden_function(shape_, args_.options), args_.h.data(),
                 buffers_.tables.row_weight, buffers_.grad_h, buffers_.scaled_a, buffers_.partial});
   if (!args_.grad_routing_weights.defined()) return;
+  const Range range("grad_routing_weights");
   const std::int64_t width = products_of(call_.device).partial_columns(shape_.intermediate_size);
   finish_weight_gradient(call_.stream, shape_, metadata_, buffers_.partial,
                          static_cast<int>(ceil_div(shape_.intermediate_size, width)), grad_out,
@@ -84,10 +88,12 @@ void BackwardSteps::rows() {
 
 void BackwardSteps::bias_gradients() {
   if (args_.grad_b1.defined()) {
+    const Range range("grad_b1");
     bias_gradient(call_.stream, shape_, metadata_, {buffers_.grad_h, shape_.h_columns()}, false,
                   nullptr, args_.grad_b1, args_.accumulate);
   }
   if (args_.grad_b2.defined()) {
+    const Range range("grad_b2");
     bias_gradient(call_.stream, shape_, metadata_, matrix(args_.grad_out), true,
                   buffers_.tables.row_weight, args_.grad_b2, args_.accumulate);
   }
@@ -122,6 +128,7 @@ void BackwardSteps::grad_x(std::int64_t first, std::int64_t columns, bool add) {
     zero_tail(call_.stream, shape_, metadata_, out, columns);
   }
   if (stores) {
+    const Range range("aggregate");
     aggregate(call_.stream, shape_, metadata_,
               {.rows = buffers_.dx_rows,
                .rows_ld = columns,

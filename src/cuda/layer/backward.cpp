@@ -1,6 +1,7 @@
 #include "core/log.hpp"
 #include "cuda/experts/experts.hpp"
 #include "cuda/layer/layer.hpp"
+#include "cuda/range.hpp"
 #include "cuda/router/router.hpp"
 #include "layer/parts.hpp"
 
@@ -11,6 +12,7 @@ namespace {
 router::LogitsGradient grad_logits(const Context& context, const MoELayerBackwardArgs& args,
                                    const LayerBackwardScratch& scratch, const BackwardSteps& steps,
                                    const router::GradientTerms& terms) {
+  const Range range("grad_logits");
   const auto stream = static_cast<cudaStream_t>(context.stream.handle);
   const ConstTensorView& addend = args.grad_logits;
   const bool rounding = args.options.rounding.has_value();
@@ -55,12 +57,16 @@ void layer_backward(const Context& context, const LayerPlan& plan,
   steps.grad_w2();
   if (args.grad_x.defined()) {
     for_each_slab(plan.experts, [&](std::int64_t first, std::int64_t columns) {
-      router::router_grad_x(stream, context.device.index, gradient, args.router_weight, first,
-                            columns, steps.grad_x_columns(first), terms);
+      {
+        const Range range("router_grad_x");
+        router::router_grad_x(stream, context.device.index, gradient, args.router_weight, first,
+                              columns, steps.grad_x_columns(first), terms);
+      }
       steps.grad_x(first, columns, /*add=*/true);
     });
   }
   steps.grad_w1();
+  const Range range("router_logits_backward");
   router::router_logits_backward(context, args.x, gradient, args.grad_router_weight,
                                  args.grad_router_bias, args.accumulate, router_scratch);
 }
