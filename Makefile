@@ -1,5 +1,6 @@
-# The front door. Every target works from a bare clone: `setup` installs what is missing.
-#   make train [ARGS="--steps 200"]    make test    make bench    make compare
+# The front door. `make system`, as root and once, installs the Debian packages that are missing.
+# Every other target works from a bare clone and keeps to it, unless SONICMOE_APT=1 lets it install
+# them.  make train [ARGS="--steps 200"]    make test    make bench    make compare
 SHELL := /bin/bash
 BUILD ?= build
 PYTHON ?= python3
@@ -15,22 +16,46 @@ ARGS ?=
 export OMP_WAIT_POLICY ?= passive
 export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)
 
-.PHONY: all setup build test test-cpp test-python train compare fuzz sanitize bench format \
-        format-check tidy docs install-test lab gpu-test gpu-bench gpu-cases gpu-train gpu-power clean
+.PHONY: all system setup lock build operators test test-cpp test-python train compare fuzz sanitize bench format \
+        format-check tidy docs wheel package install-test lab gpu-test gpu-bench gpu-cases gpu-train gpu-power clean
 
 all: build
 
-# System packages (apt when root, else a list of what is missing) and the Python environment.
-$(VENV)/.ready: scripts/setup.sh requirements.txt
+system:
+	bash scripts/system.sh install
+
+# The Python environment. Missing Debian packages are named, not installed.
+$(VENV)/.ready: scripts/setup.sh scripts/system.sh requirements.in requirements.txt
 	PYTHON="$(PYTHON)" bash scripts/setup.sh $(VENV)
 	touch $@
 
 setup: $(VENV)/.ready
 
+# Versions and hashes of all Python packages anew, from requirements.in. ARGS=--upgrade takes newer ones.
+lock: setup
+	$(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+	      --no-emit-package torch --excludes scripts/lock_excludes.txt \
+	      --custom-compile-command "make lock" requirements.in -o requirements.txt $(ARGS)
+
+# $(call configure,FOLDER,OPTIONS): quiet unless it fails.
+define configure
+	cmake -S . -B "$(1)" -G Ninja -DCMAKE_BUILD_TYPE=Release -DSONICMOE_BUILD_TORCH=ON \
+	      -DPython3_EXECUTABLE=$(PY) $(2) > "$(1).log" 2>&1 || { cat "$(1).log"; exit 1; }
+endef
+
 build: setup
-	cmake -S . -B "$(BUILD)" -G Ninja -DCMAKE_BUILD_TYPE=Release -DSONICMOE_BUILD_TORCH=ON \
-	      -DPython3_EXECUTABLE=$(PY) > "$(BUILD).log" 2>&1 || { cat "$(BUILD).log"; exit 1; }
+	$(call configure,$(BUILD))
 	cmake --build "$(BUILD)" -j $(JOBS)
+
+# What training needs: the operators alone, and kernels for a GPU only where one is visible. They have
+# a folder of their own until `make` has configured everything.
+OPERATORS = $(if $(wildcard $(BUILD)/CMakeCache.txt),$(BUILD),$(BUILD)-train)
+WITHOUT_THE_REST = -DSONICMOE_BUILD_CLI=OFF -DSONICMOE_BUILD_TESTS=OFF \
+                   $$(nvidia-smi -L > /dev/null 2>&1 || echo -DSONICMOE_CUDA=OFF)
+
+operators: setup
+	$(call configure,$(OPERATORS),$(if $(filter $(BUILD),$(OPERATORS)),,$(WITHOUT_THE_REST)))
+	cmake --build "$(OPERATORS)" --target sonicmoe_torch -j $(JOBS)
 
 test: test-cpp test-python install-test
 
@@ -40,13 +65,27 @@ test-cpp: build
 test-python: build
 	SONICMOE_CLI="$$(cd "$(BUILD)" && pwd)/cli/sonicmoe" $(PY) -m pytest -q --timeout 600 tests
 
-install-test: build
-	bash tests/install/install_test.sh
+# dist/: the wheel that runs on any Linux with glibc 2.28 and the source archive. The kernels are those
+# that `make build` compiled.
+wheel: build
+	$(PY) -m pip install -q --disable-pip-version-check -r scripts/requirements-wheel.txt
+	$(PY) scripts/wheel.py dist \
+	      "$$(ls -d "$(BUILD)/src/CMakeFiles/sonicmoe.dir/cuda" 2> /dev/null)"
 
-train: build
+# An archive of the C++ package: headers, static library, CMake files, the command.
+package: build
+	rm -f "$(BUILD)"/sonicmoe-*.tar.gz
+	cd "$(BUILD)" && cpack > package.log || { cat package.log; exit 1; }
+	ls "$(BUILD)"/*.tar.gz
+
+install-test: package wheel
+	bash tests/install/install_test.sh "$(BUILD)"
+	$(PY) tests/install/wheel_test.py dist/*.whl
+
+train: operators
 	$(PY) -m trainer.train $(ARGS)
 
-compare: build
+compare: operators
 	$(PY) -m trainer.compare $(ARGS)
 
 fuzz: build
@@ -73,7 +112,7 @@ format-check: setup
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/ruff format -q --check . && $(VENV)/bin/ruff check -q .
 	git ls-files | xargs $(VENV)/bin/codespell
-	cd bindings/torch && ../../$(VENV)/bin/mypy --no-error-summary
+	$(VENV)/bin/mypy --no-error-summary
 
 # .clang-tidy's checks on host code. OpenMP's header is the compiler's own: clang-tidy has none.
 tidy: build

@@ -21,7 +21,8 @@ std::string options_of(const CLI::App& command) {
     const bool positional = option->get_positional();
     roff += ".TP\n\\fB" + escaped(option->get_name(positional, !positional)) + "\\fR";
     if (option->get_items_expected_max() > 0) {
-      roff += " \\fI" + escaped(option->get_type_name()) + "\\fR";
+      const std::string type = escaped(option->get_type_name());
+      roff += " \\fI" + std::regex_replace(type, std::regex(","), ",\\:") + "\\fR";  // may break
     }
     if (!option->get_default_str().empty()) {
       roff += " (" + escaped(option->get_default_str()) + ")";

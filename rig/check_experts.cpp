@@ -70,18 +70,22 @@ void check_form(Form form, const Target& target, std::uint64_t seed, Finding& fi
   RunOptions options = random_options(random, target, c);
   const RunResult run = run_moe(target, c, options);
   finding.problems = check_run(c, options, run, Strictness::kTiny);
-  // Nothing may depend on the thread count or on how the workspace is cut into slabs.
+  // Nothing may depend on the thread count, on how the workspace is cut into slabs, or on who else
+  // uses the device.
+  Target shared = target;
+  shared.shared_device = true;
   options.num_threads = 1;
   options.forward_limit = run.forward_plan.minimum_bytes;
   options.backward_limit = run.backward_plan.minimum_bytes;
-  const RunResult again = run_moe(target, c, options);
+  const RunResult again = run_moe(shared, c, options);
   if (again.forward_plan.bytes > *options.forward_limit ||
       again.backward_plan.bytes > *options.backward_limit) {
     finding.problems.emplace_back("a plan exceeds workspace_limit");
   }
   const std::string difference = bitwise_difference(run, again);
   if (!difference.empty()) {
-    finding.problems.push_back("with one thread and the least workspace: " + difference);
+    finding.problems.push_back("with one thread, the least workspace and a shared device: " +
+                               difference);
   }
   finding.problems.insert(finding.problems.end(), again.violations.begin(), again.violations.end());
 }

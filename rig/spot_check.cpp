@@ -252,10 +252,10 @@ class SpotCheck {
     compare("grad_w1",
             {rows_of(r_.grad_w1.block(e), c_.hidden_size, part.columns), part.backward.grad_w1},
             [&] { return part.sums().grad_w1; });
-    compare("grad_w2",
-            {columns_of(r_.grad_w2.block(e), c_.intermediate_size, part.units),
-             part.backward.grad_w2},
-            [&] { return part.sums().grad_w2; });
+    compare(
+        "grad_w2",
+        {columns_of(r_.grad_w2.block(e), c_.intermediate_size, part.units), part.backward.grad_w2},
+        [&] { return part.sums().grad_w2; });
   }
 
   // dX of a part of one token, with the router's share: dLogits Wr.
@@ -302,8 +302,8 @@ class SpotCheck {
 
   // Bounds relative to max |reference|. bfloat16 has 8 bits of significand and a result passes
   // through about four roundings: a typical error is 0.3%. Sums over d, n and rows are long here.
-  // Of a few results all may have nearly cancelled, which the largest of many has not: an error that
-  // rounding each of the `terms` explains is none then, but for zeros.
+  // Of a few results all may have nearly cancelled, which the largest of many has not: an error
+  // that rounding each of the `terms` explains is none then, but for zeros.
   template <class Magnitude>
   void compare(const char* name, const Pair& pair, Magnitude terms) {
     const bool wide = c_.dtype == DType::kFloat32;

@@ -45,7 +45,8 @@ struct Target {
   std::string backend;  ///< empty: the library's choice, or host memory for the oracle alone
   Device device;
   DeviceMemory* memory = nullptr;
-  int num_threads = 0;  ///< of a call that names none
+  int num_threads = 0;         ///< of a call that names none
+  bool shared_device = false;  ///< of every call
 
   /// Refers to this target's `backend`: the target outlives the context.
   Context context(int threads = 0) const {
@@ -53,6 +54,7 @@ struct Target {
     result.device = device;
     result.num_threads = threads > 0 ? threads : num_threads;
     result.backend = backend;
+    result.shared_device = shared_device;
     return result;
   }
 };

@@ -141,6 +141,15 @@ class MatmulCache {
         {rows, columns}, type, row_major ? dnnl::memory::dims{ld, 1} : dnnl::memory::dims{1, ld}};
   }
 
+  static dnnl::matmul::primitive_desc describe(const Entry& entry,
+                                               const dnnl::primitive_attr& attributes) {
+#if DNNL_VERSION_MAJOR >= 3
+    return {engine(), entry.source, entry.weights, entry.product, attributes};
+#else
+    return {dnnl::matmul::desc(entry.source, entry.weights, entry.product), attributes, engine()};
+#endif
+  }
+
   const Entry& find(const Key& key) {
     const auto found = entries_.find(key);
     if (found != entries_.end()) return found->second;
@@ -161,8 +170,7 @@ class MatmulCache {
       sum.append_sum(1.0f);
       attributes.set_post_ops(sum);
     }
-    const dnnl::matmul::primitive_desc primitive(
-        dnnl::matmul::desc(entry.source, entry.weights, entry.product), attributes, engine());
+    const dnnl::matmul::primitive_desc primitive = describe(entry, attributes);
     entry.scratch = primitive.scratchpad_desc();
     entry.matmul = dnnl::matmul(primitive);
     return entries_.emplace(key, std::move(entry)).first->second;

@@ -50,7 +50,8 @@ struct ProductCall {
   std::int64_t num_rows = 0;    ///< P
   RowLists rows = {};
   cudaStream_t stream = nullptr;
-  int device = 0;  ///< ordinal of the current device
+  int device = 0;              ///< ordinal of the current device
+  bool shared_device = false;  ///< Context::shared_device
 };
 
 /// Rows of a matrix with unit column stride. `ld` in elements.

@@ -27,10 +27,10 @@ class Project:
         self.tools = root.parent.parent / "tools"
         self.tools.mkdir()
         root.mkdir(parents=True)
-        for name in ("Makefile", "requirements.txt"):
+        for name in ("Makefile", "requirements.in", "requirements.txt"):
             shutil.copy(REPOSITORY / name, root)
         shutil.copytree(REPOSITORY / "scripts", root / "scripts")
-        for tool in ("cmake", "ctest", "dpkg-query", "git"):
+        for tool in ("cmake", "ctest", "dpkg-query", "git", "nvidia-smi"):
             self.stand_in(self.tools / tool)
         (self.tools / "dpkg-query").write_text("#!/bin/sh\necho install ok installed\n")
         self.stand_in(root / ".venv" / "bin" / "python")
@@ -47,6 +47,7 @@ class Project:
         self.calls.write_text("")
         environment = {**os.environ, "PATH": f"{self.tools}:{os.environ['PATH']}"}
         environment["CALLS"] = str(self.calls)
+        environment.pop("SONICMOE_APT", None)
         for name in ("MAKEFLAGS", "MAKELEVEL", "PYTHONPATH", "PYTHON", "BUILD", "PWD"):
             environment.pop(name, None)
         done = subprocess.run(
@@ -54,6 +55,13 @@ class Project:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return [json.loads(line) for line in self.calls.read_text().splitlines()]
+
+
+@pytest.fixture
+def plain(tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    return Project(tmp_path / "plain" / "sonicmoe")
 
 
 @pytest.fixture(params=["plain", "My Projects", "it's $HOME (new) & *", "$(HOME) `id` ; #1"])
@@ -87,6 +95,38 @@ def test_commands_keep_the_folder_in_one_word(project, target, module):
     assert last["PYTHONPATH"] == f"{root}/bindings/torch:{root}"
     if target == "test-python":
         assert last["SONICMOE_CLI"] == f"{root}/build/cli/sonicmoe"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("target", ["train", "compare"])
+def test_training_builds_the_operators_alone(plain, target, gpu):
+    if not gpu:
+        (plain.tools / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    calls = [c["argv"] for c in plain.make(target)]
+    (configure,) = (argv for argv in calls if argv[1:3] == ["-S", "."])
+    assert configure[3:5] == ["-B", "build-train"]
+    assert {"-DSONICMOE_BUILD_CLI=OFF", "-DSONICMOE_BUILD_TESTS=OFF"} < set(configure)
+    assert ("-DSONICMOE_CUDA=OFF" in configure) == (not gpu)
+    (build,) = (argv for argv in calls if argv[1] == "--build")
+    assert build[2:5] == ["build-train", "--target", "sonicmoe_torch"]
+
+
+def test_training_takes_the_build_that_is_there(plain):
+    (plain.root / "build" / "CMakeCache.txt").touch()
+    calls = [c["argv"] for c in plain.make("train")]
+    (configure,) = (argv for argv in calls if argv[1:3] == ["-S", "."])
+    assert configure[3:5] == ["-B", "build"]
+    assert not [option for option in configure if option.endswith("=OFF")]
+    (build,) = (argv for argv in calls if argv[1] == "--build")
+    assert build[2:5] == ["build", "--target", "sonicmoe_torch"]
+
+
+def test_everything_is_built_by_name_of_no_target(plain):
+    calls = [c["argv"] for c in plain.make("build")]
+    (configure,) = (argv for argv in calls if argv[1:3] == ["-S", "."])
+    assert not [option for option in configure if option.endswith("=OFF")]
+    (build,) = (argv for argv in calls if argv[1] == "--build")
+    assert "--target" not in build
 
 
 def test_clean_removes_the_builds_alone(project):

@@ -257,9 +257,11 @@ TEST_P(MoELayerTest, RouterGradientsKeepFourteenBits) {
   }
 }
 
-TEST_P(MoELayerTest, LimitAndRepetitionChangeNoBit) {
+TEST_P(MoELayerTest, LimitsAndSharedDevicesChangeNoBit) {
+  Target shared = target();
+  shared.shared_device = true;
   LayerRun layer(target(), layer_case());
-  LayerRun again(target(), layer_case(), layer.forward_plan.minimum_bytes,
+  LayerRun again(shared, layer_case(), layer.forward_plan.minimum_bytes,
                  layer.backward_plan.minimum_bytes);
   for (LayerRun* run : {&layer, &again}) {
     run->forward();

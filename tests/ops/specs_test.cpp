@@ -196,6 +196,27 @@ TEST_P(Specs, BlocksOfTileRowsGiveTheSameBits) {
   }
 }
 
+// Every product in order, where some would be strided; grids that claim once and many times.
+TEST_P(Specs, SharedDevicesGiveTheSameBits) {
+  Target shared = GetParam();
+  shared.shared_device = true;
+  MoECase sorted = many_tiles(), ungated = many_tiles();
+  sorted.form = Form::kSorted;
+  sorted.num_pairs = 1090;
+  ungated.activation = Activation::kGELU;
+  for (const MoECase& wanted : {many_tiles(), sorted, ungated}) {
+    const MoECase c = fitted(GetParam(), wanted);
+    SCOPED_TRACE(c.describe());
+    const RunResult alone = expect_correct(c);
+    for (const int grid : of_cuda(GetParam(), {0, 1, 2, 7, 131})) {
+      const Forced forced({.grid = grid});
+      const RunResult other = run_moe(shared, c);
+      EXPECT_EQ(bitwise_difference(alone, other), "");
+      EXPECT_TRUE(other.violations.empty()) << other.violations.front();
+    }
+  }
+}
+
 // Who stores dH changes nothing in the results: tiles of every height, gated in both layouts and
 // not.
 TEST_P(Specs, RowsThatTheMathWarpsStore) {

@@ -194,6 +194,17 @@ def test_compile_module(router):
     compare_compiled(sm.MoE(D, N, E, K, router=router, tile=8), "aot_eager")
 
 
+def test_compiled_batches_below_the_tile_are_plain_top_k():
+    module = sm.MoE(D, N, E, K, router="token_rounding", tile=40)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for size in (48, 39, 40, 7, 64):
+        x = torch.randn(size, D)
+        assert torch.equal(compiled(x), module(x))
+        rounded = bool((module.last_rows_per_expert % 40 == 0).all())
+        assert rounded is (size >= 40)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compile_with_inductor():
     """Ours stays one call inside the graph; inductor may contract what is around it."""

@@ -56,6 +56,29 @@ def test_eval_is_plain_top_k():
     assert (module.last_rows_per_expert % 16 != 0).any()
 
 
+@pytest.mark.parametrize("policy", ["nearest", "stochastic"])
+@pytest.mark.parametrize("shape", [(15, D), (3, 5, D), (1, D), (0, D)])
+def test_a_batch_below_the_tile_is_plain_top_k(shape, policy):
+    """The last batch of an epoch may have fewer tokens than a tile, where nothing could be kept."""
+    module = layer(router="token_rounding", tile=16, policy=policy)
+    plain = layer()
+    plain.load_state_dict(module.state_dict())
+    x, seed = torch.randn(shape), module.rounding_seed.clone()
+    results = [(each(x, return_router=True), each) for each in (module, plain)]
+    for (y, _, rows), each in results:
+        y.square().sum().backward()
+        assert rows.sum() == x[..., 0].numel() * K
+        assert torch.equal(each.last_rows_per_expert_before, each.last_rows_per_expert)
+    for ours, right in zip(*(result for result, _ in results), strict=True):
+        assert torch.equal(ours, right)
+    for ours, right in zip(module.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, right.grad)
+        assert right.grad.abs().max() > 0 or x.numel() == 0
+    assert torch.equal(module.rounding_seed, seed)
+    module(torch.randn(T, D))  # a whole batch is rounded again
+    assert (module.last_rows_per_expert % 16 == 0).all()
+
+
 def test_the_rounding_seed_advances_and_manual_seed_repeats_it():
     module = layer(router="token_rounding", tile=16, policy="stochastic")
     x = torch.randn(T, D)
@@ -189,6 +212,8 @@ def test_bad_options():
         layer(router="hash")
     with pytest.raises(ValueError, match="activation: expected one of"):
         layer(activation="tanh")
-    module = layer(router="token_rounding", tile=T + 1)
-    with pytest.raises(RuntimeError, match="tile|token"):
-        module(torch.randn(T, D))
+    w1, w2 = torch.randn(E, 2 * N, D), torch.randn(E, D, N)
+    with pytest.raises(RuntimeError, match=f"tile: expected .* number of tokens, {T}, got {T + 1}"):
+        sm.moe_layer(
+            torch.randn(T, D), torch.randn(E, D), w1, w2, K, router="token_rounding", tile=T + 1
+        )

@@ -61,6 +61,22 @@ def test_rounding_with_wrapped_experts_is_that_of_the_fused_layer(family, policy
         assert not torch.equal(before, called.last_rows_per_expert)
 
 
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_batch_below_the_tile_is_plain_top_k(wrap):
+    stock = build("qwen3_moe")
+    model = copy.deepcopy(stock)
+    hf.replace_moe_blocks(model, router="token_rounding", tile=8, policy="stochastic")
+    if wrap:
+        put(experts_checkpointed, model)
+    ids = torch.randint(3, 64, (1, 7))
+    same(model(ids).logits, stock(ids).logits)
+    for block in moe_blocks(model):
+        assert block.last_rows_per_expert.sum() == 7 * 3
+        assert torch.equal(block.last_rows_per_expert_before, block.last_rows_per_expert)
+    model(tokens())
+    assert all((block.last_rows_per_expert % 8 == 0).all() for block in moe_blocks(model))
+
+
 @pytest.mark.parametrize("situation", [router_pre_hook, router_parametrized, router_pruned])
 def test_rounding_goes_by_the_logits_of_a_changed_router(situation):
     stock, ids = build("qwen3_moe", num_hidden_layers=1), tokens()

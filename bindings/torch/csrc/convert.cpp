@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -11,6 +12,8 @@
 
 namespace sonicmoe_torch {
 namespace {
+
+std::atomic<bool> shared_device = false;
 
 /// torch's current stream of a CUDA device. The function lives in libtorch_cuda, which a CPU build
 /// of torch lacks and which is no dependency of this library: it is looked up where torch has
@@ -185,12 +188,17 @@ sonicmoe::TensorView Views::out_rows(const char* argument, const Tensor& tensor)
                                          tensor.mutable_data_ptr());
 }
 
+void set_shared_device(bool shared) { shared_device = shared; }
+
+bool is_shared_device() { return shared_device; }
+
 Call::Call(const Tensor& tensor) {
   context_.num_threads = static_cast<int>(torch::stable::get_num_threads());
   if (!tensor.is_cuda()) return;
   const auto index = tensor.get_device_index();
   guard_.emplace(index);
   context_.device = device_of(tensor);
+  context_.shared_device = is_shared_device();
   context_.stream.handle = current_cuda_stream(index);
 }
 

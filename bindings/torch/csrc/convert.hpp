@@ -62,6 +62,10 @@ class Call {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
+/// Context::shared_device of every call of this process from now on (_shared_device.py).
+void set_shared_device(bool shared);
+bool is_shared_device();
+
 /// Uninitialised, on the device of `like`, from torch's allocator. These throw std::runtime_error,
 /// "[CUDA ]out of memory. ...", where that has no room.
 Tensor new_tensor(const Tensor& like, std::span<const std::int64_t> shape, ScalarType dtype);

@@ -3,6 +3,8 @@
 #include <span>
 #include <string_view>
 
+#include "sonicmoe/version.hpp"
+
 namespace sonicmoe_torch {
 namespace {
 
@@ -121,6 +123,8 @@ LayerCall unpack_layer(PackedOptions packed, const Views& views,
   packed.finish();
   return call;
 }
+
+std::string version() { return std::string(sonicmoe::version()); }
 
 std::string enum_names(std::int64_t kind) {
   switch (kind) {

@@ -70,6 +70,9 @@ struct LayerCall {
 LayerCall unpack_layer(PackedOptions packed, const Views& views,
                        const OptionalTensor& selection_bias, const OptionalTensor& seed_tensor);
 
+/// The version of the library, "major.minor.patch".
+std::string version();
+
 /// The enumerators of "activation", "gate_up_layout", "scoring" and "policy" (kind 0 to 3): names,
 /// integers and traits, "swiglu 0 gated,geglu 1 gated,...". Traits of a scoring: "renormalizes"
 /// (always), "biased" (takes a selection bias and groups).

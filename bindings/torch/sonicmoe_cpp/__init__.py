@@ -7,7 +7,8 @@ See docs/guide/python.md. Importing this package needs torch alone; the Hugging 
 import importlib
 
 from ._after_import import after_import
-from ._library import Backend, backends
+from ._library import Backend, __version__, backends
+from ._shared_device import set_shared_device
 from .functional import (
     load_balancing_loss,
     moe,
@@ -20,7 +21,6 @@ from .functional import (
     update_expert_bias_,
 )
 from .module import MoE
-from .version import __version__
 
 __all__ = [
     "Backend",
@@ -35,6 +35,7 @@ __all__ = [
     "round_tokens",
     "route",
     "router_z_loss",
+    "set_shared_device",
     "update_expert_bias_",
 ]
 

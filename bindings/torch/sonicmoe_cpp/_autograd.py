@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from ._library import ops
+from ._shared_device import tell_library
 
 _LIBRARY = torch.library.Library("sonicmoe_cpp", "IMPL")  # registrations live as long as it does
 
@@ -52,6 +53,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
 
     def kernel(*inputs: Any) -> Any:
         refuse_forward_mode(name, inputs)
+        tell_library(inputs[0])
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return _apply(function, inputs)
         with torch._C._AutoDispatchBelowAutograd():
@@ -78,6 +80,7 @@ def register_once_differentiable(name: str) -> None:
 
     def kernel(*inputs: Any) -> Any:
         refuse_forward_mode(name, inputs)
+        tell_library(inputs[0])
         if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(inputs)):
             _refuse_gradients(name, operator, written, inputs)
             leaves, spec = pytree.tree_flatten(inputs)

@@ -49,6 +49,16 @@ def refuse(operation: str, argument: str, expected: str, got: object) -> NoRetur
     raise RuntimeError(f"{operation}: {argument}: expected {expected}, got {got}")
 
 
+def is_number(tensor: Tensor) -> bool:
+    """Holds numbers as they are, not packed or scaled as quantised weights are."""
+    return tensor.is_floating_point() and tensor.itemsize >= 2
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """No DTensor, no quantised tensor, no other subclass."""
+    return type(tensor) in (Tensor, nn.Parameter) and is_number(tensor)
+
+
 def check_tensors(operation: str, **given: Any) -> None:
     """Each argument against its rule in TENSORS; all have to be on the device of the first."""
     first = device = None

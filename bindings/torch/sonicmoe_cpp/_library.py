@@ -15,9 +15,17 @@ if not _PATH.exists():
         f"sonicmoe_cpp: {_PATH} is missing: build the CMake target sonicmoe_torch with "
         "-DSONICMOE_BUILD_TORCH=ON (docs/guide/python.md)"
     )
-torch.ops.load_library(str(_PATH))
+try:
+    torch.ops.load_library(str(_PATH))
+except OSError as error:
+    raise ImportError(
+        f"sonicmoe_cpp: {_PATH} cannot be loaded: {error.__cause__ or error}. Install the library "
+        "that is missing (libdnnl is oneDNN), or the package's wheel, which needs torch alone"
+    ) from error
 
 ops = torch.ops.sonicmoe_cpp
+
+__version__: str = ops.version()  # the library's: include/sonicmoe/version.hpp
 
 
 def run(operator: Callable, *arguments: Any) -> Any:

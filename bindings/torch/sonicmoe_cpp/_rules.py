@@ -62,8 +62,8 @@ class Number(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Positive(Rule):
-    """Infinity too, packed as the largest float32: JSON, in which AOTInductor keeps the arguments of
-    a graph, has no infinity."""
+    """Infinity too, packed as the largest float32: AOTInductor keeps the arguments of a graph as
+    JSON, which has no infinity."""
 
     real = True
 

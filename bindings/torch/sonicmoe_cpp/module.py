@@ -152,7 +152,8 @@ class MoE(ExactBuffers):
     `update_expert_bias_` moves. It is float32 whatever torch's default dtype is, and stays so when
     the module is cast or loaded.
 
-    `router="token_rounding"` rounds in training and is plain top-K in eval(). Policy `stochastic`
+    `router="token_rounding"` rounds in training and is plain top-K in eval(), and for a batch of
+    fewer tokens than one tile, as the last of an epoch may be. Policy `stochastic`
     advances the layer's own seed with every training forward, into the buffer `rounding_seed`:
     the seed is `seed` mixed with a number from torch's default generator, so manual_seed repeats a
     run and activation checkpointing, which restores that generator, rounds the same way again.
@@ -228,7 +229,8 @@ class MoE(ExactBuffers):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """y [..., d]; with return_router (y, logits [..., E], rows_per_expert [E]), the rows being
         those of token choice."""
-        rounds = self.training and self.options.rounding is not None
+        rounding = self.options.rounding if self.training else None
+        rounds = rounding is not None and fills_a_tile(x, rounding.tile)
         seed = self._next_seed(x) if rounds else None
         packed = self._packed if rounds else self._packed_top_k
         out: LayerOutput = self.router(x, self.experts, packed, seed, self.main_grad)
@@ -280,6 +282,11 @@ class MoE(ExactBuffers):
             f"num_experts={self.num_experts}, top_k={self.top_k}, scoring={router.scoring}, "
             f"activation={self.options.experts.activation}, router={kind}"
         )
+
+
+def fills_a_tile(x: Tensor, tile: int) -> bool:
+    """Whether x [..., d] has rows for one tile; below that nothing could be kept."""
+    return not isinstance(x, Tensor) or math.prod(x.shape[:-1]) >= tile
 
 
 def advance_seed(buffer: Tensor, seed: int) -> Tensor:

@@ -32,8 +32,12 @@ inline bool adds_rows(const MoEShape& shape) {
 
 inline ProductCall product_call(const Context& context, const MoEShape& shape,
                                 const RowLists& rows = {}) {
-  return {shape.num_tokens, shape.num_pairs, rows, static_cast<cudaStream_t>(context.stream.handle),
-          context.device.index};
+  return {.num_tokens = shape.num_tokens,
+          .num_rows = shape.num_pairs,
+          .rows = rows,
+          .stream = static_cast<cudaStream_t>(context.stream.handle),
+          .device = context.device.index,
+          .shared_device = context.shared_device};
 }
 
 inline HiddenFunction hidden_function(const MoEShape& shape, const ExpertOptions& options) {

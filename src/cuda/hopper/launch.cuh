@@ -26,6 +26,7 @@ inline Choice choose(const ProductCall& call, const char* product, ProductSizes 
   check_launch(
       cudaDeviceGetAttribute(&sizes.processors, cudaDevAttrMultiProcessorCount, call.device),
       product, call);
+  sizes.shared_device = call.shared_device;
   const Choice choice = choose(sizes);
   log_choice(product, [&] { return describe(choice); });
   return choice;

@@ -20,8 +20,11 @@ bool gathers(Product p) { return p == Product::kUp || p == Product::kGradH; }
 //   rows that are added to out     CTAs add to one part of out at a time                 up to 1.5x
 //   weights beyond 6 MiB           CTAs at different experts fetch them again and again  1-4%
 //   few k-tiles and many tiles     the CTAs would drift far apart                        (lab M7)
+//   all on a shared device         CTAs that start late would come with a whole share    (lab M19)
 // Else strided: in order costs 1-2% where weights are small, 8-13% in weight gradients.
 bool in_order(const ProductSizes& s, const Choice& c) {
+  if (s.product == Product::kLogits) return false;  // has no row list, and with it no counters
+  if (s.shared_device) return true;
   if (s.product == Product::kWeightGradient) return false;
   constexpr std::int64_t kMostWeight = 6 * kMiB, kShort = 256, kManyTiles = 256;
   const std::int64_t weight = kElementBytes * s.depth * c.n_tiles * c.block_n;

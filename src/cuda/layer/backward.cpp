@@ -59,8 +59,8 @@ void layer_backward(const Context& context, const LayerPlan& plan,
     for_each_slab(plan.experts, [&](std::int64_t first, std::int64_t columns) {
       {
         const Range range("router_grad_x");
-        router::router_grad_x(stream, context.device.index, gradient, args.router_weight, first,
-                              columns, steps.grad_x_columns(first), terms);
+        router::router_grad_x(context, gradient, args.router_weight, first, columns,
+                              steps.grad_x_columns(first), terms);
       }
       steps.grad_x(first, columns, /*add=*/true);
     });

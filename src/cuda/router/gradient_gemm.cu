@@ -48,7 +48,7 @@ void split_terms(cudaStream_t stream, const LogitsGradient& grad_logits, const G
   check_launch(operation);
 }
 
-ProductCall product_call(cudaStream_t stream, int device, std::int64_t num_tokens,
+ProductCall product_call(const Context& context, std::int64_t num_tokens,
                          const GradientTerms& terms) {
   return {.num_tokens = num_tokens,
           .num_rows = num_tokens,
@@ -56,8 +56,9 @@ ProductCall product_call(cudaStream_t stream, int device, std::int64_t num_token
                    .num_tiles = terms.num_tiles,
                    .groups = terms.slices,
                    .claims = terms.claims},
-          .stream = stream,
-          .device = device};
+          .stream = stream_of(context),
+          .device = context.device.index,
+          .shared_device = context.shared_device};
 }
 
 RowsArgs grad_x_args(ConstTensorView router_weight, std::int64_t first_column,
@@ -110,37 +111,37 @@ GradientTerms carve_weight_terms(WorkspaceCarver& carver, const Products& produc
   return terms;
 }
 
-bool grad_x_on_grouped_gemm(cudaStream_t stream, int device, const LogitsGradient& grad_logits,
+bool grad_x_on_grouped_gemm(const Context& context, const LogitsGradient& grad_logits,
                             ConstTensorView router_weight, std::int64_t first_column,
                             std::int64_t num_columns, Matrix out, const GradientTerms& terms) {
-  const Products& products = products_of(device);
-  const ProductCall call = product_call(stream, device, grad_logits.num_tokens, terms);
+  const Products& products = products_of(context.device.index);
+  const ProductCall call = product_call(context, grad_logits.num_tokens, terms);
   const RowsArgs args = grad_x_args(router_weight, first_column, num_columns, out, terms.values);
   if (!grad_logits.split) {
     if (!can_split(grad_logits) || products.reason_against(call, args)) return false;
-    if (first_column == 0) split_terms(stream, grad_logits, terms, "router's dX");
+    if (first_column == 0) split_terms(call.stream, grad_logits, terms, "router's dX");
   }
   products.run(call, args);
   return true;
 }
 
-bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView x,
+bool weight_parts_on_grouped_gemm(const Context& context, ConstTensorView x,
                                   const LogitsGradient& grad_logits, float* parts,
                                   const GradientTerms& terms) {
   const char* operation = "router_logits_backward";
   const std::int64_t num_tokens = x.size(0), num_experts = grad_logits.num_experts;
-  const Products& products = products_of(device);
-  const ProductCall call = product_call(stream, device, num_tokens, terms);
+  const Products& products = products_of(context.device.index);
+  const ProductCall call = product_call(context, num_tokens, terms);
   WeightGradientArgs args = weight_args(x, num_experts, terms.num_slices, parts);
   if (grad_logits.split) {
     args.rows = grad_logits.data;
-    write_lists_kernel<<<1, 256, 0, stream>>>(terms, num_tokens);
+    write_lists_kernel<<<1, 256, 0, call.stream>>>(terms, num_tokens);
     check_launch(operation);
   } else {
     if (x.dtype() != DType::kBFloat16 || !can_split(grad_logits)) return false;
     if (products.reason_against(call, args)) return false;
     args.rows = terms.values;
-    split_terms(stream, grad_logits, terms, operation);
+    split_terms(call.stream, grad_logits, terms, operation);
   }
   products.run(call, args);
   return true;
@@ -149,9 +150,8 @@ bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorVi
 bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::int64_t num_columns,
                          Matrix grad_x) {
   if (x.dtype() != DType::kBFloat16) return false;
-  const int device = current_device();
-  const Products& products = products_of(device);
-  const ProductCall call = product_call(nullptr, device, x.size(0), {});
+  const Products& products = products_of(x.device().index);
+  const ProductCall call = product_call({.device = x.device()}, x.size(0), {});
   // Stands for the parts, of which only the alignment is known here, that of any workspace.
   alignas(WorkspaceCarver::kAlignment) float parts[1];
   return !products.reason_against(call,

@@ -12,6 +12,7 @@
 
 #include "core/workspace.hpp"
 #include "cuda/products.hpp"
+#include "sonicmoe/context.hpp"
 
 namespace sonicmoe::cuda::router {
 
@@ -48,17 +49,17 @@ GradientTerms carve_weight_terms(WorkspaceCarver& carver, const Products& produc
 /// out [T, num_columns] bf16 = grad_logits router_weight[:, first_column...]. False, and nothing
 /// enqueued, where the kernels decline. Where grad_logits is split, the high ones and the lists
 /// are in `terms` already; else the slab at column 0, which comes first, puts them there for all.
-bool grad_x_on_grouped_gemm(cudaStream_t stream, int device, const LogitsGradient& grad_logits,
+bool grad_x_on_grouped_gemm(const Context& context, const LogitsGradient& grad_logits,
                             ConstTensorView router_weight, std::int64_t first_column,
                             std::int64_t num_columns, Matrix out, const GradientTerms& terms);
 
 /// parts [num_slices, kWeightTerms, E, d] float32: slice s sums the tokens [s, s + 1) *
 /// rows_per_slice, and dWr is the sum of all parts. False as above.
-bool weight_parts_on_grouped_gemm(cudaStream_t stream, int device, ConstTensorView x,
+bool weight_parts_on_grouped_gemm(const Context& context, ConstTensorView x,
                                   const LogitsGradient& grad_logits, float* parts,
                                   const GradientTerms& terms);
 
-/// Whether both products of the current device take their grad_logits as terms: slabs of
+/// Whether both products of the device of x take their grad_logits as terms: slabs of
 /// `num_columns` of `grad_x` as `out` of the first.
 bool products_take_terms(ConstTensorView x, ConstTensorView router_weight, std::int64_t num_columns,
                          Matrix grad_x);

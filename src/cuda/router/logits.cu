@@ -326,8 +326,7 @@ void router_logits_backward(const Context& context, ConstTensorView x,
   const GradientParts parts = carve(carver, context.device.index, num_tokens, num_experts, d);
   if (grad_weight.defined()) {
     std::int64_t num_parts = parts.num_weight_parts;
-    if (!weight_parts_on_grouped_gemm(stream, context.device.index, x, grad_logits, parts.weight,
-                                      parts.terms)) {
+    if (!weight_parts_on_grouped_gemm(context, x, grad_logits, parts.weight, parts.terms)) {
       // No terms here: every part has tokens of its own.
       const std::int64_t tokens = slice_rows(num_tokens, num_parts);
       num_parts = std::max<std::int64_t>(ceil_div(num_tokens, tokens), 1);
@@ -358,18 +357,18 @@ void router_logits_backward(const Context& context, ConstTensorView x,
   }
 }
 
-void router_grad_x(cudaStream_t stream, int device, const LogitsGradient& grad_logits,
+void router_grad_x(const Context& context, const LogitsGradient& grad_logits,
                    ConstTensorView router_weight, std::int64_t first_column,
                    std::int64_t num_columns, Matrix out, const GradientTerms& terms) {
   const std::int64_t num_tokens = grad_logits.num_tokens, num_experts = grad_logits.num_experts;
   if (num_tokens == 0 || num_columns == 0) return;
-  if (grad_x_on_grouped_gemm(stream, device, grad_logits, router_weight, first_column, num_columns,
-                             out, terms)) {
+  if (grad_x_on_grouped_gemm(context, grad_logits, router_weight, first_column, num_columns, out,
+                             terms)) {
     return;
   }
   const auto* values = static_cast<const float*>(grad_logits.data);
   visit_float_dtype(router_weight, [&]<class W>(const W* weight) {
-    launch_product(stream, SimtOperand<float, Unit::kDepth>{values, num_experts},
+    launch_product(stream_of(context), SimtOperand<float, Unit::kDepth>{values, num_experts},
                    SimtOperand<W, Unit::kWidth>{weight + first_column, router_weight.stride(0)},
                    {num_tokens, num_columns, num_experts, num_experts}, 1,
                    RowsOut{static_cast<bf16*>(out.data), out.ld, out.has_aligned_rows()},

@@ -60,7 +60,7 @@ void router_logits_backward(const Context& context, ConstTensorView x,
 /// out [T, num_columns] bfloat16 = grad_logits [T, E] router_weight [E, d], the columns
 /// from `first_column` on: rounded as the rows of dX~ it is added to. num_columns % 8 == 0. `terms`
 /// from router_grad_x_terms().
-void router_grad_x(cudaStream_t stream, int device, const LogitsGradient& grad_logits,
+void router_grad_x(const Context& context, const LogitsGradient& grad_logits,
                    ConstTensorView router_weight, std::int64_t first_column,
                    std::int64_t num_columns, Matrix out, const GradientTerms& terms);
 

@@ -38,6 +38,25 @@ Blocked blocked(const Shape& s) {
 constexpr Blocked kNone = {false, false, false, false, false, false};
 constexpr Blocked kAll = {true, true, true, true, true, true};
 
+// A small product, strided where it may be.
+ProductSizes small_product(Product product) {
+  return {.product = product, .depth = 512, .columns = 512, .row_tiles = 64, .processors = 132};
+}
+
+TEST(InOrder, OnASharedDeviceAllThatHaveCounters) {
+  for (const Product product :
+       {Product::kUp, Product::kGradH, Product::kRows, Product::kWeightGradient}) {
+    ProductSizes sizes = small_product(product);
+    const bool gathers = product == Product::kUp || product == Product::kGradH;
+    EXPECT_EQ(choose(sizes).in_order, gathers) << describe(choose(sizes));
+    sizes.shared_device = true;
+    EXPECT_TRUE(choose(sizes).in_order) << describe(choose(sizes));
+  }
+  ProductSizes logits = small_product(Product::kLogits);
+  logits.shared_device = true;
+  EXPECT_FALSE(choose(logits).in_order);
+}
+
 TEST(RowBlock, WhereTheWeightsOfAnExpertOutgrowL2) {
   EXPECT_EQ(blocked({8192, 4096, 14336, 8, 2}), kAll);     // Mixtral-8x7B
   EXPECT_EQ(blocked({8192, 6144, 16384, 8, 2}), kAll);     // Mixtral-8x22B

@@ -10,6 +10,7 @@ and their names stay the model's own, so checkpoints load in stock transformers.
     plain         whether a module may be read instead of called: hooks, wrappers, offloading
     families      the blocks that can be replaced
     blocks        the replaced block
+    standalone    a block as a layer without transformers
 """
 
 import transformers
@@ -24,5 +25,13 @@ if parse(transformers.__version__).release < (5, 7):
 from .blocks import SonicMoEBlock, replace_moe_blocks
 from .experts import experts_forward, register
 from .plain import observer
+from .standalone import to_moe
 
-__all__ = ["SonicMoEBlock", "experts_forward", "observer", "register", "replace_moe_blocks"]
+__all__ = [
+    "SonicMoEBlock",
+    "experts_forward",
+    "observer",
+    "register",
+    "replace_moe_blocks",
+    "to_moe",
+]

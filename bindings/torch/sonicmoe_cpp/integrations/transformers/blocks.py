@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..._rules import Integer
 from ...functional import layer_output, round_tokens
-from ...module import advance_seed
+from ...module import advance_seed, fills_a_tile
 from ...options import check_rounding as check_rounding_options
 from .activations import expert_options
 from .experts import BACKEND, expert_weights, register
@@ -84,6 +84,7 @@ class SonicMoEBlock:
             low, high = 1.0 - noise, 1.0 + noise
             hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(low, high)
         rounds = self.training and self.router_kind == "token_rounding"
+        rounds = rounds and fills_a_tile(hidden_states, self.tile)
         if self.why_called() is None:
             y, scores = self._fused(hidden_states, rounds)
         elif rounds:
@@ -202,7 +203,7 @@ def _new_block(stock: Any) -> Any:
     return cls.__new__(cls)
 
 
-def _stock_class(block: nn.Module) -> type[nn.Module]:
+def stock_class(block: nn.Module) -> type[nn.Module]:
     return block._stock if isinstance(block, SonicMoEBlock) else type(block)
 
 
@@ -248,10 +249,11 @@ def replace_moe_blocks(
 ) -> int:
     """Replaces every sparse MoE block of a supported family in place; returns how many.
 
-    router "token_rounding" rounds in training and is plain top-K in eval(); `seed` is that of the
-    policy `stochastic`, other for every block. Blocks that were replaced before get the new
-    options. ValueError, with the block's place in the model and the model left as it was: an
-    option, no block at all, or a block that the library cannot compute.
+    router "token_rounding" rounds in training and is plain top-K in eval(), and for a batch of
+    fewer tokens than one tile; `seed` is that of the policy `stochastic`, other for every block.
+    Blocks that were replaced before get the new options. ValueError, with the block's place in the
+    model and the model left as it was: an option, no block at all, or a block that the library
+    cannot compute.
     """
     rounding = check_rounding_options("replace_moe_blocks", router, tile=tile, policy=policy)
     Integer(0, 2**62 - 1).check("replace_moe_blocks", "seed", seed)  # each block adds its index
@@ -265,7 +267,7 @@ def replace_moe_blocks(
         )
     for path, block, family in found:
         path = f"replace_moe_blocks: {path or type(block).__name__}"
-        check_block(block, _stock_class(block), family, path, rounding is not None)
+        check_block(block, stock_class(block), family, path, rounding is not None)
         _check_own_forward(block, path)
     register()
     configs: dict[int, tuple] = {}

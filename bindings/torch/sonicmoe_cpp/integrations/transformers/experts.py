@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..._checks import is_number
 from ...functional import moe
 from .activations import expert_options
-from .plain import is_number
 
 BACKEND = "sonicmoe_cpp"
 

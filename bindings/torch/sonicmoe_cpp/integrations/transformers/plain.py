@@ -15,6 +15,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 from transformers.utils import output_capturing
 
+from ..._checks import is_plain
+
 
 def observer(hook: Callable) -> Callable:
     """Marks a forward hook for a router that looks at the result and changes nothing.
@@ -144,11 +146,5 @@ def what_may_change_result(
     return None
 
 
-def is_number(tensor: Tensor) -> bool:
-    """Holds numbers as they are, not packed or scaled as quantised weights are."""
-    return tensor.is_floating_point() and tensor.itemsize >= 2
-
-
 def all_plain(tensors: Iterable[Tensor | None]) -> bool:
-    """No DTensor, no quantised tensor, no other subclass."""
-    return all(t is None or (type(t) in (Tensor, nn.Parameter) and is_number(t)) for t in tensors)
+    return all(tensor is None or is_plain(tensor) for tensor in tensors)
