@@ -43,7 +43,6 @@ router::LogitsGradient grad_logits(const Context& context, const MoELayerBackwar
 
 void layer_backward(const Context& context, const LayerPlan& plan,
                     const MoELayerBackwardArgs& args) {
-  const auto stream = static_cast<cudaStream_t>(context.stream.handle);
   const LayerBackwardScratch scratch = layer_scratch(plan, args);
   void* const router_scratch = scratch.router.data();
   const router::GradientTerms terms =
