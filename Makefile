@@ -80,7 +80,7 @@ package: build
 
 install-test: package wheel
 	bash tests/install/install_test.sh "$(BUILD)"
-	$(PY) tests/install/wheel_test.py dist/*.whl
+	$(PY) tests/install/try_wheel.py dist/*.whl
 
 train: operators
 	$(PY) -m trainer.train $(ARGS)

@@ -1,6 +1,6 @@
 """Installs the wheel into fresh environments and runs quick tests there, away from the sources.
 
-    python tests/install/wheel_test.py dist/*.whl
+    python tests/install/try_wheel.py dist/*.whl
 
 The Python that runs this script gets torch and the tests; of the others on this machine, each must
 take the wheel and compile its files.
@@ -48,7 +48,7 @@ def install(python, *packages):
     run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages)
 
 
-def test_here(wheel, work):
+def try_here(wheel, work):
     """torch, the wheel, and the quick tests; no compiler and no source in sight."""
     python = environment(work / "here", sys.executable)
     install(python, TORCH, "numpy", "pytest", "pytest-timeout", wheel)
@@ -59,7 +59,7 @@ def test_here(wheel, work):
     run(python, "-m", "pytest", "-q", "--timeout", 300, *tests, cwd=work / "away", env=bare)
 
 
-def test_other(wheel, work, name, interpreter):
+def try_other(wheel, work, name, interpreter):
     python = environment(work / name, interpreter)
     install(python, "--no-deps", wheel)
     package = subprocess.check_output(
@@ -85,9 +85,9 @@ def main():
     wheel = Path(sys.argv[1]).resolve(strict=True)
     os.environ.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as folder:
-        test_here(wheel, Path(folder))
+        try_here(wheel, Path(folder))
         for name, python in pythons():
-            test_other(wheel, Path(folder), name, python)
+            try_other(wheel, Path(folder), name, python)
 
 
 if __name__ == "__main__":
