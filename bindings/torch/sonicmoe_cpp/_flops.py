@@ -85,6 +85,62 @@ def _moe_layer_backward(
     return experts + _logits(x, router_weight) * (need_x + need_router_weight)
 
 
+# The same in three steps: dH with dS, what W2 needs, what X and W1 need.
+
+
+@register_flop_formula(ops.moe_backward_hidden)
+def _moe_backward_hidden(
+    grad_out: Shape, x: Shape, w1: Shape, b1: Any, w2: Shape, b2: Any, form: int, ids: Shape,
+    *rest: Any, **out: Any,
+) -> int:  # fmt: skip
+    return _down(math.prod(x[:-1] if form == FORM_SORTED else ids), w2)
+
+
+@register_flop_formula(ops.moe_backward_down)
+def _moe_backward_down(
+    grad_out: Shape, x: Shape, w1: Shape, b1: Any, w2: Shape, b2: Any, form: int, ids: Shape,
+    token_ids: Any, weights: Any, saved: Any, options: Any, reals: Any, needs: list[bool],
+    **out: Any,
+) -> int:  # fmt: skip
+    return _down(math.prod(x[:-1] if form == FORM_SORTED else ids), w2) * needs[0]
+
+
+@register_flop_formula(ops.moe_backward_up)
+def _moe_backward_up(
+    x: Shape, w1: Shape, b1: Any, w2: Shape, b2: Any, form: int, ids: Shape, token_ids: Any,
+    weights: Any, saved: Any, options: Any, reals: Any, needs: list[bool], **out: Any,
+) -> int:  # fmt: skip
+    rows = math.prod(x[:-1] if form == FORM_SORTED else ids)
+    return _up(rows, w1) * (needs[0] + needs[1])
+
+
+@register_flop_formula(ops.moe_layer_backward_hidden)
+def _moe_layer_backward_hidden(
+    grad_out: Shape, x: Shape, router_weight: Shape, w1: Shape, b1: Any, w2: Shape, b2: Any,
+    saved: list[Shape], *rest: Any, **out: Any,
+) -> int:  # fmt: skip
+    return _down(math.prod(saved[1]), w2)
+
+
+@register_flop_formula(ops.moe_layer_backward_down)
+def _moe_layer_backward_down(
+    grad_out: Shape, x: Shape, router_weight: Shape, w1: Shape, b1: Any, w2: Shape, b2: Any,
+    saved: list[Shape], options: Any, reals: Any, needs: list[bool], *rest: Any, **out: Any,
+) -> int:  # fmt: skip
+    return _down(math.prod(saved[1]), w2) * needs[0]
+
+
+@register_flop_formula(ops.moe_layer_backward_up)
+def _moe_layer_backward_up(
+    x: Shape, grad_logits: Any, router_weight: Shape, router_bias: Any, w1: Shape, b1: Any,
+    w2: Shape, b2: Any, saved: list[Shape], options: Any, reals: Any, needs: list[bool],
+    *rest: Any, **out: Any,
+) -> int:  # fmt: skip
+    need_x, need_router_weight, _, need_w1, _ = needs
+    experts = _up(math.prod(saved[1]), w1) * (need_x + need_w1)
+    return experts + _logits(x, router_weight) * (need_x + need_router_weight)
+
+
 @register_flop_formula(
     [
         ops.route_forward, ops.route_backward,
