@@ -1,10 +1,8 @@
-"""Draws docs/images/bench-gpu.png and workspace-limit.png from the newest records of
-bench/results/h?00-*.json that hold such rows. Needs no GPU.
+"""Draws docs/images/bench-h200.png, bench-h100.png (bench/lib/speed_bars.py) and
+workspace-limit.png from the newest records of bench/results/h?00-*.json that hold such rows. Needs
+no GPU.
 
-Speeds are model TFLOP/s (6*T*K*n*d FLOPs forward, twice that backward). Ours and torch's are wall
-time; the official layer, of the same record or of anchors.json, and the other systems of the latter
-show the better of wall and busy time, the official layer as CUDA graphs where the newest
-graphs-h?00-*.json has it, and what the paper printed is a line.
+Speeds are model TFLOP/s (6*T*K*n*d FLOPs forward, twice that backward).
 
 With --markdown it writes the tables of the pages of bench/lib/tables.py and draws nothing.
 """
@@ -18,132 +16,14 @@ import matplotlib
 
 from bench.lib.problem import MIB
 from bench.lib.record import REPOSITORY, RESULTS, has_row, newest, read_records
-from bench.lib.summary import (
-    CEILING,
-    PEER,
-    Speed,
-    best_speed,
-    load_anchors,
-    measured_speed,
-    peer_speed,
-)
-from bench.lib.tables import PAGES, tables, with_tables
+from bench.lib.speed_bars import PICTURES, draw
+from bench.lib.summary import load_anchors
+from bench.lib.tables import PAGES, of_device, tables, with_tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 IMAGES = REPOSITORY / "docs" / "images"
-BARS = {  # system: label, colour; * marks those whose better time is shown
-    "sonicmoe": ("sonicmoe", "tab:blue"),
-    "sonicmoe-atomic": ("sonicmoe, atomic sums", "tab:cyan"),
-    "sonic-moe": ("sonic-moe 0.1.2 (official)*", "tab:orange"),
-    "ScatterMoE": ("ScatterMoE*", "tab:green"),
-    "MoMoE": ("MoMoE*", "tab:purple"),
-    "torch-grouped_mm-compiled": ("torch grouped_mm, all compiled", "dimgray"),
-    "torch-grouped_mm": ("torch grouped_mm", "silver"),
-}
-NUMBERED = ("sonicmoe", "sonicmoe-atomic")
-LINES = {  # across a shape's bars: label, style
-    CEILING: ("cuBLAS bmm, the GEMMs alone", {"color": "black", "lw": 1.5}),
-    "paper": ("SonicMoE, the paper's", {"color": "tab:red", "lw": 1.2, "ls": (0, (2, 1))}),
-}
-
-
-def peer_graphs(record: dict, graphs: dict | None) -> dict[str, Speed]:
-    """The official layer as CUDA graphs, by the record's shapes: its own, else of `graphs`."""
-    shapes = {row["shape"] for row in record["rows"] if "fwd_ms" in row}
-    rows = (graphs["rows"] if graphs else []) + record["rows"]
-    return {
-        row["shape"]: speed
-        for row in rows
-        if row["shape"] in shapes and row["system"] == PEER and (speed := peer_speed(row, "graph"))
-    }
-
-
-def speeds(record: dict, anchors: dict, graphs: dict | None = None) -> dict[str, dict[str, Speed]]:
-    """Speeds by shape and system; the record's shapes, in its order."""
-    table: dict[str, dict[str, Speed]] = {}
-    for row in record["rows"]:
-        if "fwd_ms" in row:
-            speed = best_speed if row["system"] == PEER else measured_speed
-            table.setdefault(row["shape"], {})[row["system"]] = speed(row)
-    for shape, speed in peer_graphs(record, graphs).items():
-        table[shape][PEER] = speed
-    for row in anchors["rows"]:
-        if row["shape"] in table and row["system"] != CEILING:  # ours is of the record's machine
-            table[row["shape"]].setdefault(row["system"], best_speed(row))
-    return table
-
-
-def timed_here(record: dict) -> set[tuple[str, str]]:
-    """The shapes and systems that anchors.json does not stand in for."""
-    return {(row["shape"], row["system"]) for row in record["rows"] if "fwd_ms" in row}
-
-
-def draw_group(
-    axes, place: int, systems: dict[str, Speed], direction: int, width: float, here: set[str]
-) -> None:
-    """The bars of one shape side by side, and lines across them; hatched: not timed here."""
-    shown = [system for system in BARS if system in systems]
-    for i, system in enumerate(shown):
-        x = place + (i - (len(shown) - 1) / 2) * width
-        height = systems[system][direction]
-        hatch = "" if system in here else "////"
-        axes.bar(x, height, width, color=BARS[system][1], hatch=hatch, edgecolor="white", lw=0)
-        if system in NUMBERED:
-            axes.text(x, 10, f"{height:.0f}", color="white", fontsize=9,
-                      rotation=90, ha="center", va="bottom")  # fmt: skip
-    half = max(len(shown), 3) * width / 2 + 0.03
-    for system, (_, style) in LINES.items():
-        if system in systems:
-            axes.hlines(systems[system][direction], place - half, place + half, **style)
-
-
-def handles_of(systems: set[str]) -> list:
-    """Of the legend, for what is drawn."""
-    bars = [
-        plt.Rectangle((0, 0), 1, 1, color=color, label=label)
-        for system, (label, color) in BARS.items()
-        if system in systems
-    ]
-    lines = [
-        plt.Line2D([], [], label=label, **style)
-        for system, (label, style) in LINES.items()
-        if system in systems
-    ]
-    return bars + lines
-
-
-def plot_speeds(record: dict, anchors: dict, path: Path, graphs: dict | None = None) -> None:
-    table, here = speeds(record, anchors, graphs), timed_here(record)
-    replayed = peer_graphs(record, graphs)
-    here |= {(shape, PEER) for shape in replayed}
-    of_graphs = f", of {PEER} at {', '.join(replayed)} as CUDA graphs" if replayed else ""
-    present = {system for systems in table.values() for system in systems}
-    most = max(sum(system in BARS for system in systems) for systems in table.values())
-    size = (max(12, 1.1 * len(table)), 9)
-    figure, panels = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
-    for direction, (axes, title) in enumerate(zip(panels, ("forward", "backward"), strict=True)):
-        for place, (shape, systems) in enumerate(table.items()):
-            timed = {system for system in systems if (shape, system) in here}
-            draw_group(axes, place, systems, direction, 0.9 / max(most, 3), timed)
-        axes.set_ylabel(f"{title}, model TFLOP/s")
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.set_xlim(-0.6, len(table) - 0.4)
-    panels[1].set_xticks(range(len(table)), table, rotation=30, ha="right")
-    handles = handles_of(present)
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=(len(handles) + 1) // 2, frameon=False
-    )
-    figure.supxlabel(
-        f"{record['device']}, torch {record['versions']['torch']}, {record['date'][:10]}; wall"
-        f" time.  * the better of wall and busy time{of_graphs}; hatched: {anchors['source']};"
-        " no bar: not measured.",
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def plot_limits(record: dict, path: Path) -> None:
@@ -213,11 +93,9 @@ def main() -> int:
 
     records = read_records(arguments.results, "h?00-*.json")
     arguments.images.mkdir(parents=True, exist_ok=True)
-    if layer := newest(records, has_row("system", "sonicmoe")):
-        graphs = read_records(arguments.results, "graphs-h?00-*.json")
-        same_device = [record for record in graphs if record["device"] == layer["device"]]
-        replayed = newest(same_device, has_row("system", PEER))
-        plot_speeds(layer, load_anchors(), arguments.images / "bench-gpu.png", replayed)
+    for picture in PICTURES:
+        if layer := newest(records, of_device(picture.gpu, "system", "sonicmoe")):
+            draw(layer, picture, load_anchors(), arguments.images / picture.file)
     if cases := newest(records, has_row("case", "limit")):
         plot_limits(cases, arguments.images / "workspace-limit.png")
     return 0

@@ -12,7 +12,8 @@ from pathlib import Path
 from bench.lib.record import REPOSITORY, RESULTS, newest, read_records
 from bench.lib.summary import CEILING, PEER, by_place, load_anchors, measured_speed, ratios_by_shape
 
-PAGES = [REPOSITORY / "docs" / page for page in ("performance.md", "lab/h100.md")]
+PAGES = [REPOSITORY / page for page in ("README.md", "docs/performance.md", "docs/lab/h100.md")]
+FRONT = ("7B-n256", "7B-n1024", "30B-n256", "30B-n512")  # of README, out of its picture's shapes
 TORCH, COMPILED, ATOMIC = "torch-grouped_mm", "torch-grouped_mm-compiled", "sonicmoe-atomic"
 MARKED = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 SPEEDS = (  # title, system, prefix of the times
@@ -87,6 +88,25 @@ def layer_table(record: dict, transient: bool = True) -> list[str]:
     return caption(record) + table(titles, [list(line) for line in lines])
 
 
+def whole_speed(row: dict, prefix: str = "") -> str:
+    """Forward and backward together."""
+    forward, backward = measured_speed(row, prefix)
+    return f"{3 / (1 / forward + 2 / backward):.0f}"
+
+
+def front_table(record: dict) -> list[str]:
+    """Few shapes and few figures, for README."""
+    places = by_place(record["rows"])
+    lines = []
+    for shape in FRONT:
+        ours, peer, torch = (places[shape, system] for system in ("sonicmoe", PEER, COMPILED))
+        kept = beside([ours, places[shape, TORCH]], "kept_mib")
+        official = f"{whole_speed(peer)} ({whole_speed(peer, 'busy_')})"
+        lines.append([shape, whole_speed(ours), official, whole_speed(torch), f"{kept} MiB"])
+    titles = ["shape", "sonicmoe", "official `sonic-moe`", "grouped_mm, compiled"]
+    return table([*titles, "kept for backward, sonicmoe / torch"], lines)
+
+
 def graphs_table(record: dict) -> list[str]:
     """Both systems as CUDA graphs, with the ratios of their times."""
     rows = record["rows"]
@@ -152,8 +172,10 @@ def tables(results: Path = RESULTS) -> dict[str, list[str]]:
     layers = [r for r in records if r["file"].startswith("h")]
     graphs = [r for r in records if r["file"].startswith("graphs-")]
     cpu = [r for r in records if r["file"].startswith("cpu-")]
+    h200 = newest(layers, of_device("H200", "system", "sonicmoe"))
     return {
-        "h200": layer_table(newest(layers, of_device("H200", "system", "sonicmoe"))),
+        "front": front_table(h200),
+        "h200": layer_table(h200),
         "h200-graphs": graphs_table(newest(graphs, of_device("H200", "system", PEER))),
         "h200-cases": cases_table(newest(layers, of_device("H200", "case", "limit"))),
         "h100": layer_table(

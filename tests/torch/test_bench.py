@@ -422,9 +422,9 @@ def test_anchors_name_shapes_of_the_problems_and_hold_pairs():
         assert all(100 < speed < 800 for speed in summary.best_speed(row))
 
 
-def test_plots_take_the_newest_record_and_the_better_of_wall_and_busy():
+def test_bars_are_of_one_record_and_of_the_anchors_where_it_has_none():
     pytest.importorskip("matplotlib")
-    from bench import plots
+    from bench.lib import speed_bars
 
     row = {"T": 1000, "d": 10, "n": 10, "E": 4, "K": 1, "fwd_ms": 1.0, "bwd_ms": 4.0}
     old, new = (
@@ -433,41 +433,72 @@ def test_plots_take_the_newest_record_and_the_better_of_wall_and_busy():
     undated = {"rows": [{}]}
     assert newest([new, undated, old], has_row("system", "sonicmoe")) is new
     assert newest([new, undated], has_row("case", "limit")) is None
+    new["rows"] += [
+        row | {"shape": "a", "system": "peer", "busy_fwd_ms": 0.5, "busy_bwd_ms": 2.0},
+        row | {"shape": "c", "system": "peer"},
+    ]
+    bars = speed_bars.bars_of_record(new, ("a",))
+    assert bars == {
+        "a": {
+            "sonicmoe": (pytest.approx((6e-4, 3e-4)), None),
+            "peer": (pytest.approx((6e-4, 3e-4)), pytest.approx((12e-4, 6e-4))),
+        }
+    }
+    assert bars["a"]["peer"].top(1) == pytest.approx(6e-4)
     anchors = {
         "rows": [
-            {"shape": "a", "system": "peer", "wall": [100, 700], "busy": [400, 400]},
-            {"shape": "a", "system": "cublas-bmm", "wall": [500, 500]},
-            {"shape": "b", "system": "peer", "wall": [1, 1]},
+            {"shape": "a", "system": "peer", "wall": [100, 700]},
+            {"shape": "a", "system": "other", "wall": [100, 700], "busy": [400, 400]},
+            {"shape": "a", "system": "paper", "published": [1, 1]},
+            {"shape": "c", "system": "other", "wall": [1, 1]},
         ]
     }
-    assert plots.speeds(new, anchors) == {
-        "a": {"sonicmoe": pytest.approx((6e-4, 3e-4)), "peer": (400, 400)}
-    }
-    replayed = {"shape": "a", "system": "sonic-moe", "graph_fwd_ms": 2.0, "graph_bwd_ms": 2.0}
-    graphs = {"rows": [row | replayed, row | replayed | {"shape": "c"}]}
-    drawn = plots.speeds(new, anchors, graphs)
-    assert set(drawn) == {"a"} and drawn["a"]["sonic-moe"] == pytest.approx((3e-4, 6e-4))
+    both = speed_bars.with_anchors(bars, anchors)
+    assert set(both) == {"a"} and set(both["a"]) == {"sonicmoe", "peer", "other"}
+    assert both["a"]["peer"].wall == pytest.approx((6e-4, 3e-4))
+    assert both["a"]["other"] == ((100, 700), (400, 400))
 
 
-def test_the_picture_shows_every_system(tmp_path):
+def picture_figures(picture):
+    """What the newest record of that GPU gives for the picture."""
+    from bench.lib import speed_bars, tables
+    from bench.lib.record import read_records
+
+    record = newest(
+        read_records(pattern="h?00-*.json"), tables.of_device(picture.gpu, "system", "sonicmoe")
+    )
+    bars = speed_bars.bars_of_record(record, picture.shapes)
+    anchors = summary.load_anchors()
+    return record, speed_bars.with_anchors(bars, anchors) if picture.anchored else bars
+
+
+def test_a_picture_shows_one_kind_of_gpu_and_the_official_layer_everywhere(tmp_path):
     pytest.importorskip("matplotlib")
-    from bench import plots
+    from bench.lib import speed_bars
 
     anchors = summary.load_anchors()
-    shapes = ("7B-n256", "gpt-oss-20b")  # the latter is in no other record
-    record = {
-        "device": "a GPU",
-        "date": "2026-11-25",
-        "versions": {"torch": "2"},
-        "rows": [
-            layer_row(shape, name, 2e-3, 4e-3) for shape in shapes for name in systems.SYSTEMS
-        ],
+    for picture in speed_bars.PICTURES:
+        assert len(picture.shapes) <= 6
+        record, bars = picture_figures(picture)
+        assert picture.gpu in record["device"]
+        assert not picture.anchored or picture.gpu in anchors["device"]
+        for layers in bars.values():
+            assert {"sonicmoe", summary.PEER, summary.CEILING} <= set(layers)
+        speed_bars.draw(record, picture, anchors, tmp_path / picture.file)
+        assert (tmp_path / picture.file).stat().st_size > 10_000
+
+
+def test_the_pictures_show_where_the_official_layer_is_ahead():
+    pytest.importorskip("matplotlib")
+    from bench.lib import speed_bars
+
+    ahead = {
+        shape
+        for picture in speed_bars.PICTURES
+        for shape, systems in picture_figures(picture)[1].items()
+        if systems[summary.PEER].top(0) > systems["sonicmoe"].top(0)
     }
-    drawn = {s for systems in plots.speeds(record, anchors).values() for s in systems}
-    assert drawn == set(plots.BARS) | set(plots.LINES)
-    assert len(plots.handles_of(drawn)) == len(drawn)
-    plots.plot_speeds(record, anchors, tmp_path / "speeds.png")
-    assert (tmp_path / "speeds.png").stat().st_size > 10_000
+    assert ahead >= {"30B-n1024", "OLMoE"}
 
 
 # ----------------------------------------------------------------------------------- compare_builds
