@@ -16,7 +16,7 @@ ARGS ?=
 export OMP_WAIT_POLICY ?= passive
 export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)
 
-.PHONY: all system setup lock build operators test test-cpp test-python train compare fuzz sanitize bench format \
+.PHONY: all system setup lock build operators sbom test test-cpp test-python train compare fuzz sanitize bench format \
         format-check tidy docs install-test lab gpu-test gpu-bench gpu-cases gpu-train gpu-power clean
 
 all: build
@@ -67,6 +67,10 @@ test-python: build
 
 install-test: build
 	bash tests/install/install_test.sh
+
+# What the wheels in dist/ hold and need, beside each: CycloneDX JSON.
+sbom: setup
+	$(PY) scripts/sbom.py $(wildcard dist/*.whl)
 
 train: operators
 	$(PY) -m trainer.train $(ARGS)
