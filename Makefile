@@ -16,8 +16,9 @@ ARGS ?=
 export OMP_WAIT_POLICY ?= passive
 export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)
 
-.PHONY: all system setup lock build operators sbom test test-cpp test-python train compare fuzz sanitize bench format \
-        format-check tidy docs install-test lab gpu-test gpu-bench gpu-cases gpu-train gpu-power clean
+.PHONY: all system setup lock build operators sbom test test-cpp test-python train compare fuzz \
+        sanitize bench format format-check tidy docs wheel package install-test lab gpu-test gpu-bench \
+        gpu-cases gpu-train gpu-power clean
 
 all: build
 
@@ -65,8 +66,22 @@ test-cpp: build
 test-python: build
 	SONICMOE_CLI="$$(cd "$(BUILD)" && pwd)/cli/sonicmoe" $(PY) -m pytest -q --timeout 600 tests
 
-install-test: build
-	bash tests/install/install_test.sh
+# dist/: the wheel that runs on any Linux with glibc 2.28 and the source archive. The kernels are those
+# that `make build` compiled.
+wheel: build
+	$(PY) -m pip install -q --disable-pip-version-check -r scripts/requirements-wheel.txt
+	$(PY) scripts/wheel.py dist \
+	      "$$(ls -d "$(BUILD)/src/CMakeFiles/sonicmoe.dir/cuda" 2> /dev/null)"
+
+# An archive of the C++ package: headers, static library, CMake files, the command.
+package: build
+	rm -f "$(BUILD)"/sonicmoe-*.tar.gz
+	cd "$(BUILD)" && cpack > package.log || { cat package.log; exit 1; }
+	ls "$(BUILD)"/*.tar.gz
+
+install-test: package wheel
+	bash tests/install/install_test.sh "$(BUILD)"
+	$(PY) tests/install/try_wheel.py dist/*.whl
 
 # What the wheels in dist/ hold and need, beside each: CycloneDX JSON.
 sbom: setup

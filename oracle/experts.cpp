@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <utility>
 
 #include "oracle/activation.hpp"
 
@@ -137,35 +138,27 @@ ForwardResult forward(const Problem& problem, Storage storage) {
   return result;
 }
 
-BackwardResult backward(const Problem& problem, const std::vector<Row>& rows,
-                        const Values& stored_h, const ConstTensorView& grad_out, Storage storage) {
+HiddenGradients backward_hidden(const Problem& problem, const std::vector<Row>& rows,
+                                const Values& stored_h, const ConstTensorView& grad_out,
+                                Storage storage) {
   const Layer layer(problem);
   const auto round = [&](double v) {
     return storage == Storage::kAll ? rounded_to(layer.dtype, v) : v;
   };
+  const auto R = static_cast<std::int64_t>(rows.size());
   const Values weights = routing_weights(problem.routing, layer.T);
   Values d_out_data = to_double(grad_out);
   Values h_data = stored_h;
   const Matrix d_out{&d_out_data, layer.d}, h{&h_data, layer.columns};
 
-  BackwardResult result;
-  result.grad_x = zeros(layer.T * layer.d);
-  result.grad_w1 = zeros(layer.E * layer.columns * layer.d);
-  result.grad_b1 = zeros(layer.E * layer.columns);
-  result.grad_w2 = zeros(layer.E * layer.d * layer.n);
-  result.grad_b2 = zeros(layer.E * layer.d);
+  HiddenGradients result;
+  result.grad_h = zeros(R * layer.columns);
+  result.scaled_a = zeros(R * layer.n);
   result.grad_routing_weights = zeros(static_cast<std::int64_t>(weights.size()));
-  const Matrix grad_x{&result.grad_x, layer.d}, grad_b1{&result.grad_b1, layer.columns},
-      grad_b2{&result.grad_b2, layer.d};
-  const Cube grad_w1{&result.grad_w1, layer.columns, layer.d},
-      grad_w2{&result.grad_w2, layer.d, layer.n};
-
-  Values d_h = zeros(layer.columns);  // dH of one row
-  for (std::size_t index = 0; index < rows.size(); ++index) {
-    const auto [position, t, e] = rows[index];
-    const auto r = static_cast<std::int64_t>(index);
+  const Matrix d_h{&result.grad_h, layer.columns}, scaled_a{&result.scaled_a, layer.n};
+  for (std::int64_t r = 0; r < R; ++r) {
+    const auto [position, t, e] = rows[at(r)];
     const double s = weights[at(position)];
-
     double d_s = 0.0;
     for (std::int64_t k = 0; k < layer.d; ++k) d_s += d_out(t, k) * layer.b2(e, k);
     for (std::int64_t j = 0; j < layer.n; ++j) {
@@ -174,28 +167,77 @@ BackwardResult backward(const Problem& problem, const std::vector<Row>& rows,
       d_a = round(d_a);
       const ActivationValue act = layer.activate_row(h, r, j);
       d_s += d_a * round(act.value);
-      d_h[static_cast<std::size_t>(layer.gate_column(j))] = round(s * d_a * act.d_gate);
-      if (layer.gated) {
-        d_h[static_cast<std::size_t>(layer.up_column(j))] = round(s * d_a * act.d_up);
-      }
-      const double weighted_a = round(s * act.value);  // A'
-      for (std::int64_t k = 0; k < layer.d; ++k) grad_w2(e, k, j) += d_out(t, k) * weighted_a;
+      d_h(r, layer.gate_column(j)) = round(s * d_a * act.d_gate);
+      if (layer.gated) d_h(r, layer.up_column(j)) = round(s * d_a * act.d_up);
+      scaled_a(r, j) = round(s * act.value);
     }
     result.grad_routing_weights[at(position)] = d_s;
+  }
+  return result;
+}
 
+BackwardResult backward_up(const Problem& problem, const std::vector<Row>& rows,
+                           const Values& stored_grad_h, Storage storage) {
+  const Layer layer(problem);
+  const auto round = [&](double v) {
+    return storage == Storage::kAll ? rounded_to(layer.dtype, v) : v;
+  };
+  Values grad_h_data = stored_grad_h;
+  const Matrix d_h{&grad_h_data, layer.columns};
+
+  BackwardResult result;
+  result.grad_x = zeros(layer.T * layer.d);
+  result.grad_w1 = zeros(layer.E * layer.columns * layer.d);
+  result.grad_b1 = zeros(layer.E * layer.columns);
+  const Matrix grad_x{&result.grad_x, layer.d}, grad_b1{&result.grad_b1, layer.columns};
+  const Cube grad_w1{&result.grad_w1, layer.columns, layer.d};
+  for (std::int64_t r = 0; r < static_cast<std::int64_t>(rows.size()); ++r) {
+    const auto [position, t, e] = rows[at(r)];
     for (std::int64_t k = 0; k < layer.d; ++k) {
       double d_x = 0.0;
       for (std::int64_t c = 0; c < layer.columns; ++c) {
-        d_x += d_h[at(c)] * layer.w1(e, c, k);
-        grad_w1(e, c, k) += d_h[at(c)] * layer.x(t, k);
+        d_x += d_h(r, c) * layer.w1(e, c, k);
+        grad_w1(e, c, k) += d_h(r, c) * layer.x(t, k);
       }
       grad_x(t, k) += round(d_x);
+    }
+    for (std::int64_t c = 0; c < layer.columns; ++c) grad_b1(e, c) += d_h(r, c);
+  }
+  return result;
+}
+
+BackwardResult backward_down(const Problem& problem, const std::vector<Row>& rows,
+                             const Values& stored_a, const ConstTensorView& grad_out) {
+  const Layer layer(problem);
+  const Values weights = routing_weights(problem.routing, layer.T);
+  Values d_out_data = to_double(grad_out);
+  Values a_data = stored_a;
+  const Matrix d_out{&d_out_data, layer.d}, scaled_a{&a_data, layer.n};
+
+  BackwardResult result;
+  result.grad_w2 = zeros(layer.E * layer.d * layer.n);
+  result.grad_b2 = zeros(layer.E * layer.d);
+  const Matrix grad_b2{&result.grad_b2, layer.d};
+  const Cube grad_w2{&result.grad_w2, layer.d, layer.n};
+  for (std::int64_t r = 0; r < static_cast<std::int64_t>(rows.size()); ++r) {
+    const auto [position, t, e] = rows[at(r)];
+    const double s = weights[at(position)];
+    for (std::int64_t k = 0; k < layer.d; ++k) {
+      for (std::int64_t j = 0; j < layer.n; ++j) grad_w2(e, k, j) += d_out(t, k) * scaled_a(r, j);
       grad_b2(e, k) += s * d_out(t, k);
     }
-    for (std::int64_t c = 0; c < layer.columns; ++c) {
-      grad_b1(e, c) += d_h[at(c)];
-    }
   }
+  return result;
+}
+
+BackwardResult backward(const Problem& problem, const std::vector<Row>& rows,
+                        const Values& stored_h, const ConstTensorView& grad_out, Storage storage) {
+  HiddenGradients hidden = backward_hidden(problem, rows, stored_h, grad_out, storage);
+  BackwardResult result = backward_up(problem, rows, hidden.grad_h, storage);
+  BackwardResult down = backward_down(problem, rows, hidden.scaled_a, grad_out);
+  result.grad_w2 = std::move(down.grad_w2);
+  result.grad_b2 = std::move(down.grad_b2);
+  result.grad_routing_weights = std::move(hidden.grad_routing_weights);
   return result;
 }
 

@@ -48,6 +48,18 @@ struct ForwardResult {
 };
 ForwardResult forward(const Problem& problem, Storage storage = Storage::kExact);
 
+/// What backward has of every row before any gradient but dS.
+struct HiddenGradients {
+  Values grad_h;                ///< dH [R, g*n]
+  Values scaled_a;              ///< A' [R, n]
+  Values grad_routing_weights;  ///< dS [P], zero for dropped pairs
+};
+/// Starts from `rows` [R] and `h` [R, g*n], either of forward() or as a backend stored them
+/// (gradients jump where H crosses a kink, so H itself is compared apart). b1 is not read.
+HiddenGradients backward_hidden(const Problem& problem, const std::vector<Row>& rows,
+                                const Values& h, const ConstTensorView& grad_out,
+                                Storage storage = Storage::kExact);
+
 /// All gradients, row-major, in the shapes of MoEBackwardArgs.
 struct BackwardResult {
   Values grad_x;                ///< [T, d]
@@ -57,8 +69,13 @@ struct BackwardResult {
   Values grad_b2;               ///< [E, d]
   Values grad_routing_weights;  ///< [P], zero for dropped pairs
 };
-/// Starts from `rows` [R] and `h` [R, g*n], either of forward() or as a backend stored them
-/// (gradients jump where H crosses a kink, so H itself is compared apart). b1 is not read.
+/// From dH: grad_x, grad_w1 and grad_b1; the others stay empty.
+BackwardResult backward_up(const Problem& problem, const std::vector<Row>& rows,
+                           const Values& grad_h, Storage storage = Storage::kExact);
+/// From A' and dO: grad_w2 and grad_b2; the others stay empty.
+BackwardResult backward_down(const Problem& problem, const std::vector<Row>& rows,
+                             const Values& scaled_a, const ConstTensorView& grad_out);
+/// All three.
 BackwardResult backward(const Problem& problem, const std::vector<Row>& rows, const Values& h,
                         const ConstTensorView& grad_out, Storage storage = Storage::kExact);
 

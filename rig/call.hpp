@@ -30,6 +30,8 @@ struct Operand {
   bool written() const { return access == Access::kWrite; }
   /// Scratch or metadata: bytes that may be more than needed.
   bool is_buffer() const { return memory->dtype() == DType::kUInt8; }
+  /// Rows that no expert uses are left as they were.
+  bool has_unused_rows() const { return name == "h" || name == "grad_h" || name == "scaled_a"; }
   /// Written, and of use to the caller.
   bool is_result() const { return written() && name != "workspace"; }
 };

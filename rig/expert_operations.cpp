@@ -1,6 +1,7 @@
 // moe_forward and moe_backward in the three forms of routing.
 #include <algorithm>
 
+#include "rig/backward_steps.hpp"
 #include "rig/workbench.hpp"
 #include "sonicmoe/sonicmoe.hpp"
 
@@ -100,10 +101,8 @@ Call make_forward(const Target& target, std::uint64_t seed, Optionals optionals)
   return call;
 }
 
-template <Form form>
-Call make_backward(const Target& target, std::uint64_t seed, Optionals optionals) {
-  Workbench bench(target, seed, optionals);
-  const Experts experts(bench, form);
+// A valid call with kAll but for its workspace, after a forward call.
+MoEBackwardArgs backward_args(Workbench& bench, const Experts& experts, Form form) {
   const MoEForwardArgs forward = forward_args(bench, experts, false);
   moe_forward(bench.context(), forward);
   bench.remember();
@@ -135,19 +134,55 @@ Call make_backward(const Target& target, std::uint64_t seed, Optionals optionals
   }
   // Without optional tensors there is still one result.
   args.grad_x = bench.blank(bench.dtype, {bench.T, bench.d});
-  args.workspace = bench.bytes(moe_backward_workspace(bench.context(), experts.shape).bytes);
+  return args;
+}
 
+Call make_call(Workbench& bench, const std::string& title, const MoEBackwardArgs& args) {
   CallMaker<MoEBackwardArgs> maker;
   spoil_expert_options(maker, [](MoEBackwardArgs& a) -> auto& { return a.options; });
   spoil_workspace_limit(maker);
-  Call call = maker.make(call_name("moe_backward", form), target, args, moe_backward, bench.memory,
-                         bench.num_threads);
+  spoil_step(maker);
+  Call call = maker.make(title, bench.target, args, moe_backward, bench.memory, bench.num_threads);
   set_optional(call);
   for (const char* name :
        {"grad_x", "grad_w1", "grad_b1", "grad_w2", "grad_b2", "grad_routing_weights"}) {
     call.set_optional(name);
   }
   return call;
+}
+
+template <Form form>
+Call make_backward(const Target& target, std::uint64_t seed, Optionals optionals) {
+  Workbench bench(target, seed, optionals);
+  const Experts experts(bench, form);
+  MoEBackwardArgs args = backward_args(bench, experts, form);
+  args.workspace = bench.bytes(moe_backward_workspace(bench.context(), experts.shape).bytes);
+  return make_call(bench, call_name("moe_backward", form), args);
+}
+
+// One step of a backward, in a form that the seed chooses, after those before it.
+template <BackwardStep step>
+Call make_step(const Target& target, std::uint64_t seed, Optionals optionals) {
+  Workbench bench(target, seed, optionals);
+  const auto form = static_cast<Form>(seed % 3);
+  const Experts experts(bench, form);
+  const MoEShape& shape = experts.shape;
+  MoEBackwardArgs all = backward_args(bench, experts, form);
+  hand_on(bench, all, shape);
+  // Each step has a result.
+  all.grad_w1 = bench.blank(bench.dtype, {bench.E, shape.h_columns(), bench.d});
+  all.grad_w2 = bench.blank(bench.dtype, {bench.E, bench.d, bench.n});
+  const auto args_of = [&](BackwardStep which) {
+    MoEBackwardArgs args = of_step(all, which);
+    args.workspace = bench.bytes(moe_backward_workspace(bench.context(), shape, {}, which).bytes);
+    return args;
+  };
+  if (step != BackwardStep::kHidden) {
+    moe_backward(bench.context(), args_of(BackwardStep::kHidden));
+    bench.remember();
+  }
+  const std::string name = "moe_backward/step " + std::to_string(static_cast<int>(step));
+  return make_call(bench, name, args_of(step));
 }
 
 }  // namespace
@@ -160,6 +195,10 @@ const std::vector<Operation>& expert_operations() {
       {"moe_backward_topk", make_backward<Form::kTopK>},
       {"moe_backward_sorted", make_backward<Form::kSorted>},
       {"moe_backward_pairs", make_backward<Form::kPairs>},
+      {"moe_backward_step_hidden", make_step<BackwardStep::kHidden>},
+      {"moe_backward_step_down", make_step<BackwardStep::kDown>},
+      {"moe_backward_step_input", make_step<BackwardStep::kInput>},
+      {"moe_backward_step_up", make_step<BackwardStep::kUp>},
   };
   return list;
 }

@@ -1,4 +1,5 @@
 // moe_layer_forward and moe_layer_backward, with top-K routing and with token rounding.
+#include "rig/backward_steps.hpp"
 #include "rig/workbench.hpp"
 #include "sonicmoe/sonicmoe.hpp"
 
@@ -70,9 +71,8 @@ Call make_forward(const Target& target, std::uint64_t seed, Optionals optionals)
   return call;
 }
 
-template <bool rounding>
-Call make_backward(const Target& target, std::uint64_t seed, Optionals optionals) {
-  Workbench bench(target, seed, optionals);
+// A valid call with kAll but for its workspace, after a forward call.
+MoELayerBackwardArgs backward_args(Workbench& bench, bool rounding) {
   const MoELayerForwardArgs forward = forward_args(bench, rounding, false);
   moe_layer_forward(bench.context(), forward);
   bench.remember();
@@ -98,20 +98,61 @@ Call make_backward(const Target& target, std::uint64_t seed, Optionals optionals
   args.grad_b1 = gradient(forward.weights.b1);
   args.grad_w2 = gradient(forward.weights.w2);
   args.grad_b2 = gradient(forward.weights.b2);
-  const MoEShape shape = moe_layer_shape(args.options, args.x, args.weights);
-  args.workspace =
-      bench.bytes(moe_layer_backward_workspace(bench.context(), args.options, shape).bytes);
+  return args;
+}
 
+TensorView workspace_of(Workbench& bench, const MoELayerBackwardArgs& args) {
+  const MoEShape shape = moe_layer_shape(args.options, args.x, args.weights);
+  return bench.bytes(
+      moe_layer_backward_workspace(bench.context(), args.options, shape, {}, args.step).bytes);
+}
+
+Call make_call(Workbench& bench, const std::string& title, const MoELayerBackwardArgs& args) {
   CallMaker<MoELayerBackwardArgs> maker;
-  spoil_options(maker, bench, rounding);
-  Call call = maker.make(rounding ? "moe_layer_backward/rounding" : "moe_layer_backward/topk",
-                         target, args, moe_layer_backward, bench.memory, bench.num_threads);
+  spoil_options(maker, bench, args.options.rounding.has_value());
+  spoil_step(maker);
+  Call call =
+      maker.make(title, bench.target, args, moe_layer_backward, bench.memory, bench.num_threads);
   set_optional(call);
   for (const char* name : {"grad_logits", "grad_x", "grad_router_weight", "grad_router_bias",
                            "grad_w1", "grad_b1", "grad_w2", "grad_b2"}) {
     call.set_optional(name, 0.0);
   }
   return call;
+}
+
+template <bool rounding>
+Call make_backward(const Target& target, std::uint64_t seed, Optionals optionals) {
+  Workbench bench(target, seed, optionals);
+  MoELayerBackwardArgs args = backward_args(bench, rounding);
+  args.workspace = workspace_of(bench, args);
+  return make_call(bench, rounding ? "moe_layer_backward/rounding" : "moe_layer_backward/topk",
+                   args);
+}
+
+// One step of a backward, with token rounding where the seed chooses it, after those before it.
+template <BackwardStep step>
+Call make_step(const Target& target, std::uint64_t seed, Optionals optionals) {
+  Workbench bench(target, seed, optionals);
+  MoELayerBackwardArgs all = backward_args(bench, seed % 2 == 0);
+  const MoEShape shape = moe_layer_shape(all.options, all.x, all.weights);
+  hand_on(bench, all, shape);
+  // Each step has a result.
+  all.grad_w1 = bench.blank(bench.dtype, {bench.E, shape.h_columns(), bench.d});
+  all.grad_w2 = bench.blank(bench.dtype, {bench.E, bench.d, bench.n});
+  const auto extents = all.saved.routing_weights.shape();
+  all.grad_routing_weights = bench.blank(DType::kFloat32, {extents.begin(), extents.end()});
+  const auto args_of = [&](BackwardStep which) {
+    MoELayerBackwardArgs args = of_step(all, which);
+    args.workspace = workspace_of(bench, args);
+    return args;
+  };
+  if (step != BackwardStep::kHidden) {
+    moe_layer_backward(bench.context(), args_of(BackwardStep::kHidden));
+    bench.remember();
+  }
+  const std::string name = "moe_layer_backward/step " + std::to_string(static_cast<int>(step));
+  return make_call(bench, name, args_of(step));
 }
 
 }  // namespace
@@ -122,6 +163,10 @@ const std::vector<Operation>& layer_operations() {
       {"moe_layer_forward_rounding", make_forward<true>},
       {"moe_layer_backward_topk", make_backward<false>},
       {"moe_layer_backward_rounding", make_backward<true>},
+      {"moe_layer_backward_step_hidden", make_step<BackwardStep::kHidden>},
+      {"moe_layer_backward_step_down", make_step<BackwardStep::kDown>},
+      {"moe_layer_backward_step_input", make_step<BackwardStep::kInput>},
+      {"moe_layer_backward_step_up", make_step<BackwardStep::kUp>},
   };
   return list;
 }

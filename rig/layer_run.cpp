@@ -3,6 +3,7 @@
 #include <cmath>
 #include <utility>
 
+#include "rig/backward_steps.hpp"
 #include "rig/random.hpp"
 
 namespace sonicmoe::rig {
@@ -115,7 +116,7 @@ void LayerRun::forward() {
   moe_layer_forward(target.context(), args);
 }
 
-void LayerRun::backward() {
+MoELayerBackwardArgs LayerRun::backward_args() const {
   MoELayerBackwardArgs args;
   args.options = options;
   args.grad_out = inputs.grad_out.view();
@@ -132,9 +133,42 @@ void LayerRun::backward() {
   args.grad_b1 = grad_b1.view();
   args.grad_w2 = grad_w2.view();
   args.grad_b2 = grad_b2.view();
-  args.workspace = backward_workspace.view();
   args.workspace_limit = backward_limit_;
+  return args;
+}
+
+void LayerRun::backward() {
+  MoELayerBackwardArgs args = backward_args();
+  args.workspace = backward_workspace.view();
   moe_layer_backward(target.context(), args);
+}
+
+void LayerRun::backward_in_steps() {
+  const MoECase& e = c.experts;
+  const Context context = target.context();
+  const auto extents = routing_weights.view().shape();
+  const Tensor grad_h(target, e.dtype, {shape.num_pairs, shape.h_columns()});
+  const Tensor scaled_a(target, e.dtype, {shape.num_pairs, shape.intermediate_size});
+  const Tensor ds(target, DType::kFloat32, {extents.begin(), extents.end()});
+  const GuardedBuffer row_lists(target, moe_row_lists_bytes(context, shape));
+  MoELayerBackwardArgs all = backward_args();
+  all.grad_h = grad_h.view();
+  all.scaled_a = scaled_a.view();
+  all.grad_routing_weights = ds.view();
+  if (row_lists.size() > 0) all.row_lists = row_lists.view();
+  for (const BackwardStep step : kBackwardSteps) {
+    const GuardedBuffer workspace(
+        target, moe_layer_backward_workspace(context, options, shape, backward_limit_, step).bytes);
+    MoELayerBackwardArgs args = of_step(all, step);
+    args.workspace = workspace.view();
+    moe_layer_backward(context, args);
+    if (!workspace.guards_intact()) step_violations_.push_back("a step wrote outside its scratch");
+  }
+  for (const Tensor* tensor : {&grad_h, &scaled_a, &ds}) {
+    const std::string violation = tensor->violation_as_output();
+    if (!violation.empty()) step_violations_.push_back("a step: " + violation);
+  }
+  if (!row_lists.guards_intact()) step_violations_.push_back("a step wrote outside row_lists");
 }
 
 Tensor LayerRun::grad_routing_weights() const {
@@ -157,6 +191,7 @@ Tensor LayerRun::grad_routing_weights() const {
 
 std::vector<std::string> LayerRun::violations() const {
   std::vector<std::string> result = inputs.violations();
+  result.insert(result.end(), step_violations_.begin(), step_violations_.end());
   const auto note = [&](const char* name, const std::string& what) {
     if (!what.empty()) result.push_back(std::string(name) + ": " + what);
   };

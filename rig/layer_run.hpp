@@ -34,6 +34,8 @@ class LayerRun {
 
   void forward();
   void backward();
+  /// The same by four calls.
+  void backward_in_steps();
   /// dS of the experts alone, in the shape of the routing weights, which the layer does not hand
   /// out. After forward().
   Tensor grad_routing_weights() const;
@@ -54,7 +56,10 @@ class LayerRun {
   GuardedBuffer metadata, forward_workspace, backward_workspace;
 
  private:
+  MoELayerBackwardArgs backward_args() const;
+
   std::optional<std::size_t> forward_limit_, backward_limit_;
+  std::vector<std::string> step_violations_;
 };
 
 /// What is wrong with a run after both calls, one line each: logits, choice and weights by the

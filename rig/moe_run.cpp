@@ -5,6 +5,8 @@
 #include <sstream>
 #include <utility>
 
+#include "rig/backward_steps.hpp"
+
 namespace sonicmoe::rig {
 namespace {
 
@@ -12,21 +14,26 @@ void note(std::vector<std::string>& violations, const std::string& name, const s
   if (!what.empty()) violations.push_back(name + ": " + what);
 }
 
-// The elements of the R rows that exist. Rows at and past R must still be poison.
-Values rows_of_h(const ExpertsRun& run, const MoECase& c, const MoEInputs& inputs,
-                 std::vector<std::string>& violations) {
+// R.
+std::size_t used_rows(const MoECase& c, const MoEInputs& inputs) {
   std::optional<MoEInputs> copy;  // the oracle reads host memory
   if (inputs.x.view().device().type != DeviceType::kCpu) copy.emplace(host_target(), c);
   const Routing routing = (copy ? *copy : inputs).routing();
-  const auto rows = oracle::sorted_rows(routing, c.tokens(), c.num_experts).size();
-  const std::size_t used = rows * static_cast<std::size_t>(c.h_columns());
-  Values h = run.h.values();
-  if (!std::all_of(h.begin() + static_cast<std::ptrdiff_t>(used), h.end(),
-                   [&](double value) { return is_poison(value, c.dtype); })) {
-    note(violations, "h", "wrote a row at or past R");
+  return oracle::sorted_rows(routing, c.tokens(), c.num_experts).size();
+}
+
+// The elements of the first `rows` rows of a tensor [P, columns]. The others must still be poison.
+Values first_rows(const char* name, const Tensor& tensor, std::size_t rows,
+                  std::vector<std::string>& violations) {
+  if (!tensor.defined()) return {};
+  const std::size_t used = rows * static_cast<std::size_t>(tensor.view().size(1));
+  Values values = tensor.values();
+  if (!std::all_of(values.begin() + static_cast<std::ptrdiff_t>(used), values.end(),
+                   [&](double value) { return is_poison(value, tensor.dtype()); })) {
+    note(violations, name, "wrote a row at or past R");
   }
-  h.resize(used);
-  return h;
+  values.resize(used);
+  return values;
 }
 
 }  // namespace
@@ -43,7 +50,13 @@ ExpertsRun::ExpertsRun(const Target& target, const MoEInputs& inputs, const RunO
   h = Tensor(target, c.dtype, {c.pairs(), c.h_columns()});
   metadata = GuardedBuffer(target, moe_metadata_bytes(shape));
   backward_plan = moe_backward_workspace(context, shape, options.backward_limit);
-  backward_workspace = GuardedBuffer(target, backward_plan.bytes);
+  if (options.in_steps) {
+    grad_h = Tensor(target, c.dtype, {c.pairs(), c.h_columns()});
+    scaled_a = Tensor(target, c.dtype, {c.pairs(), c.intermediate_size});
+    row_lists = GuardedBuffer(target, moe_row_lists_bytes(context, shape));
+  } else {
+    backward_workspace = GuardedBuffer(target, backward_plan.bytes);
+  }
   if (options.gradients & kGradX) {
     grad_x = Tensor(target, c.dtype, {c.tokens(), c.hidden_size}, c.x_strides);
   }
@@ -80,7 +93,7 @@ void ExpertsRun::forward() {
   moe_forward(target_.context(options_.num_threads), args);
 }
 
-void ExpertsRun::backward() {
+MoEBackwardArgs ExpertsRun::backward_args() const {
   MoEBackwardArgs args;
   args.options = inputs_.description.options();
   args.grad_out = inputs_.grad_out.view();
@@ -96,15 +109,48 @@ void ExpertsRun::backward() {
   args.grad_b2 = grad_b2.view();
   args.grad_routing_weights = grad_routing_weights.view();
   args.accumulate = options_.accumulate;
-  args.workspace = backward_workspace.view();
   args.workspace_limit = options_.backward_limit;
+  return args;
+}
+
+void ExpertsRun::backward() {
+  if (options_.in_steps) return backward_in_steps();
+  MoEBackwardArgs args = backward_args();
+  args.workspace = backward_workspace.view();
   moe_backward(target_.context(options_.num_threads), args);
 }
 
+void ExpertsRun::backward_in_steps() {
+  const Context context = target_.context(options_.num_threads);
+  MoEBackwardArgs all = backward_args();
+  all.grad_h = grad_h.view();
+  all.scaled_a = scaled_a.view();
+  if (row_lists.size() > 0) all.row_lists = row_lists.view();
+  const std::size_t handed_on =
+      grad_h.view().nbytes() + scaled_a.view().nbytes() + row_lists.size();
+  for (const BackwardStep step : kBackwardSteps) {
+    MoEBackwardArgs args = of_step(all, step);
+    const std::size_t bytes =
+        moe_backward_workspace(context, inputs_.shape(), options_.backward_limit, step).bytes;
+    const GuardedBuffer workspace(target_, bytes);
+    args.workspace = workspace.view();
+    moe_backward(context, args);
+    note(step_violations_, "workspace of a step",
+         workspace.guards_intact() ? "" : "wrote outside its buffer");
+    const bool fits =
+        target_.backend == "reference" || !options_.backward_limit ||
+        bytes + handed_on - (step > BackwardStep::kDown ? scaled_a.view().nbytes() : 0) <=
+            *options_.backward_limit;
+    note(step_violations_, "a step", fits ? "" : "exceeds workspace_limit");
+    if (step == BackwardStep::kDown) scaled_a.fill_constant(1e30);  // nobody reads it any more
+  }
+}
+
 std::vector<std::string> ExpertsRun::violations() const {
-  std::vector<std::string> result;
+  std::vector<std::string> result = step_violations_;
   const std::pair<const char*, const Tensor*> tensors[] = {
       {"out", &out},         {"h", &h},
+      {"grad_h", &grad_h},   {"scaled_a", &scaled_a},
       {"grad_x", &grad_x},   {"grad_w1", &grad_w1},
       {"grad_b1", &grad_b1}, {"grad_w2", &grad_w2},
       {"grad_b2", &grad_b2}, {"grad_routing_weights", &grad_routing_weights}};
@@ -112,6 +158,7 @@ std::vector<std::string> ExpertsRun::violations() const {
   const std::pair<const char*, const GuardedBuffer*> buffers[] = {
       {"forward workspace", &forward_workspace},
       {"backward workspace", &backward_workspace},
+      {"row lists", &row_lists},
       {"metadata", &metadata}};
   for (const auto& [name, buffer] : buffers) {
     note(result, name, buffer->guards_intact() ? "" : "wrote outside its buffer");
@@ -131,12 +178,14 @@ RunResult run_moe(const Target& target, const MoECase& test_case, const RunOptio
   if (!options.inference) {
     result.metadata = run.metadata.download();
     const Values h = run.h.values();
+    const std::size_t rows = used_rows(fit, inputs);
     run.backward();
     note(result.violations, "h", bitwise_difference(h, run.h.values()));
     if (result.metadata != run.metadata.download()) {
       note(result.violations, "metadata", "changed by backward");
     }
-    result.h = rows_of_h(run, fit, inputs, result.violations);
+    result.h = first_rows("h", run.h, rows, result.violations);
+    first_rows("grad_h", run.grad_h, rows, result.violations);
   }
   const auto values = [](const Tensor& tensor) {
     return tensor.defined() ? tensor.values() : Values();

@@ -30,6 +30,7 @@ struct RunOptions {
   std::optional<DType> gradient_dtype;
   bool accumulate = false;
   double accumulate_onto = 0.0;  ///< what the buffers hold before
+  bool in_steps = false;         ///< backward by four calls
 };
 
 struct RunResult {
@@ -53,16 +54,21 @@ class ExpertsRun {
   /// "NAME: what happened" for what a call wrote where it must not.
   std::vector<std::string> violations() const;
 
+  Tensor grad_h, scaled_a;  // in steps
+  GuardedBuffer row_lists;
   Tensor out, h, grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_routing_weights;
   GuardedBuffer metadata, forward_workspace, backward_workspace;
   WorkspacePlan forward_plan, backward_plan;
 
  private:
   Tensor gradient(unsigned bit, const Tensor& like, Strides strides) const;
+  MoEBackwardArgs backward_args() const;
+  void backward_in_steps();
 
   const Target& target_;
   const MoEInputs& inputs_;
   RunOptions options_;
+  std::vector<std::string> step_violations_;
 };
 
 /// moe_forward and, unless options.inference, moe_backward, of fitted(target, test_case).

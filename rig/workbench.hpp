@@ -145,6 +145,22 @@ void spoil_workspace_limit(CallMaker<Args>& maker) {
              {Size{1} << 31, std::numeric_limits<Size>::max()}, assign);
 }
 
+/// The step of a backward: one that is none, and, as it has other tensors, any other.
+template <class Args>
+void spoil_step(CallMaker<Args>& maker) {
+  maker.each("step", Expected::kRefused, {5, 255},
+             [](Args& args, int value) { args.step = static_cast<BackwardStep>(value); });
+}
+
+/// What the steps of a backward hand on, for the arguments of either kind.
+template <class Args>
+void hand_on(Workbench& bench, Args& args, const MoEShape& shape) {
+  args.grad_h = bench.blank(bench.dtype, {shape.num_pairs, shape.h_columns()});
+  args.scaled_a = bench.blank(bench.dtype, {shape.num_pairs, shape.intermediate_size});
+  const std::size_t bytes = moe_row_lists_bytes(bench.context(), shape);
+  if (bytes > 0) args.row_lists = bench.bytes(bytes);
+}
+
 /// at(args) is the ExpertOptions.
 template <class Args, class At>
 void spoil_expert_options(CallMaker<Args>& maker, At at) {

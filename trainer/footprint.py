@@ -130,7 +130,7 @@ def moe_transient(config: TrainConfig, layout: Layout, tokens: int) -> int:
         return config.num_experts * 2 * n * d * element + around
     if config.experts != "sonicmoe_cpp":
         return p * element * (3 * d + 3 * n) + around
-    return p * element * (2 * n + max(n, d)) + around
+    return p * element * max(3 * n, d) + around  # dH and A'; then dX~, with dH in H's place
 
 
 def layer_other_kept(config: TrainConfig, layout: Layout, tokens: int) -> int:

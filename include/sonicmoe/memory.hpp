@@ -12,10 +12,13 @@ namespace sonicmoe {
 /// Bytes of one MoE layer, beside X, the parameters and their gradients. `kept` lives from forward
 /// to backward; `transient_*` only during the call.
 struct MemoryEstimate {
-  std::size_t kept_h = 0;              ///< P * g*n elements
-  std::size_t kept_metadata = 0;       ///< indices of this library and the caller's ids and weights
-  std::size_t transient_forward = 0;   ///< A and Y (or a slab of Y)
-  std::size_t transient_backward = 0;  ///< dH, and A' or dX~ (or a slab of dX~) in its place
+  std::size_t kept_h = 0;             ///< P * g*n elements
+  std::size_t kept_metadata = 0;      ///< indices of this library and the caller's ids and weights
+  std::size_t transient_forward = 0;  ///< A and Y (or a slab of Y)
+  /// Beside what is kept, of a backward in steps whose caller frees H after kHidden and A' after
+  /// kDown: dH and A', or dX~ (or a slab of it) where that is more. One call with
+  /// BackwardStep::kAll, or an H that stays: moe_backward_workspace().
+  std::size_t transient_backward = 0;
   std::size_t kept() const noexcept { return kept_h + kept_metadata; }
 };
 

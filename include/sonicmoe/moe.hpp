@@ -128,15 +128,33 @@ struct WorkspacePlan {
   int num_slabs = 0;              ///< 1 without a limit
 };
 
-/// Scratch of moe_forward (`inference`: called without h and metadata) and of moe_backward. With
-/// `workspace_limit`, `bytes <= *workspace_limit`: A, dH and A' stay whole, Y and dX~ are produced
-/// and summed in slabs of columns, which changes no bit of any result.
-/// Errors: a limit below minimum_bytes (the message names the minimum).
+/// What one call of a backward does. Four calls in this order, one for each step after kAll, give
+/// the bits of one call with kAll, and let every buffer go after the last step that reads it: the
+/// most memory in use is then less by H, and by A' while dX~ lives (docs/ops/memory.md). Each step
+/// takes the tensors that it reads or writes, MoEBackwardArgs tells which; others are absent.
+enum class BackwardStep : std::uint8_t {
+  kAll,     ///< the whole backward; dH, A' and the row lists lie in the workspace
+  kHidden,  ///< dH, A', dS and the row lists from dO and H: the only step that reads H
+  kDown,    ///< dW2 and db2 from dO and A': the last step that reads dO and A'
+  kInput,   ///< dX from dH; of a layer dWr and dbr as well
+  kUp,      ///< dW1 and db1 from dH
+};
+
+/// Scratch of moe_forward (`inference`: called without h and metadata) and of moe_backward, of one
+/// `step` of it. With `workspace_limit`, `bytes <= *workspace_limit`: A, dH and A' stay whole, Y
+/// and dX~ are produced and summed in slabs of columns, which changes no bit of any result. The
+/// slabs of a step are those of kAll: what it is handed and its scratch keep the limit together.
+/// Errors: a limit below minimum_bytes, that of kAll (the message names the minimum).
 SONICMOE_API WorkspacePlan moe_forward_workspace(const Context& context, const MoEShape& shape,
                                                  bool inference = false,
                                                  std::optional<std::size_t> workspace_limit = {});
 SONICMOE_API WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
-                                                  std::optional<std::size_t> workspace_limit = {});
+                                                  std::optional<std::size_t> workspace_limit = {},
+                                                  BackwardStep step = BackwardStep::kAll);
+
+/// Bytes of the row lists that the steps of a backward hand on: 0 on the CPU; on CUDA, with each
+/// term rounded up to 128, 4 P + 16 (ceil(P / 128) + E) + 16 E + 4 + 8.
+SONICMOE_API std::size_t moe_row_lists_bytes(const Context& context, const MoEShape& shape);
 
 /// Arguments of moe_forward.
 struct MoEForwardArgs {
@@ -157,27 +175,34 @@ struct MoEForwardArgs {
 /// buffers; on the CPU, offsets that decrease or exceed P.
 SONICMOE_API void moe_forward(const Context& context, const MoEForwardArgs& args);
 
-/// Arguments of moe_backward.
+/// Arguments of moe_backward. Steps in brackets: present in these alone.
 struct MoEBackwardArgs {
   ExpertOptions options;
-  ConstTensorView grad_out;  ///< dO, shape of out, dtype of x, unit stride in d
+  ConstTensorView grad_out;  ///< dO, shape of out, dtype of x, unit stride in d (kHidden, kDown)
   ConstTensorView x;         ///< as in forward
   ExpertWeights weights;     ///< as in forward (b1 is not read)
   Routing routing;           ///< as in forward; only the weights are read again
-  ConstTensorView h;         ///< from forward
+  ConstTensorView h;         ///< from forward (kHidden)
   ConstTensorView metadata;  ///< from forward
 
   // Every gradient is optional; one that is present is written in full.
-  TensorView grad_x;   ///< shape of x, dtype of x, unit stride in d
+  TensorView grad_x;   ///< shape of x, dtype of x, unit stride in d (kInput)
   TensorView grad_w1;  ///< [E, g*n, d], unit stride in one of the last two dimensions; dtype of w1
-                       ///< or float32
-  TensorView grad_b1;  ///< [E, g*n] unit last stride; dtype of b1 or float32
-  TensorView grad_w2;  ///< [E, d, n], as grad_w1
-  TensorView grad_b2;  ///< [E, d]
-  TensorView grad_routing_weights;  ///< float32, shape of the routing weights, contiguous
+                       ///< or float32 (kUp)
+  TensorView grad_b1;  ///< [E, g*n] unit last stride; dtype of b1 or float32 (kUp)
+  TensorView grad_w2;  ///< [E, d, n], as grad_w1 (kDown)
+  TensorView grad_b2;  ///< [E, d] (kDown)
+  TensorView grad_routing_weights;  ///< float32, shape of the routing weights, contiguous (kHidden)
   /// false: weight and bias gradients are overwritten (zeros for an expert without rows).
   /// true: they are added to what the (float32) buffers hold, as Megatron's main_grad wants it.
   bool accumulate = false;
+
+  BackwardStep step = BackwardStep::kAll;
+  // What the steps hand on: written by kHidden, read by the others, absent in kAll.
+  TensorView grad_h;     ///< dH [P, g*n] contiguous, dtype of x; kDown takes none. Rows >= R
+                         ///< untouched
+  TensorView scaled_a;   ///< A' [P, n], likewise (kHidden, kDown)
+  TensorView row_lists;  ///< [moe_row_lists_bytes()] uint8, 64-byte aligned; absent where that is 0
 
   TensorView workspace;  ///< [WorkspacePlan::bytes] uint8 (or more), 64-byte aligned
   std::optional<std::size_t> workspace_limit;
@@ -187,7 +212,8 @@ struct MoEBackwardArgs {
 ///   dA' = dO[t] W2[e];  A = act(H);  dS = <dA', A> (+ <dO[t], b2[e]>);  dH = act'(H)^T (s dA')
 ///   dW2[e] = sum dO[t]^T (s A);  db2[e] = sum s dO[t];  db1[e] = sum dH;  dW1[e] = sum dH^T X[t]
 ///   dX[t] = sum over the rows of t of dH[r] W1[e]
-/// Errors: as moe_forward; accumulate with a gradient buffer that is not float32.
+/// Errors: as moe_forward; accumulate with a gradient buffer that is not float32; a tensor that is
+/// not of the step.
 SONICMOE_API void moe_backward(const Context& context, const MoEBackwardArgs& args);
 
 }  // namespace sonicmoe

@@ -53,33 +53,42 @@ SONICMOE_API MoEShape moe_layer_shape(const MoELayerOptions& options, ConstTenso
 SONICMOE_API WorkspacePlan moe_layer_forward_workspace(
     const Context& context, const MoELayerOptions& options, const MoEShape& shape,
     bool inference = false, std::optional<std::size_t> workspace_limit = {});
-/// Likewise of moe_layer_backward, with the gradients of the logits and of the routing weights.
+/// Likewise of moe_layer_backward, or one step of it; with the gradient of the logits (kInput), and
+/// in kAll that of the routing weights.
 SONICMOE_API WorkspacePlan moe_layer_backward_workspace(
     const Context& context, const MoELayerOptions& options, const MoEShape& shape,
-    std::optional<std::size_t> workspace_limit = {});
+    std::optional<std::size_t> workspace_limit = {}, BackwardStep step = BackwardStep::kAll);
 
 /// logits = X Wr^T + br, float32 sums; the routing of route_forward, or of round_tokens_forward;
 /// out as moe_forward with its rows.
 /// Errors: those of route_forward or round_tokens_forward and of moe_forward.
 SONICMOE_API void moe_layer_forward(const Context& context, const MoELayerForwardArgs& args);
 
-/// Of moe_layer_backward().
+/// Of moe_layer_backward(). Steps in brackets: present in these alone.
 struct MoELayerBackwardArgs {
   MoELayerOptions options;
-  ConstTensorView grad_out;     ///< dO [T, d], dtype of x, unit stride in d
+  ConstTensorView grad_out;     ///< dO [T, d], dtype of x, unit stride in d (kHidden, kDown)
   ConstTensorView grad_logits;  ///< [T, E] float32 contiguous: what auxiliary losses add, or absent
+                                ///< (kInput)
   ConstTensorView x;            ///< as in forward, like the next two
   ConstTensorView router_weight;
   ExpertWeights weights;   ///< b1 is not read
   ConstTensorView logits;  ///< from forward
-  MoELayerSaved saved;     ///< from forward, h and metadata present
+  MoELayerSaved saved;     ///< from forward, metadata present, and h (kHidden)
 
   // Every gradient is optional; one that is present is written in full.
-  TensorView grad_x;              ///< [T, d], dtype of x, unit stride in d
+  TensorView grad_x;              ///< [T, d], dtype of x, unit stride in d (kInput)
   TensorView grad_router_weight;  ///< [E, d], unit stride in d; dtype of router_weight or float32
-  TensorView grad_router_bias;    ///< [E]; dtype of router_weight or float32
+                                  ///< (kInput)
+  TensorView grad_router_bias;    ///< [E]; dtype of router_weight or float32 (kInput)
   TensorView grad_w1, grad_b1, grad_w2, grad_b2;  ///< as in MoEBackwardArgs
   bool accumulate = false;  ///< adds to the (float32) gradients of all parameters, not to grad_x
+
+  BackwardStep step = BackwardStep::kAll;
+  // What the steps hand on, absent in kAll.
+  TensorView grad_h, scaled_a, row_lists;  ///< as in MoEBackwardArgs
+  TensorView grad_routing_weights;  ///< dS float32, shape of saved.routing_weights, contiguous:
+                                    ///< written by kHidden, read by kInput, absent in others
 
   TensorView
       workspace;  ///< [moe_layer_backward_workspace().bytes] uint8 (or more), 64-byte aligned

@@ -53,6 +53,19 @@ void for_each_tensor(Args& args, Visit visit) {
   visit("workspace", args.workspace, Access::kWrite);
 }
 
+/// What the steps of a backward hand on, once kHidden has written it.
+inline Access handed_on(BackwardStep step) {
+  return step == BackwardStep::kHidden ? Access::kWrite : Access::kRead;
+}
+
+template <class Args, class Visit>
+void for_each_handed_on(Args& args, Visit visit) {
+  visit("grad_h", args.grad_h, handed_on(args.step));
+  visit("scaled_a", args.scaled_a, handed_on(args.step));
+  // Its counters of tiles are used, and as they were afterwards.
+  visit("row_lists", args.row_lists, handed_on(args.step));
+}
+
 template <MaybeConst<MoEBackwardArgs> Args, class Visit>
 void for_each_tensor(Args& args, Visit visit) {
   visit("grad_out", args.grad_out, Access::kRead);
@@ -67,6 +80,7 @@ void for_each_tensor(Args& args, Visit visit) {
   visit("grad_w2", args.grad_w2, Access::kWrite);
   visit("grad_b2", args.grad_b2, Access::kWrite);
   visit("grad_routing_weights", args.grad_routing_weights, Access::kWrite);
+  for_each_handed_on(args, visit);
   visit("workspace", args.workspace, Access::kWrite);
 }
 
@@ -182,6 +196,8 @@ void for_each_tensor(Args& args, Visit visit) {
   visit("grad_b1", args.grad_b1, Access::kWrite);
   visit("grad_w2", args.grad_w2, Access::kWrite);
   visit("grad_b2", args.grad_b2, Access::kWrite);
+  for_each_handed_on(args, visit);
+  visit("grad_routing_weights", args.grad_routing_weights, handed_on(args.step));
   visit("workspace", args.workspace, Access::kWrite);
 }
 

@@ -4,6 +4,7 @@
 
 #include <new>
 
+#include "core/backend.hpp"
 #include "core/check.hpp"
 #include "core/log.hpp"
 #include "sonicmoe/moe.hpp"
@@ -62,6 +63,10 @@ std::int64_t checked_capacity(const Check& check, std::int64_t num_tokens, std::
 // Each of these checks everything but the workspace, whose size the backend tells.
 MoEShape check_moe_forward(const Check& check, const MoEForwardArgs& args);
 MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args);
+void check_step(const Check& check, BackwardStep step);
+/// Those that the steps hand on, whose size the backend tells, too.
+void check_row_lists(const Check& check, const Backend& backend, const MoEShape& shape,
+                     const MoEBackwardArgs& args);
 /// `weights` is the argument's name for topk_weights or pair_weights.
 void check_route_forward(const Check& check, const RouteForwardArgs& args,
                          const char* weights = "topk_weights");

@@ -36,12 +36,18 @@ MemoryEstimate estimate_memory(const MoEShape& shape, std::optional<std::size_t>
   estimate.kept_metadata = moe_metadata_bytes(shape) + routing_bytes(shape);
   const std::size_t a = rows * n * element, dh = rows * h * element;
   estimate.transient_forward = under_limit(a, a + wide, workspace_limit);
-  estimate.transient_backward = under_limit(dh + a, dh + std::max(a, wide), workspace_limit);
+  // While dX~ lives, dH has taken the place of H, which is as large.
+  const std::size_t all = under_limit(dh + a, dh + std::max(a, wide), workspace_limit);
+  estimate.transient_backward = std::max(dh + a, all - dh);
   return estimate;
 }
 
 MemoryEstimate estimate_memory_scattermoe(const MoEShape& shape) {
   MemoryEstimate estimate = estimate_memory(shape);
+  // H stays, and dX~ comes beside dH.
+  const auto most = static_cast<std::size_t>(
+      shape.num_pairs * (shape.h_columns() + std::max(shape.intermediate_size, shape.hidden_size)));
+  estimate.transient_backward = most * size_of(shape.numerics.storage);
   const auto kept_rows = static_cast<std::size_t>(
       shape.num_pairs * (shape.h_columns() + shape.intermediate_size + shape.hidden_size));
   estimate.kept_h = kept_rows * size_of(shape.numerics.storage);

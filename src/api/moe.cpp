@@ -105,11 +105,14 @@ MoEShape checked_shape(const Check& check, const ExpertOptions& options, const C
   return shape;
 }
 
-void check_saved(const Check& check, const MoEShape& shape, const ConstTensorView& h,
-                 const ConstTensorView& metadata) {
+void check_h(const Check& check, const MoEShape& shape, const ConstTensorView& h) {
   check.shape("h", h, {shape.num_pairs, shape.h_columns()});
   check.dtype("h", h, {shape.numerics.storage});
   check.contiguous("h", h);
+}
+
+void check_metadata_buffer(const Check& check, const MoEShape& shape,
+                           const ConstTensorView& metadata) {
   check.buffer("metadata", metadata, moe_metadata_bytes(shape), kMetadataAlignment);
 }
 
@@ -118,6 +121,43 @@ void check_bias_gradient(const Check& check, const char* name, const ConstTensor
   if (!grad.defined()) return;
   check.that(bias.defined(), name, "no gradient, since the bias is absent", grad.describe());
   check_parameter_gradient(check, name, grad, bias, accumulate);
+}
+
+// The tensors that only some steps take, in whose calls alone they may be present.
+void check_tensors_of_step(const Check& check, const MoEBackwardArgs& args) {
+  using enum BackwardStep;
+  const bool hidden = does(args.step, kHidden), down = does(args.step, kDown);
+  const bool input = does(args.step, kInput), up = does(args.step, kUp);
+  const bool steps = args.step != kAll;
+  const auto only = [&](bool takes, const char* name, const ConstTensorView& view) {
+    check.that(takes || !view.defined(), name, "no tensor in this step", view.describe());
+  };
+  only(hidden || down, "grad_out", args.grad_out);
+  only(hidden, "h", args.h);
+  only(hidden, "grad_routing_weights", args.grad_routing_weights);
+  only(down, "grad_w2", args.grad_w2);
+  only(down, "grad_b2", args.grad_b2);
+  only(input, "grad_x", args.grad_x);
+  only(up, "grad_w1", args.grad_w1);
+  only(up, "grad_b1", args.grad_b1);
+  only(steps && !down, "grad_h", args.grad_h);
+  only(steps && (hidden || down), "scaled_a", args.scaled_a);
+  only(steps, "row_lists", args.row_lists);
+}
+
+// dH and A' of one step.
+void check_handed_on(const Check& check, const MoEShape& shape, const MoEBackwardArgs& args) {
+  using enum BackwardStep;
+  if (args.step == kAll) return;
+  const auto rows = [&](const char* name, const ConstTensorView& view, std::int64_t columns) {
+    check.shape(name, view, {shape.num_pairs, columns});
+    check.dtype(name, view, {shape.numerics.storage});
+    check.contiguous(name, view);
+  };
+  if (args.step != kDown) rows("grad_h", args.grad_h, shape.h_columns());
+  if (args.step == kHidden || args.step == kDown) {
+    rows("scaled_a", args.scaled_a, shape.intermediate_size);
+  }
 }
 
 void check_gradients(const Check& check, const MoEBackwardArgs& args) {
@@ -141,6 +181,11 @@ void check_gradients(const Check& check, const MoEBackwardArgs& args) {
 }
 
 }  // namespace
+
+void check_step(const Check& check, BackwardStep step) {
+  check.that(step <= BackwardStep::kUp, "step", "an enumerator",
+             std::to_string(static_cast<int>(step)));
+}
 
 void check_expert_options(const Check& check, const ExpertOptions& options) {
   check.enumerator("activation", options.activation);
@@ -193,7 +238,7 @@ void check_countable(const Check& check, const MoEShape& s) {
 }
 
 void check_limit(const Check& check, const WorkspacePlan& plan, std::optional<std::size_t> limit) {
-  if (!limit || plan.bytes <= *limit) return;
+  if (!limit || plan.minimum_bytes <= *limit) return;
   check.fail("workspace_limit", "at least " + std::to_string(plan.minimum_bytes) + " bytes",
              std::to_string(*limit));
 }
@@ -255,13 +300,33 @@ WorkspacePlan moe_forward_workspace(const Context& context, const MoEShape& shap
 }
 
 WorkspacePlan moe_backward_workspace(const Context& context, const MoEShape& shape,
-                                     std::optional<std::size_t> workspace_limit) {
+                                     std::optional<std::size_t> workspace_limit,
+                                     BackwardStep step) {
   return answer("moe_backward_workspace", context, [&](const Check& check) {
     check_shape(check, shape);
+    check_step(check, step);
     const ExpertPlan plan = choose_backend(context, check.operation())
-                                .plan_moe_backward(context, shape, workspace_limit);
+                                .plan_moe_backward(context, shape, workspace_limit, step);
     check_limit(check, plan.workspace, workspace_limit);
     return plan.workspace;
+  });
+}
+
+std::size_t moe_row_lists_bytes(const Context& context, const MoEShape& shape) {
+  return answer("moe_row_lists_bytes", context, [&](const Check& check) {
+    check_shape(check, shape);
+    return choose_backend(context, check.operation()).row_lists_bytes(shape);
+  });
+}
+
+void check_row_lists(const Check& check, const Backend& backend, const MoEShape& shape,
+                     const MoEBackwardArgs& args) {
+  if (args.step == BackwardStep::kAll) return;
+  check.buffer("row_lists", args.row_lists, backend.row_lists_bytes(shape),
+               WorkspaceCarver::kAlignment);
+  log_choice("step", [&] {
+    constexpr const char* kNames[] = {"all", "hidden", "down", "input", "up"};
+    return kNames[static_cast<int>(args.step)];
   });
 }
 
@@ -273,7 +338,9 @@ MoEShape check_moe_forward(const Check& check, const MoEForwardArgs& args) {
   const bool inference = !args.h.defined();
   check.that(inference == !args.metadata.defined(), inference ? "h" : "metadata",
              "h and metadata together, or neither", "only one of them");
-  if (!inference) check_saved(check, shape, args.h, args.metadata);
+  if (inference) return shape;
+  check_h(check, shape, args.h);
+  check_metadata_buffer(check, shape, args.metadata);
   return shape;
 }
 
@@ -292,10 +359,17 @@ void moe_forward(const Context& context, const MoEForwardArgs& args) {
 
 MoEShape check_moe_backward(const Check& check, const MoEBackwardArgs& args) {
   const MoEShape shape = checked_shape(check, args.options, args.x, args.weights, args.routing);
-  check.shape_like("grad_out", args.grad_out, args.x);
-  check.dtype("grad_out", args.grad_out, {shape.numerics.storage});
-  check.unit_stride("grad_out", args.grad_out, 1);
-  check_saved(check, shape, args.h, args.metadata);
+  check_step(check, args.step);
+  check_tensors_of_step(check, args);
+  const bool reads_h = does(args.step, BackwardStep::kHidden);
+  if (reads_h || args.step == BackwardStep::kDown) {
+    check.shape_like("grad_out", args.grad_out, args.x);
+    check.dtype("grad_out", args.grad_out, {shape.numerics.storage});
+    check.unit_stride("grad_out", args.grad_out, 1);
+  }
+  if (reads_h) check_h(check, shape, args.h);
+  check_metadata_buffer(check, shape, args.metadata);
+  check_handed_on(check, shape, args);
   check_gradients(check, args);
   return shape;
 }
@@ -305,7 +379,9 @@ void moe_backward(const Context& context, const MoEBackwardArgs& args) {
     const MoEShape shape = check_moe_backward(check, args);
     const Backend& backend = choose_backend(context, check.operation());
     backend.check_moe_backward(check, shape, args);
-    const ExpertPlan plan = backend.plan_moe_backward(context, shape, args.workspace_limit);
+    check_row_lists(check, backend, shape, args);
+    const ExpertPlan plan =
+        backend.plan_moe_backward(context, shape, args.workspace_limit, args.step);
     check_workspace(check, plan.workspace, args.workspace, args.workspace_limit);
     check_memory(check, args);
     backend.moe_backward(context, plan, args);

@@ -135,12 +135,30 @@ void check_router_gradients(const Check& check, const MoELayerBackwardArgs& args
   check_router_bias_gradient(check, args.grad_router_bias, args.router_weight, args.accumulate);
 }
 
+// dS, and what else of the router only some steps take.
+void check_router_step(const Check& check, const MoELayerBackwardArgs& args) {
+  using enum BackwardStep;
+  const bool input = does(args.step, kInput), ds = args.step == kHidden || args.step == kInput;
+  const auto only = [&](bool takes, const char* name, const ConstTensorView& view) {
+    check.that(takes || !view.defined(), name, "no tensor in this step", view.describe());
+  };
+  only(input, "grad_logits", args.grad_logits);
+  only(input, "grad_router_weight", args.grad_router_weight);
+  only(input, "grad_router_bias", args.grad_router_bias);
+  only(ds, "grad_routing_weights", args.grad_routing_weights);
+  if (!ds) return;
+  check.shape_like("grad_routing_weights", args.grad_routing_weights, args.saved.routing_weights);
+  check.dtype("grad_routing_weights", args.grad_routing_weights, {DType::kFloat32});
+  check.contiguous("grad_routing_weights", args.grad_routing_weights);
+}
+
 MoEShape check_layer_backward(const Check& check, const MoELayerBackwardArgs& args) {
   const MoEShape shape = checked_shape(check, args.options, args.x, args.weights);
   check_router(check, args.x, args.router_weight, {}, args.logits, shape.num_experts);
   check_router_gradients(check, args);
   check_saved_routing(check, args, shape);
   check_moe_backward(check, expert_args(args));
+  check_router_step(check, args);
   return shape;
 }
 
@@ -166,11 +184,14 @@ WorkspacePlan moe_layer_forward_workspace(const Context& context, const MoELayer
 
 WorkspacePlan moe_layer_backward_workspace(const Context& context, const MoELayerOptions& options,
                                            const MoEShape& shape,
-                                           std::optional<std::size_t> workspace_limit) {
+                                           std::optional<std::size_t> workspace_limit,
+                                           BackwardStep step) {
   return answer("moe_layer_backward_workspace", context, [&](const Check& check) {
     check_planned(check, options, shape);
-    const LayerPlan plan = choose_backend(context, check.operation())
-                               .plan_moe_layer_backward(context, options, shape, workspace_limit);
+    check_step(check, step);
+    const LayerPlan plan =
+        choose_backend(context, check.operation())
+            .plan_moe_layer_backward(context, options, shape, workspace_limit, step);
     check_limit(check, plan.workspace, workspace_limit);
     return plan.workspace;
   });
@@ -194,8 +215,9 @@ void moe_layer_backward(const Context& context, const MoELayerBackwardArgs& args
     const MoEShape shape = check_layer_backward(check, args);
     const Backend& backend = choose_backend(context, check.operation());
     backend.check_moe_backward(check, shape, expert_args(args));
-    const LayerPlan plan =
-        backend.plan_moe_layer_backward(context, args.options, shape, args.workspace_limit);
+    check_row_lists(check, backend, shape, expert_args(args));
+    const LayerPlan plan = backend.plan_moe_layer_backward(context, args.options, shape,
+                                                           args.workspace_limit, args.step);
     check_workspace(check, plan.workspace, args.workspace, args.workspace_limit);
     check_memory(check, args);
     backend.moe_layer_backward(context, plan, args);

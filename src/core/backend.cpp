@@ -33,6 +33,19 @@ std::string reason_against(const Backend& backend, const Context& context,
   return backend.unavailable_reason();
 }
 
+// Who asked for no backend and got the reference should know why it is slow.
+void warn_of_reference(const Backend& backend, std::string_view wanted) {
+  if (!wanted.empty() || backend.name() != "reference") return;
+  static const bool warned = [] {
+    std::fputs(
+        "sonicmoe: warning: this build has no oneDNN: the CPU computes with the reference backend, "
+        "some 40 times slower (SONICMOE_BACKEND=reference silences this)\n",
+        stderr);
+    return true;
+  }();
+  (void)warned;
+}
+
 [[noreturn]] void fail_wanted(const Context& context, std::string_view operation,
                               const char* argument, std::string_view wanted) {
   std::string usable, why = "not in this build";
@@ -75,6 +88,7 @@ const Backend& choose_backend(const Context& context, std::string_view operation
   for (const auto& backend : backend_list()) {
     const std::string against = reason_against(*backend, context, wanted);
     if (against.empty()) {
+      warn_of_reference(*backend, wanted);
       log_choice({}, [&] {  // a description may ask the device: not on every call
         return std::string(backend->name()) + " (" + backend->description() + ")" +
                (reasons.empty() ? "" : "; passed over: " + reasons);
@@ -84,6 +98,11 @@ const Backend& choose_backend(const Context& context, std::string_view operation
     reasons += (reasons.empty() ? "" : "; ") + std::string(backend->name()) + ": " + against;
   }
   if (!wanted.empty()) fail_wanted(context, operation, argument, wanted);
+  for (const BackendEntry& entry : backend_table()) {
+    if (entry.make != nullptr) continue;
+    reasons = std::string(entry.name) + ": " + std::string(entry.absent) +
+              (reasons.empty() ? "" : "; ") + reasons;
+  }
   throw Error(std::string(operation), "device", "one that a backend serves",
               to_string(context.device) + " (" + reasons + ")");
 }

@@ -39,13 +39,16 @@ class Backend {
   virtual ExpertPlan plan_moe_forward(const Context& context, const MoEShape& shape, bool inference,
                                       std::optional<std::size_t> limit) const = 0;
   virtual ExpertPlan plan_moe_backward(const Context& context, const MoEShape& shape,
-                                       std::optional<std::size_t> limit) const = 0;
+                                       std::optional<std::size_t> limit,
+                                       BackwardStep step) const = 0;
   virtual LayerPlan plan_moe_layer_forward(const Context& context, const MoELayerOptions& options,
                                            const MoEShape& shape, bool inference,
                                            std::optional<std::size_t> limit) const = 0;
   virtual LayerPlan plan_moe_layer_backward(const Context& context, const MoELayerOptions& options,
-                                            const MoEShape& shape,
-                                            std::optional<std::size_t> limit) const = 0;
+                                            const MoEShape& shape, std::optional<std::size_t> limit,
+                                            BackwardStep step) const = 0;
+  /// moe_row_lists_bytes().
+  virtual std::size_t row_lists_bytes(const MoEShape&) const { return 0; }
 
   // What the public headers allow and this backend cannot serve: throws, before anything of an
   // operation runs. The workspace may be absent.

@@ -15,6 +15,11 @@ struct ExpertPlan {
   WorkspacePlan workspace;
 };
 
+/// Whether a call with args.step does the work of `step`.
+inline bool does(BackwardStep called, BackwardStep step) {
+  return called == BackwardStep::kAll || called == step;
+}
+
 /// A call of moe_layer_forward or moe_layer_backward.
 struct LayerPlan {
   ExpertPlan experts;            ///< their part of the scratch, and its slabs

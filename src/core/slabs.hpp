@@ -34,4 +34,17 @@ ExpertPlan plan_slabs(const MoEShape& shape, std::int64_t step, std::optional<st
   return {shape, plan};
 }
 
+/// The plan of one step of a backward, or of all: bytes_with(columns, step). A step has the slabs
+/// and the minimum of all.
+template <class BytesWith>
+ExpertPlan plan_backward_slabs(const MoEShape& shape, std::int64_t columns_step,
+                               std::optional<std::size_t> limit, BackwardStep step,
+                               BytesWith bytes_with) {
+  ExpertPlan plan = plan_slabs(shape, columns_step, limit, [&](std::int64_t columns) {
+    return bytes_with(columns, BackwardStep::kAll);
+  });
+  plan.workspace.bytes = bytes_with(plan.workspace.slab_columns, step);
+  return plan;
+}
+
 }  // namespace sonicmoe

@@ -1,9 +1,8 @@
 // Backward without Y: dS = <dA', A>, so that only X, H and the routing metadata are kept.
-//   rows       1 dH      per row block: dA' = dO W2, then dS, dH, A' from the stored H
-//   gradients  2 biases  column sums per expert
-//              3 dW2     from A', whose place dX~ then takes
-//              4 dX      dX~ = dH W1 slab by slab, summed over the rows of each token
-//              5 dW1
+//   hidden  dH, A', dS  per row block: dA' = dO W2, then the three from the stored H
+//   down    dW2, db2    from A', whose place dX~ then takes
+//   input   dX          dX~ = dH W1 slab by slab, summed over the rows of each token
+//   up      dW1, db1    from dH
 #include "core/slabs.hpp"
 #include "core/workspace.hpp"
 #include "cpu/aggregate.hpp"
@@ -78,18 +77,24 @@ struct Buffers {
   }
 };
 
+// What the workspace of a step holds; in steps dH and A' are the caller's.
 template <class Storage, class Compute>
 Buffers<Storage, Compute> carve(WorkspaceCarver& carver, int threads, const MoEShape& shape,
-                                std::int64_t slab) {
-  Buffers<Storage, Compute> b;
+                                std::int64_t slab, BackwardStep step) {
+  Buffers<Storage, Compute> b{};
+  const bool all = step == BackwardStep::kAll, input = does(step, BackwardStep::kInput);
   const auto pairs = static_cast<std::size_t>(shape.num_pairs);
-  b.blocks = carver.take<RowBlock>(
-      static_cast<std::size_t>(max_row_blocks<Compute>(shape.num_pairs, shape.num_experts)));
-  b.dh = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.h_columns()));
-  b.a = b.dx = carver.take<Storage>(
-      pairs * static_cast<std::size_t>(std::max(shape.intermediate_size, slab)));
-  b.sums = carver.take<float>(static_cast<std::size_t>(threads) * kTokenBlock *
-                              static_cast<std::size_t>(slab));
+  if (input || does(step, BackwardStep::kHidden)) {
+    b.blocks = carver.take<RowBlock>(
+        static_cast<std::size_t>(max_row_blocks<Compute>(shape.num_pairs, shape.num_experts)));
+  }
+  if (all) b.dh = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.h_columns()));
+  if (input) {
+    const std::int64_t columns = all ? std::max(shape.intermediate_size, slab) : slab;
+    b.a = b.dx = carver.take<Storage>(pairs * static_cast<std::size_t>(columns));
+    b.sums = carver.take<float>(static_cast<std::size_t>(threads) * kTokenBlock *
+                                static_cast<std::size_t>(slab));
+  }
   b.scratch_stride = thread_scratch_bytes<Compute>(shape);
   b.scratch = static_cast<std::byte*>(
       carver.take_bytes(static_cast<std::size_t>(threads) * b.scratch_stride));
@@ -111,35 +116,52 @@ class Backward {
         grad_out_(row_source<Storage>(args.grad_out, metadata_.row_token)),
         x_(row_source<Storage>(args.x, metadata_.row_token)) {
     WorkspaceCarver carver(args.workspace.data());
-    buffers_ = carve<Storage, Compute>(carver, threads, shape_, slab_);
+    buffers_ = carve<Storage, Compute>(carver, threads, shape_, slab_, args.step);
+    if (args.step == BackwardStep::kAll) return;
+    buffers_.dh = args.grad_h.as<Storage>();
+    buffers_.a = args.scaled_a.as<Storage>();
   }
 
-  void rows() {
-    check_metadata(shape_, metadata_);
+  void run(BackwardStep step, const RouterGradX* router) {
+    using enum BackwardStep;
+    if (args_.step != kAll || step == kHidden) check_metadata(shape_, metadata_);
+    if (step == kHidden) return hidden();
+    if (step == kDown) return down();
+    if (step == kInput) return input(router);
+    up();
+  }
+
+ private:
+  void hidden() {
     const TensorView& ds = args_.grad_routing_weights;
     if (ds.defined()) std::fill_n(ds.as<float>(), ds.numel(), 0.0f);
     const std::int64_t blocks = make_row_blocks<Compute>(metadata_, buffers_.blocks);
     parallel_for(threads_, blocks, [&](std::int64_t i, int t) { grad_h(buffers_.blocks[i], t); });
   }
 
-  void gradients(const RouterGradX* router) {
-    biases();
+  void down() const {
+    bias(grad_out_, args_.grad_b2, [&](std::int64_t r) { return weights_[metadata_.pair_of(r)]; });
     const RowSource<Storage> a{buffers_.a, shape_.intermediate_size};
-    const RowSource<Storage> dh{buffers_.dh, layout_.columns()};
     if (args_.grad_w2.defined()) weights(grad_out_, a, args_.grad_w2);
-    if (args_.grad_x.defined()) {
-      const std::int64_t blocks = make_row_blocks<Compute>(metadata_, buffers_.blocks);
-      for (std::int64_t c = 0; c < shape_.hidden_size; c += slab_) {
-        const std::int64_t columns = std::min(slab_, shape_.hidden_size - c);
-        parallel_for(threads_, blocks,
-                     [&](std::int64_t i, int t) { dx_rows(buffers_.blocks[i], c, columns, t); });
-        sum(c, columns, router);
-      }
+  }
+
+  void input(const RouterGradX* router) {
+    if (!args_.grad_x.defined()) return;
+    const std::int64_t blocks = make_row_blocks<Compute>(metadata_, buffers_.blocks);
+    for (std::int64_t c = 0; c < shape_.hidden_size; c += slab_) {
+      const std::int64_t columns = std::min(slab_, shape_.hidden_size - c);
+      parallel_for(threads_, blocks,
+                   [&](std::int64_t i, int t) { dx_rows(buffers_.blocks[i], c, columns, t); });
+      sum(c, columns, router);
     }
+  }
+
+  void up() const {
+    const RowSource<Storage> dh{buffers_.dh, layout_.columns()};
+    bias(dh, args_.grad_b1, [](std::int64_t) { return 1.0f; });
     if (args_.grad_w1.defined()) weights(dh, x_, args_.grad_w1);
   }
 
- private:
   // dS, dH and A' of one row block.
   void grad_h(const RowBlock& block, int thread) const {
     WorkspaceCarver carver = buffers_.thread(thread);
@@ -209,28 +231,19 @@ class Backward {
     }
   }
 
-  // db1[e] = sum dH, db2[e] = sum s dO.
-  void biases() const {
-    if (!args_.grad_b1.defined() && !args_.grad_b2.defined()) return;
+  // grad[e] = sum of factor(r) rows[r] over the rows of e: db1 from dH, db2 from s and dO.
+  template <class Scale>
+  void bias(const RowSource<Storage>& rows, const TensorView& grad, Scale factor) const {
+    if (!grad.defined()) return;
     parallel_for(threads_, shape_.num_experts, [&](std::int64_t e, int thread) {
       WorkspaceCarver carver = buffers_.thread(thread);
       float* columns = SumScratch::carve(shape_, carver).columns;
-      const RowSource<Storage> dh{buffers_.dh, layout_.columns()};
-      bias(e, dh, args_.grad_b1, columns, [](std::int64_t) { return 1.0f; });
-      bias(e, grad_out_, args_.grad_b2, columns,
-           [&](std::int64_t r) { return weights_[metadata_.pair_of(r)]; });
+      std::fill_n(columns, grad.size(1), 0.0f);
+      for (std::int64_t r = metadata_.first_row(e); r < metadata_.offsets[e]; ++r) {
+        axpy(factor(r), rows.row(r), columns, grad.size(1));
+      }
+      put(columns, grad, e * grad.stride(0), grad.size(1), args_.accumulate);
     });
-  }
-
-  template <class Scale>
-  void bias(std::int64_t e, const RowSource<Storage>& rows, const TensorView& grad, float* columns,
-            Scale factor) const {
-    if (!grad.defined()) return;
-    std::fill_n(columns, grad.size(1), 0.0f);
-    for (std::int64_t r = metadata_.first_row(e); r < metadata_.offsets[e]; ++r) {
-      axpy(factor(r), rows.row(r), columns, grad.size(1));
-    }
-    put(columns, grad, e * grad.stride(0), grad.size(1), args_.accumulate);
   }
 
   // Columns [column, column + columns) of dX~ for one row block.
@@ -311,28 +324,25 @@ class Backward {
 
 }  // namespace
 
-ExpertPlan plan_backward(int threads, const MoEShape& shape, std::optional<std::size_t> limit) {
+ExpertPlan plan_backward(int threads, const MoEShape& shape, std::optional<std::size_t> limit,
+                         BackwardStep step) {
   ExpertPlan plan;
   visit_types(shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
-    plan = plan_slabs(shape, Tile<Compute>::kColumns, limit, [&](std::int64_t slab) {
-      WorkspaceCarver carver;
-      carve<Storage, Compute>(carver, threads, shape, slab);
-      return carver.used();
-    });
+    plan = plan_backward_slabs(shape, Tile<Compute>::kColumns, limit, step,
+                               [&](std::int64_t slab, BackwardStep part) {
+                                 WorkspaceCarver carver;
+                                 carve<Storage, Compute>(carver, threads, shape, slab, part);
+                                 return carver.used();
+                               });
   });
   return plan;
 }
 
-void backward_rows(int threads, const ExpertPlan& plan, const MoEBackwardArgs& args) {
+void backward_step(int threads, const ExpertPlan& plan, const MoEBackwardArgs& args,
+                   BackwardStep run, const RouterGradX* router) {
+  if (!does(args.step, run)) return;
   visit_types(plan.shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
-    Backward<Storage, Compute>(threads, plan, args).rows();
-  });
-}
-
-void backward_gradients(int threads, const ExpertPlan& plan, const MoEBackwardArgs& args,
-                        const RouterGradX* router) {
-  visit_types(plan.shape.numerics.storage, [&]<class Storage, class Compute>(Storage, Compute) {
-    Backward<Storage, Compute>(threads, plan, args).gradients(router);
+    Backward<Storage, Compute>(threads, plan, args).run(run, router);
   });
 }
 

@@ -23,8 +23,8 @@ class CpuBackend final : public HostRouterBackend {
     return cpu::plan_forward(thread_count(context.num_threads), shape, inference, limit);
   }
   ExpertPlan plan_moe_backward(const Context& context, const MoEShape& shape,
-                               std::optional<std::size_t> limit) const override {
-    return cpu::plan_backward(thread_count(context.num_threads), shape, limit);
+                               std::optional<std::size_t> limit, BackwardStep step) const override {
+    return cpu::plan_backward(thread_count(context.num_threads), shape, limit, step);
   }
   void moe_forward(const Context& context, const ExpertPlan& plan,
                    const MoEForwardArgs& args) const override {
@@ -35,21 +35,29 @@ class CpuBackend final : public HostRouterBackend {
                     const MoEBackwardArgs& args) const override {
     cpu::prepare_gemm();
     const int threads = thread_count(context.num_threads);
-    cpu::backward_rows(threads, plan, args);
-    cpu::backward_gradients(threads, plan, args, nullptr);
+    using enum BackwardStep;
+    for (const BackwardStep step : {kHidden, kDown, kInput, kUp}) {
+      cpu::backward_step(threads, plan, args, step);
+    }
   }
   void moe_layer_backward(const Context& context, const LayerPlan& plan,
                           const MoELayerBackwardArgs& args) const override {
     cpu::prepare_gemm();
+    using enum BackwardStep;
     const int threads = thread_count(context.num_threads);
     const LayerBackwardScratch scratch = layer_scratch(plan, args);
     const MoEBackwardArgs experts = expert_args(args, scratch);
-    cpu::backward_rows(threads, plan.experts, experts);
-    host_grad_logits(context, args, scratch);  // may still refuse the ids
     const cpu::RouterGradX router{scratch.grad_logits, args.router_weight};
-    cpu::backward_gradients(threads, plan.experts, experts, &router);
-    router_logits_backward(context, args.x, scratch.grad_logits, args.grad_router_weight,
-                           args.grad_router_bias, args.accumulate, scratch.router);
+    cpu::backward_step(threads, plan.experts, experts, kHidden);
+    // May still refuse the ids: before anything is added to the caller's gradients.
+    if (does(args.step, kInput)) host_grad_logits(context, args, scratch);
+    cpu::backward_step(threads, plan.experts, experts, kDown);
+    cpu::backward_step(threads, plan.experts, experts, kInput, &router);
+    if (does(args.step, kInput)) {
+      router_logits_backward(context, args.x, scratch.grad_logits, args.grad_router_weight,
+                             args.grad_router_bias, args.accumulate, scratch.router);
+    }
+    cpu::backward_step(threads, plan.experts, experts, kUp);
   }
 
   std::size_t router_logits_workspace_bytes(const Context& context,

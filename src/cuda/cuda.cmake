@@ -1,7 +1,7 @@
 # The CUDA backend, where a CUDA compiler is found. A spill, registers that setmaxnreg cannot move, or
 # products that ptxas serialises fail the build.
 if(NOT SONICMOE_CUDA)
-  set(SONICMOE_ABSENT "SONICMOE_CUDA is off")
+  set(SONICMOE_ABSENT "built without CUDA (SONICMOE_CUDA is off)")
   return()
 endif()
 if(SONICMOE_CUDA_OBJECTS)
@@ -18,7 +18,7 @@ include(CheckLanguage)
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # -gencode is given below; CMake's own names do not reach every version
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
-  set(SONICMOE_ABSENT "this build found no nvcc")
+  set(SONICMOE_ABSENT "built without CUDA (no nvcc was found)")
   return()
 endif()
 enable_language(CUDA)

@@ -25,8 +25,11 @@ class CudaBackend final : public ComposedBackend {
     return cuda::plan_forward(shape, inference, limit);
   }
   ExpertPlan plan_moe_backward(const Context&, const MoEShape& shape,
-                               std::optional<std::size_t> limit) const override {
-    return cuda::plan_backward(shape, limit);
+                               std::optional<std::size_t> limit, BackwardStep step) const override {
+    return cuda::plan_backward(shape, limit, step);
+  }
+  std::size_t row_lists_bytes(const MoEShape& shape) const override {
+    return cuda::row_lists_bytes(shape);
   }
   void check_moe_forward(const Check& check, const MoEShape& shape,
                          const MoEForwardArgs& args) const override {

@@ -32,12 +32,29 @@ const Products* family_of(int ordinal) {
   return nullptr;
 }
 
+std::string release(int version) {  // 13000: "13.0"
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// What the user has to change, in one line.
+std::string reason_for(cudaError_t status) {
+  int driver = 0, runtime = 0;
+  (void)cudaDriverGetVersion(&driver);
+  (void)cudaRuntimeGetVersion(&runtime);
+  if (driver == 0) return "no NVIDIA driver is installed";
+  if (status == cudaErrorInsufficientDriver) {
+    return "the NVIDIA driver serves CUDA " + release(driver) + ", these kernels need CUDA " +
+           release(runtime) + ": update the driver";
+  }
+  return std::string("no usable GPU: ") + cudaGetErrorString(status);
+}
+
 Gpus find() {
   Gpus gpus;
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) {
-    gpus.reason = std::string("no usable driver or GPU: ") + cudaGetErrorString(status);
+    gpus.reason = reason_for(status);
     (void)cudaGetLastError();  // an absent GPU must not show up in a later launch check
     return gpus;
   }

@@ -38,12 +38,15 @@ LayerPlan ComposedBackend::plan_moe_layer_forward(const Context& context,
 
 LayerPlan ComposedBackend::plan_moe_layer_backward(const Context& context, const MoELayerOptions&,
                                                    const MoEShape& shape,
-                                                   std::optional<std::size_t> limit) const {
+                                                   std::optional<std::size_t> limit,
+                                                   BackwardStep step) const {
   const std::size_t router = router_logits_backward_workspace_bytes(context, shape);
-  const std::size_t beside = layer_backward_bytes(shape, router);
-  return plan_layer(router, beside, limit, [&](std::optional<std::size_t> left) {
-    return plan_moe_backward(context, shape, left);
+  const std::size_t beside = layer_backward_bytes(shape, router, BackwardStep::kAll);
+  LayerPlan plan = plan_layer(router, beside, limit, [&](std::optional<std::size_t> left) {
+    return plan_moe_backward(context, shape, left, step);
   });
+  plan.workspace.bytes = plan.experts.workspace.bytes + layer_backward_bytes(shape, router, step);
+  return plan;
 }
 
 void ComposedBackend::moe_layer_forward(const Context& context, const LayerPlan& plan,

@@ -14,8 +14,8 @@ class ComposedBackend : public Backend {
                                    const MoEShape& shape, bool inference,
                                    std::optional<std::size_t> limit) const override;
   LayerPlan plan_moe_layer_backward(const Context& context, const MoELayerOptions& options,
-                                    const MoEShape& shape,
-                                    std::optional<std::size_t> limit) const override;
+                                    const MoEShape& shape, std::optional<std::size_t> limit,
+                                    BackwardStep step) const override;
   void moe_layer_forward(const Context& context, const LayerPlan& plan,
                          const MoELayerForwardArgs& args) const override;
 

@@ -1,5 +1,7 @@
 #include "layer/parts.hpp"
 
+#include <span>
+
 #include "core/workspace.hpp"
 
 namespace sonicmoe {
@@ -21,18 +23,27 @@ Pieces carve_forward(WorkspaceCarver& carver, std::size_t router_bytes, std::siz
 }
 
 Pieces carve_backward(WorkspaceCarver& carver, const MoEShape& shape, std::size_t router_bytes,
-                      std::size_t expert_bytes) {
-  const std::int64_t logits = shape.num_tokens * shape.num_experts;
-  float* const weights = carver.take<float>(static_cast<std::size_t>(shape.num_pairs));
-  float* const grad_logits = carver.take<float>(static_cast<std::size_t>(logits));
-  Pieces pieces = carve_forward(carver, router_bytes, expert_bytes);
-  pieces.grad_routing_weights = weights;
-  pieces.grad_logits = grad_logits;
+                      std::size_t expert_bytes, BackwardStep step) {
+  Pieces pieces;
+  if (step == BackwardStep::kAll) {
+    pieces.grad_routing_weights = carver.take<float>(static_cast<std::size_t>(shape.num_pairs));
+  }
+  if (does(step, BackwardStep::kInput)) {
+    const std::int64_t logits = shape.num_tokens * shape.num_experts;
+    pieces.grad_logits = carver.take<float>(static_cast<std::size_t>(logits));
+    pieces.router = carver.take_bytes(router_bytes);
+  }
+  pieces.experts = carver.take_bytes(expert_bytes);
   return pieces;
 }
 
 TensorView bytes_view(void* data, std::size_t bytes, const Device& device) {
   return {data, DType::kUInt8, {static_cast<std::int64_t>(bytes)}, device};
+}
+
+// Absent where the step has no such piece.
+TensorView floats_view(void* data, std::span<const std::int64_t> shape, const Device& device) {
+  return data == nullptr ? TensorView() : TensorView(data, DType::kFloat32, shape, device);
 }
 
 Routing routing_of(const MoELayerOptions& options, const MoELayerSaved& saved) {
@@ -49,9 +60,10 @@ std::size_t layer_forward_bytes(std::size_t router_bytes) {
   return carver.used();
 }
 
-std::size_t layer_backward_bytes(const MoEShape& shape, std::size_t router_bytes) {
+std::size_t layer_backward_bytes(const MoEShape& shape, std::size_t router_bytes,
+                                 BackwardStep step) {
   WorkspaceCarver carver;
-  carve_backward(carver, shape, router_bytes, 0);
+  carve_backward(carver, shape, router_bytes, 0, step);
   return carver.used();
 }
 
@@ -67,12 +79,16 @@ LayerForwardScratch layer_scratch(const LayerPlan& plan, const MoELayerForwardAr
 LayerBackwardScratch layer_scratch(const LayerPlan& plan, const MoELayerBackwardArgs& args) {
   WorkspaceCarver carver(args.workspace.data());
   const std::size_t expert_bytes = plan.experts.workspace.bytes;
-  const Pieces pieces = carve_backward(carver, plan.experts.shape, plan.router_bytes, expert_bytes);
+  const Pieces pieces =
+      carve_backward(carver, plan.experts.shape, plan.router_bytes, expert_bytes, args.step);
   const Device device = args.x.device();
-  return {.grad_routing_weights = {pieces.grad_routing_weights, DType::kFloat32,
-                                   args.saved.routing_weights.shape(), device},
-          .grad_logits = {pieces.grad_logits, DType::kFloat32, args.logits.shape(), device},
-          .router = bytes_view(pieces.router, plan.router_bytes, device),
+  const std::size_t router_bytes = pieces.router == nullptr ? 0 : plan.router_bytes;
+  return {.grad_routing_weights = args.step == BackwardStep::kAll
+                                      ? floats_view(pieces.grad_routing_weights,
+                                                    args.saved.routing_weights.shape(), device)
+                                      : args.grad_routing_weights,
+          .grad_logits = floats_view(pieces.grad_logits, args.logits.shape(), device),
+          .router = bytes_view(pieces.router, router_bytes, device),
           .experts = bytes_view(pieces.experts, expert_bytes, device)};
 }
 
@@ -122,15 +138,22 @@ MoEBackwardArgs expert_args(const MoELayerBackwardArgs& args) {
           .grad_b1 = args.grad_b1,
           .grad_w2 = args.grad_w2,
           .grad_b2 = args.grad_b2,
-          .grad_routing_weights = {},
+          .grad_routing_weights =
+              args.step == BackwardStep::kHidden ? args.grad_routing_weights : TensorView(),
           .accumulate = args.accumulate,
+          .step = args.step,
+          .grad_h = args.grad_h,
+          .scaled_a = args.scaled_a,
+          .row_lists = args.row_lists,
           .workspace = {},
           .workspace_limit = {}};
 }
 
 MoEBackwardArgs expert_args(const MoELayerBackwardArgs& args, const LayerBackwardScratch& scratch) {
   MoEBackwardArgs experts = expert_args(args);
-  experts.grad_routing_weights = scratch.grad_routing_weights;
+  if (does(args.step, BackwardStep::kHidden)) {
+    experts.grad_routing_weights = scratch.grad_routing_weights;
+  }
   experts.workspace = scratch.experts;
   return experts;
 }

@@ -12,14 +12,16 @@ struct LayerForwardScratch {
   TensorView router, experts;  ///< [bytes] uint8
 };
 struct LayerBackwardScratch {
-  TensorView grad_routing_weights;  ///< [T, K], or [P] with token rounding, float32
-  TensorView grad_logits;           ///< [T, E] float32
-  TensorView router, experts;       ///< [bytes] uint8
+  /// [T, K], or [P] with token rounding, float32. The caller's in steps.
+  TensorView grad_routing_weights;
+  TensorView grad_logits;      ///< [T, E] float32, where the step has use for it, as for `router`
+  TensorView router, experts;  ///< [bytes] uint8
 };
 
 /// Bytes of the layer's scratch beside its experts'.
 std::size_t layer_forward_bytes(std::size_t router_bytes);
-std::size_t layer_backward_bytes(const MoEShape& shape, std::size_t router_bytes);
+std::size_t layer_backward_bytes(const MoEShape& shape, std::size_t router_bytes,
+                                 BackwardStep step);
 
 /// The pieces of args.workspace.
 LayerForwardScratch layer_scratch(const LayerPlan& plan, const MoELayerForwardArgs& args);
@@ -35,7 +37,7 @@ MoEForwardArgs expert_args(const MoELayerForwardArgs& args);
 
 // --------------------------------------------------------------------------------------- backward
 
-/// Without its workspace and grad_routing_weights.
+/// Without its workspace, and in kAll grad_routing_weights.
 MoEBackwardArgs expert_args(const MoELayerBackwardArgs& args);
 /// With both, from the scratch.
 MoEBackwardArgs expert_args(const MoELayerBackwardArgs& args, const LayerBackwardScratch& scratch);

@@ -139,8 +139,8 @@ class ReferenceBackend final : public ComposedBackend {
                               std::optional<std::size_t>) const override {
     return fixed_plan(shape);
   }
-  ExpertPlan plan_moe_backward(const Context&, const MoEShape& shape,
-                               std::optional<std::size_t>) const override {
+  ExpertPlan plan_moe_backward(const Context&, const MoEShape& shape, std::optional<std::size_t>,
+                               BackwardStep) const override {
     return fixed_plan(shape);
   }
 
@@ -159,14 +159,15 @@ class ReferenceBackend final : public ComposedBackend {
 
   void moe_backward(const Context&, const ExpertPlan& plan,
                     const MoEBackwardArgs& args) const override {
-    write_gradients(args, backward(plan, args));
+    write_gradients(args, backward_step(plan, args));
   }
 
   void moe_layer_backward(const Context& context, const LayerPlan& plan,
                           const MoELayerBackwardArgs& args) const override {
     const LayerBackwardScratch scratch = layer_scratch(plan, args);
     const MoEBackwardArgs experts = expert_args(args, scratch);
-    oracle::BackwardResult result = backward(plan.experts, experts);
+    oracle::BackwardResult result = backward_step(plan.experts, experts);
+    if (!does(args.step, BackwardStep::kInput)) return write_gradients(experts, result);
     write(experts.grad_routing_weights, result.grad_routing_weights);
     // The router may still refuse the ids: before anything is added to the caller's gradients.
     host_grad_logits(context, args, scratch);
@@ -301,11 +302,27 @@ class ReferenceBackend final : public ComposedBackend {
     return {shape, {kWorkspaceBytes, kWorkspaceBytes, shape.hidden_size, 1}};
   }
 
-  static oracle::BackwardResult backward(const ExpertPlan& plan, const MoEBackwardArgs& args) {
+  // The gradients that args.step asks for; kHidden writes what it hands on.
+  static oracle::BackwardResult backward_step(const ExpertPlan& plan, const MoEBackwardArgs& args) {
+    using enum BackwardStep;
     const Metadata metadata = metadata_view(plan.shape, const_cast<void*>(args.metadata.data()));
     check_metadata(plan.shape, metadata);
-    return oracle::backward({args.options, args.x, args.weights, args.routing},
-                            rows_of(plan.shape, metadata), to_double(args.h), args.grad_out);
+    const oracle::Problem problem{args.options, args.x, args.weights, args.routing};
+    const std::vector<oracle::Row> rows = rows_of(plan.shape, metadata);
+    if (args.step == kAll) {
+      return oracle::backward(problem, rows, to_double(args.h), args.grad_out);
+    }
+    if (args.step == kDown) {
+      return oracle::backward_down(problem, rows, to_double(args.scaled_a), args.grad_out);
+    }
+    if (args.step != kHidden) return oracle::backward_up(problem, rows, to_double(args.grad_h));
+    const oracle::HiddenGradients hidden =
+        oracle::backward_hidden(problem, rows, to_double(args.h), args.grad_out);
+    write(args.grad_h, hidden.grad_h);
+    write(args.scaled_a, hidden.scaled_a);
+    oracle::BackwardResult result;
+    result.grad_routing_weights = hidden.grad_routing_weights;
+    return result;
   }
 
   static void write_gradients(const MoEBackwardArgs& args, const oracle::BackwardResult& result) {

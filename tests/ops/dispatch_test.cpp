@@ -97,10 +97,14 @@ TEST(Memory, FormulasOfThePage) {
   EXPECT_EQ(estimate.kept_h, 2u * 20 * 2 * 4);
   EXPECT_LE(estimate.kept_metadata, 32u * 20 + 4u * 3);
   EXPECT_EQ(estimate.transient_forward, 2u * 20 * (4 + 6));
-  EXPECT_EQ(estimate.transient_backward, 2u * 20 * (2 * 4 + 6));  // dX~ in the place of A'
-  for (const std::size_t limit : {1u, 2u * 20 * (2 * 4 + 5), 10000u}) {
-    const std::size_t least = 2u * 20 * (2 * 4 + 4), most = 2u * 20 * (2 * 4 + 6);
-    EXPECT_EQ(estimate_memory(shape, limit).transient_backward, std::clamp(limit, least, most));
+  const std::size_t dh = 2u * 20 * 2 * 4, a = 2u * 20 * 4;
+  EXPECT_EQ(estimate.transient_backward, dh + a);  // more than dX~ in their place
+  MoEShape wide = shape;
+  wide.hidden_size = 30;  // dX~ with dH in the place of H
+  EXPECT_EQ(estimate_memory(wide).transient_backward, 2u * 20 * 30);
+  for (const std::size_t limit : {std::size_t{1}, dh + 2u * 20 * 17, std::size_t{10000}}) {
+    const std::size_t slab = std::clamp(limit, dh, dh + 2u * 20 * 30) - dh;
+    EXPECT_EQ(estimate_memory(wide, limit).transient_backward, std::max(dh + a, slab));
   }
   EXPECT_EQ(estimate_memory_scattermoe(shape).kept_h, 2u * 20 * (2 * 4 + 4 + 6));
   EXPECT_EQ(parameter_bytes(shape), 2u * 3 * (8 * 6 + 6 * 4));

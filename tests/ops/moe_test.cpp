@@ -283,6 +283,59 @@ TEST_P(Moe, WorkspaceLimitIsKeptAndChangesNoBit) {
   }
 }
 
+// Four calls, with dH, A' and the row lists of the caller's, as one.
+TEST_P(Moe, BackwardInStepsGivesTheBitsOfOneCall) {
+  if (GetParam().backend == "reference") GTEST_SKIP() << "it rounds what it hands on";
+  std::uint64_t seed = 800;
+  for (const Form form : {Form::kTopK, Form::kSorted, Form::kPairs}) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      for (const GateUpLayout layout : {GateUpLayout::kConcatenated, GateUpLayout::kInterleaved}) {
+        MoECase c;
+        c.form = form;
+        c.dtype = dtype;
+        c.gate_up_layout = layout;
+        c.num_tokens = 120;
+        c.num_pairs = 250;
+        c.hidden_size = seed % 2 == 0 ? 2100 : 72;
+        c.drop_probability = form == Form::kSorted ? 0.0 : 0.2;
+        c.tail_rows = form == Form::kSorted ? 7 : 0;
+        c.w1_strides = seed % 3 == 0 ? Strides::kTransposed : Strides::kContiguous;
+        c.seed = seed++;
+        SCOPED_TRACE(GetParam().backend + ": " + c.describe());
+        RunOptions options;
+        options.gradient_dtype = DType::kFloat32;
+        options.accumulate = seed % 2 == 0;
+        options.accumulate_onto = options.accumulate ? 1.0 : 0.0;
+        const RunResult whole = run_moe(GetParam(), c, options);
+        options.in_steps = true;
+        for (const bool limited : {false, true}) {
+          if (limited) options.backward_limit = whole.backward_plan.minimum_bytes;
+          const RunResult steps = run_moe(GetParam(), c, options);
+          EXPECT_EQ(bitwise_difference(whole, steps), "");
+          EXPECT_EQ(join(steps.violations), "");
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Moe, BackwardInStepsIsCorrect) {
+  for (const Form form : {Form::kTopK, Form::kSorted, Form::kPairs}) {
+    MoECase c;
+    c.form = form;
+    c.num_tokens = 37;
+    c.num_pairs = 71;
+    c.seed = 900;
+    RunOptions options;
+    options.in_steps = true;
+    for (const unsigned gradients : {unsigned{kAllGradients}, kGradX | kGradB2, kGradW1 | kGradB1,
+                                     unsigned{kGradRoutingWeights}}) {
+      options.gradients = gradients;
+      expect_correct(GetParam(), c, options);
+    }
+  }
+}
+
 TEST_P(Moe, WorkspaceLimitBelowTheMinimumNamesIt) {
   MoECase c;
   const MoEInputs inputs(GetParam(), c);

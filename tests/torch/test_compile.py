@@ -22,6 +22,10 @@ EXPERT_OPTIONS = ExpertOptions().pack()
 ROUTER_OPTIONS = RouterOptions(top_k=K, renormalize=True).pack()
 
 
+# Of opcheck; test_backward_steps.py traces the steps.
+UNTRACED = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
 def tensors(grad):
     x, wr = torch.randn(T, D), torch.randn(E, D)
     w1, w2 = torch.randn(E, 2 * N, D), torch.randn(E, N, D).transpose(1, 2)
@@ -45,6 +49,30 @@ def backward_args(grad, args, h, metadata, needs):
     return grad, *args, [h, metadata], *EXPERT_OPTIONS, needs
 
 
+def step_args(grad, args, h, metadata):
+    """Of the operators of a backward in steps; no place of what they hand on is undefined."""
+    hidden = (grad, *args, [h, metadata], *EXPERT_OPTIONS, True)
+    grad_h, scaled_a, lists, _ = ops.moe_backward_hidden(*hidden)
+    down = (grad, *args, [metadata, scaled_a, lists], *EXPERT_OPTIONS, (True, True))
+    up = (*args, [metadata, grad_h, lists], *EXPERT_OPTIONS, (True, True, True))
+    return {"moe_backward_hidden": hidden, "moe_backward_down": down, "moe_backward_up": up}
+
+
+def layer_step_args(backward, main):
+    """Likewise of the layer, from the arguments of moe_layer_backward."""
+    grad, grad_logits, x, wr, br, *experts, saved, integers, reals, needs = backward
+    *routing, h, metadata = saved
+    options, routing = (integers, reals), [*routing, metadata]
+    hidden = (grad, x, wr, *experts, [*routing, h], *options)
+    grad_h, scaled_a, lists, ds = ops.moe_layer_backward_hidden(*hidden)
+    handed_on = [*routing, scaled_a, lists]
+    down = (grad, x, wr, *experts, handed_on, *options, needs[-2:], main[-2:])
+    handed_on = [*routing, grad_h, lists, ds]
+    up = (x, grad_logits, wr, br, *experts, handed_on, *options, needs[:-2], main[:-2])
+    names = ("moe_layer_backward_hidden", "moe_layer_backward_down", "moe_layer_backward_up")
+    return dict(zip(names, (hidden, down, up), strict=True))
+
+
 @pytest.mark.parametrize("form", [0, 1, 2])
 def test_opcheck_moe(form):
     opcheck(ops.moe_forward, (*moe_args(form, True), *EXPERT_OPTIONS, True))
@@ -53,6 +81,8 @@ def test_opcheck_moe(form):
     _, h, metadata = ops.moe_forward(*args, *EXPERT_OPTIONS, True)
     for needs in ((True,) * 6, (False, True, False, True, False, False)):
         opcheck(ops.moe_backward, backward_args(torch.randn(T, D), args, h, metadata, needs))
+    for name, given in step_args(torch.randn(T, D), args, h, metadata).items():
+        opcheck(getattr(ops, name), given, test_utils=UNTRACED)
 
 
 def layer_args(rounding, grad):
@@ -82,6 +112,9 @@ def test_opcheck_moe_layer(rounding):
     backward, main = layer_backward_args(rounding)
     opcheck(ops.moe_layer_backward, (*backward, []))
     opcheck(ops.moe_layer_backward, (*backward, main))
+    for buffers in ([], main):
+        for name, args in layer_step_args(backward, buffers).items():
+            opcheck(getattr(ops, name), args, test_utils=UNTRACED)
 
 
 def test_the_layer_adds_to_main_grads_what_it_returns_without():
@@ -341,6 +374,8 @@ def operator_calls():
     return {
         "moe_forward": (*plain, *EXPERT_OPTIONS, True),
         "moe_backward": backward_args(torch.randn(T, D), plain, h, metadata, [True] * 6),
+        **step_args(torch.randn(T, D), plain, h, metadata),
+        **layer_step_args(layer, main),
         "moe_layer_forward": (*given, seed, *options, True),
         "moe_layer_backward": (*layer, main),
         "route_forward": (logits, bias, *router),

@@ -423,6 +423,43 @@ def test_kept_memory_is_h_metadata_and_output(router):
     assert logits.requires_grad and y.requires_grad
 
 
+@pytest.mark.parametrize("way", ["eager", "kept", "checkpoint", "compiled"])
+def test_the_most_in_backward_is_without_h(way):
+    """Moments of a backward: dH and A' beside H; A' and dW2; dX~ without dW1; dW1 at last."""
+    count, d, n, experts, top_k = 8192, 1024, 256, 32, 8
+    module = sm.MoE(d, n, experts, top_k, device="cuda", dtype=BF16)
+    x = torch.randn(count, d, device="cuda", dtype=BF16).requires_grad_()
+    leaves, grad = [x, *module.parameters()], torch.randn_like(x)
+    pairs = count * top_k
+    h, a, wide = 2 * pairs * 2 * n, 2 * pairs * n, 2 * pairs * d
+    dx, dw1, dw2 = 2 * count * d, 2 * experts * 2 * n * d, 2 * experts * n * d
+    call = {
+        "eager": module,
+        "kept": module,
+        "checkpoint": lambda v: torch.utils.checkpoint.checkpoint(module, v, use_reentrant=False),
+        "compiled": torch.compile(module) if way == "compiled" else None,
+    }[way]
+    for _ in range(2):  # the second meets warm caches
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        y = call(x)
+        kept = torch.cuda.memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        grads = torch.autograd.grad(y, leaves, grad, retain_graph=way == "kept")
+        peak = torch.cuda.max_memory_allocated() - before
+        del y, grads
+    if way == "checkpoint":  # recomputed in backward: H, and a y and the logits more
+        kept += h
+    gone = 0 if way == "kept" else h
+    moments = [kept + h + a, kept - gone + h + a + dw2, kept - gone + h + wide + dx + dw2]
+    moments.append(kept - gone + h + dx + dw2 + dw1)
+    slack = 2**24  # the router's parts, row lists
+    slack += {"checkpoint": 2 * dx, "compiled": a}.get(way, 0)  # inductor orders what is left
+    assert max(moments) <= peak <= max(moments) + slack
+    one_call = kept + h + wide + dx + dw1 + dw2
+    assert max(moments) + slack < one_call or way == "kept"
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_out_of_memory_is_torchs_error_or_says_so(compiled):
     """H alone takes 64 MiB of the 32 that are left. A compiled graph cannot raise torch's class."""

@@ -154,7 +154,7 @@ TEST(Sizes, OfBuffersAndParameters) {
     const Wide a = t.P * t.n * t.width, dh = t.P * t.columns * t.width;
     const Wide wide = s.deterministic || s.form == Form::kSorted ? t.P * t.d * t.width : 0;
     expect_bytes(s, a + wide, [&] { return estimate_memory(s).transient_forward; });
-    expect_bytes(s, dh + std::max(a, wide), [&] { return estimate_memory(s).transient_backward; });
+    expect_bytes(s, std::max(dh + a, wide), [&] { return estimate_memory(s).transient_backward; });
     expect_bytes(s, (t.columns + t.n + t.d) * t.P * t.width,
                  [&] { return estimate_memory_scattermoe(s).kept_h; });
     const auto flops = ask([&] { return forward_flops(s); });

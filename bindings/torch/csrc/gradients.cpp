@@ -8,7 +8,7 @@
 namespace sonicmoe_torch {
 
 Gradients::Gradients(const Views& views, const Tensor& like, const Needs& needs, std::size_t count,
-                     std::span<const Tensor> main_grads)
+                     std::span<const Tensor> main_grads, std::size_t inputs)
     : views_(views), like_(like), needs_(needs), main_grads_(main_grads) {
   const auto refuse = [&](const char* argument, std::size_t expected, std::size_t got) {
     throw sonicmoe::Error(views.operation(), argument, std::to_string(expected) + " values",
@@ -16,7 +16,8 @@ Gradients::Gradients(const Views& views, const Tensor& like, const Needs& needs,
   };
   if (needs.size() != count) refuse("needs", count, needs.size());
   if (main_grads.empty()) return;
-  const auto wanted = static_cast<std::size_t>(std::count(needs.begin() + 1, needs.end(), true));
+  const auto first = needs.begin() + static_cast<std::ptrdiff_t>(inputs);
+  const auto wanted = static_cast<std::size_t>(std::count(first, needs.end(), true));
   if (main_grads.size() != wanted) refuse("main_grads", wanted, main_grads.size());
 }
 
@@ -52,6 +53,15 @@ Gradient Gradients::of_bias(const char* name, const OptionalTensor& bias) {
   if (!next(name, bias)) return {nothing(like_), {}};
   return accumulate() ? in_buffer(name)
                       : fresh(name, new_like_contiguous(*bias, bias->scalar_type()));
+}
+
+HandedOn new_handed_on(const Views& views, const Call& call, const Tensor& x,
+                       const sonicmoe::MoEShape& shape) {
+  const std::size_t bytes =
+      views.ask([&] { return sonicmoe::moe_row_lists_bytes(call.context(), shape); });
+  return {.grad_h = new_kept(x, {shape.num_pairs, shape.h_columns()}, x.scalar_type()),
+          .scaled_a = new_kept(x, {shape.num_pairs, shape.intermediate_size}, x.scalar_type()),
+          .row_lists = new_bytes(x, bytes)};
 }
 
 Gradient Gradients::of_routing_weights(const char* name, const OptionalTensor& weights) {

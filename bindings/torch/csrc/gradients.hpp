@@ -37,10 +37,10 @@ struct Gradient {
 /// parameter that needs a gradient, in order), added to the buffer, and the result stays empty.
 class Gradients {
  public:
-  /// `like` is any tensor of the call. Throws unless there are `count` needs and as many buffers
-  /// as needed parameters, or none.
+  /// `like` is any tensor of the call; `inputs` of the `count` needs, the first, are no parameters.
+  /// Throws unless there are as many needs and as many buffers as needed parameters, or none.
   Gradients(const Views& views, const Tensor& like, const Needs& needs, std::size_t count,
-            std::span<const Tensor> main_grads = {});
+            std::span<const Tensor> main_grads = {}, std::size_t inputs = 1);
 
   bool accumulate() const noexcept { return !main_grads_.empty(); }
 
@@ -64,5 +64,14 @@ class Gradients {
   const std::span<const Tensor> main_grads_;
   std::size_t next_need_ = 0, next_buffer_ = 0;
 };
+
+/// What the operators of a backward in steps hand on (sonicmoe::BackwardStep).
+struct HandedOn {
+  Tensor grad_h;     ///< [P, g*n], dtype of x
+  Tensor scaled_a;   ///< [P, n], dtype of x
+  Tensor row_lists;  ///< bytes
+};
+HandedOn new_handed_on(const Views& views, const Call& call, const Tensor& x,
+                       const sonicmoe::MoEShape& shape);
 
 }  // namespace sonicmoe_torch

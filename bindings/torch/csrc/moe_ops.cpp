@@ -83,6 +83,35 @@ constexpr const char* kBackwardSchema =
     "grad_w2, "
     "Tensor grad_b2, Tensor grad_weights)";
 
+// The inputs of a backward, without h.
+sonicmoe::MoEBackwardArgs backward_args(const Views& views, const ExpertCall& experts,
+                                        const Tensor& x, const Tensor& w1, const OptionalTensor& b1,
+                                        const Tensor& w2, const OptionalTensor& b2,
+                                        std::int64_t form, const Tensor& ids,
+                                        const OptionalTensor& token_ids,
+                                        const OptionalTensor& weights, const Tensor& metadata) {
+  return {
+      .options = experts.options,
+      .x = views.rows("x", x),
+      .weights = {views.in("w1", w1), views.in("b1", b1), views.in("w2", w2), views.in("b2", b2)},
+      .routing = make_routing(views, form, ids, token_ids, weights),
+      .metadata = views.in("metadata", metadata),
+      .workspace_limit = experts.workspace_limit};
+}
+
+// With a workspace of its own.
+void run_step(const Views& views, const Call& call, const Tensor& like,
+              const sonicmoe::MoEShape& shape, sonicmoe::MoEBackwardArgs args,
+              sonicmoe::BackwardStep step) {
+  const auto plan = views.ask([&] {
+    return sonicmoe::moe_backward_workspace(call.context(), shape, args.workspace_limit, step);
+  });
+  const Tensor workspace = new_workspace(like, plan.bytes, args.workspace_limit.has_value());
+  args.step = step;
+  args.workspace = views.out("workspace", workspace);
+  sonicmoe::moe_backward(call.context(), args);
+}
+
 // saved: h and metadata of forward. Of the results those that `needs` does not name come back
 // empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
@@ -94,15 +123,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   const Call call(x);
   const ExpertCall experts = unpack(views, options, reals);
   const auto [h, metadata] = exactly<2>(views, "saved", saved);
-  sonicmoe::MoEBackwardArgs args{
-      .options = experts.options,
-      .grad_out = views.rows("grad_out", grad_out),
-      .x = views.rows("x", x),
-      .weights = {views.in("w1", w1), views.in("b1", b1), views.in("w2", w2), views.in("b2", b2)},
-      .routing = make_routing(views, form, ids, token_ids, weights),
-      .h = views.in("h", h),
-      .metadata = views.in("metadata", metadata),
-      .workspace_limit = experts.workspace_limit};
+  sonicmoe::MoEBackwardArgs args =
+      backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
+  args.grad_out = views.rows("grad_out", grad_out);
+  args.h = views.in("h", h);
   // Before anything is allocated.
   const auto shape = views.ask(
       [&] { return sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing); });
@@ -121,14 +145,119 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   args.grad_b2 = grad_b2.view;
   args.grad_routing_weights = grad_weights.view;
 
-  const auto plan = views.ask([&] {
-    return sonicmoe::moe_backward_workspace(call.context(), shape, args.workspace_limit);
-  });
-  const Tensor workspace = new_workspace(x, plan.bytes, args.workspace_limit.has_value());
-  args.workspace = views.out("workspace", workspace);
-  sonicmoe::moe_backward(call.context(), args);
+  run_step(views, call, x, shape, args, sonicmoe::BackwardStep::kAll);
   return {grad_x.tensor,  grad_w1.tensor, grad_b1.tensor,
           grad_w2.tensor, grad_b2.tensor, grad_weights.tensor};
+}
+
+// Backward by three operators, so that the caller can let h go after the first and scaled_a after
+// the second.
+constexpr const char* kHiddenSchema =
+    "moe_backward_hidden(Tensor grad_out, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
+    "int form, Tensor ids, Tensor? token_ids, Tensor? weights, Tensor[] saved, int[] options, "
+    "float[] reals, bool need_weights) -> (Tensor grad_h, Tensor scaled_a, Tensor row_lists, "
+    "Tensor grad_weights)";
+
+// saved: h and metadata of forward.
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_backward_hidden(
+    const Tensor& grad_out, const Tensor& x, const Tensor& w1, const OptionalTensor& b1,
+    const Tensor& w2, const OptionalTensor& b2, std::int64_t form, const Tensor& ids,
+    const OptionalTensor& token_ids, const OptionalTensor& weights, const Tensors& saved,
+    const Integers& options, const Reals& reals, bool need_weights) {
+  const Views views("moe_backward_hidden");
+  const Call call(x);
+  const ExpertCall experts = unpack(views, options, reals);
+  const auto [h, metadata] = exactly<2>(views, "saved", saved);
+  sonicmoe::MoEBackwardArgs args =
+      backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
+  args.grad_out = views.rows("grad_out", grad_out);
+  args.h = views.in("h", h);
+  const auto shape = views.ask(
+      [&] { return sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing); });
+  const HandedOn handed_on = new_handed_on(views, call, x, shape);
+  const Needs needs{need_weights};
+  const Gradient grad_weights =
+      Gradients(views, x, needs, 1).of_routing_weights("grad_routing_weights", weights);
+  args.grad_h = views.out("grad_h", handed_on.grad_h);
+  args.scaled_a = views.out("scaled_a", handed_on.scaled_a);
+  args.row_lists = views.out("row_lists", handed_on.row_lists);
+  args.grad_routing_weights = grad_weights.view;
+  run_step(views, call, x, shape, args, sonicmoe::BackwardStep::kHidden);
+  return {handed_on.grad_h, handed_on.scaled_a, handed_on.row_lists, grad_weights.tensor};
+}
+
+constexpr const char* kDownSchema =
+    "moe_backward_down(Tensor grad_out, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
+    "int form, Tensor ids, Tensor? token_ids, Tensor? weights, Tensor[] saved, int[] options, "
+    "float[] reals, bool[] needs) -> (Tensor grad_w2, Tensor grad_b2)";
+
+// saved: metadata of forward; scaled_a and row_lists of moe_backward_hidden.
+std::tuple<Tensor, Tensor> moe_backward_down(
+    const Tensor& grad_out, const Tensor& x, const Tensor& w1, const OptionalTensor& b1,
+    const Tensor& w2, const OptionalTensor& b2, std::int64_t form, const Tensor& ids,
+    const OptionalTensor& token_ids, const OptionalTensor& weights, const Tensors& saved,
+    const Integers& options, const Reals& reals, const Needs& needs) {
+  const Views views("moe_backward_down");
+  const Call call(x);
+  const ExpertCall experts = unpack(views, options, reals);
+  const auto [metadata, scaled_a, row_lists] = exactly<3>(views, "saved", saved);
+  sonicmoe::MoEBackwardArgs args =
+      backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
+  args.grad_out = views.rows("grad_out", grad_out);
+  args.scaled_a = views.out("scaled_a", scaled_a);
+  args.row_lists = views.out("row_lists", row_lists);
+  const auto shape = views.ask(
+      [&] { return sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing); });
+  Gradients gradients(views, x, needs, 2);
+  const Gradient grad_w2 = gradients.of_weight("grad_w2", w2);
+  const Gradient grad_b2 = gradients.of_bias("grad_b2", b2);
+  args.grad_w2 = grad_w2.view;
+  args.grad_b2 = grad_b2.view;
+  run_step(views, call, x, shape, args, sonicmoe::BackwardStep::kDown);
+  return {grad_w2.tensor, grad_b2.tensor};
+}
+
+constexpr const char* kUpSchema =
+    "moe_backward_up(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int form, Tensor ids, "
+    "Tensor? token_ids, Tensor? weights, Tensor[] saved, int[] options, float[] reals, "
+    "bool[] needs) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_b1)";
+
+// saved: metadata of forward; grad_h and row_lists of moe_backward_hidden.
+std::tuple<Tensor, Tensor, Tensor> moe_backward_up(
+    const Tensor& x, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+    const OptionalTensor& b2, std::int64_t form, const Tensor& ids, const OptionalTensor& token_ids,
+    const OptionalTensor& weights, const Tensors& saved, const Integers& options,
+    const Reals& reals, const Needs& needs) {
+  const Views views("moe_backward_up");
+  const Call call(x);
+  const ExpertCall experts = unpack(views, options, reals);
+  const auto [metadata, grad_h, row_lists] = exactly<3>(views, "saved", saved);
+  const sonicmoe::MoEBackwardArgs given = [&] {
+    sonicmoe::MoEBackwardArgs args =
+        backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
+    args.grad_h = views.out("grad_h", grad_h);
+    args.row_lists = views.out("row_lists", row_lists);
+    return args;
+  }();
+  const auto shape = views.ask(
+      [&] { return sonicmoe::moe_shape(given.options, given.x, given.weights, given.routing); });
+  Gradients gradients(views, x, needs, 3);
+  const Gradient grad_x = gradients.of_input("grad_x", x);
+  if (grad_x.view.defined()) {
+    sonicmoe::MoEBackwardArgs args = given;
+    args.grad_x = grad_x.view;
+    run_step(views, call, x, shape, args, sonicmoe::BackwardStep::kInput);
+  }
+  // Only now, when dX~ is gone.
+  sonicmoe::MoEBackwardArgs args = given;
+  const Gradient grad_w1 = gradients.of_weight("grad_w1", w1);
+  const Gradient grad_b1 = gradients.of_bias("grad_b1", b1);
+  args.grad_w1 = grad_w1.view;
+  args.grad_b1 = grad_b1.view;
+  if (args.grad_w1.defined() || args.grad_b1.defined()) {
+    run_step(views, call, x, shape, args, sonicmoe::BackwardStep::kUp);
+  }
+  return {grad_x.tensor, grad_w1.tensor, grad_b1.tensor};
 }
 
 }  // namespace
@@ -136,11 +265,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
 void define_moe_ops(Library& library) {
   library.def(kForwardSchema);
   library.def(kBackwardSchema);
+  library.def(kHiddenSchema);
+  library.def(kDownSchema);
+  library.def(kUpSchema);
 }
 
 void implement_moe_ops(Library& library) {
   library.impl("moe_forward", TORCH_BOX(&moe_forward));
   library.impl("moe_backward", TORCH_BOX(&moe_backward));
+  library.impl("moe_backward_hidden", TORCH_BOX(&moe_backward_hidden));
+  library.impl("moe_backward_down", TORCH_BOX(&moe_backward_down));
+  library.impl("moe_backward_up", TORCH_BOX(&moe_backward_up));
 }
 
 }  // namespace sonicmoe_torch

@@ -97,6 +97,30 @@ def register_once_differentiable(name: str) -> None:
     torch.library.register_vmap(operator, _vmap_rule(operator))
 
 
+def called_by_nodes(name: str) -> Callable:
+    """A backward operator as the backward of a node calls it: below autograd where that has nothing
+    to do, since its kernel of Python takes as long as the operator itself."""
+    packet = getattr(ops, name)
+    operator = packet.default
+    written = _written(operator)
+
+    def call(*inputs: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or forward_ad._current_level >= 0
+            or torch._C._are_functorch_transforms_active()
+            or any(inputs[place] for place in written)
+        ):
+            return packet(*inputs)
+        tell_library(inputs[0])
+        with _BELOW_VERSIONS():
+            return operator(*inputs)
+
+    call.__name__ = name
+    return call
+
+
 def register_in_place(name: str) -> None:
     """An operator without a gradient that writes into its arguments: autograd learns of the write,
     so that a backward which needs the old value fails, and none of them may require a gradient."""

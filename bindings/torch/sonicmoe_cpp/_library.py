@@ -121,6 +121,26 @@ def rounded_capacity(num_tokens: int, num_experts: int, top_k: int, tile: int, p
     return pairs + num_experts * (tile - 1)
 
 
+def row_lists_bytes(device: torch.device, num_pairs: int, num_experts: int) -> int:
+    """Bytes of row lists, as sonicmoe::moe_row_lists_bytes (for symbolic T)."""
+    if device.type != "cuda":
+        return 0
+    tiles = (num_pairs + 127) // 128 + num_experts
+    sizes = (16 * tiles, 16 * num_experts, 4, 8, 4 * num_pairs)
+    return sum((size + 127) // 128 * 128 for size in sizes)
+
+
+# From this many bytes of H on, backward is three operators and H goes after the first. Below, one:
+# each costs host time, and of small layers the most memory in use is elsewhere.
+STEPS_FROM_BYTES = 16 << 20
+
+
+def in_steps(h: torch.Tensor) -> bool:
+    """Whether backward takes three operators. Always where a number of tokens is symbolic."""
+    elements = h.numel()
+    return not isinstance(elements, int) or elements * h.element_size() >= STEPS_FROM_BYTES
+
+
 def metadata_bytes(form: int, num_tokens: int, num_pairs: int, num_experts: int) -> int:
     """Bytes of routing metadata, as sonicmoe::moe_metadata_bytes (for symbolic T)."""
     if form == FORM_SORTED:

@@ -7,9 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import register_autograd, register_once_differentiable
+from ._autograd import called_by_nodes, register_autograd, register_once_differentiable
 from ._checks import refuse
-from ._library import FORM_SORTED, gate_factor, metadata_bytes, ops, register_fake, run
+from ._library import (
+    FORM_SORTED,
+    gate_factor,
+    in_steps,
+    metadata_bytes,
+    register_fake,
+    row_lists_bytes,
+    run,
+)
 from .options import ExpertOptions
 
 
@@ -54,6 +62,46 @@ def _(
     )
 
 
+@register_fake("moe_backward_hidden")
+def _(
+    grad_out, x, w1, b1, w2, b2, form, ids, token_ids, weights, saved, options, reals, need_weights
+):  # fmt: skip
+    grad_weights = new_gradient("moe_backward_hidden", x, "grad_weights", need_weights, weights)
+    return *handed_on(x, w1, w2, saved[0]), grad_weights.float()
+
+
+def handed_on(x: Tensor, w1: Tensor, w2: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_h, scaled_a and row_lists of a backward in steps."""
+    pairs = h.shape[0]
+    lists = row_lists_bytes(x.device, pairs, w1.shape[0])
+    return (
+        torch.empty_like(h),
+        x.new_empty((pairs, w2.shape[2])),
+        x.new_empty((lists,), dtype=torch.uint8),
+    )
+
+
+@register_fake("moe_backward_down")
+def _(
+    grad_out, x, w1, b1, w2, b2, form, ids, token_ids, weights, saved, options, reals, needs
+):  # fmt: skip
+    need_w2, need_b2 = needs
+    return (
+        new_gradient("moe_backward_down", x, "grad_w2", need_w2, w2),
+        new_gradient("moe_backward_down", x, "grad_b2", need_b2, b2),
+    )
+
+
+@register_fake("moe_backward_up")
+def _(x, w1, b1, w2, b2, form, ids, token_ids, weights, saved, options, reals, needs):
+    need_x, need_w1, need_b1 = needs
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        new_gradient("moe_backward_up", x, "grad_w1", need_w1, w1),
+        new_gradient("moe_backward_up", x, "grad_b1", need_b1, b1),
+    )
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, w1, b1, w2, b2, form, ids, token_ids, weights, options, reals, save_for_backward = inputs
     if not save_for_backward:
@@ -66,17 +114,40 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = options, reals
 
 
+_whole, _hidden, _down, _up = (
+    called_by_nodes(f"moe_backward{step}") for step in ("", "_hidden", "_down", "_up")
+)
+
+
 def _backward(ctx: Any, grad_out: Tensor | None, *unused: None) -> tuple:
     needs = ctx.needs_input_grad
     if grad_out is None:
         return (None,) * len(needs)
     x, w1, b1, w2, b2, ids, token_ids, weights, h, metadata = ctx.saved_tensors
     need_x, need_w1, need_b1, need_w2, need_b2, _, _, _, need_weights, *others = needs
-    grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_weights = run(
-        ops.moe_backward,
-        grad_out.contiguous(), x, w1, b1, w2, b2, ctx.form, ids, token_ids, weights,
-        [h, metadata], *ctx.options, (need_x, need_w1, need_b1, need_w2, need_b2, need_weights),
-    )  # fmt: skip
+    grad_out = grad_out.contiguous()
+    inputs = x, w1, b1, w2, b2, ctx.form, ids, token_ids, weights
+    if in_steps(h):
+        ctx.maybe_clear_saved_tensors()  # unless the graph is kept
+        grad_h, scaled_a, row_lists, grad_weights = run(
+            _hidden, grad_out, *inputs, [h, metadata], *ctx.options, need_weights
+        )
+        del h  # its last name
+        grad_w2, grad_b2 = run(
+            _down,
+            grad_out, *inputs, [metadata, scaled_a, row_lists], *ctx.options, (need_w2, need_b2),
+        )  # fmt: skip
+        del scaled_a
+        grad_x, grad_w1, grad_b1 = run(
+            _up,
+            *inputs, [metadata, grad_h, row_lists], *ctx.options, (need_x, need_w1, need_b1),
+        )  # fmt: skip
+    else:
+        grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_weights = run(
+            _whole,
+            grad_out, *inputs, [h, metadata], *ctx.options,
+            (need_x, need_w1, need_b1, need_w2, need_b2, need_weights),
+        )  # fmt: skip
     return (
         grad_x if need_x else None,
         grad_w1 if need_w1 else None,
@@ -92,4 +163,5 @@ def _backward(ctx: Any, grad_out: Tensor | None, *unused: None) -> tuple:
 
 
 register_autograd("moe_forward", _backward, _setup_context)
-register_once_differentiable("moe_backward")
+for name in ("moe_backward", "moe_backward_hidden", "moe_backward_down", "moe_backward_up"):
+    register_once_differentiable(name)

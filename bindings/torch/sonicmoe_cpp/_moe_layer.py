@@ -6,18 +6,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._autograd import register_autograd, register_once_differentiable
+from ._autograd import called_by_nodes, register_autograd, register_once_differentiable
 from ._library import (
     FORM_PAIRS,
     FORM_TOP_K,
     gate_factor,
+    in_steps,
     metadata_bytes,
-    ops,
     register_fake,
     rounded_capacity,
     run,
 )
-from ._moe import new_gradient
+from ._moe import handed_on, new_gradient
 from .options import LayerOptions
 
 PARAMETERS = ("router_weight", "router_bias", "w1", "b1", "w2", "b2")
@@ -91,12 +91,40 @@ def _(
     needs, main_grads,
 ):  # fmt: skip
     need_x, *others = needs
-    fresh = [need and not main_grads for need in others]
     parameters = (router_weight, router_bias, w1, b1, w2, b2)
-    grads = (
-        new_gradient("moe_layer_backward", x, f"grad_{name}", *given)
-        for name, *given in zip(PARAMETERS, fresh, parameters, strict=True)
+    grads = _gradients("moe_layer_backward", x, PARAMETERS, others, parameters, main_grads)
+    return x.new_empty(x.shape if need_x else (0,)), *grads
+
+
+def _gradients(operation, x, names, needs, parameters, main_grads) -> tuple[Tensor, ...]:
+    fresh = [need and not main_grads for need in needs]
+    return tuple(
+        new_gradient(operation, x, f"grad_{name}", *given)
+        for name, *given in zip(names, fresh, parameters, strict=True)
     )
+
+
+@register_fake("moe_layer_backward_hidden")
+def _(grad_out, x, router_weight, w1, b1, w2, b2, saved, options, reals):
+    *_, routing_weights, _, h = saved
+    return *handed_on(x, w1, w2, h), torch.empty_like(routing_weights)
+
+
+@register_fake("moe_layer_backward_down")
+def _(
+    grad_out, x, router_weight, w1, b1, w2, b2, saved, options, reals, needs, main_grads
+):  # fmt: skip
+    return _gradients("moe_layer_backward_down", x, ("w2", "b2"), needs, (w2, b2), main_grads)
+
+
+@register_fake("moe_layer_backward_up")
+def _(
+    x, grad_logits, router_weight, router_bias, w1, b1, w2, b2, saved, options, reals, needs,
+    main_grads,
+):  # fmt: skip
+    need_x, *others = needs
+    parameters = (router_weight, router_bias, w1, b1)
+    grads = _gradients("moe_layer_backward_up", x, PARAMETERS[:4], others, parameters, main_grads)
     return x.new_empty(x.shape if need_x else (0,)), *grads
 
 
@@ -115,6 +143,11 @@ def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = options, reals
 
 
+_whole, _hidden, _down, _up = (
+    called_by_nodes(f"moe_layer_backward{step}") for step in ("", "_hidden", "_down", "_up")
+)
+
+
 def run_backward(
     ctx: Any,
     grad_out: Tensor | None,
@@ -129,13 +162,58 @@ def run_backward(
     # Incoming gradients are dense; that of y is zero where only the logits were used.
     grad_out = torch.zeros_like(x) if grad_out is None else grad_out.contiguous()
     grad_logits = None if grad_logits is None else grad_logits.contiguous()
-    grads = run(
-        ops.moe_layer_backward,
-        grad_out, grad_logits, x, router_weight, router_bias, w1, b1, w2, b2, saved, *ctx.options,
-        needs, main_grads,
-    )  # fmt: skip
+    if in_steps(saved[-2]):
+        ctx.maybe_clear_saved_tensors()  # unless the graph is kept
+        grads = _backward_in_steps(
+            grad_out, grad_logits, (x, router_weight, router_bias, w1, b1, w2, b2), saved,
+            ctx.options, needs, main_grads,
+        )  # fmt: skip
+    else:
+        grads = run(
+            _whole,
+            grad_out, grad_logits, x, router_weight, router_bias, w1, b1, w2, b2, saved,
+            *ctx.options, needs, main_grads,
+        )  # fmt: skip
     others = len(ctx.needs_input_grad) - len(needs)
     return *(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * others
+
+
+def _backward_in_steps(
+    grad_out: Tensor,
+    grad_logits: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    saved: list[Tensor],
+    options: tuple,
+    needs: tuple[bool, ...],
+    main_grads: tuple[Tensor, ...],
+) -> tuple:
+    """moe_layer_backward by three operators. Empties `saved`, which holds H's last name."""
+    x, router_weight, router_bias, *experts = inputs
+    *routing, h, metadata = saved
+    saved.clear()
+    routing.append(metadata)
+    grad_h, scaled_a, row_lists, grad_routing_weights = run(
+        _hidden,
+        grad_out, x, router_weight, *experts, [*routing, h], *options,
+    )  # fmt: skip
+    del h
+    need_x, *need_router, need_w1, need_b1, need_w2, need_b2 = needs
+    # In the order of the parameters: those of down come last.
+    of_down = (need_w2 + need_b2) if main_grads else 0
+    split = len(main_grads) - of_down
+    grad_w2, grad_b2 = run(
+        _down,
+        grad_out, x, router_weight, *experts, [*routing, scaled_a, row_lists], *options,
+        (need_w2, need_b2), main_grads[split:],
+    )  # fmt: skip
+    del scaled_a
+    grads = run(
+        _up,
+        x, grad_logits, router_weight, router_bias, *experts,
+        [*routing, grad_h, row_lists, grad_routing_weights], *options,
+        (need_x, *need_router, need_w1, need_b1), main_grads[:split],
+    )  # fmt: skip
+    return *grads, grad_w2, grad_b2
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_logits: Tensor | None, *unused: None):
@@ -146,4 +224,5 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_logits: Tensor | None, *un
 
 
 register_autograd("moe_layer_forward", _backward, save_for_backward)
-register_once_differentiable("moe_layer_backward")
+for name in ("", "_hidden", "_down", "_up"):
+    register_once_differentiable(f"moe_layer_backward{name}")

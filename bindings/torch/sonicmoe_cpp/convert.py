@@ -16,7 +16,8 @@ docs/guide/checkpoints.md.
 | `gpt-oss` | `router` | `experts.gate_up_proj` [E, d, 2n], alternating | `down_proj` [E, n, d] |
 
 `transformers` is what a model of transformers 5 holds in memory, `transformers-list` and `mixtral`
-what many files on the hub hold.
+what many files on the hub hold. `router`, `gate`, `c_fc`, `c_proj` and the tensors of single
+experts have `.weight` at the end of their keys.
 """
 
 import functools
@@ -34,7 +35,7 @@ from .module import MoE
 __all__ = ["FORMATS", "export_state_dict", "import_state_dict"]
 
 
-class Format(NamedTuple):
+class _Format(NamedTuple):
     """Keys of a state dict, None for what it has no place for; {} is the number of the expert."""
 
     router_weight: str  # [E, d]
@@ -51,22 +52,22 @@ class Format(NamedTuple):
 
 _BIAS = "gate.e_score_correction_bias"
 FORMATS = {
-    "sonic-moe": Format(
+    "sonic-moe": _Format(
         "router.weight", ("c_fc.weight",), "c_proj.weight", "c_fc.weight",
         up_bias="c_fc.bias", down_bias="c_proj.bias", interleaved=True,
     ),
-    "transformers": Format(
+    "transformers": _Format(
         "gate.weight", ("experts.gate_up_proj",), "experts.down_proj", "experts.up_proj",
         selection_bias=_BIAS,
     ),
-    "transformers-list": Format(
+    "transformers-list": _Format(
         "gate.weight", ("experts.{}.gate_proj.weight", "experts.{}.up_proj.weight"),
         "experts.{}.down_proj.weight", "experts.{}.up_proj.weight", selection_bias=_BIAS,
     ),
-    "mixtral": Format(
+    "mixtral": _Format(
         "gate.weight", ("experts.{}.w1.weight", "experts.{}.w3.weight"), "experts.{}.w2.weight",
     ),
-    "gpt-oss": Format(
+    "gpt-oss": _Format(
         "router.weight", ("experts.gate_up_proj",), "experts.down_proj",
         router_bias="router.bias", up_bias="experts.gate_up_proj_bias",
         down_bias="experts.down_proj_bias", interleaved=True, transposed=True,
@@ -115,22 +116,22 @@ def export_state_dict(layer: MoE, format: str, prefix: str = "") -> dict[str, Te
     return {prefix + key: tensor for key, tensor in made.items()}
 
 
-class Place(NamedTuple):
+class _Place(NamedTuple):
     """What stands under a key: a tensor of MoE or, of a list, one expert's; and its shape."""
 
     name: str
     shape: tuple[int, ...]
 
 
-def _format(operation: str, name: str) -> Format:
+def _format(operation: str, name: str) -> _Format:
     if name not in FORMATS:
         refuse(operation, "format", f"one of {', '.join(FORMATS)}", name)
     return FORMATS[name]
 
 
-def _own(layer: MoE) -> Format:
+def _own(layer: MoE) -> _Format:
     """The names of MoE itself."""
-    return Format(
+    return _Format(
         "router.weight", ("experts.w1",), "experts.w2", "experts.w1",
         router_bias="router.bias", selection_bias="router.selection_bias",
         up_bias="experts.b1", down_bias="experts.b2",
@@ -142,11 +143,11 @@ def _gated(layer: MoE) -> bool:
     return gate_factor(layer.options.experts.activation) == 2
 
 
-def _up_keys(form: Format, layer: MoE) -> tuple[str | None, ...]:
+def _up_keys(form: _Format, layer: MoE) -> tuple[str | None, ...]:
     return form.up if _gated(layer) else (form.ungated_up,)
 
 
-def _places(operation: str, form: Format, layer: MoE) -> dict[str, Place]:
+def _places(operation: str, form: _Format, layer: MoE) -> dict[str, _Place]:
     """Every key that the layer has in that format."""
     E, d, n = layer.num_experts, layer.hidden_size, layer.intermediate_size
     columns = layer.experts.w1.shape[1]
@@ -162,7 +163,7 @@ def _places(operation: str, form: Format, layer: MoE) -> dict[str, Place]:
         ("experts.b2", form.down_bias, (E, d)),
     ]
     present = layer.state_dict()
-    places: dict[str, Place] = {}
+    places: dict[str, _Place] = {}
     for name, key, shape in wanted:
         if name not in present:
             continue
@@ -170,16 +171,16 @@ def _places(operation: str, form: Format, layer: MoE) -> dict[str, Place]:
             got = list(present[name].shape)
             refuse(operation, name, "none, since the format has no place for it", got)
         if "{}" in key:
-            places |= {key.format(expert): Place(name, shape[1:]) for expert in range(E)}
+            places |= {key.format(expert): _Place(name, shape[1:]) for expert in range(E)}
         else:
-            places[key] = Place(name, shape)
+            places[key] = _Place(name, shape)
     return places
 
 
 def _check(
     operation: str,
     given: Mapping[str, Tensor],
-    places: dict[str, Place],
+    places: dict[str, _Place],
     prefix: str,
     format: str,
 ) -> None:
@@ -201,7 +202,7 @@ def _check(
             )
 
 
-def _parts(form: Format, tensors: Mapping[str, Tensor], layer: MoE) -> dict[str, list[Tensor]]:
+def _parts(form: _Format, tensors: Mapping[str, Tensor], layer: MoE) -> dict[str, list[Tensor]]:
     """By the names of MoE: views of the same shapes in the same order, whatever the format."""
 
     def experts(key: str | None) -> list[Tensor]:
@@ -237,7 +238,7 @@ def _parts(form: Format, tensors: Mapping[str, Tensor], layer: MoE) -> dict[str,
 
 
 def _rearranged(
-    layer: MoE, given: Mapping[str, Tensor], source: Format, target: Format
+    layer: MoE, given: Mapping[str, Tensor], source: _Format, target: _Format
 ) -> dict[str, Tensor]:
     """The same numbers in another format."""
     parts, made = _parts(source, given, layer), {}

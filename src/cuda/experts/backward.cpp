@@ -6,38 +6,62 @@
 namespace sonicmoe::cuda {
 
 BackwardSteps::Buffers BackwardSteps::carve(WorkspaceCarver& carver, const MoEShape& shape,
-                                            std::int64_t slab) {
+                                            std::int64_t slab, BackwardStep step) {
   Buffers b{};
+  const bool all = step == BackwardStep::kAll;
   const std::int64_t parts = ceil_div(shape.intermediate_size, kLeastPartialColumns);
-  b.tables = carve_row_tables(carver, shape);
-  b.grad_h = carver.take_bytes(elements(shape.num_pairs, shape.h_columns()) * kElementBytes);
-  const std::int64_t stored = stores_rows(shape) ? slab : 0;
-  b.scaled_a = carver.take_bytes(
-      elements(shape.num_pairs, std::max(shape.intermediate_size, stored)) * kElementBytes);
-  b.dx_rows = b.scaled_a;
-  b.partial = carver.take<float>(elements(shape.num_pairs, parts));
+  if (all) {
+    b.tables = carve_row_tables(carver, shape);
+    b.grad_h = carver.take_bytes(elements(shape.num_pairs, shape.h_columns()) * kElementBytes);
+  }
+  if (does(step, BackwardStep::kInput)) {
+    const std::int64_t stored = stores_rows(shape) ? slab : 0;
+    const std::int64_t columns = all ? std::max(shape.intermediate_size, stored) : stored;
+    b.dx_rows = carver.take_bytes(elements(shape.num_pairs, columns) * kElementBytes);
+    b.scaled_a = b.dx_rows;
+  }
+  if (does(step, BackwardStep::kHidden)) {
+    b.partial = carver.take<float>(elements(shape.num_pairs, parts));
+  }
   return b;
 }
 
-ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit) {
-  return plan_slabs(shape, kSlabStep, limit, [&](std::int64_t slab) {
-    WorkspaceCarver carver;
-    BackwardSteps::carve(carver, shape, slab);
-    return carver.used();
-  });
+ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit,
+                         BackwardStep step) {
+  return plan_backward_slabs(shape, kSlabStep, limit, step,
+                             [&](std::int64_t slab, BackwardStep part) {
+                               WorkspaceCarver carver;
+                               BackwardSteps::carve(carver, shape, slab, part);
+                               return carver.used();
+                             });
 }
+
+std::size_t row_lists_bytes(const MoEShape& shape) {
+  WorkspaceCarver carver;
+  carve_row_tables(carver, shape);
+  return carver.used();
+}
+
+namespace {
+
+// What dH and dS take.
+void check_hidden(const Check& check, const MoEShape& shape, const MoEBackwardArgs& args) {
+  const GradHArgs grad_h{.grad_out = matrix(args.grad_out),
+                         .w2 = args.weights.w2,
+                         .function = hidden_function(shape, args.options),
+                         .h = args.h.data()};
+  const ProductCall call{.num_tokens = shape.num_tokens, .num_rows = shape.num_pairs};
+  check.refuse(products_of(check.device().index).reason_against(call, grad_h));
+}
+
+}  // namespace
 
 void check_backward(const Check& check, const MoEShape& shape, const MoEBackwardArgs& args) {
   const Products& products = products_of(check.device().index);
   const ProductCall call{.num_tokens = shape.num_tokens, .num_rows = shape.num_pairs};
-  const Matrix grad_out = matrix(args.grad_out);
-  const GradHArgs grad_h{.grad_out = grad_out,
-                         .w2 = args.weights.w2,
-                         .function = hidden_function(shape, args.options),
-                         .h = args.h.data()};
-  check.refuse(products.reason_against(call, grad_h));
+  if (does(args.step, BackwardStep::kHidden)) check_hidden(check, shape, args);
   if (args.grad_w2.defined()) {
-    const WeightGradientArgs product{.gathered = grad_out, .grad = args.grad_w2};
+    const WeightGradientArgs product{.gathered = matrix(args.grad_out), .grad = args.grad_w2};
     const Reason reason = renamed(products.reason_against(call, product), "gathered", "grad_out");
     check.refuse(renamed(reason, "grad", "grad_w2"));
   }
@@ -62,14 +86,21 @@ BackwardSteps::BackwardSteps(const Context& context, const ExpertPlan& plan,
                              const MoEBackwardArgs& args)
     : shape_(plan.shape), args_(args), slab_(plan.workspace.slab_columns) {
   WorkspaceCarver carver(args.workspace.data());
-  buffers_ = carve(carver, plan.shape, slab_);
+  buffers_ = carve(carver, plan.shape, slab_, args.step);
+  if (args.step != BackwardStep::kAll) {
+    WorkspaceCarver lists(args.row_lists.data());
+    buffers_.tables = carve_row_tables(lists, plan.shape);
+    buffers_.grad_h = args.grad_h.data();
+    buffers_.scaled_a = args.scaled_a.data();
+  }
   if (!routing_weights(args.routing).defined()) buffers_.tables.row_weight = nullptr;
   // The metadata is only read here; the view type is shared with the forward that fills it.
   metadata_ = metadata_view(plan.shape, const_cast<void*>(args.metadata.data()));
   call_ = product_call(context, plan.shape, row_lists(metadata_, buffers_.tables));
 }
 
-void BackwardSteps::rows() {
+void BackwardSteps::hidden() {
+  if (!does(args_.step, BackwardStep::kHidden)) return;
   const Matrix grad_out = matrix(args_.grad_out);
   build_row_tables(call_.stream, shape_, args_.routing, metadata_, buffers_.tables);
   run(call_, "grad_h",
@@ -82,18 +113,11 @@ void BackwardSteps::rows() {
                          args_.weights.b2, args_.grad_routing_weights.as<float>());
 }
 
-void BackwardSteps::bias_gradients() {
-  if (args_.grad_b1.defined()) {
-    bias_gradient(call_.stream, shape_, metadata_, {buffers_.grad_h, shape_.h_columns()}, false,
-                  nullptr, args_.grad_b1, args_.accumulate);
-  }
+void BackwardSteps::down() {
   if (args_.grad_b2.defined()) {
     bias_gradient(call_.stream, shape_, metadata_, matrix(args_.grad_out), true,
                   buffers_.tables.row_weight, args_.grad_b2, args_.accumulate);
   }
-}
-
-void BackwardSteps::grad_w2() {
   if (!args_.grad_w2.defined()) return;
   run(call_, "grad_w2",
       WeightGradientArgs{matrix(args_.grad_out), buffers_.scaled_a, args_.grad_w2, 1,
@@ -132,7 +156,11 @@ void BackwardSteps::grad_x(std::int64_t first, std::int64_t columns, bool add) {
   }
 }
 
-void BackwardSteps::grad_w1() {
+void BackwardSteps::up() {
+  if (args_.grad_b1.defined()) {
+    bias_gradient(call_.stream, shape_, metadata_, {buffers_.grad_h, shape_.h_columns()}, false,
+                  nullptr, args_.grad_b1, args_.accumulate);
+  }
   if (!args_.grad_w1.defined()) return;
   run(call_, "grad_w1",
       WeightGradientArgs{matrix(args_.x), buffers_.grad_h, args_.grad_w1, 2, args_.accumulate});
@@ -140,13 +168,12 @@ void BackwardSteps::grad_w1() {
 
 void backward(const Context& context, const ExpertPlan& plan, const MoEBackwardArgs& args) {
   BackwardSteps steps(context, plan, args);
-  steps.rows();
-  steps.bias_gradients();
-  steps.grad_w2();
+  steps.hidden();
+  steps.down();
   for_each_slab(plan, [&](std::int64_t first, std::int64_t columns) {
     steps.grad_x(first, columns, /*add=*/false);
   });
-  steps.grad_w1();
+  steps.up();
 }
 
 }  // namespace sonicmoe::cuda

@@ -10,7 +10,9 @@
 namespace sonicmoe::cuda {
 
 ExpertPlan plan_forward(const MoEShape& shape, bool inference, std::optional<std::size_t> limit);
-ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit);
+ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit,
+                         BackwardStep step);
+std::size_t row_lists_bytes(const MoEShape& shape);
 
 /// Throws for what the products decline (numerics, widths, strides, alignment), by argument.
 void check_forward(const Check& check, const MoEShape& shape, const MoEForwardArgs& args);
@@ -19,21 +21,22 @@ void check_backward(const Check& check, const MoEShape& shape, const MoEBackward
 void forward(const Context& context, const ExpertPlan& plan, const MoEForwardArgs& args);
 void backward(const Context& context, const ExpertPlan& plan, const MoEBackwardArgs& args);
 
-/// The steps of backward, to be called in this order; a layer puts its router's between them. Each
-/// enqueues its kernels, for the gradients that are wanted.
+/// The products of backward, to be called in this order; a layer puts its router's between them.
+/// Each enqueues its kernels, for the gradients that are wanted, where it is of args.step.
 class BackwardSteps {
  public:
   BackwardSteps(const Context& context, const ExpertPlan& plan, const MoEBackwardArgs& args);
 
-  /// Row lists; dH, A' and dS from dO, W2 and the stored H.
-  void rows();
-  void bias_gradients();
-  /// dW2 from A', whose place dX~ then takes.
-  void grad_w2();
+  /// kHidden: row lists; dH, A' and dS from dO, W2 and the stored H.
+  void hidden();
+  /// kDown: db2; dW2 from A', whose place dX~ then takes.
+  void down();
+  /// kInput, in slabs.
   /// dX = the sum of dX~ = dH W1 over each token's rows, added at once or slab by slab, in columns
   /// [first, first + columns). With `add`, dX holds what the sum is added to.
   void grad_x(std::int64_t first, std::int64_t columns, bool add);
-  void grad_w1();
+  /// kUp: db1 and dW1 from dH.
+  void up();
 
   const Metadata& metadata() const { return metadata_; }
   std::int64_t slab_columns() const { return slab_; }
@@ -46,10 +49,13 @@ class BackwardSteps {
     void* grad_h;    // [P, g*n]
     void* scaled_a;  // [P, n], needed until dW2 is done
     float* partial;  // [P, ceil(n / 128)]
-    void* dx_rows;   // [P, slab] dX~ in the place of A', where stores_rows()
+    void* dx_rows;   // [P, slab] dX~, in kAll in the place of A', where stores_rows()
   };
-  static Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab);
-  friend ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit);
+  // What the workspace of a step holds.
+  static Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab,
+                       BackwardStep step);
+  friend ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit,
+                                  BackwardStep step);
 
   const MoEShape& shape_;
   const MoEBackwardArgs& args_;

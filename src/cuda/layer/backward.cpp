@@ -37,22 +37,13 @@ router::LogitsGradient grad_logits(const Context& context, const MoELayerBackwar
   return gradient;
 }
 
-}  // namespace
-
-void layer_backward(const Context& context, const LayerPlan& plan,
-                    const MoELayerBackwardArgs& args) {
-  const auto stream = static_cast<cudaStream_t>(context.stream.handle);
-  const LayerBackwardScratch scratch = layer_scratch(plan, args);
+// The gradient of the logits, from dS; dX; the router's own gradients.
+void input(const Context& context, const LayerPlan& plan, const MoELayerBackwardArgs& args,
+           const LayerBackwardScratch& scratch, BackwardSteps& steps) {
   void* const router_scratch = scratch.router.data();
   const router::GradientTerms terms =
       router::router_grad_x_terms(router_scratch, context.device.index, plan.experts.shape);
-  const MoEBackwardArgs experts = expert_args(args, scratch);
-  BackwardSteps steps(context, plan.experts, experts);
-
-  steps.rows();
   const router::LogitsGradient gradient = grad_logits(context, args, scratch, steps, terms);
-  steps.bias_gradients();
-  steps.grad_w2();
   if (args.grad_x.defined()) {
     for_each_slab(plan.experts, [&](std::int64_t first, std::int64_t columns) {
       router::router_grad_x(context, gradient, args.router_weight, first, columns,
@@ -60,9 +51,21 @@ void layer_backward(const Context& context, const LayerPlan& plan,
       steps.grad_x(first, columns, /*add=*/true);
     });
   }
-  steps.grad_w1();
   router::router_logits_backward(context, args.x, gradient, args.grad_router_weight,
                                  args.grad_router_bias, args.accumulate, router_scratch);
+}
+
+}  // namespace
+
+void layer_backward(const Context& context, const LayerPlan& plan,
+                    const MoELayerBackwardArgs& args) {
+  const LayerBackwardScratch scratch = layer_scratch(plan, args);
+  const MoEBackwardArgs experts = expert_args(args, scratch);
+  BackwardSteps steps(context, plan.experts, experts);
+  steps.hidden();
+  steps.down();
+  if (does(args.step, BackwardStep::kInput)) input(context, plan, args, scratch, steps);
+  steps.up();
 }
 
 }  // namespace sonicmoe::cuda
