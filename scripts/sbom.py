@@ -44,6 +44,7 @@ def onednn_version(content: bytes) -> str:
     class Version(ctypes.Structure):
         _fields_ = [(part, ctypes.c_int) for part in ("major", "minor", "patch")]
 
+    ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)  # in a wheel it finds torch's
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(content)
         file.flush()
