@@ -16,8 +16,9 @@ ARGS ?=
 export OMP_WAIT_POLICY ?= passive
 export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)
 
-.PHONY: all system setup lock build operators test test-cpp test-python train compare fuzz sanitize bench format \
-        format-check tidy docs wheel package install-test lab gpu-test gpu-bench gpu-cases gpu-train gpu-power clean
+.PHONY: all system setup lock build operators sbom test test-cpp test-python train compare fuzz \
+        sanitize bench format format-check tidy docs wheel package install-test lab gpu-test gpu-bench \
+        gpu-cases gpu-train gpu-power clean
 
 all: build
 
@@ -81,6 +82,10 @@ package: build
 install-test: package wheel
 	bash tests/install/install_test.sh "$(BUILD)"
 	$(PY) tests/install/try_wheel.py dist/*.whl
+
+# What the wheels in dist/ hold and need, beside each: CycloneDX JSON.
+sbom: setup
+	$(PY) scripts/sbom.py $(wildcard dist/*.whl)
 
 train: operators
 	$(PY) -m trainer.train $(ARGS)

@@ -3,12 +3,15 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <new>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "cli/command.hpp"
@@ -256,13 +259,37 @@ std::string repeat_line(const BenchCommand& command, const Row& row) {
   return line + command.run.words();
 }
 
-void print_json(const BenchCommand& command, const std::vector<Result>& results) {
+// Why the figures may not be those of a quiet machine. `load` is the load average before the first
+// row, negative where nothing is known.
+std::vector<std::string> warnings(double load, const std::vector<Result>& results) {
+  constexpr double kBusy = 0.25;       // of the CPUs
+  constexpr double kWideSpread = 0.2;  // between the 10th and the 90th percentile
+  std::vector<std::string> found;
+  const unsigned cpus = std::max(1u, std::thread::hardware_concurrency());
+  if (load > kBusy * cpus) {
+    found.push_back("other work ran beside this: load average " + format_fixed(load, 1) + " on " +
+                    std::to_string(cpus) + " CPUs");
+  }
+  for (const Result& r : results) {
+    for (const auto& [direction, s] : {std::pair{"forward", r.forward}, {"backward", r.backward}}) {
+      if (!r.skipped.empty() || s.p90 - s.p10 <= kWideSpread * s.median) continue;
+      found.push_back(r.row.name + " " + std::string(name_of(r.row.dtype)) + " " + direction +
+                      ": the times spread by " +
+                      format_fixed(100.0 * (s.p90 - s.p10) / s.median, 0) + "% (p10..p90)");
+    }
+  }
+  return found;
+}
+
+void print_json(const BenchCommand& command, const std::vector<std::string>& warnings,
+                const std::vector<Result>& results) {
   nlohmann::ordered_json root;
   root["version"] = version();
   root["backend"] = command.run.backend;
   root["device"] = command.run.device;
   root["threads"] = command.run.threads;
   root["with_router"] = command.with_router;
+  root["warnings"] = warnings;
   root["rows"] = nlohmann::ordered_json::array();
   for (const Result& r : results) {
     nlohmann::ordered_json row;
@@ -290,7 +317,8 @@ std::string milliseconds(const Statistics& s) {
          format_fixed(s.p90 * 1e3, 2) + ")";
 }
 
-void print_text(const BenchCommand& command, const std::vector<Result>& results) {
+void print_text(const BenchCommand& command, const std::vector<std::string>& warnings,
+                const std::vector<Result>& results) {
   Table table({"problem", "T,d,n,E,K", "dtype", "forward ms (p10..p90)", "GFLOP/s",
                "backward ms (p10..p90)", "GFLOP/s", "kept", "peak fwd", "peak bwd"},
               3);
@@ -309,6 +337,9 @@ void print_text(const BenchCommand& command, const std::vector<Result>& results)
       std::printf("skipped %s %s: %s\n", r.row.name.c_str(),
                   std::string(name_of(r.row.dtype)).c_str(), r.skipped.c_str());
     }
+  }
+  for (const std::string& warning : warnings) {
+    std::printf("%s\n", styled(stdout, kYellow, "warning: " + warning).c_str());
   }
   std::printf(
       "\n%s; model FLOPs (padding never counts); kept: H and routing; peak: kept, the "
@@ -335,6 +366,10 @@ int run(BenchCommand command) {
   const Context context = command.run.context();
   const std::vector<Row> rows = rows_of(command, context.device);
 
+  double load = -1.0;
+#if defined(__unix__)
+  getloadavg(&load, 1);
+#endif
   Progress progress(true);
   std::vector<Result> results;
   for (std::size_t i = 0; i < rows.size(); ++i) {
@@ -347,7 +382,8 @@ int run(BenchCommand command) {
     return kFailure;
   }
   progress.clear();
-  command.json ? print_json(command, results) : print_text(command, results);
+  const std::vector<std::string> doubts = warnings(load, results);
+  command.json ? print_json(command, doubts, results) : print_text(command, doubts, results);
   const auto skipped = [](const Result& result) { return !result.skipped.empty(); };
   if (!std::all_of(results.begin(), results.end(), skipped)) return kSuccess;
   report("nothing was timed: " + results.front().row.name + ": " + results.front().skipped);
@@ -364,11 +400,10 @@ void add_bench(CLI::App& app, Action& action) {
   add_option(*command, "--shape", options->shape, layer_shape(),
              "One layer: tokens, model width, expert width, experts, top-K");
   add_option(*command, "--suite", options->suite, one_of(suite_names()),
-             "cpu (default), paper (default on CUDA), models or coarse");
+             "A list of layers; default: cpu, on CUDA paper");
   add_option(*command, "--dtype", options->dtypes, float_dtypes(),
-             "float32, bfloat16 or both; default: the suite's, float32 for --shape; on CUDA "
-             "bfloat16");
-  add_option(*command, "--tokens", options->tokens, integer<std::int64_t>(1, std::int64_t{1} << 31),
+             "Default: the suite's, float32 for --shape; on CUDA bfloat16");
+  add_option(*command, "--tokens", options->tokens, count(1, std::int64_t{1} << 31),
              "Use this many tokens in place of the suite's T");
   add_option(*command, "--activation", options->activation, enumerator(all_activations()),
              "Activation of the experts");
@@ -385,6 +420,9 @@ void add_bench(CLI::App& app, Action& action) {
            "Do not check the results before timing");
   options->run.add_to(*command);
   add_flag(*command, "--json", options->json, "Print JSON");
+  add_examples(*command,
+               {"sonicmoe bench", "sonicmoe bench --shape 2k,256,128,16,4 --dtype both --layer",
+                "sonicmoe bench --suite models --tokens 8k --device cuda"});
   command->callback([&action, options] { action = [options] { return run(*options); }; });
 }
 

@@ -149,6 +149,8 @@ void add_check(CLI::App& app, Action& action) {
   add_option(*command, "--cases", options->cases, integer<std::int64_t>(1), "Cases per operation");
   options->run.add_to(*command);
   add_flag(*command, "--json", options->json, "Print JSON");
+  add_examples(*command, {"sonicmoe check", "sonicmoe check --op moe,route --cases 20 --json",
+                          "sonicmoe check --device cuda"});
   command->callback([&action, options] { action = [options] { return run(*options); }; });
 }
 

@@ -3,6 +3,8 @@
 
 #include <CLI/CLI.hpp>
 #include <functional>
+#include <string>
+#include <vector>
 
 namespace sonicmoe::cli {
 
@@ -19,5 +21,10 @@ void add_check(CLI::App& app, Action& action);
 void add_bench(CLI::App& app, Action& action);
 void add_memory(CLI::App& app, Action& action);
 void add_route(CLI::App& app, Action& action);
+void add_completion(CLI::App& app, Action& action);
+void add_man(CLI::App& app, Action& action);
+
+/// What `sonicmoe complete WORD...` prints: the candidates for the last of `words`, one a line.
+void print_candidates(const CLI::App& app, std::vector<std::string> words);
 
 }  // namespace sonicmoe::cli

@@ -5,10 +5,12 @@
 #include <new>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <vector>
 
 #include "cli/command.hpp"
+#include "cli/options.hpp"
 #include "cli/output.hpp"
 #include "sonicmoe/error.hpp"
 #include "sonicmoe/version.hpp"
@@ -17,12 +19,24 @@ namespace {
 
 using namespace sonicmoe::cli;
 
-std::string subcommand_names(const CLI::App& app) {
-  std::string names;
+std::vector<std::string> subcommand_names(const CLI::App& app) {
+  std::vector<std::string> names;
   for (const CLI::App* sub : app.get_subcommands([](const CLI::App*) { return true; })) {
-    names += (names.empty() ? "" : ", ") + sub->get_name();
+    names.push_back(sub->get_name());
   }
   return names;
+}
+
+// A help text with its headings, which are the lines that are not indented and have a colon, in
+// bold.
+void print_help(std::FILE* stream, const std::string& text) {
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    const std::size_t end = line.find(':') + 1;
+    const bool heading = end > 0 && (end == line.size() || line.starts_with("Usage:"));
+    if (heading) line = styled(stream, kBold, line.substr(0, end)) + line.substr(end);
+    std::fprintf(stream, "%s\n", line.c_str());
+  }
 }
 
 // A value given to a flag or missing behind an option, or empty.
@@ -52,16 +66,18 @@ std::string explain(const CLI::App& app, const std::vector<std::string>& words,
   const auto used = app.get_subcommands();
   if (used.empty()) {
     const std::string expected =
-        "expected one of " + subcommand_names(app) + "; sonicmoe --help explains them";
-    if (words.empty()) return "no subcommand, " + expected;
+        "expected one of " + join(subcommand_names(app), ", ") + "; sonicmoe --help explains them";
     const bool option = words.front().starts_with("-");
     return std::string("unknown ") + (option ? "option" : "subcommand") + " \"" + words.front() +
            "\", " + expected;
   }
   const std::string name = used.front()->get_name();
   const std::string advice = "; sonicmoe " + name + " --help lists what it takes";
+  if (const std::vector<std::string> early = app.remaining(); !early.empty()) {
+    return "unknown option \"" + early.front() + "\" before \"" + name + "\"" + advice;
+  }
   if (const std::string value = explain_value(*used.front(), words); !value.empty()) return value;
-  const std::vector<std::string> unknown = app.remaining(/*recurse=*/true);
+  const std::vector<std::string> unknown = used.front()->remaining();
   if (unknown.empty()) return error.what() + advice;
   const auto option = std::find_if(unknown.begin(), unknown.end(),
                                    [](const std::string& word) { return word.starts_with("-"); });
@@ -86,7 +102,7 @@ std::vector<std::string> words_of(int argc, char** argv) {
 int parse_and_run(int argc, char** argv) {
   CLI::App app{"Mixture-of-Experts layers (SonicMoE): inspect, check and time the library.",
                "sonicmoe"};
-  app.set_version_flag("--version", "sonicmoe " + std::string(sonicmoe::version()));
+  app.set_version_flag("-V,--version", "sonicmoe " + std::string(sonicmoe::version()));
   app.require_subcommand(1);
   app.get_formatter()->column_width(34);
   Action action;
@@ -95,7 +111,15 @@ int parse_and_run(int argc, char** argv) {
   add_bench(app, action);
   add_memory(app, action);
   add_route(app, action);
+  add_completion(app, action);
+  add_man(app, action);
+  add_examples(app, {"sonicmoe info", "sonicmoe memory --gpu h100",
+                     "sonicmoe bench --shape 2k,256,128,16,4"});
 
+  if (argc < 2) return print_help(stderr, app.help()), kUsage;
+  if (std::string_view(argv[1]) == "complete") {
+    return print_candidates(app, {argv + 2, argv + argc}), kSuccess;
+  }
   const std::vector<std::string> words = words_of(argc, argv);
   try {
     app.parse(std::vector<std::string>(words.rbegin(), words.rend()));
@@ -103,7 +127,7 @@ int parse_and_run(int argc, char** argv) {
     if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) {  // --help, --version
       std::ostringstream text;
       app.exit(error, text);
-      std::fputs(text.str().c_str(), stdout);
+      print_help(stdout, text.str());
       return kSuccess;
     }
     report(explain(app, words, error));

@@ -12,6 +12,7 @@
 
 #include "cli/command.hpp"
 #include "cli/options.hpp"
+#include "cli/output.hpp"
 #include "cli/table.hpp"
 
 namespace sonicmoe::cli {
@@ -32,12 +33,13 @@ struct MemoryCommand {
 
 // GiB that the driver reports as total, rounded down.
 constexpr std::pair<const char*, std::size_t> kGpus[] = {
-    {"a100-40gb", 39}, {"a100-80gb", 79}, {"h100-80gb", 79}, {"h200", 139}};
+    {"a100", 79}, {"a100-40gb", 39}, {"a100-80gb", 79}, {"b200", 178},
+    {"h100", 79}, {"h100-80gb", 79}, {"h200", 139},     {"l40s", 44}};
 
 Parser<std::size_t> gpu_bytes() {
-  std::string known;
-  for (const auto& [name, gib] : kGpus) known += std::string(name) + ", ";
-  return {"GPU", known + "or " + bytes().expected,
+  std::vector<std::string> names;
+  for (const auto& [name, gib] : kGpus) names.emplace_back(name);
+  return {"{" + join(names, ",") + "}|BYTES", join(names, ", ") + " or " + bytes().expected,
           [](std::string_view text) -> std::optional<std::size_t> {
             for (const auto& [name, gib] : kGpus) {
               if (text == name) return gib << 30;
@@ -132,6 +134,17 @@ class Model {
   double parameter_bytes_;
 };
 
+// What fills the memory where not even one token fits.
+std::string why_nothing_fits(const MemoryCommand& command, const Footprint& of_one_token) {
+  const auto text = [](Wide bytes) { return format_bytes(static_cast<double>(bytes)); };
+  const Wide total = of_one_token.total(command.layers);
+  const Wide parameters = Wide{command.layers} * of_one_token.parameters;
+  const Wide others = total - parameters - of_one_token.other;
+  return "no token fits " + text(Wide(*command.gpu)) + ": one needs " + text(total) +
+         ", of which weights, gradients and optimizer " + text(parameters) + ", activations " +
+         text(others) + ", the rest of the model " + text(of_one_token.other);
+}
+
 nlohmann::ordered_json to_json(const Footprint& f, std::int64_t layers) {
   return {{"kept_h_bytes", f.layer.kept_h},
           {"kept_metadata_bytes", f.layer.kept_metadata},
@@ -158,6 +171,9 @@ void print_json(const MemoryCommand& command, const Model& model) {
     root["gpu_bytes"] = *command.gpu;
     root["sonicmoe"]["tokens_that_fit"] = model.tokens_that_fit(*command.gpu, false);
     root["scattermoe"]["tokens_that_fit"] = model.tokens_that_fit(*command.gpu, true);
+    if (root["sonicmoe"]["tokens_that_fit"] == 0) {
+      root["why_nothing_fits"] = why_nothing_fits(command, model.ours(1));
+    }
   }
   std::printf("%s\n", root.dump(2).c_str());
 }
@@ -194,14 +210,17 @@ void print_text(const MemoryCommand& command, const Model& model) {
   add("weights and gradients, one layer", [](const F& f) { return f.parameters; });
   if (ours.other > 0) add("the rest of the model", [](const F& f) { return f.other; });
   add("total, all layers", [&](const F& f) { return f.total(command.layers); });
+  std::string advice;
   if (command.gpu) {
     const std::int64_t a = model.tokens_that_fit(*command.gpu, false);
     const std::int64_t b = model.tokens_that_fit(*command.gpu, true);
     table.add_row({"tokens that fit " + format_bytes(static_cast<double>(*command.gpu)),
                    std::to_string(a), std::to_string(b),
                    ratio(static_cast<double>(b), static_cast<double>(a))});
+    if (a == 0) advice = "\nwarning: " + why_nothing_fits(command, model.ours(1)) + "\n";
   }
   table.print();
+  std::fputs(styled(stdout, kYellow, advice).c_str(), stdout);
   std::printf(
       "\nTotal = layers x (weights, gradients, X, kept) + the largest transient with the "
       "layer's output or gradients.\n%s\n",
@@ -219,7 +238,7 @@ void add_memory(CLI::App& app, Action& action) {
              "Layer: tokens, model width, expert width, experts, top-K");
   add_option(*command, "--layers", options->layers, integer<std::int64_t>(1, 100000),
              "MoE layers of the model");
-  add_option(*command, "--dtype", options->dtype, float_dtype(), "float32 or bfloat16");
+  add_option(*command, "--dtype", options->dtype, float_dtype(), "Of weights and activations");
   add_option(*command, "--activation", options->activation, enumerator(all_activations()),
              "Activation of the experts");
   add_option(*command, "--workspace-limit", options->workspace_limit, bytes(),
@@ -232,8 +251,11 @@ void add_memory(CLI::App& app, Action& action) {
   add_option(*command, "--other-bytes-per-token", options->other_per_token, number(0, 1e9),
              "What of the rest grows with the tokens");
   add_option(*command, "--gpu", options->gpu, gpu_bytes(),
-             "Print the tokens that fit: h100-80gb, h200, a100-40gb, a100-80gb or bytes");
+             "Print the tokens that fit this GPU or so many bytes");
   add_flag(*command, "--json", options->json, "Print JSON");
+  add_examples(*command,
+               {"sonicmoe memory --shape 32k,2048,1024,64,8 --layers 16 --gpu h100",
+                "sonicmoe memory --gpu 80GB --parameter-bytes 14 --other-bytes 12GiB --json"});
   command->callback([&action, options] {
     action = [options] {
       const Model model(*options);

@@ -33,29 +33,31 @@ Device parse_device(const std::string& text) {
 
 // A device that the machine does not have would fail later, in the middle of the output.
 void require_device(const Device& device, const std::string& text) {
-  std::string known;
+  std::vector<std::string> known;
   for (const DeviceInfo& info : devices()) {
     if (info.device.type == device.type && info.device.index == device.index) return;
-    known += (known.empty() ? "" : ", ") + to_string(info.device);
+    known.push_back(to_string(info.device));
   }
+  std::string off;
   for (const BackendInfo& info : backends()) {
-    if (info.name == "cuda" && !info.available) known += "; cuda is off: " + info.reason;
+    if (info.name == "cuda" && !info.available) off = "; cuda is off: " + info.reason;
   }
-  throw usage_error("--device", "one of this machine's devices (" + known + ")", text);
+  throw usage_error("--device", "one of this machine's devices (" + join(known, ", ") + off + ")",
+                    text);
 }
 
 // `option` is what named the backend.
 void require_backend(const std::string& option, const std::string& name) {
-  std::string known;
+  std::vector<std::string> known;
   for (const BackendInfo& info : backends()) {
     if (info.name == name) {
       if (info.available) return;
       throw usage_error(option, "an available backend (" + name + " is off: " + info.reason + ")",
                         name);
     }
-    known += (known.empty() ? "" : ", ") + info.name;
+    known.push_back(info.name);
   }
-  throw usage_error(option, "one of " + known, name);
+  throw usage_error(option, "one of " + join(known, ", "), name);
 }
 
 }  // namespace
@@ -78,11 +80,15 @@ void add_flag(CLI::App& command, const std::string& name, bool& target,
   command.add_flag(name, target, description)->disable_flag_override();
 }
 
+void add_examples(CLI::App& command, const std::vector<std::string>& lines) {
+  command.footer("Examples:\n  " + join(lines, "\n  "));
+}
+
 void RunOptions::add_to(CLI::App& command) {
   add_option(command, "--backend", backend, text("NAME", "the name of a backend"),
              "Backend to use; default: the first that serves the device");
-  add_option(command, "--device", device, text("DEVICE", "cpu, cuda or cuda:INDEX"),
-             "cpu, cuda or cuda:INDEX");
+  add_option(command, "--device", device, text("{cpu,cuda}[:INDEX]", "cpu, cuda or cuda:INDEX"),
+             "Where the tensors lie and the operations run");
   add_option(command, "--threads", threads, integer(0, kMostThreads),
              "CPU threads of one call; 0 takes OpenMP's default");
 }

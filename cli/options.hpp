@@ -74,6 +74,9 @@ void add_list_option(CLI::App& command, const std::string& name, std::vector<T>&
 void add_flag(CLI::App& command, const std::string& name, bool& target,
               const std::string& description);
 
+/// Ends the help text of a command with lines that can be run.
+void add_examples(CLI::App& command, const std::vector<std::string>& lines);
+
 /// --backend, --device, --threads, and the environment variables that do the same.
 struct RunOptions {
   std::string backend;

@@ -3,6 +3,7 @@
 #include <array>
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "cli/command.hpp"
@@ -22,6 +23,14 @@ bool is_terminal([[maybe_unused]] std::FILE* stream) {
 #else
   return false;
 #endif
+}
+
+std::string styled(std::FILE* stream, const char* style, const std::string& text) {
+  const auto is_set = [](const char* value) { return value != nullptr && *value != '\0'; };
+  const char* terminal = std::getenv("TERM");
+  const bool plain = is_set(std::getenv("NO_COLOR")) || !is_set(terminal) ||
+                     std::strcmp(terminal, "dumb") == 0 || !is_terminal(stream);
+  return plain ? text : "\033[" + std::string(style) + "m" + text + "\033[0m";
 }
 
 void prepare_streams() {
@@ -50,8 +59,9 @@ void report(const std::string& message) {
     else if (code < 0x20 || code == 0x7f)
       c = '?';
   }
-  const char* prefix = line.starts_with("sonicmoe: ") ? "" : "sonicmoe: ";
-  std::fprintf(stderr, "%s%s\n", prefix, line.c_str());
+  const std::string name = "sonicmoe: ";
+  if (line.starts_with(name)) line.erase(0, name.size());
+  std::fprintf(stderr, "%s%s\n", styled(stderr, kRed, name).c_str(), line.c_str());
 }
 
 int finish_output(int status) {

@@ -13,6 +13,14 @@ void prepare_streams();
 
 bool is_terminal(std::FILE* stream);
 
+/// Select Graphic Rendition codes of ECMA-48.
+inline constexpr const char* kBold = "1";
+inline constexpr const char* kRed = "1;31";
+inline constexpr const char* kYellow = "1;33";
+
+/// `text` in this style where `stream` is a terminal that shows one and NO_COLOR is unset or empty.
+std::string styled(std::FILE* stream, const char* style, const std::string& text);
+
 /// "sonicmoe: message" in one line on stderr, whatever the message was made of.
 void report(const std::string& message);
 

@@ -55,7 +55,7 @@ std::optional<std::size_t> parse_bytes(std::string_view text) {
 }
 
 std::optional<LayerShape> parse_layer_shape(std::string_view text) {
-  const Parser<std::int64_t> extent = integer<std::int64_t>(1, std::int64_t{1} << 31);
+  const Parser<std::int64_t> extent = count(1, std::int64_t{1} << 31);
   std::vector<std::int64_t> sizes;
   for (const std::string& size : split_list(text)) {
     const auto value = extent.parse(size);
@@ -88,6 +88,14 @@ Error usage_error(const std::string& option, const std::string& expected,
                "\"" + actual.substr(0, kMostShown) + (cut ? "..." : "") + "\"");
 }
 
+std::string join(const std::vector<std::string>& parts, std::string_view separator) {
+  std::string text;
+  for (const std::string& part : parts) {
+    text.append(&part == &parts.front() ? "" : separator).append(part);
+  }
+  return text;
+}
+
 std::vector<std::string> split_list(std::string_view list) {
   std::vector<std::string> parts;
   for (std::size_t begin = 0; begin <= list.size();) {
@@ -96,6 +104,20 @@ std::vector<std::string> split_list(std::string_view list) {
     begin = comma + 1;
   }
   return parts;
+}
+
+Parser<std::int64_t> count(std::int64_t low, std::int64_t high) {
+  return {
+      "N",
+      "an integer from " + std::to_string(low) + " to " + std::to_string(high) + " (32k is 32768)",
+      [low, high](std::string_view text) {
+        const std::size_t end = text.find_last_not_of("kKmM") + 1;
+        if (end + 1 != text.size()) return in_range(text, low, high);
+        const int shift = text.ends_with('k') || text.ends_with('K') ? 10 : 20;
+        const auto value = in_range(text.substr(0, end), std::int64_t{0}, high >> shift);
+        if (!value || *value << shift < low) return std::optional<std::int64_t>();
+        return std::optional(*value << shift);
+      }};
 }
 
 Parser<double> number(double low, double high) {
@@ -108,7 +130,8 @@ Parser<std::size_t> bytes() {
 }
 
 Parser<LayerShape> layer_shape() {
-  return {"T,d,n,E,K", "T,d,n,E,K: five positive integers of at most 2^31 with K <= E",
+  return {"T,d,n,E,K",
+          "T,d,n,E,K: five positive integers of at most 2^31 with K <= E (32k is 32768)",
           parse_layer_shape};
 }
 
@@ -119,7 +142,7 @@ void require_countable_bytes(const std::string& option, const LayerShape& shape,
 }
 
 Parser<std::vector<DType>> float_dtypes() {
-  return {"DTYPE", "float32, bfloat16 or both",
+  return {"{float32,bfloat16,both}", "float32, bfloat16 or both",
           [](std::string_view text) -> std::optional<std::vector<DType>> {
             if (text == "both") return std::vector{DType::kFloat32, DType::kBFloat16};
             const auto one = parse_float_dtype(text);
@@ -128,7 +151,9 @@ Parser<std::vector<DType>> float_dtypes() {
           }};
 }
 
-Parser<DType> float_dtype() { return {"DTYPE", "float32 or bfloat16", parse_float_dtype}; }
+Parser<DType> float_dtype() {
+  return {"{float32,bfloat16}", "float32 or bfloat16", parse_float_dtype};
+}
 
 Parser<std::string> text(std::string type, std::string expected) {
   return {std::move(type), std::move(expected),
@@ -136,9 +161,7 @@ Parser<std::string> text(std::string type, std::string expected) {
 }
 
 Parser<std::string> one_of(std::vector<std::string> names) {
-  std::string known;
-  for (const std::string& name : names) known += (known.empty() ? "" : ", ") + name;
-  return {"NAME", "one of " + known,
+  return {"{" + join(names, ",") + "}", "one of " + join(names, ", "),
           [names = std::move(names)](std::string_view value) -> std::optional<std::string> {
             if (std::find(names.begin(), names.end(), value) == names.end()) return {};
             return std::string(value);

@@ -22,7 +22,9 @@ namespace sonicmoe::cli {
 
 template <class T>
 struct Parser {
-  std::string type;      ///< of the value, for the help text
+  /// Of the value, for the help text. Names within braces are values: the help shows them and
+  /// completion offers them.
+  std::string type;
   std::string expected;  ///< what is accepted, as the error says it
   std::function<std::optional<T>(std::string_view)> parse;  ///< nothing: not what is expected
 };
@@ -30,6 +32,8 @@ struct Parser {
 /// The error of a wrong value of an option or of an environment variable, in the library's words.
 Error usage_error(const std::string& option, const std::string& expected,
                   const std::string& actual);
+
+std::string join(const std::vector<std::string>& parts, std::string_view separator);
 
 /// What stands between the commas; one empty text of an empty list.
 std::vector<std::string> split_list(std::string_view list);
@@ -60,13 +64,16 @@ Parser<T> integer(T low, T high = std::numeric_limits<T>::max()) {
           [low, high](std::string_view text) { return in_range(text, low, high); }};
 }
 
+/// The same, or with a suffix k (2^10) or m (2^20) in either case: 32k is 32768.
+Parser<std::int64_t> count(std::int64_t low, std::int64_t high);
+
 /// A finite number in [low, high].
 Parser<double> number(double low, double high);
 
 /// Bytes: a number with an optional suffix KB, MB, GB, TB, KiB, MiB, GiB, TiB; below 2^63.
 Parser<std::size_t> bytes();
 
-/// T,d,n,E,K: five positive integers of at most 2^31 with K <= E.
+/// T,d,n,E,K: five counts from 1 to 2^31 with K <= E.
 Parser<LayerShape> layer_shape();
 
 /// Errors: a shape without countable bytes, as a wrong value of `option`.
@@ -87,11 +94,10 @@ Parser<std::string> one_of(std::vector<std::string> names);
 /// An enumerator by its public name.
 template <class Enum>
 Parser<Enum> enumerator(std::span<const Enum> values) {
-  std::string names;
-  for (const Enum value : values) {
-    names += (names.empty() ? "" : ", ") + std::string(name_of(value));
-  }
-  return {"NAME", "one of " + names,
+  std::vector<std::string> names;
+  for (const Enum value : values) names.emplace_back(name_of(value));
+  const Parser<std::string> name = one_of(std::move(names));
+  return {name.type, name.expected,
           [values = std::vector<Enum>(values.begin(), values.end())](
               std::string_view text) -> std::optional<Enum> {
             for (const Enum value : values) {

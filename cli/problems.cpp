@@ -16,11 +16,11 @@ const nlohmann::json& suites() {
 }  // namespace
 
 std::string LayerShape::to_string() const {
-  std::string text;
+  std::vector<std::string> sizes;
   for (const std::int64_t size : {num_tokens, hidden_size, intermediate_size, num_experts, top_k}) {
-    text += (text.empty() ? "" : ",") + std::to_string(size);
+    sizes.push_back(std::to_string(size));
   }
-  return text;
+  return join(sizes, ",");
 }
 
 MoEShape LayerShape::moe_shape(DType dtype, Activation activation) const {

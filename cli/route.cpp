@@ -323,11 +323,10 @@ void add_route(CLI::App& app, Action& action) {
   CLI::App* command = app.add_subcommand(
       "route", "Token rounding seen: rows per expert, padding, rows dropped and added");
   auto options = std::make_shared<RouteCommand>();
-  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  const Parser<std::int64_t> count = integer<std::int64_t>(1, kMost);
-  add_option(*command, "--tokens", options->tokens, count, "Tokens T; default: 4096");
-  add_option(*command, "--experts", options->experts, count, "Experts E; default: 32");
-  add_option(*command, "--top-k", options->top_k, count, "Experts per token K");
+  const Parser<std::int64_t> size = count(1, std::numeric_limits<std::int32_t>::max());
+  add_option(*command, "--tokens", options->tokens, size, "Tokens T; default: 4096");
+  add_option(*command, "--experts", options->experts, size, "Experts E; default: 32");
+  add_option(*command, "--top-k", options->top_k, size, "Experts per token K");
   add_option(*command, "--seed", options->seed, integer<std::uint64_t>(0),
              "Seed of the logits and of stochastic rounding");
   add_option(*command, "--skew", options->skew, number(-100, 100),
@@ -338,10 +337,13 @@ void add_route(CLI::App& app, Action& action) {
              "Scoring function");
   add_list_option(*command, "--policy", options->policies, enumerator(all_rounding_policies()),
                   "Rounding policies; default: all. The first is drawn");
-  add_list_option(*command, "--tile", options->tiles, count,
+  add_list_option(*command, "--tile", options->tiles, size,
                   "Tiles; default: 64,128. The last is drawn");
   options->run.add_to(*command);
   add_flag(*command, "--json", options->json, "Print JSON");
+  add_examples(*command, {"sonicmoe route --tokens 16k --experts 64 --top-k 8",
+                          "sonicmoe route --policy nearest --tile 128 --skew 1",
+                          "sonicmoe route --logits logits.npy --json"});
   command->callback([&action, options] { action = [options] { return run(*options); }; });
 }
 

@@ -20,7 +20,7 @@ void Table::print(std::FILE* file) const {
       line += (i ? "  " : "") + (i < left_columns_ ? cell + gap : gap + cell);
     }
     line.erase(line.find_last_not_of(' ') + 1);
-    std::fprintf(file, "%s\n", line.c_str());
+    std::fprintf(file, "%s\n", (r == 0 ? styled(file, kBold, line) : line).c_str());
     if (r == 0) {
       std::size_t total = 2 * (widths.size() - 1);
       for (const std::size_t width : widths) total += width;

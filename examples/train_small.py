@@ -62,6 +62,12 @@ class Model(nn.Module):
         return self.head(self.norm(x)), balance
 
 
+def read_text():
+    """Bytes [N] of Python source code."""
+    source = Path(inspect.getsourcefile(argparse)).read_bytes()
+    return torch.frombuffer(bytearray(source), dtype=torch.uint8)
+
+
 def batch(text, size, device):
     """Random windows of text [N], as inputs and the bytes that follow: two of [size, CONTEXT]."""
     start = torch.randint(len(text) - CONTEXT, (size, 1))
@@ -69,14 +75,13 @@ def batch(text, size, device):
     return windows[:, :-1], windows[:, 1:]
 
 
-def train(steps=200, size=32, seed=0):
-    """Trains a new model; returns the cross-entropy of every step, in nats per byte."""
+def train(steps=200, size=32, seed=0, new_model=Model):
+    """Trains a model; returns the cross-entropy of every step, in nats per byte."""
     torch.manual_seed(seed)
     on_gpu = any(b.name == "cuda" and b.available for b in sm.backends())
     device = torch.device("cuda" if on_gpu else "cpu")
-    source = Path(inspect.getsourcefile(argparse)).read_bytes()
-    text = torch.frombuffer(bytearray(source), dtype=torch.uint8)
-    model = Model().to(device)
+    text = read_text()
+    model = new_model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(steps):

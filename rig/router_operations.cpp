@@ -211,14 +211,14 @@ Call make_loss(const Target& target, std::uint64_t seed, Optionals optionals) {
 Call make_update_expert_bias(const Target& target, std::uint64_t seed, Optionals optionals) {
   Workbench bench(target, seed, optionals);
   BiasArgs args;
-  args.tensors.bias = bench.floats(DType::kFloat32, {bench.E}, 1.0);
+  args.tensors.selection_bias = bench.floats(DType::kFloat32, {bench.E}, 1.0);
   args.tensors.rows_per_expert = rows_of(bench);
   CallMaker<BiasArgs> maker;
   spoil_factor(maker, "rate", [](BiasArgs& a) -> auto& { return a.rate; });
   return maker.make(
       "update_expert_bias", target, args,
       [](const Context& c, const BiasArgs& a) {
-        update_expert_bias(c, a.tensors.bias, a.tensors.rows_per_expert, a.rate);
+        update_expert_bias(c, a.tensors.selection_bias, a.tensors.rows_per_expert, a.rate);
       },
       bench.memory, bench.num_threads);
 }

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from . import files, program
-from .config import POLICIES, Request, TrainConfig, read_config, validate
+from .config import POLICIES, Request, TrainConfig, read_config, validate, with_file
 from .gpus import gpu_names
 from .schema import Parser, UserError, flag_of, read_json, whole
 from .signals import Signals
@@ -47,7 +47,10 @@ QUALITY = {
 }
 
 # The settings that do not shape a run's curve: a comparison may go on with others.
-FREE = {"name", "runs_dir", "device", "threads", "save_every", "sample_tokens", "sample_prompt"}
+FREE = {
+    "name", "runs_dir", "device", "threads", "report_to", "save_every", "sample_tokens",
+    "sample_prompt",
+}  # fmt: skip
 RECORD = {"config", "variants"}  # what compare.json holds
 
 
@@ -96,6 +99,7 @@ def parse_compare(argv: list[str]) -> Comparison:
     seeds, policies = values.pop("seeds"), values.pop("policies")
     jobs, only = values.pop("jobs"), values.pop("only")
     defaults = DEFAULTS | (QUALITY if values.pop("quality") else {})
+    values = with_file(values)
     if "router" in values:
         raise UserError("--router: compare trains both routers")
     config = TrainConfig(**{**defaults, **values}, router="token-rounding")

@@ -17,6 +17,7 @@ from .schema import (
     one_of,
     path,
     read_json,
+    read_yaml,
     rules_of,
     setting,
     text,
@@ -28,6 +29,7 @@ POLICIES = ("nearest", "up", "down", "stochastic", "balanced", "nearest_score")
 EXPERTS = ("sonicmoe_cpp", "eager", "grouped_mm")
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+TRACKERS = ("none", "tensorboard")
 
 MOST_VOCABULARY = 1 << 20
 NAME = text(
@@ -37,7 +39,9 @@ DIGEST = text("a SHA-256", 64, pattern="[0-9a-f]{64}")
 
 # A resumed run continues the curve of its first start, so everything that shapes the curve is
 # taken from the saved configuration; only these may be given anew.
-CHANGEABLE_ON_RESUME = ("steps", "device", "threads", "eval_every", "save_every", "sample_tokens")
+CHANGEABLE_ON_RESUME = (
+    "steps", "device", "threads", "report_to", "eval_every", "save_every", "sample_tokens"
+)  # fmt: skip
 
 RUN, ROUTING, TRAINING, MODEL = "run", "experts and router", "training", "model"
 
@@ -71,6 +75,9 @@ class TrainConfig:
         "a GPU, else float32", RUN,
     )  # fmt: skip
     threads: int = setting(0, whole(0, 1024), "CPU threads; 0 leaves the choice to torch", RUN)
+    report_to: str = choice(
+        "none", TRACKERS, "also writes the metrics for TensorBoard, to runs/NAME/tensorboard", RUN
+    )
 
     experts: str = choice(
         "sonicmoe_cpp", EXPERTS, "who computes the experts: this library, or transformers' own "
@@ -86,7 +93,12 @@ class TrainConfig:
     aux_coef: float = setting(0.01, number(), "factor of the load balancing loss", ROUTING)
 
     steps: int = setting(700, whole(1), "training steps", TRAINING)
-    batch_size: int = setting(4, whole(1), "sequences in a batch", TRAINING)
+    batch_size: int = setting(
+        4, whole(1), "sequences in a batch: one pass through the model", TRAINING
+    )
+    accumulate: int = setting(
+        1, whole(1, 1 << 20), "batches in a step: their gradients are averaged", TRAINING
+    )
     seq_len: int = setting(256, whole(1), "tokens in a sequence", TRAINING)
     lr: float = setting(2e-3, number(above=True), "peak learning rate", TRAINING)
     min_lr_ratio: float = setting(
@@ -115,6 +127,10 @@ class TrainConfig:
     @property
     def tokens_per_batch(self) -> int:
         return self.batch_size * self.seq_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.accumulate * self.tokens_per_batch
 
     @property
     def run_dir(self) -> Path:
@@ -167,6 +183,18 @@ class Request:
     digest: str = ""  # of the text that a new run must have; empty: of any
 
 
+def with_file(values: dict, also: dict[str, Rule] | None = None) -> dict:
+    """The settings of a command line over those of its --config, a YAML file that may hold `also`
+    other fields."""
+    place = values.pop("config", None)
+    if place is None:
+        return values
+    prefix = "--config: "
+    fields = read_yaml(Path(place), prefix)
+    rules = RULES | (also or {})
+    return check_fields(rules, fields, prefix + place, optional=set(rules)) | values
+
+
 def parse_train(argv: list[str]) -> Request:
     parser = Parser("train", "Train a small Mixture-of-Experts language model on real text.")
     parser.add_settings(TrainConfig)
@@ -181,6 +209,8 @@ def parse_train(argv: list[str]) -> Request:
     )
     values = vars(parser.parse_args(argv))
     resume, overwrite = values.pop("resume"), values.pop("overwrite")
+    values = with_file(values, {"data_digest": DIGEST})  # which a run's config.json has
+    digest = values.pop("data_digest", "")
     config = TrainConfig(**values)
     if resume and not config.name:
         config.name = latest_run(config.runs_dir)
@@ -188,7 +218,7 @@ def parse_train(argv: list[str]) -> Request:
         config.name = time.strftime("train-%Y%m%d-%H%M%S")
     if not resume:
         validate(config)
-    return Request(config, set(values), resume, overwrite)
+    return Request(config, set(values), resume, overwrite, digest)
 
 
 def latest_run(runs_dir: str) -> str:

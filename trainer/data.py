@@ -227,7 +227,7 @@ def load_tokens(path: str) -> Tokens:
 
 
 class Batches:
-    """Shuffled windows of the training tokens; a batch is a function of (seed, step) alone.
+    """Shuffled windows of the training tokens; a batch is a function of (seed, step, part) alone.
 
     So the position in the data is the step, and a resumed run needs nothing else to go on.
     """
@@ -235,23 +235,27 @@ class Batches:
     def __init__(self, tokens: np.ndarray, config: TrainConfig) -> None:
         self.tokens, self.seed = tokens, config.seed
         self.seq_len, self.batch_size = config.seq_len, config.batch_size
+        self.per_step = config.accumulate * config.batch_size
         self.windows = max(0, (len(tokens) - 1) // self.seq_len)
-        self.per_epoch = self.windows // self.batch_size
+        self.per_epoch = self.windows // self.per_step
         if not self.per_epoch:
             raise UserError(
                 f"the text is shorter than a batch: {len(tokens)} training tokens, "
-                f"a batch takes {config.tokens_per_batch + 1}"
+                f"the batches of a step take {config.tokens_per_step + 1}"
             )
         self._epoch, self._order = -1, torch.empty(0)
 
-    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, both [batch_size, seq_len], of step 0, 1, ..."""
+    def __call__(self, step: int, part: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, both [batch_size, seq_len], of step 0, 1, ... and of one of its
+        parts, that are `accumulate`. Together they are the batch of `accumulate` times the
+        size."""
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = torch.randperm(self.windows, generator=generator)
             self._epoch = epoch
-        starts = self._order[position * self.batch_size :][: self.batch_size] * self.seq_len
+        first = position * self.per_step + part * self.batch_size
+        starts = self._order[first:][: self.batch_size] * self.seq_len
         return windows_at(self.tokens, starts, self.seq_len)
 
 

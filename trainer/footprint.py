@@ -39,7 +39,11 @@ FLOAT32 = Layout(state=12, gradient=4, cast=0, element=4, residual=4, logit_rows
 
 
 def layout_of(config: TrainConfig) -> Layout:
-    return AUTOCAST if config.dtype == "bfloat16" else FLOAT32
+    layout = AUTOCAST if config.dtype == "bfloat16" else FLOAT32
+    if config.accumulate == 1:
+        return layout
+    # The gradients of one batch stay while the next is computed.
+    return dataclasses.replace(layout, state=layout.state + layout.gradient, gradient=0)
 
 
 @dataclasses.dataclass(frozen=True)

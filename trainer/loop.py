@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -26,6 +27,23 @@ class Run:
         self.trainer, self.run_dir, self.signals = trainer, run_dir, signals
         self.config = trainer.config
         self.log = metrics.MetricsLog(run_dir / "metrics.jsonl", trainer.step)
+        self.board = None
+        if self.config.report_to == "tensorboard":
+            self.board = metrics.Board(run_dir / "tensorboard", trainer.step)
+
+    def close(self) -> None:
+        self.log.close()
+        if self.board:
+            self.board.close()
+
+    def append(self, line: dict) -> None:
+        self.log.append(**line)
+        if self.board:
+            self.board.append(line)
+
+    def last_validation(self) -> dict | None:
+        """The newest line with a validation loss."""
+        return next((line for line in reversed(self.log.lines) if "val_loss" in line), None)
 
     def save(self) -> None:
         """ArithmeticError where the last step made weights that no checkpoint should hold."""
@@ -53,7 +71,7 @@ class Run:
             begin = time.monotonic()
             line = trainer.train_step()
             last = trainer.step == config.steps
-            latest = config.tokens_per_batch / (time.monotonic() - begin)
+            latest = config.tokens_per_step / (time.monotonic() - begin)
             speed = 0.9 * speed + 0.1 * latest if speed else latest
             line["tokens_per_second"] = round(latest, 1)
             shares = trainer.tap.shares()
@@ -61,7 +79,7 @@ class Run:
                 line["val_loss"] = trainer.validate()
                 line["expert_shares"] = [[round(s, 5) for s in layer] for layer in shares]
                 screen.validated(trainer.step, line["val_loss"])
-            self.log.append(**line)
+            self.append(line)
             screen.update(trainer.step, line["loss"], speed, shares)
             if self.signals.received or screen.lost:
                 self.save()
@@ -153,7 +171,10 @@ def _resumed(config: TrainConfig, digest: str) -> Trainer:
 
 
 def _prepare(config: TrainConfig) -> torch.device:
-    """Settles device and type, and refuses at once what cannot fit into the memory by formula."""
+    """Settles device and type, and refuses at once what is not there, or cannot fit into the memory
+    by formula."""
+    if config.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--report-to tensorboard: the package tensorboard is not installed")
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config)
@@ -201,10 +222,12 @@ def _failure_explained(trainer: Trainer, run_dir: Path):
 def _trained(trainer: Trainer, run_dir: Path, signals: Signals) -> int:
     config = trainer.config
     screen = Screen(config.steps, trainer.step, trainer.text.unigram)
-    _introduce(trainer, screen, run_dir)
     run = Run(trainer, run_dir, signals)
+    if validation := run.last_validation():
+        screen.validated(validation["step"], validation["val_loss"])
     code = 0
-    with _failure_explained(trainer, run_dir), contextlib.closing(run.log):
+    with _failure_explained(trainer, run_dir), contextlib.closing(run):
+        _introduce(trainer, screen, run_dir)
         if trainer.step < config.steps:
             report = json.dumps(trainer.memory(), indent=2) + "\n"
             files.write_text(run_dir / "memory.json", report)
@@ -236,4 +259,5 @@ def _introduce(trainer: Trainer, screen: Screen, run_dir: Path) -> None:
     )
     screen.say(f"experts    {config.experts}, router {router}, {config.dtype} on {trainer.device}")
     screen.say(f"unigram    {trainer.text.unigram:.3f} nats/token is the cross-entropy to beat")
-    screen.say(f"run        {run_dir}/, step {trainer.step} of {config.steps}")
+    place = f"run        {run_dir}/, step {trainer.step} of {config.steps}"
+    screen.say(f"{place}; last validation loss {screen.validation}" if trainer.step else place)

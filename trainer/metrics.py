@@ -50,6 +50,29 @@ class MetricsLog:
         self._file.close()
 
 
+class Board:
+    """The metrics for TensorBoard, in a folder of event files: the numbers of every line, and the
+    busiest expert's rows over the mean for each layer."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Events after `step`, of a run that went on from it, are no longer shown."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder, purge_step=step + 1)
+
+    def append(self, line: dict) -> None:
+        scalars = {name: value for name, value in line.items() if name in self.SCALARS}
+        for layer, shares in enumerate(line.get("expert_shares", [])):
+            scalars[f"busiest_expert/layer_{layer}"] = max(shares) * len(shares)
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+    SCALARS = RULES.keys() - {"step", "expert_shares"}
+
+
 def read_metrics(path: Path, step: int | None = None) -> list[dict]:
     """The lines of a metrics file, up to `step` where it is given. UserError for a damaged line,
     and where the file ends before `step`.

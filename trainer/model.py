@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from .config import TrainConfig, UserError
 
@@ -118,6 +118,32 @@ def cross_entropy(
     return total / targets.numel()
 
 
+def sample_text(
+    model: Qwen3MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    tokens: int,
+    seed: int,
+    temperature: float = 0.8,
+) -> str:
+    """The prompt and what the model, in eval(), writes after it: `tokens` more, drawn from the 50
+    likeliest. An empty prompt begins a new text. Leaves torch's random state as it was."""
+    ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").input_ids.to(model.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        written = model.generate(
+            ids,
+            do_sample=True,
+            temperature=temperature,
+            top_k=50,
+            max_new_tokens=tokens,
+            eos_token_id=None,
+            pad_token_id=tokenizer.eos_token_id,
+            attention_mask=torch.ones_like(ids),
+        )
+    return tokenizer.decode(written[0])
+
+
 @dataclasses.dataclass
 class LayerRouting:
     """What the router of one layer did in the last forward pass."""
@@ -151,6 +177,7 @@ class RoutingTap:
             observer(_keep_output)  # it changes nothing: the blocks stay one fused layer
         else:
             model.set_experts_implementation(config.experts)
+        self._rows: list[torch.Tensor] = []  # [2, layers, E] of every batch of this step
         self._blocks = [layer.mlp for layer in model.model.layers]
         for block in self._blocks:
             block.gate.register_forward_hook(_keep_output)
@@ -172,20 +199,27 @@ class RoutingTap:
         losses = [self._balancing_loss(layer.logits, layer.rows_before) for layer in self.layers()]
         return torch.stack(losses).mean()
 
+    def begin_step(self) -> None:
+        self._rows.clear()
+
+    def count(self) -> None:
+        """Adds the last forward pass to the counts of this step."""
+        layers = self.layers()
+        rows = torch.stack([layer.rows for layer in layers])
+        self._rows.append(torch.stack([rows, torch.stack([layer.rows_before for layer in layers])]))
+
     def shares(self) -> list[list[float]]:
-        """Per layer, the share of its rows that each expert computed."""
-        return [
-            (layer.rows / layer.rows.sum().clamp(min=1)).tolist()  # rounding down may leave none
-            for layer in self.layers()
-        ]
+        """Per layer, the share of its rows in this step that each expert computed."""
+        rows = sum(self._rows)[0]
+        return (rows / rows.sum(-1, keepdim=True).clamp(min=1)).tolist()  # rounding may leave none
 
     def row_counts(self) -> dict[str, int]:
-        """Rows of all layers, and how many rounding dropped and added.
+        """Rows of all layers in this step, and how many rounding dropped and added.
 
-        An expert only drops or only adds, so its two counts tell both.
+        In one batch an expert only drops or only adds, so its two counts tell both.
         """
-        rows = torch.stack([layer.rows for layer in self.layers()])
-        change = rows - torch.stack([layer.rows_before for layer in self.layers()])
+        rows, before = torch.stack(self._rows, dim=1)
+        change = rows - before
         return {
             "rows": int(rows.sum()),
             "rows_dropped": int((-change).clamp(min=0).sum()),

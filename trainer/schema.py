@@ -123,6 +123,27 @@ def read_json(place: Path, prefix: str = "") -> object:
         raise UserError(f"{prefix}cannot read {place}: {files.reason(error)}") from error
 
 
+def read_yaml(place: Path, prefix: str = "") -> object:
+    """Of a regular file with one YAML document, of which JSON is a part; UserError names it."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a name that comes twice, and reads 1e-3 as the number that it is in YAML 1.2."""
+
+        def construct_mapping(self, node, deep=False):
+            fields = super().construct_mapping(node, deep)
+            if len(fields) != len(node.value):
+                raise ValueError("an object has the same name twice")
+            return fields
+
+    exponent = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
+    try:
+        return yaml.load(files.read_bytes(place, most=1 << 20), Loader)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{prefix}cannot read {place}: {files.reason(error)}") from error
+
+
 # -------------------------------------------------------------------------- dataclasses of settings
 
 
@@ -161,7 +182,16 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_settings(self, cls: type) -> None:
-        """The flags of a dataclass of settings. A flag not given is absent from the namespace."""
+        """The flags of a dataclass of settings, and --config for a file of them. A flag not given
+        is absent from the namespace."""
+        self.add(
+            "--config",
+            path(),
+            "a YAML file of settings, named as the flags with _ for -; flags on the command line "
+            "come before it",
+            default=argparse.SUPPRESS,
+            metavar="FILE",
+        )
         groups: dict[str, argparse._ArgumentGroup] = {}
         for field in dataclasses.fields(cls):
             meta, default = field.metadata, field.default

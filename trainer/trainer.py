@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 from . import checkpoint, data, files, memory, restore
 from .config import TrainConfig
-from .model import RoutingTap, cross_entropy, summed_cross_entropy
+from .model import RoutingTap, cross_entropy, sample_text, summed_cross_entropy
 from .precision import Autocast
 from .schema import UserError
 
@@ -112,18 +112,18 @@ class Trainer:
 
     # One step, in parts that bench/lib/step.py times one by one.
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and targets of this step, [B, S] each."""
-        tokens, targets = self.text.batches(self.step)
+    def batch(self, part: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and targets of a part of this step, [B, S] each."""
+        tokens, targets = self.text.batches(self.step, part)
         return tokens.to(self.device), targets.to(self.device)
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, S] -> [B, S, d]: what the head turns into logits."""
         return self.model.model(tokens, use_cache=False).last_hidden_state
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy and load balancing loss of the batch of this step."""
-        tokens, targets = self.batch()
+    def forward(self, part: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy and load balancing loss of a batch of this step."""
+        tokens, targets = self.batch(part)
         self.model.train()
         with self.precision.autocast():
             hidden, head = self.hidden(tokens), self.model.lm_head.weight
@@ -132,10 +132,11 @@ class Trainer:
             )
         return loss, self.tap.balancing_loss()
 
-    def forward_backward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The losses of forward(); leaves the gradients of their sum in the parameters."""
-        loss, aux = self.forward()
-        (loss + self.config.aux_coef * aux).backward()
+    def forward_backward(self, part: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses of forward(); adds the gradients of their sum, over --accumulate, to those in
+        the parameters."""
+        loss, aux = self.forward(part)
+        ((loss + self.config.aux_coef * aux) / self.config.accumulate).backward()
         return loss.detach(), aux.detach()
 
     def update(self) -> float:
@@ -155,7 +156,12 @@ class Trainer:
         """One optimizer step; returns its line of metrics. ArithmeticError where it diverges,
         before the weights are changed."""
         self.doing = f"step {self.step + 1}"
-        loss, aux = self.forward_backward()
+        self.tap.begin_step()
+        losses = []
+        for part in range(self.config.accumulate):
+            losses.append(torch.stack(self.forward_backward(part)))
+            self.tap.count()
+        loss, aux = torch.stack(losses).mean(0)
         norm = self.precision.clip(self.model, self.optimizer)
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
             raise ArithmeticError(f"the loss is {loss.item()}, the gradient norm {norm.item()}")
@@ -166,7 +172,7 @@ class Trainer:
             "aux_loss": aux.item(),
             "lr": rate,
             "grad_norm": norm.item(),
-            "tokens": self.step * self.config.tokens_per_batch,
+            "tokens": self.step * self.config.tokens_per_step,
             **self.tap.row_counts(),
         }
 
@@ -189,23 +195,17 @@ class Trainer:
 
     def sample(self) -> str:
         """Text written by the model; leaves the random state as it was."""
-        tokenizer, config = self.text.tokenizer, self.config
+        config = self.config
         self.doing = f"sample after step {self.step}"
         self.model.eval()
-        prompt = tokenizer(config.sample_prompt or data.END_OF_TEXT, return_tensors="pt")
-        with torch.random.fork_rng(), self.precision.autocast():
-            torch.manual_seed(config.seed)
-            ids = self.model.generate(
-                prompt.input_ids.to(self.device),
-                do_sample=True,
-                temperature=0.8,
-                top_k=50,
-                max_new_tokens=config.sample_tokens,
-                eos_token_id=None,
-                pad_token_id=tokenizer.eos_token_id,
-                attention_mask=torch.ones_like(prompt.input_ids, device=self.device),
+        with self.precision.autocast():
+            return sample_text(
+                self.model,
+                self.text.tokenizer,
+                config.sample_prompt,
+                config.sample_tokens,
+                config.seed,
             )
-        return tokenizer.decode(ids[0])
 
     def memory(self) -> dict:
         with torch.random.fork_rng():  # rounding may draw numbers

@@ -132,13 +132,13 @@ class Step(Trainer):
         for static, fresh in zip((self.tokens, self.targets), self.batches(self.step), strict=True):
             static.copy_(fresh)
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, part: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         return self.tokens, self.targets
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._hidden(self.model, tokens)
 
-    def forward_backward(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_backward(self, part: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         if self.graph:
             self.graph.replay()
         else:

@@ -220,9 +220,9 @@ SONICMOE_API void router_z_loss_forward(const Context& context, ConstTensorView 
 SONICMOE_API void router_z_loss_backward(const Context& context, ConstTensorView logits,
                                          ConstTensorView grad_loss, TensorView grad_logits);
 
-/// Auxiliary-loss-free balancing: bias[e] += rate * sign(mean(rows) - rows[e]), in place.
-/// `bias` [E] float32, `rows_per_expert` [E] int32.
-SONICMOE_API void update_expert_bias(const Context& context, TensorView bias,
+/// Auxiliary-loss-free balancing: selection_bias[e] += rate * sign(mean(rows) - rows[e]), in place.
+/// `selection_bias` [E] float32, `rows_per_expert` [E] int32.
+SONICMOE_API void update_expert_bias(const Context& context, TensorView selection_bias,
                                      ConstTensorView rows_per_expert, float rate);
 
 }  // namespace sonicmoe

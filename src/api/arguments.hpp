@@ -220,13 +220,13 @@ void for_each_tensor(Args& args, Visit visit) {
 
 /// Of update_expert_bias.
 struct ExpertBiasArgs {
-  TensorView bias;
+  TensorView selection_bias;
   ConstTensorView rows_per_expert;
 };
 
 template <MaybeConst<ExpertBiasArgs> Args, class Visit>
 void for_each_tensor(Args& args, Visit visit) {
-  visit("bias", args.bias, Access::kWrite);
+  visit("selection_bias", args.selection_bias, Access::kWrite);
   visit("rows_per_expert", args.rows_per_expert, Access::kRead);
 }
 

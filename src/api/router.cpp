@@ -308,16 +308,17 @@ void router_z_loss_backward(const Context& context, ConstTensorView logits,
   });
 }
 
-void update_expert_bias(const Context& context, TensorView bias, ConstTensorView rows_per_expert,
-                        float rate) {
+void update_expert_bias(const Context& context, TensorView selection_bias,
+                        ConstTensorView rows_per_expert, float rate) {
   run_operation("update_expert_bias", context, [&](const Check& check) {
-    check.rank("bias", bias, 1);
-    check_vector(check, "bias", bias, bias.size(0), DType::kFloat32);
-    check_vector(check, "rows_per_expert", rows_per_expert, bias.size(0), DType::kInt32);
+    check.rank("selection_bias", selection_bias, 1);
+    const std::int64_t num_experts = selection_bias.size(0);
+    check_vector(check, "selection_bias", selection_bias, num_experts, DType::kFloat32);
+    check_vector(check, "rows_per_expert", rows_per_expert, num_experts, DType::kInt32);
     check.finite("rate", rate);
-    check_memory(check, ExpertBiasArgs{bias, rows_per_expert});
+    check_memory(check, ExpertBiasArgs{selection_bias, rows_per_expert});
     choose_backend(context, check.operation())
-        .update_expert_bias(context, bias, rows_per_expert, rate);
+        .update_expert_bias(context, selection_bias, rows_per_expert, rate);
   });
 }
 

@@ -3,14 +3,25 @@
 #include "cuda/device.hpp"
 #include "cuda/experts/experts.hpp"
 #include "cuda/layer/layer.hpp"
+#include "cuda/range.hpp"
 #include "cuda/router/router.hpp"
 #include "layer/composed_backend.hpp"
 
 namespace sonicmoe {
 namespace {
 
-using cuda::DeviceGuard;
 namespace router = cuda::router;
+
+// What every operation has around it: its device, and its name in a profiler.
+class Call {
+ public:
+  Call(const Context& context, const char* operation)
+      : guard_(context.device.index), range_(operation) {}
+
+ private:
+  cuda::DeviceGuard guard_;
+  cuda::Range range_;
+};
 
 class CudaBackend final : public ComposedBackend {
  public:
@@ -41,26 +52,31 @@ class CudaBackend final : public ComposedBackend {
   }
   void moe_forward(const Context& context, const ExpertPlan& plan,
                    const MoEForwardArgs& args) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "moe_forward");
     cuda::forward(context, plan, args);
   }
   void moe_backward(const Context& context, const ExpertPlan& plan,
                     const MoEBackwardArgs& args) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "moe_backward");
     cuda::backward(context, plan, args);
+  }
+  void moe_layer_forward(const Context& context, const LayerPlan& plan,
+                         const MoELayerForwardArgs& args) const override {
+    const cuda::Range range("moe_layer_forward");  // its parts see to the device
+    ComposedBackend::moe_layer_forward(context, plan, args);
   }
   void moe_layer_backward(const Context& context, const LayerPlan& plan,
                           const MoELayerBackwardArgs& args) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "moe_layer_backward");
     cuda::layer_backward(context, plan, args);
   }
 
   void route_forward(const Context& context, const RouteForwardArgs& args) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "route_forward");
     router::route_forward(context, args);
   }
   void route_backward(const Context& context, const RouteBackwardArgs& args) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "route_backward");
     router::route_backward(context, args);
   }
   std::size_t round_tokens_workspace_bytes(const Context& context, std::int64_t num_tokens,
@@ -70,45 +86,45 @@ class CudaBackend final : public ComposedBackend {
   }
   void round_tokens_forward(const Context& context,
                             const RoundTokensForwardArgs& args) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "round_tokens_forward");
     router::round_tokens_forward(context, args);
   }
   void round_select(const Context& context, const RoundSelectArgs& args) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "round_select");
     router::round_select(context, args);
   }
   void round_tokens_backward(const Context& context,
                              const RoundTokensBackwardArgs& args) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "round_tokens_backward");
     router::round_tokens_backward(context, args);
   }
   void load_balancing_loss_forward(const Context& context, Scoring scoring, std::int64_t top_k,
                                    ConstTensorView logits, ConstTensorView rows_per_expert,
                                    TensorView loss) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "load_balancing_loss_forward");
     router::load_balancing_loss_forward(context, scoring, top_k, logits, rows_per_expert, loss);
   }
   void load_balancing_loss_backward(const Context& context, Scoring scoring, std::int64_t top_k,
                                     ConstTensorView logits, ConstTensorView rows_per_expert,
                                     ConstTensorView grad_loss,
                                     TensorView grad_logits) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "load_balancing_loss_backward");
     router::load_balancing_loss_backward(context, scoring, top_k, logits, rows_per_expert,
                                          grad_loss, grad_logits);
   }
   void router_z_loss_forward(const Context& context, ConstTensorView logits,
                              TensorView loss) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "router_z_loss_forward");
     router::router_z_loss_forward(context, logits, loss);
   }
   void router_z_loss_backward(const Context& context, ConstTensorView logits,
                               ConstTensorView grad_loss, TensorView grad_logits) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "router_z_loss_backward");
     router::router_z_loss_backward(context, logits, grad_loss, grad_logits);
   }
   void update_expert_bias(const Context& context, TensorView bias, ConstTensorView rows_per_expert,
                           float rate) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "update_expert_bias");
     router::update_expert_bias(context, bias, rows_per_expert, rate);
   }
 
@@ -121,14 +137,14 @@ class CudaBackend final : public ComposedBackend {
   }
   void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,
                      ConstTensorView bias, TensorView logits, TensorView) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "router_logits");
     router::router_logits(context, x, weight, bias, logits);
   }
   void router_logits_backward(const Context& context, ConstTensorView x,
                               ConstTensorView grad_logits, TensorView grad_weight,
                               TensorView grad_bias, bool accumulate,
                               TensorView workspace) const override {
-    const DeviceGuard guard(context.device.index);
+    const Call call(context, "router_logits_backward");
     const router::LogitsGradient gradient{grad_logits.data(), grad_logits.size(0),
                                           grad_logits.size(1)};
     router::router_logits_backward(context, x, gradient, grad_weight, grad_bias, accumulate,

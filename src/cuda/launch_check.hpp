@@ -10,10 +10,13 @@
 
 namespace sonicmoe::cuda {
 
-/// Throws unless `status` is success; `detail` ends the message.
+/// Throws unless `status` is success: OutOfMemory where CUDA lacks memory, else Error with `detail`
+/// at its end.
 inline void check_cuda(cudaError_t status, const std::string& what,
                        const std::string& detail = {}) {
-  if (status != cudaSuccess) throw Error(what + ": " + cudaGetErrorString(status) + detail);
+  if (status == cudaSuccess) return;
+  if (status == cudaErrorMemoryAllocation) throw OutOfMemory(what);
+  throw Error(what + ": " + cudaGetErrorString(status) + detail);
 }
 
 inline void check_launch(cudaError_t status, const std::string& what, const MoEShape& shape) {

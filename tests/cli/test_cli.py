@@ -205,7 +205,7 @@ def test_what_is_kept_does_not_grow_with_granularity(sonicmoe):
     assert kept[0]["kept_h_bytes"] == kept[1]["kept_h_bytes"]
 
 
-@pytest.mark.parametrize("gpu", ["h100-80gb", "h200", "a100-40gb", "24GiB"])
+@pytest.mark.parametrize("gpu", ["h100", "h200", "b200", "l40s", "a100", "a100-40gb", "24GiB"])
 def test_tokens_that_fit(sonicmoe, gpu):
     base = ("memory", "--layers", 4, "--gpu", gpu, "--json", "--shape")
     report = parsed(sonicmoe(*base, "1024,2048,1024,32,8"))
@@ -215,6 +215,18 @@ def test_tokens_that_fit(sonicmoe, gpu):
         at = parsed(sonicmoe(*base, f"{count},2048,1024,32,8"))
         assert (at["sonicmoe"]["total_bytes_all_layers"] <= report["gpu_bytes"]) == fits
     assert "tokens that fit" in sonicmoe("memory", "--gpu", gpu).stdout
+
+
+def test_memory_says_why_nothing_fits(sonicmoe):
+    base = ("memory", "--shape", "1024,2048,1024,32,8", "--layers", 16, "--other-bytes", "2GiB")
+    weights = 16 * 32 * 3 * 1024 * 2048 * 4 / 2**30  # with gradients in bfloat16
+    small = parsed(sonicmoe(*base, "--gpu", "4GiB", "--json"))
+    assert small["sonicmoe"]["tokens_that_fit"] == 0
+    why = small["why_nothing_fits"]
+    assert f"gradients and optimizer {weights:.1f} GiB" in why and "model 2.00 GiB" in why
+    assert f"warning: {why}" in sonicmoe(*base, "--gpu", "4GiB").stdout
+    assert "why_nothing_fits" not in parsed(sonicmoe(*base, "--gpu", "80GiB", "--json"))
+    assert "warning" not in sonicmoe(*base, "--gpu", "80GiB").stdout
 
 
 # ----------------------------------------------------------------------------------------- route

@@ -22,7 +22,7 @@ def options_of(sonicmoe, subcommand):
 
 
 WRONG = [
-    ((), "expected one of info, check, bench, memory, route; sonicmoe --help"),
+    (("frob",), "expected one of info, check, bench, memory, route, completion, man; sonicmoe --h"),
     (("",), 'unknown subcommand ""'),
     (("-x",), 'unknown option "-x"'),
     (("--json",), 'unknown option "--json"'),
@@ -51,7 +51,7 @@ WRONG = [
     (("bench", "--shape", "8,8,8,2,1", "--activation", "frob"), "swiglu"),
     (("bench", "--shape", "8,8,8,2,1", "--workspace-limit", 1), "workspace_limit"),
     (("bench", "--repeats", 0), "--repeats"),
-    (("memory", "--gpu", "frob"), "--gpu: expected a100-40gb"),
+    (("memory", "--gpu", "frob"), "--gpu: expected a100, a100-40gb"),
     (("memory", "--layers", 0), "--layers"),
     (("memory", "--other-bytes", "1XB"), "--other-bytes"),
     (("memory", "--other-bytes-per-token", -1), "--other-bytes-per-token"),
@@ -136,6 +136,34 @@ def test_bytes_are_exact(sonicmoe, refused):
             refused(result, "--gpu", f'"{text}"')
         else:
             assert json.loads(result.stdout)["gpu_bytes"] == expected
+
+
+def test_counts_take_a_suffix(sonicmoe, refused):
+    for text, expected in (
+        ("32k", 32 * 2**10),
+        ("1K", 2**10),
+        ("2m", 2**21),
+        ("2048M", 2**31),
+        ("2097152k", 2**31),
+        ("2097153k", None),
+        ("2049M", None),
+        ("0k", None),
+        ("k", None),
+        ("1.5k", None),
+        ("1kk", None),
+        ("-1k", None),
+        ("1 k", None),
+        ("9007199254740993M", None),
+    ):
+        result = sonicmoe("memory", "--shape", f"{text},8,8,2,1", "--json")
+        if expected is None:
+            refused(result, "--shape", f'"{text},8,8,2,1"')
+        else:
+            assert json.loads(result.stdout)["shape"] == f"{expected},8,8,2,1"
+    refused(sonicmoe("bench", "--tokens", "2049M"), "--tokens", "(32k is 32768)")
+    route = ("route", "--tokens", "1k", "--experts", 8, "--tile", 64, "--policy", "up", "--json")
+    (outcome,) = json.loads(sonicmoe(*route).stdout)["outcomes"]
+    assert sum(outcome["rows_per_expert_before"]) == 4 * 1024
 
 
 @pytest.mark.parametrize(

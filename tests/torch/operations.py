@@ -109,8 +109,6 @@ OPERATIONS = {
          "main_grad"),
     ),
 }  # fmt: skip
-# The library's own name, where it differs.
-ALIASES = {"selection_bias": "bias"}
 
 
 def assert_clear(error: Exception, operation: str, argument: str | None, what: str) -> None:
@@ -121,4 +119,4 @@ def assert_clear(error: Exception, operation: str, argument: str | None, what: s
     ours = ("moe", operation.rstrip("_"), "rounded_capacity")
     assert found[1].startswith(ours), f"{what}: {text}"
     if argument is not None:
-        assert found[2] in (argument, ALIASES.get(argument)), f"{what}: {text}"
+        assert found[2] == argument, f"{what}: {text}"

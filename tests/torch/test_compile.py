@@ -1,5 +1,6 @@
 """opcheck of every operator, and torch.compile with a changing number of tokens."""
 
+import math
 import re
 import shutil
 
@@ -324,8 +325,10 @@ def test_export_with_two_dynamic_dimensions(strict, tmp_path):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_aot_inductor(tmp_path):
-    """Lists of numbers, absent tensors and two dynamic dimensions, without Python at run time."""
-    module = sm.MoE(D, N, E, K, router_bias=True, workspace_limit=2**30).eval()
+    """Lists of numbers (an infinite one too, which JSON does not have), absent tensors and two
+    dynamic dimensions, without Python at run time."""
+    options = {"activation": "swiglu_clamped", "limit": math.inf, "workspace_limit": 2**30}
+    module = sm.MoE(D, N, E, K, router_bias=True, **options).eval()
     dims = {index: torch.export.Dim(f"d{index}", min=1, max=64) for index in (0, 1)}
     with torch.no_grad():
         x = torch.randn(2, 6, D)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import re
 from typing import get_args, get_type_hints
@@ -50,6 +51,14 @@ def test_one_wrong_option(operation):
             assert_clear(error.value, operation.split(",")[0], option, what)
         for value in LEGAL.get(option, ()):
             op.call(**op.arguments(Maker(0, torch.float32)) | {option: value})
+
+
+def test_packed_options_are_json():
+    """In which AOTInductor keeps them: it has no infinity."""
+    for limit in (0.5, 1e39, INF):
+        packed = options.packed_experts("moe", activation="swiglu_clamped", limit=limit)
+        _, (kept,) = json.loads(json.dumps(packed, allow_nan=False))
+        assert kept == min(limit, torch.finfo(torch.float32).max)
 
 
 MODULE = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 6, "top_k": 2}

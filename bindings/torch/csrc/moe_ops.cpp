@@ -79,9 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> moe_forward(const Tensor& x, const Tensor& w1
 constexpr const char* kBackwardSchema =
     "moe_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
     "int form, Tensor ids, Tensor? token_ids, Tensor? weights, Tensor[] saved, int[] options, "
-    "float[] reals, bool[] needs) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_b1, Tensor "
-    "grad_w2, "
-    "Tensor grad_b2, Tensor grad_weights)";
+    "float[] reals, bool[] needs) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_b1, "
+    "Tensor grad_w2, Tensor grad_b2, Tensor grad_weights)";
 
 // The inputs of a backward, without h.
 sonicmoe::MoEBackwardArgs backward_args(const Views& views, const ExpertCall& experts,

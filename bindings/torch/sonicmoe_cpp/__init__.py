@@ -4,6 +4,9 @@ See docs/guide/python.md. Importing this package needs torch alone; the Hugging 
 (`sonicmoe_cpp.integrations.transformers`) is imported on request.
 """
 
+import importlib
+
+from ._after_import import after_import
 from ._library import Backend, __version__, backends
 from ._shared_device import set_shared_device
 from .functional import (
@@ -35,3 +38,6 @@ __all__ = [
     "set_shared_device",
     "update_expert_bias_",
 ]
+
+# torch's module takes milliseconds to import, which only those pay who count FLOPs.
+after_import("torch.utils.flop_counter", lambda: importlib.import_module("._flops", __name__))

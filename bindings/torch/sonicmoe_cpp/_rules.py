@@ -62,7 +62,8 @@ class Number(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Positive(Rule):
-    """Infinity too."""
+    """Infinity too, packed as the largest float32: AOTInductor keeps the arguments of a graph as
+    JSON, which has no infinity."""
 
     real = True
 
@@ -71,6 +72,9 @@ class Positive(Rule):
         if not real or not value > 0:
             refuse(operation, argument, "a positive number", value)
         return float(value)
+
+    def pack(self, value: float) -> float:
+        return min(value, MOST_FLOAT32)
 
 
 @dataclasses.dataclass(frozen=True)

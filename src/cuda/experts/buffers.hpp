@@ -9,6 +9,7 @@
 #include "cuda/experts/metadata.hpp"
 #include "cuda/launch_check.hpp"
 #include "cuda/products.hpp"
+#include "cuda/range.hpp"
 
 namespace sonicmoe::cuda {
 
@@ -50,6 +51,7 @@ inline Matrix matrix(const ConstTensorView& view) {
 /// Runs a product. What it cannot take has been refused before the first launch of the call.
 template <class Args>
 void run(const ProductCall& call, const char* name, const Args& args) {
+  const Range range(name);
   const Products& products = products_of(call.device);
   Check(name, Device{}).refuse(products.reason_against(call, args));
   products.run(call, args);

@@ -63,7 +63,10 @@ void forward(const Context& context, const ExpertPlan& plan, const MoEForwardArg
   // The sum over stored rows takes `weights`.
   if (stores || !weights.defined()) b.tables.row_weight = nullptr;
   const ProductCall call = product_call(context, shape, row_lists(m, b.tables));
-  build_metadata(call.stream, shape, args.routing, m, b.scratch, b.tables);
+  {
+    const Range range("row_lists");
+    build_metadata(call.stream, shape, args.routing, m, b.scratch, b.tables);
+  }
   run(call, "up",
       UpArgs{matrix(args.x), args.weights.w1, args.weights.b1, hidden_function(shape, args.options),
              inference ? nullptr : args.h.data(), b.a, b.tables.row_weight});
@@ -81,6 +84,7 @@ void forward(const Context& context, const ExpertPlan& plan, const MoEForwardArg
                  .add_rows = adds});
     if (sorted) zero_tail(call.stream, shape, m, out, columns);
     if (stores) {
+      const Range range("aggregate");
       aggregate(
           call.stream, shape, m,
           {.rows = b.y, .rows_ld = columns, .weights = weights, .out = out, .columns = columns});

@@ -54,13 +54,13 @@ __device__ __forceinline__ bool holds_expert(int i, int lane, int num_experts) {
 }
 
 // Shared memory of one warp, after its candidates [kCandidates]; then of the CTA.
-struct SharedLayout {
+struct WarpMemory {
   int slots;         // experts per lane
   bool uses_keys;    // keys [slots * 32]: beyond 1024 experts, and for groups
   bool uses_groups;  // group keys [num_groups]
   std::size_t warp_bytes;
 
-  SharedLayout(const ScoringParams& p, bool keys_in_registers)
+  WarpMemory(const ScoringParams& p, bool keys_in_registers)
       : slots((p.num_experts + 31) / 32),
         uses_keys(!keys_in_registers || p.top_groups < p.num_groups),
         uses_groups(p.top_groups < p.num_groups) {
@@ -281,7 +281,7 @@ __device__ void route_token(const RouteParams& r, std::int64_t t, int slots, int
 
 template <int kSlots, class Id>
 __global__ void __launch_bounds__(32 * kMaxWarps, kSlots <= 16 ? 4 : 2)
-    route_kernel(RouteParams r, SharedLayout layout) {
+    route_kernel(RouteParams r, WarpMemory layout) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kSlots <= 16 ? 4 : 2)
 
 template <int kSlots, class Id>
 void launch(cudaStream_t stream, const RouteParams& r, const char* operation) {
-  const SharedLayout layout(r.scoring, kSlots > 0);
+  const WarpMemory layout(r.scoring, kSlots > 0);
   const std::size_t histogram = r.rows == nullptr ? 0 : sizeof(int) * r.scoring.num_experts;
   int warps = kMaxWarps;
   while (warps > 1 && warps * layout.warp_bytes + histogram > kSharedBytes) warps /= 2;
