@@ -12,6 +12,10 @@
 
 #include "sonicmoe/sonicmoe.hpp"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // before torch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace sonicmoe_torch {
 
 using torch::headeronly::ScalarType;
