@@ -49,7 +49,9 @@ void check_hidden(const Check& check, const MoEShape& shape, const MoEBackwardAr
   const GradHArgs grad_h{.grad_out = matrix(args.grad_out),
                          .w2 = args.weights.w2,
                          .function = hidden_function(shape, args.options),
-                         .h = args.h.data()};
+                         .h = args.h.data(),
+                         .grad_h = args.grad_h.data(),
+                         .scaled_a = args.scaled_a.data()};
   const ProductCall call{.num_tokens = shape.num_tokens, .num_rows = shape.num_pairs};
   check.refuse(products_of(check.device().index).reason_against(call, grad_h));
 }
@@ -61,24 +63,28 @@ void check_backward(const Check& check, const MoEShape& shape, const MoEBackward
   const ProductCall call{.num_tokens = shape.num_tokens, .num_rows = shape.num_pairs};
   if (does(args.step, BackwardStep::kHidden)) check_hidden(check, shape, args);
   if (args.grad_w2.defined()) {
-    const WeightGradientArgs product{.gathered = matrix(args.grad_out), .grad = args.grad_w2};
+    const WeightGradientArgs product{
+        .gathered = matrix(args.grad_out), .rows = args.scaled_a.data(), .grad = args.grad_w2};
     const Reason reason = renamed(products.reason_against(call, product), "gathered", "grad_out");
-    check.refuse(renamed(reason, "grad", "grad_w2"));
+    check.refuse(renamed(renamed(reason, "rows", "scaled_a"), "grad", "grad_w2"));
   }
   if (args.grad_x.defined()) {
     const RowsArgs product{
+        .a = args.grad_h.data(),
         .weight = args.weights.w1,
         .depth_dim = 1,
         .num_columns = shape.hidden_size,
         .out = stores_rows(shape) ? Matrix{nullptr, shape.hidden_size} : matrix(args.grad_x)};
     const Reason reason = renamed(products.reason_against(call, product), "weight", "w1");
-    check.refuse(renamed(reason, "out", "grad_x"));
+    check.refuse(renamed(renamed(reason, "a", "grad_h"), "out", "grad_x"));
   }
   if (args.grad_w1.defined()) {
-    const WeightGradientArgs product{
-        .gathered = matrix(args.x), .grad = args.grad_w1, .gathered_dim = 2};
+    const WeightGradientArgs product{.gathered = matrix(args.x),
+                                     .rows = args.grad_h.data(),
+                                     .grad = args.grad_w1,
+                                     .gathered_dim = 2};
     const Reason reason = renamed(products.reason_against(call, product), "gathered", "x");
-    check.refuse(renamed(reason, "grad", "grad_w1"));
+    check.refuse(renamed(renamed(reason, "rows", "grad_h"), "grad", "grad_w1"));
   }
 }
 

@@ -71,8 +71,10 @@ Reason check_halves(const HiddenFunction& function, std::int64_t n, const ConstT
              : Reason();
 }
 
-// H is read and written by TMA.
-Reason check_rows_of_h(const void* h) { return aligned(h) ? Reason() : not_aligned("h"); }
+// Rows that TMA reads or writes: H, A, dH, A'.
+Reason check_rows(const char* name, const void* rows) {
+  return aligned(rows) ? Reason() : not_aligned(name);
+}
 
 // The first that there is.
 template <class... Reasons>
@@ -89,7 +91,7 @@ Reason HopperProducts::reason_against(const ProductCall& call, const UpArgs& arg
   return first_of(check_dtype("x", args.w1), check_size("x", "hidden_size", args.w1.size(2)),
                   check_size("w1", "intermediate_size", n),
                   check_matrix("x", args.x, call.num_tokens), check_strided("w1", args.w1),
-                  check_halves(args.function, n, args.w1), check_rows_of_h(args.h));
+                  check_halves(args.function, n, args.w1), check_rows("h", args.h));
 }
 
 Reason HopperProducts::reason_against(const ProductCall& call, const GradHArgs& args) const {
@@ -97,11 +99,12 @@ Reason HopperProducts::reason_against(const ProductCall& call, const GradHArgs& 
                   check_size("grad_out", "hidden_size", args.w2.size(1)),
                   check_size("w2", "intermediate_size", args.w2.size(2)),
                   check_matrix("grad_out", args.grad_out, call.num_tokens),
-                  check_strided("w2", args.w2), check_rows_of_h(args.h));
+                  check_strided("w2", args.w2), check_rows("h", args.h),
+                  check_rows("grad_h", args.grad_h), check_rows("scaled_a", args.scaled_a));
 }
 
 Reason HopperProducts::reason_against(const ProductCall&, const RowsArgs& args) const {
-  return first_of(check_dtype("weight", args.weight),
+  return first_of(check_rows("a", args.a), check_dtype("weight", args.weight),
                   check_size("weight", "a size of dimension 1", args.weight.size(1)),
                   check_size("weight", "a size of dimension 2", args.weight.size(2)),
                   check_strided("weight", args.weight), check_matrix("out", args.out, 0),
@@ -114,7 +117,7 @@ Reason HopperProducts::reason_against(const ProductCall& call,
   return first_of(check_size("grad", "a size of dimension 1", args.grad.size(1)),
                   check_size("grad", "a size of dimension 2", args.grad.size(2)),
                   check_matrix("gathered", args.gathered, call.num_tokens),
-                  check_gradient("grad", args.grad));
+                  check_rows("rows", args.rows), check_gradient("grad", args.grad));
 }
 
 Reason HopperProducts::reason_against(const ProductCall&, const LogitsArgs& args) const {
