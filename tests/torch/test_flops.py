@@ -94,6 +94,20 @@ def test_the_layer_counts_as_an_eager_layer(activation, needs, rounded):
     assert counted(lambda: sm.moe_layer(x, router, w1, w2, K, **options)[0], needs) == right > 0
 
 
+@pytest.mark.parametrize("needs", [("x", "router", "w1", "w2"), ("router", "w1", "w2")])
+def test_a_backward_in_steps_counts_as_an_eager_one(needs, monkeypatch):
+    monkeypatch.setattr("sonicmoe_cpp._library.STEPS_FROM_BYTES", 0)
+    given = tensors("swiglu", ()) | {"router": torch.randn(E, D)}
+    for name in needs:
+        given[name].requires_grad_()
+    x, w1, w2, router, ids = (given[name] for name in ("x", "w1", "w2", "router", "ids"))
+    right = counted(lambda: eager_layer(x, router, w1, w2, "swiglu"), needs)
+    assert counted(lambda: sm.moe_layer(x, router, w1, w2, K)[0], needs) == right > 0
+    weights = given["weights"].requires_grad_()
+    right = counted(lambda: eager.top_k(x, w1, w2, ids, weights), needs)
+    assert counted(lambda: sm.moe(x, w1, w2, ids, weights), needs) == right > 0
+
+
 def test_the_module_counts_by_module_and_into_main_grads():
     layer, x = sm.MoE(D, N, E, K), torch.randn(2, T // 2, D, requires_grad=True)
     weights = (layer.router.weight, layer.experts.w1, layer.experts.w2)
