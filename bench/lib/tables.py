@@ -101,8 +101,8 @@ def front_table(record: dict) -> list[str]:
     for shape in FRONT:
         ours, peer, torch = (places[shape, system] for system in ("sonicmoe", PEER, COMPILED))
         kept = beside([ours, places[shape, TORCH]], "kept_mib")
-        official = f"{whole_speed(peer)} ({whole_speed(peer, 'busy_')})"
-        lines.append([shape, whole_speed(ours), official, whole_speed(torch), f"{kept} MiB"])
+        both = [f"{whole_speed(row)} ({whole_speed(row, 'busy_')})" for row in (ours, peer)]
+        lines.append([shape, *both, whole_speed(torch), f"{kept} MiB"])
     titles = ["shape", "sonicmoe", "official `sonic-moe`", "grouped_mm, compiled"]
     return table([*titles, "kept for backward, sonicmoe / torch"], lines)
 
