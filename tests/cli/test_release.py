@@ -84,7 +84,7 @@ def test_a_wheel_without_them_lists_neither(wheel, tmp_path):
 def test_every_library_that_is_included_has_a_notice():
     """Headers in a folder that is not of the compilers, nor torch's."""
     notice = (REPOSITORY / "NOTICE").read_text()
-    names = {"CLI": "CLI11", "nlohmann": "JSON for Modern C++", "oneapi": "oneDNN"}
+    names = {"CLI": "CLI11", "nlohmann": "JSON for Modern C++", "oneapi": "oneDNN", "nvtx3": "NVTX"}
     sources = [
         path
         for folder in ("src", "cli", "rig", "bindings", "include", "oracle")
