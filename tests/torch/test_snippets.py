@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import shell_commands
 import snippets
+from accelerate.state import AcceleratorState
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -21,8 +22,9 @@ def with_code(page):
 
 @pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
-    """Where the blocks may write."""
+    """Where the blocks may write. accelerate keeps what a process chose first: forget it."""
     monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
     return tmp_path
 
 

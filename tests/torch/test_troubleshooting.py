@@ -152,7 +152,7 @@ def test_another_message_would_be_noticed():
 def test_reasons_of_a_backend_are_the_sources():
     page = " ".join(TEXT.split())
     for reason, file in (
-        ("this build found no nvcc", "src/cuda/cuda.cmake"),
+        ("built without CUDA (no nvcc was found)", "src/cuda/cuda.cmake"),
         ("no usable driver or GPU: ", "src/cuda/device.cpp"),
         (" GPUs has compute capability 9.0 (H100, H200), which the kernels are built for",
          "src/cuda/device.cpp"),
