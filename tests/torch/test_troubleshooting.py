@@ -153,7 +153,10 @@ def test_reasons_of_a_backend_are_the_sources():
     page = " ".join(TEXT.split())
     for reason, file in (
         ("built without CUDA (no nvcc was found)", "src/cuda/cuda.cmake"),
-        ("no usable driver or GPU: ", "src/cuda/device.cpp"),
+        ("no NVIDIA driver is installed", "src/cuda/device.cpp"),
+        ("the NVIDIA driver serves CUDA ", "src/cuda/device.cpp"),
+        (": update the driver", "src/cuda/device.cpp"),
+        ("no usable GPU: ", "src/cuda/device.cpp"),
         (" GPUs has compute capability 9.0 (H100, H200), which the kernels are built for",
          "src/cuda/device.cpp"),
     ):  # fmt: skip
