@@ -14,8 +14,12 @@
 namespace sonicmoe::cli {
 namespace {
 
-const std::map<std::string, const char*> kScripts = {
-    {"bash", kBashCompletion}, {"fish", kFishCompletion}, {"zsh", kZshCompletion}};
+// By shell.
+const std::map<std::string, const char*>& scripts() {
+  static const std::map<std::string, const char*> all = {
+      {"bash", kBashCompletion}, {"fish", kFishCompletion}, {"zsh", kZshCompletion}};
+  return all;
+}
 
 // "{a,b}|BYTES" has the values a and b.
 std::vector<std::string> values_of(const CLI::Option& option) {
@@ -62,7 +66,7 @@ void print_candidates(const CLI::App& app, std::vector<std::string> words) {
 void add_completion(CLI::App& app, Action& action) {
   CLI::App* command = app.add_subcommand("completion", "Print the completion script of a shell");
   std::vector<std::string> shells;
-  for (const auto& [name, script] : kScripts) shells.push_back(name);
+  for (const auto& [name, script] : scripts()) shells.push_back(name);
   auto shell = std::make_shared<std::string>();
   add_option(*command, "SHELL", *shell, one_of(shells), "The shell that runs the script");
   command->get_option("SHELL")->required();
@@ -70,7 +74,7 @@ void add_completion(CLI::App& app, Action& action) {
                           "sonicmoe completion zsh > ~/.zfunc/_sonicmoe",
                           "sonicmoe completion fish > ~/.config/fish/completions/sonicmoe.fish"});
   command->callback([&action, shell] {
-    action = [shell] { return std::fputs(kScripts.at(*shell), stdout), kSuccess; };
+    action = [shell] { return std::fputs(scripts().at(*shell), stdout), kSuccess; };
   });
 }
 

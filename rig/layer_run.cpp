@@ -162,13 +162,14 @@ void LayerRun::backward_in_steps() {
     MoELayerBackwardArgs args = of_step(all, step);
     args.workspace = workspace.view();
     moe_layer_backward(context, args);
-    if (!workspace.guards_intact()) step_violations_.push_back("a step wrote outside its scratch");
+    if (!workspace.guards_intact())
+      step_violations_.emplace_back("a step wrote outside its scratch");
   }
   for (const Tensor* tensor : {&grad_h, &scaled_a, &ds}) {
     const std::string violation = tensor->violation_as_output();
-    if (!violation.empty()) step_violations_.push_back("a step: " + violation);
+    if (!violation.empty()) step_violations_.emplace_back("a step: " + violation);
   }
-  if (!row_lists.guards_intact()) step_violations_.push_back("a step wrote outside row_lists");
+  if (!row_lists.guards_intact()) step_violations_.emplace_back("a step wrote outside row_lists");
 }
 
 Tensor LayerRun::grad_routing_weights() const {

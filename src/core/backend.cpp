@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <utility>
 
 #if defined(__unix__)
 #include <unistd.h>
@@ -100,8 +101,9 @@ const Backend& choose_backend(const Context& context, std::string_view operation
   if (!wanted.empty()) fail_wanted(context, operation, argument, wanted);
   for (const BackendEntry& entry : backend_table()) {
     if (entry.make != nullptr) continue;
-    reasons = std::string(entry.name) + ": " + std::string(entry.absent) +
-              (reasons.empty() ? "" : "; ") + reasons;
+    std::string reason(entry.name);
+    reason.append(": ").append(entry.absent).append(reasons.empty() ? "" : "; ").append(reasons);
+    reasons = std::move(reason);
   }
   throw Error(std::string(operation), "device", "one that a backend serves",
               to_string(context.device) + " (" + reasons + ")");
