@@ -62,7 +62,7 @@ def plot_limits(record: dict, path: Path) -> None:
 
 def plot_cpu(rows: list[dict], path: Path) -> None:
     """Rows of bench/cpu.py: speed and memory of both systems."""
-    figure, (rates, memory) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    figure, (rates, memory) = plt.subplots(2, 1, figsize=(8.5, 6.4), layout="constrained")
     flops = [18.0 * r["shape"][0] * r["shape"][4] * r["shape"][2] * r["shape"][1] for r in rows]
     for offset, system in ((-0.2, "sonicmoe_cpp"), (0.2, "torch_grouped_mm")):
         places = [i + offset for i in range(len(rows))]

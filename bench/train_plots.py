@@ -23,10 +23,22 @@ import matplotlib.pyplot as plt
 
 WINDOW = 10  # steps of a mean of the losses
 FAR_OFF = 4  # times the median step
+MOST = 6  # systems in the picture
+FIRST = [(system, mode) for mode in ("plain", "compile", "compile+graph")
+         for system in ("sonicmoe", "grouped_mm")]  # fmt: skip
 
 
 def label(row: dict) -> str:
     return f"{row['system']}\n{row['mode']}"
+
+
+def few_systems(rows: list[dict]) -> list[dict]:
+    """Rows of at most MOST systems, those of FIRST before others and in their order."""
+    found = dict.fromkeys((row["system"], row["mode"]) for row in of_kind(rows, "timing"))
+    order = [*filter(found.__contains__, FIRST), *(pair for pair in found if pair not in FIRST)]
+    rank = {pair: place for place, pair in enumerate(order[:MOST])}
+    kept = [row for row in rows if (row.get("system"), row.get("mode")) in rank]
+    return sorted(kept, key=lambda row: rank[row["system"], row["mode"]])
 
 
 def of_kind(rows: list[dict], kind: str) -> list[dict]:
@@ -45,10 +57,11 @@ def draw_speeds(axes, rows: list[dict]) -> None:
                  color="tab:blue" if first else "tab:orange")  # fmt: skip
         text = f"{height:.0f}\n{row['microbatch']} seq."
         axes.text(place + (-0.2 if first else 0.2), height, text,
-                  ha="center", va="bottom", fontsize=6)  # fmt: skip
-    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+                  ha="center", va="bottom", fontsize=8)  # fmt: skip
+    axes.set_xticks(range(len(names)), names)
+    axes.margins(y=0.2)
     axes.set_ylabel("thousand tokens/s")
-    axes.set_title("common (blue) and largest microbatch", fontsize=9)
+    axes.set_title("common (blue) and largest microbatch", fontsize=10)
 
 
 def draw_parts(axes, rows: list[dict]) -> None:
@@ -66,13 +79,13 @@ def draw_parts(axes, rows: list[dict]) -> None:
         axes.bar(range(len(shown)), heights, 0.7, bottom=bottom, label=kind)
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     axes.plot(range(len(shown)), [row["step_ms"] for row in shown], "k_", ms=14, label="step, wall")
-    axes.set_xticks(range(len(shown)), map(label, shown), rotation=60, ha="right", fontsize=7)
+    axes.set_xticks(range(len(shown)), map(label, shown))
     axes.set_ylabel("ms")
     title = ", ".join(
         [f"GPU time of a step, {common} sequences", *(f"not shown: {f}" for f in far)]
     )
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=6)
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8, ncols=2)
 
 
 def draw_losses(axes, rows: list[dict]) -> None:
@@ -85,8 +98,8 @@ def draw_losses(axes, rows: list[dict]) -> None:
         )
     axes.set_xlabel("step")
     axes.set_ylabel("nats per token")
-    axes.set_title(f"cross-entropy, means of {WINDOW} steps", fontsize=9)
-    axes.legend(fontsize=6)
+    axes.set_title(f"cross-entropy, means of {WINDOW} steps", fontsize=10)
+    axes.legend(fontsize=8, ncols=2)
 
 
 def main() -> int:
@@ -96,9 +109,9 @@ def main() -> int:
     arguments = parser.parse_args()
     records = [json.loads(path.read_text()) for path in arguments.records]
     rows = [row for record in records for row in record["rows"]]
-    figure, panels = plt.subplots(1, 3, figsize=(16, 5.5), layout="constrained")
+    figure, panels = plt.subplots(3, 1, figsize=(8.5, 11), layout="constrained")
     for axes, draw in zip(panels, (draw_speeds, draw_parts, draw_losses), strict=True):
-        draw(axes, rows)
+        draw(axes, few_systems(rows))
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     model, versions = of_kind(rows, "model")[0], records[0]["versions"]
@@ -108,7 +121,7 @@ def main() -> int:
         f"{records[0]['date'][:10]}",
         fontsize=9,
     )
-    figure.savefig(arguments.output, dpi=120)
+    figure.savefig(arguments.output, dpi=150)
     print(json.dumps(summarize(rows), indent=1))
     return 0
 
