@@ -3,6 +3,7 @@
 #include <string>
 #include <tuple>
 
+#include "backward_steps.hpp"
 #include "gradients.hpp"
 #include "kept_memory.hpp"
 #include "ops.hpp"
@@ -114,20 +115,6 @@ sonicmoe::MoEShape shape_of(const Views& views, const sonicmoe::MoELayerBackward
 LayerCall unpack(const Views& views, const Integers& options, const Reals& reals) {
   return unpack_layer(PackedOptions(views.operation(), options, reals), views, std::nullopt,
                       std::nullopt);
-}
-
-// With a workspace of its own.
-void run_step(const Views& views, const Call& call, const Tensor& like,
-              const sonicmoe::MoEShape& shape, sonicmoe::MoELayerBackwardArgs args,
-              sonicmoe::BackwardStep step) {
-  const auto plan = views.ask([&] {
-    return sonicmoe::moe_layer_backward_workspace(call.context(), args.options, shape,
-                                                  args.workspace_limit, step);
-  });
-  const Tensor workspace = new_workspace(like, plan.bytes, args.workspace_limit.has_value());
-  args.step = step;
-  args.workspace = views.out("workspace", workspace);
-  sonicmoe::moe_layer_backward(call.context(), args);
 }
 
 constexpr const char* kBackwardSchema =
@@ -289,17 +276,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer_backward_up(
     args.grad_router_bias = grad_router_bias.view;
     run_step(views, call, x, shape, args, sonicmoe::BackwardStep::kInput);
   }
-  // Only now, when dX~ is gone.
-  sonicmoe::MoELayerBackwardArgs args = given;
-  const Gradient grad_w1 = gradients.of_weight("grad_w1", w1);
-  const Gradient grad_b1 = gradients.of_bias("grad_b1", b1);
-  args.grad_w1 = grad_w1.view;
-  args.grad_b1 = grad_b1.view;
-  if (args.grad_w1.defined() || args.grad_b1.defined()) {
-    run_step(views, call, x, shape, args, sonicmoe::BackwardStep::kUp);
-  }
-  return {grad_x.tensor, grad_router_weight.tensor, grad_router_bias.tensor, grad_w1.tensor,
-          grad_b1.tensor};
+  const auto [grad_w1, grad_b1] = run_up(views, call, x, shape, given, gradients, w1, b1);
+  return {grad_x.tensor, grad_router_weight.tensor, grad_router_bias.tensor, grad_w1, grad_b1};
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <string>
 #include <tuple>
 
+#include "backward_steps.hpp"
 #include "gradients.hpp"
 #include "kept_memory.hpp"
 #include "ops.hpp"
@@ -98,17 +99,25 @@ sonicmoe::MoEBackwardArgs backward_args(const Views& views, const ExpertCall& ex
       .workspace_limit = experts.workspace_limit};
 }
 
-// With a workspace of its own.
-void run_step(const Views& views, const Call& call, const Tensor& like,
-              const sonicmoe::MoEShape& shape, sonicmoe::MoEBackwardArgs args,
-              sonicmoe::BackwardStep step) {
-  const auto plan = views.ask([&] {
-    return sonicmoe::moe_backward_workspace(call.context(), shape, args.workspace_limit, step);
-  });
-  const Tensor workspace = new_workspace(like, plan.bytes, args.workspace_limit.has_value());
-  args.step = step;
-  args.workspace = views.out("workspace", workspace);
-  sonicmoe::moe_backward(call.context(), args);
+// The inputs of a backward that begins at h. saved: h and metadata of forward.
+sonicmoe::MoEBackwardArgs backward_args_of_h(const Views& views, const ExpertCall& experts,
+                                             const Tensor& grad_out, const Tensor& x,
+                                             const Tensor& w1, const OptionalTensor& b1,
+                                             const Tensor& w2, const OptionalTensor& b2,
+                                             std::int64_t form, const Tensor& ids,
+                                             const OptionalTensor& token_ids,
+                                             const OptionalTensor& weights, const Tensors& saved) {
+  const auto [h, metadata] = exactly<2>(views, "saved", saved);
+  sonicmoe::MoEBackwardArgs args =
+      backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
+  args.grad_out = views.rows("grad_out", grad_out);
+  args.h = views.in("h", h);
+  return args;
+}
+
+sonicmoe::MoEShape shape_of(const Views& views, const sonicmoe::MoEBackwardArgs& args) {
+  return views.ask(
+      [&] { return sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing); });
 }
 
 // saved: h and metadata of forward. Of the results those that `needs` does not name come back
@@ -121,14 +130,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   const Views views("moe_backward");
   const Call call(x);
   const ExpertCall experts = unpack(views, options, reals);
-  const auto [h, metadata] = exactly<2>(views, "saved", saved);
-  sonicmoe::MoEBackwardArgs args =
-      backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
-  args.grad_out = views.rows("grad_out", grad_out);
-  args.h = views.in("h", h);
+  sonicmoe::MoEBackwardArgs args = backward_args_of_h(views, experts, grad_out, x, w1, b1, w2, b2,
+                                                      form, ids, token_ids, weights, saved);
   // Before anything is allocated.
-  const auto shape = views.ask(
-      [&] { return sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing); });
+  const auto shape = shape_of(views, args);
 
   Gradients gradients(views, x, needs, 6);
   const Gradient grad_x = gradients.of_input("grad_x", x);
@@ -166,13 +171,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_backward_hidden(
   const Views views("moe_backward_hidden");
   const Call call(x);
   const ExpertCall experts = unpack(views, options, reals);
-  const auto [h, metadata] = exactly<2>(views, "saved", saved);
-  sonicmoe::MoEBackwardArgs args =
-      backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
-  args.grad_out = views.rows("grad_out", grad_out);
-  args.h = views.in("h", h);
-  const auto shape = views.ask(
-      [&] { return sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing); });
+  sonicmoe::MoEBackwardArgs args = backward_args_of_h(views, experts, grad_out, x, w1, b1, w2, b2,
+                                                      form, ids, token_ids, weights, saved);
+  const auto shape = shape_of(views, args);
   const HandedOn handed_on = new_handed_on(views, call, x, shape);
   const Needs needs{need_weights};
   const Gradient grad_weights =
@@ -205,8 +206,7 @@ std::tuple<Tensor, Tensor> moe_backward_down(
   args.grad_out = views.rows("grad_out", grad_out);
   args.scaled_a = views.out("scaled_a", scaled_a);
   args.row_lists = views.out("row_lists", row_lists);
-  const auto shape = views.ask(
-      [&] { return sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing); });
+  const auto shape = shape_of(views, args);
   Gradients gradients(views, x, needs, 2);
   const Gradient grad_w2 = gradients.of_weight("grad_w2", w2);
   const Gradient grad_b2 = gradients.of_bias("grad_b2", b2);
@@ -231,15 +231,11 @@ std::tuple<Tensor, Tensor, Tensor> moe_backward_up(
   const Call call(x);
   const ExpertCall experts = unpack(views, options, reals);
   const auto [metadata, grad_h, row_lists] = exactly<3>(views, "saved", saved);
-  const sonicmoe::MoEBackwardArgs given = [&] {
-    sonicmoe::MoEBackwardArgs args =
-        backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
-    args.grad_h = views.out("grad_h", grad_h);
-    args.row_lists = views.out("row_lists", row_lists);
-    return args;
-  }();
-  const auto shape = views.ask(
-      [&] { return sonicmoe::moe_shape(given.options, given.x, given.weights, given.routing); });
+  sonicmoe::MoEBackwardArgs given =
+      backward_args(views, experts, x, w1, b1, w2, b2, form, ids, token_ids, weights, metadata);
+  given.grad_h = views.out("grad_h", grad_h);
+  given.row_lists = views.out("row_lists", row_lists);
+  const auto shape = shape_of(views, given);
   Gradients gradients(views, x, needs, 3);
   const Gradient grad_x = gradients.of_input("grad_x", x);
   if (grad_x.view.defined()) {
@@ -247,16 +243,8 @@ std::tuple<Tensor, Tensor, Tensor> moe_backward_up(
     args.grad_x = grad_x.view;
     run_step(views, call, x, shape, args, sonicmoe::BackwardStep::kInput);
   }
-  // Only now, when dX~ is gone.
-  sonicmoe::MoEBackwardArgs args = given;
-  const Gradient grad_w1 = gradients.of_weight("grad_w1", w1);
-  const Gradient grad_b1 = gradients.of_bias("grad_b1", b1);
-  args.grad_w1 = grad_w1.view;
-  args.grad_b1 = grad_b1.view;
-  if (args.grad_w1.defined() || args.grad_b1.defined()) {
-    run_step(views, call, x, shape, args, sonicmoe::BackwardStep::kUp);
-  }
-  return {grad_x.tensor, grad_w1.tensor, grad_b1.tensor};
+  const auto [grad_w1, grad_b1] = run_up(views, call, x, shape, given, gradients, w1, b1);
+  return {grad_x.tensor, grad_w1, grad_b1};
 }
 
 }  // namespace
