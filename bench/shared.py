@@ -29,7 +29,7 @@ from bench.layer import EagerLayer
 from bench.lib.problem import MIB, problem_named
 from bench.lib.profile import device_spans
 from bench.lib.record import new_record, rounded, write_record
-from bench.lib.timing import require_gpu
+from bench.lib.timing import Clock, require_gpu
 from bench.systems import systems_named
 
 CALLS = 6  # of the layer in one profile; the first one only brings the load up
@@ -59,12 +59,12 @@ def stand_in_load(library: Path, ctas: int, mib: int) -> Load:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    clock = Clock()
+    begin = clock.mark()
     call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+    end = clock.mark()
+    clock.wait()
+    return clock.ms(begin, end)
 
 
 def kernel_us(call: Callable[[], object], load: Load | None, loads: int) -> dict[str, float]:
