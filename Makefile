@@ -32,11 +32,15 @@ $(VENV)/.ready: scripts/setup.sh scripts/system.sh requirements.in requirements.
 
 setup: $(VENV)/.ready
 
-# Versions and hashes of all Python packages anew, from requirements.in. ARGS=--upgrade takes newer ones.
+# Versions and hashes of all Python packages anew, from requirements.in and requirements-wheel.in.
+# ARGS=--upgrade takes newer ones. Packages of both have one version.
+LOCK = $(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+       --custom-compile-command "make lock"
 lock: setup
-	$(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
-	      --no-emit-package torch --excludes scripts/lock_excludes.txt \
-	      --custom-compile-command "make lock" requirements.in -o requirements.txt $(ARGS)
+	$(LOCK) --no-emit-package torch --excludes scripts/lock_excludes.txt \
+	      requirements.in -o requirements.txt $(ARGS)
+	$(LOCK) -c requirements.txt \
+	      scripts/requirements-wheel.in -o scripts/requirements-wheel.txt $(ARGS)
 
 # $(call configure,FOLDER,OPTIONS): quiet unless it fails.
 define configure
@@ -69,7 +73,8 @@ test-python: build
 # dist/: the wheel that runs on any Linux with glibc 2.28 and the source archive. The kernels are those
 # that `make build` compiled.
 wheel: build
-	$(PY) -m pip install -q --disable-pip-version-check -r scripts/requirements-wheel.txt
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
+	      -r scripts/requirements-wheel.txt
 	$(PY) scripts/wheel.py dist \
 	      "$$(ls -d "$(BUILD)/src/CMakeFiles/sonicmoe.dir/cuda" 2> /dev/null)"
 

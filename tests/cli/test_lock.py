@@ -1,4 +1,4 @@
-"""requirements.txt: a version and hashes of every Python package. What it holds is installed."""
+"""The locks: a version and hashes of every Python package. requirements.txt is installed."""
 
 import importlib.metadata
 import re
@@ -23,19 +23,28 @@ def parsed(text):
         yield requirements.Requirement(line), hashes
 
 
+def entries_of(name):
+    return list(parsed((REPOSITORY / name).read_text()))
+
+
 @pytest.fixture(scope="module")
 def locked():
-    return list(parsed((REPOSITORY / "requirements.txt").read_text()))
+    return entries_of("requirements.txt")
+
+
+@pytest.fixture(scope="module")
+def locked_for_wheels():
+    return entries_of("scripts/requirements-wheel.txt")
 
 
 @pytest.fixture(scope="module")
 def wanted():
-    return [one for one, _ in parsed((REPOSITORY / "requirements.in").read_text())]
+    return [one for one, _ in entries_of("requirements.in")]
 
 
-def test_every_package_has_one_version_and_hashes(locked):
-    assert len(locked) > 50
-    for requirement, hashes in locked:
+def test_every_package_has_one_version_and_hashes(locked, locked_for_wheels):
+    assert len(locked) > 50 and len(locked_for_wheels) > 20
+    for requirement, hashes in locked + locked_for_wheels:
         assert re.fullmatch(r"==[^*,]+", str(requirement.specifier)), requirement
         assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", one) for one in hashes)
 
@@ -46,11 +55,24 @@ def test_torch_and_its_cuda_libraries_are_left_to_the_machine(locked, wanted):
     assert not {name for name in names if name == "torch" or name.startswith(CUDA)}
 
 
-def test_the_lock_holds_what_was_asked_for(locked, wanted):
+def versions_of(locked):
     versions = {}
     for requirement, _ in locked:
         (version,) = (specifier.version for specifier in requirement.specifier)
         versions.setdefault(canonical(requirement.name), []).append(version)
+    return versions
+
+
+def test_a_wheel_is_made_with_what_was_asked_for_and_the_tests_versions(locked, locked_for_wheels):
+    versions, others = versions_of(locked_for_wheels), versions_of(locked)
+    for one, _ in entries_of("scripts/requirements-wheel.in"):
+        assert all(one.specifier.contains(v) for v in versions[canonical(one.name)]), one
+    shared = versions.keys() & others.keys()
+    assert shared and all(set(versions[name]) <= set(others[name]) for name in shared)
+
+
+def test_the_lock_holds_what_was_asked_for(locked, wanted):
+    versions = versions_of(locked)
     for one in wanted:
         if one.name != "torch":
             assert one.name in versions, f"{one.name}: `make lock` was forgotten"
