@@ -13,24 +13,26 @@ namespace {
 std::vector<Row> input_rows(const Routing& routing, std::int64_t num_tokens,
                             std::int64_t num_experts) {
   std::vector<Row> rows;
-  const auto add = [&](std::int64_t position, std::int64_t token, std::int64_t expert) {
-    const bool dropped = token < 0 || token >= num_tokens || expert < 0 || expert >= num_experts;
-    if (!dropped) rows.push_back({position, token, expert});
+  const auto add = [&](std::int64_t position, std::int64_t token, std::int64_t id,
+                       std::int64_t first_expert) {
+    const bool dropped = token < 0 || token >= num_tokens || id < first_expert ||
+                         id - first_expert >= num_experts;
+    if (!dropped) rows.push_back({position, token, id - first_expert});
   };
   if (const auto* top_k = std::get_if<TopKRouting>(&routing)) {
     const std::int64_t slots = top_k->topk_ids.size(1);
     const Ids experts = to_ids(top_k->topk_ids);
-    for (std::int64_t p = 0; p < num_tokens * slots; ++p) add(p, p / slots, experts[at(p)]);
+    for (std::int64_t p = 0; p < num_tokens * slots; ++p) add(p, p / slots, experts[at(p)], top_k->first_expert);
   } else if (const auto* pairs = std::get_if<PairRouting>(&routing)) {
     const Ids tokens = to_ids(pairs->token_ids), experts = to_ids(pairs->expert_ids);
     for (std::size_t p = 0; p < tokens.size(); ++p) {
-      add(static_cast<std::int64_t>(p), tokens[p], experts[p]);
+      add(static_cast<std::int64_t>(p), tokens[p], experts[p], pairs->first_expert);
     }
   } else {
     const Ids ends = to_ids(std::get<SortedRouting>(routing).offsets);
     std::int64_t row = 0;
     for (std::int64_t e = 0; e < num_experts; ++e) {
-      for (; row < ends[at(e)]; ++row) add(row, row, e);
+      for (; row < ends[at(e)]; ++row) add(row, row, e, 0);
     }
   }
   return rows;
@@ -113,6 +115,9 @@ ForwardResult forward(const Problem& problem, Storage storage) {
 
   ForwardResult result;
   result.rows = sorted_rows(problem.routing, layer.T, layer.E);
+  if (const auto& most = problem.options.max_rows) {
+    result.rows.resize(std::min(result.rows.size(), static_cast<std::size_t>(*most)));
+  }
   const auto R = static_cast<std::int64_t>(result.rows.size());
   const Values weights = routing_weights(problem.routing, layer.T);
   result.h = zeros(R * layer.columns);

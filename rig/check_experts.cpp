@@ -1,5 +1,7 @@
 // Random cases of the experts and of the whole layer.
 #include <algorithm>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "rig/checks.hpp"
@@ -46,7 +48,11 @@ MoECase random_case(Form form, Random& random) {
   c.w1_strides = random.pick(weight_strides);
   c.w2_strides = random.pick(weight_strides);
   c.load = random.pick<Load>({Load::kUniform, Load::kUniform, Load::kOneExpert, Load::kSomeEmpty});
-  c.drop_probability = random.pick<double>({0.0, 0.0, 0.3, 1.0});
+  c.drop_probability = random.pick<double>({0.0, 0.0, 0.3, 0.8, 1.0});
+  if (form == Form::kSorted) return c;
+  if (random.chance(0.3)) c.first_expert = random.integer(1, 50);
+  if (random.chance(0.4)) c.max_rows = random.integer(0, c.pairs() + 2);
+  c.zero_absent_tokens = random.chance(0.7);
   return c;
 }
 
@@ -98,6 +104,9 @@ LayerCase random_layer(const Target& target, Random& random) {
   experts.num_tokens = random.integer(1, 64);
   experts.drop_probability = 0.0;
   experts.load = Load::kUniform;
+  experts.first_expert = 0;
+  c.max_rows = std::exchange(experts.max_rows, std::nullopt);
+  experts.zero_absent_tokens = true;
   experts.x_strides = experts.w1_strides = experts.w2_strides = Strides::kContiguous;
   c.experts = fitted(target, experts);
   c.router.scoring = random.pick(all_scorings());

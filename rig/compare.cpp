@@ -144,6 +144,9 @@ std::vector<std::string> check_run(const MoECase& test_case, const RunOptions& o
     expected.magnitudes = magnitudes(problem, rows, expected.forward.h, host.grad_out.view());
   }
   std::vector<std::string> problems = result.violations;
+  if (result.rows_dropped != host.rows_beyond()) {
+    problems.push_back("rows_dropped: " + std::to_string(result.rows_dropped));
+  }
   for (const Item& item : items(test_case, options, result, expected)) {
     if (item.wanted) check_item(item, test_case, strictness, problems);
   }
@@ -166,6 +169,9 @@ std::vector<std::string> check_run_exactly(const MoECase& test_case, const RunOp
   const std::vector<Item> exact_items = items(test_case, options, result, exact);
   const std::vector<Item> stored_items = items(test_case, options, result, stored);
   std::vector<std::string> problems = result.violations;
+  if (result.rows_dropped != host.rows_beyond()) {
+    problems.push_back("rows_dropped: " + std::to_string(result.rows_dropped));
+  }
   for (std::size_t i = 0; i < exact_items.size(); ++i) {
     const Item& item = exact_items[i];
     if (!item.wanted) continue;

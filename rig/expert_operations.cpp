@@ -70,9 +70,10 @@ MoEForwardArgs forward_args(Workbench& bench, const Experts& experts, bool infer
   args.routing = experts.routing;
   args.out = bench.blank(bench.dtype, {bench.T, bench.d});
   if (!inference) {
-    args.h = bench.blank(bench.dtype, {shape.num_pairs, shape.h_columns()});
+    args.h = bench.blank(bench.dtype, {shape.row_capacity(), shape.h_columns()});
     args.metadata = bench.bytes(moe_metadata_bytes(shape));
   }
+  if (bench.present()) args.rows_dropped = bench.blank(DType::kInt32, {1});
   args.workspace = bench.bytes(moe_forward_workspace(bench.context(), shape, inference).bytes);
   return args;
 }
@@ -85,6 +86,7 @@ std::string call_name(const char* operation, Form form) {
 void set_optional(Call& call) {
   for (const char* bias : {"b1", "b2"}) call.set_optional(bias, 0.0);
   call.set_optional("row_weights", 1.0);
+  call.set_optional("rows_dropped");
 }
 
 template <Form form>
@@ -95,6 +97,17 @@ Call make_forward(const Target& target, std::uint64_t seed, Optionals optionals)
   CallMaker<MoEForwardArgs> maker;
   spoil_expert_options(maker, [](MoEForwardArgs& a) -> auto& { return a.options; });
   spoil_workspace_limit(maker);
+  if (form != Form::kSorted) {
+    const auto assign = [](MoEForwardArgs& a, std::int64_t first) {
+      auto* topk = std::get_if<TopKRouting>(&a.routing);
+      (topk != nullptr ? topk->first_expert : std::get<PairRouting>(a.routing).first_expert) =
+          first;
+    };
+    maker.each("first_expert", Expected::kRefused,
+               {std::int64_t{-1}, std::numeric_limits<std::int64_t>::min()}, assign);
+    maker.each("first_expert", Expected::kEither,
+               {std::int64_t{1}, kTwo62, std::numeric_limits<std::int64_t>::max()}, assign);
+  }
   Call call = maker.make(call_name("moe_forward", form), target, args, moe_forward, bench.memory,
                          bench.num_threads);
   set_optional(call);

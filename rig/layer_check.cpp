@@ -53,7 +53,14 @@ class LayerCheck {
         rows_(oracle::sorted_rows(problem_.routing, run.c.experts.num_tokens,
                                   run.c.experts.num_experts)),
         logits_(run.logits.values()),
-        problems_(run.violations()) {}
+        problems_(run.violations()) {
+    const auto capacity = static_cast<std::size_t>(run.shape.row_capacity());
+    const std::size_t kept = std::min(rows_.size(), capacity);
+    if (run.rows_dropped.values()[0] != static_cast<double>(rows_.size() - kept)) {
+      add("rows_dropped", "not the number of rows beyond max_rows");
+    }
+    rows_.resize(kept);
+  }
 
   std::vector<std::string> operator()() {
     check_logits();

@@ -35,9 +35,10 @@ MoELayerForwardArgs forward_args(Workbench& bench, bool rounding, bool inference
     args.saved.routing_weights = bench.blank(DType::kFloat32, {T, bench.K});
   }
   if (!inference) {
-    args.saved.h = bench.blank(bench.dtype, {P, 2 * n});
+    args.saved.h = bench.blank(bench.dtype, {shape.row_capacity(), 2 * n});
     args.saved.metadata = bench.bytes(moe_metadata_bytes(shape));
   }
+  if (bench.present()) args.rows_dropped = bench.blank(DType::kInt32, {1});
   args.workspace = bench.bytes(
       moe_layer_forward_workspace(bench.context(), args.options, shape, inference).bytes);
   return args;
@@ -57,6 +58,7 @@ void set_optional(Call& call) {
   for (const char* name : {"selection_bias", "seed_tensor", "router_bias", "b1", "b2"}) {
     call.set_optional(name, 0.0);
   }
+  call.set_optional("rows_dropped");
 }
 
 template <bool rounding>

@@ -18,6 +18,7 @@ Values normal(Random& random, std::int64_t count, double scale) {
 MoELayerOptions options_of(const LayerCase& c) {
   MoELayerOptions options{c.experts.options(), c.router, c.rounding};
   options.router.top_k = c.experts.top_k;
+  options.experts.max_rows = c.max_rows;
   return options;
 }
 
@@ -25,6 +26,7 @@ MoELayerOptions options_of(const LayerCase& c) {
 
 std::string LayerCase::describe() const {
   return "layer " + experts.describe() + " " + std::string(name_of(router.scoring)) +
+         (max_rows ? " max_rows=" + std::to_string(*max_rows) : "") +
          (router_bias ? " router bias" : "") + (auxiliary ? " auxiliary" : "") +
          (rounding ? " " + std::string(name_of(rounding->policy)) +
                          " tile=" + std::to_string(rounding->tile)
@@ -73,7 +75,8 @@ LayerRun::LayerRun(const Target& target_, const LayerCase& layer_case,
   } else {
     routing_weights = make(DType::kFloat32, {T, K});
   }
-  h = make(e.dtype, {shape.num_pairs, columns});
+  rows_dropped = make(DType::kInt32, {1});
+  h = make(e.dtype, {shape.row_capacity(), columns});
   metadata = GuardedBuffer(target, moe_metadata_bytes(shape));
   grad_x = make(e.dtype, {T, d});
   grad_router_weight = make(c.router_gradient_dtype, {E, d});
@@ -110,6 +113,7 @@ void LayerRun::forward() {
   args.out = out.view();
   args.logits = logits.view();
   args.rows_per_expert = rows_per_expert.view();
+  args.rows_dropped = rows_dropped.view();
   args.saved = saved();
   args.workspace = forward_workspace.view();
   args.workspace_limit = forward_limit_;
@@ -147,8 +151,8 @@ void LayerRun::backward_in_steps() {
   const MoECase& e = c.experts;
   const Context context = target.context();
   const auto extents = routing_weights.view().shape();
-  const Tensor grad_h(target, e.dtype, {shape.num_pairs, shape.h_columns()});
-  const Tensor scaled_a(target, e.dtype, {shape.num_pairs, shape.intermediate_size});
+  const Tensor grad_h(target, e.dtype, {shape.row_capacity(), shape.h_columns()});
+  const Tensor scaled_a(target, e.dtype, {shape.row_capacity(), shape.intermediate_size});
   const Tensor ds(target, DType::kFloat32, {extents.begin(), extents.end()});
   const GuardedBuffer row_lists(target, moe_row_lists_bytes(context, shape));
   MoELayerBackwardArgs all = backward_args();
@@ -199,7 +203,7 @@ std::vector<std::string> LayerRun::violations() const {
   for (const Tensor* input : {&router_weight, &router_bias, &grad_logits}) {
     note("an input of the router", input->violation_as_input());
   }
-  for (const Tensor* output : {&out, &logits, &rows_per_expert, &topk_ids, &token_ids, &expert_ids,
+  for (const Tensor* output : {&out, &logits, &rows_per_expert, &rows_dropped, &topk_ids, &token_ids, &expert_ids,
                                &routing_weights, &h}) {
     note("an output of forward", output->violation_as_output());
   }

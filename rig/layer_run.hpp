@@ -20,6 +20,7 @@ struct LayerCase {
   DType router_gradient_dtype = DType::kFloat32;
   bool router_bias = false;
   bool auxiliary = false;  ///< grad_logits from an auxiliary loss
+  std::optional<std::int64_t> max_rows;  ///< that of the experts is not read
 
   std::string describe() const;
 };
@@ -51,7 +52,8 @@ class LayerRun {
   MoEShape shape;
   WorkspacePlan forward_plan, backward_plan;
   Tensor router_weight, router_bias, grad_logits;  // inputs
-  Tensor out, logits, rows_per_expert, topk_ids, token_ids, expert_ids, routing_weights, h;
+  Tensor out, logits, rows_per_expert, rows_dropped;
+  Tensor topk_ids, token_ids, expert_ids, routing_weights, h;
   Tensor grad_x, grad_router_weight, grad_router_bias, grad_w1, grad_b1, grad_w2, grad_b2;
   GuardedBuffer metadata, forward_workspace, backward_workspace;
 

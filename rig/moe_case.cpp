@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <sstream>
+#include <utility>
 
 #include "rig/random.hpp"
 
@@ -16,15 +17,18 @@ constexpr std::int64_t kInt32Max = std::numeric_limits<std::int32_t>::max();
 class ExpertChoice {
  public:
   ExpertChoice(const MoECase& description, Random& random) : case_(description), random_(random) {
-    const std::int64_t E = case_.num_experts;
+    const std::int64_t E = case_.num_experts, first = case_.first_expert;
     favourite_ = random_.integer(0, E - 1);
-    outside_ = {-1, E, E + 7, kInt32Max, std::numeric_limits<std::int32_t>::min()};
+    outside_ = {-1,        first - 1, first + E, first + E + 7,
+                kInt32Max, std::numeric_limits<std::int32_t>::min()};
     if (case_.id_dtype == DType::kInt64) {
       outside_.push_back(std::numeric_limits<std::int64_t>::min());
       outside_.push_back(std::numeric_limits<std::int64_t>::max());
-      outside_.push_back(std::int64_t{1} << 32);  // 0 if someone keeps the low half
+      // The first expert if someone keeps the low half.
+      outside_.push_back((std::int64_t{1} << 32) + first);
     }
   }
+  // Counted from the first expert.
   std::int64_t inside() {
     switch (case_.load) {
       case Load::kOneExpert:
@@ -37,6 +41,7 @@ class ExpertChoice {
     return random_.integer(0, case_.num_experts - 1);
   }
   bool dropped() { return random_.chance(case_.drop_probability); }
+  // An id, as those of the caller are.
   std::int64_t outside() { return random_.pick(outside_); }
 
  private:
@@ -46,7 +51,7 @@ class ExpertChoice {
   std::vector<std::int64_t> outside_;
 };
 
-// K experts of one token: different ones where the load allows that.
+// The ids of K experts of one token: different ones where the load allows that.
 std::vector<std::int64_t> choose_slots(ExpertChoice& choice, const MoECase& description) {
   std::vector<std::int64_t> slots;
   while (static_cast<std::int64_t>(slots.size()) < description.top_k) {
@@ -58,7 +63,7 @@ std::vector<std::int64_t> choose_slots(ExpertChoice& choice, const MoECase& desc
     slots.push_back(expert);
   }
   for (std::int64_t& slot : slots) {
-    if (choice.dropped()) slot = choice.outside();
+    slot = choice.dropped() ? choice.outside() : slot + description.first_expert;
   }
   return slots;
 }
@@ -122,7 +127,10 @@ std::string MoECase::describe() const {
       << " weights=" << sonicmoe::name_of(routing_weight_dtype) << " biases=" << biases
       << " x=" << name_of(x_strides) << " w1=" << name_of(w1_strides)
       << " w2=" << name_of(w2_strides) << " load=" << static_cast<int>(load)
-      << " drop=" << drop_probability << (deterministic ? "" : " any order")
+      << " drop=" << drop_probability << (deterministic ? "" : " any order");
+  if (first_expert != 0) out << " first_expert=" << first_expert;
+  if (max_rows) out << " max_rows=" << *max_rows;
+  out << (zero_absent_tokens ? "" : " absent tokens as they are")
       << (values == Numbers::kIntegers ? " integers" : "") << " seed=" << seed
       << (fill ? " filled by the test" : "");
   return out.str();
@@ -147,12 +155,16 @@ void MoEInputs::fill_routing(const Target& target) {
   const MoECase& c = description;
   Random random(c.seed * 2 + 1);
   ExpertChoice choice(c, random);
+  std::vector<oracle::Row> rows;
   if (c.form == MoEShape::Form::kTopK) {
     std::vector<std::int64_t> ids;
     for (std::int64_t t = 0; t < c.num_tokens; ++t) {
-      for (const std::int64_t slot : choose_slots(choice, c)) {
-        ids.push_back(slot);
-        if (slot >= 0 && slot < c.num_experts) used_tokens_.push_back(t);
+      for (const std::int64_t id : choose_slots(choice, c)) {
+        const std::int64_t e = id < c.first_expert ? -1 : id - c.first_expert;
+        if (e >= 0 && e < c.num_experts) {
+          rows.push_back({static_cast<std::int64_t>(ids.size()), t, e});
+        }
+        ids.push_back(id);
       }
     }
     topk_ids = Tensor(target, c.id_dtype, {c.num_tokens, c.top_k});
@@ -162,9 +174,10 @@ void MoEInputs::fill_routing(const Target& target) {
     std::vector<std::int64_t> tokens, experts;
     for (std::int64_t p = 0; p < c.num_pairs; ++p) {
       tokens.push_back(c.num_tokens == 0 ? -1 : random.integer(0, c.num_tokens - 1));
-      experts.push_back(choice.inside());
+      const std::int64_t e = choice.inside();
+      experts.push_back(e + c.first_expert);
       if (!choice.dropped()) {
-        used_tokens_.push_back(tokens.back());
+        if (c.num_tokens > 0) rows.push_back({p, tokens.back(), e});
       } else if (random.chance(0.5)) {
         experts.back() = choice.outside();
       } else {
@@ -177,10 +190,10 @@ void MoEInputs::fill_routing(const Target& target) {
     expert_ids.fill_ids(experts);
     routing_weights = Tensor(target, c.routing_weight_dtype, {c.num_pairs});
   } else {
-    const std::int64_t rows = std::max<std::int64_t>(c.num_pairs - c.tail_rows, 0);
+    const std::int64_t count = std::max<std::int64_t>(c.num_pairs - c.tail_rows, 0);
     std::vector<std::int64_t> ends(static_cast<std::size_t>(c.num_experts), 0);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      used_tokens_.push_back(r);
+    for (std::int64_t r = 0; r < count; ++r) {
+      rows.push_back({r, r, 0});
       for (std::int64_t e = choice.inside(); e < c.num_experts; ++e) {
         ++ends[static_cast<std::size_t>(e)];
       }
@@ -189,6 +202,19 @@ void MoEInputs::fill_routing(const Target& target) {
     offsets.fill_ids(ends);
     if (c.row_weights) routing_weights = Tensor(target, c.routing_weight_dtype, {c.num_pairs});
   }
+  keep_rows(std::move(rows));
+}
+
+// As the library numbers and drops them.
+void MoEInputs::keep_rows(std::vector<oracle::Row> rows) {
+  std::stable_sort(rows.begin(), rows.end(), [](const oracle::Row& a, const oracle::Row& b) {
+    return a.expert < b.expert;
+  });
+  const std::size_t kept =
+      std::min(rows.size(), static_cast<std::size_t>(description.row_capacity()));
+  rows_beyond_ = static_cast<std::int64_t>(rows.size() - kept);
+  rows.resize(kept);
+  for (const oracle::Row& row : rows) used_tokens_.push_back(row.token);
   std::sort(used_tokens_.begin(), used_tokens_.end());
 }
 
@@ -239,11 +265,12 @@ ExpertWeights MoEInputs::weights() const { return {w1.view(), b1.view(), w2.view
 Routing MoEInputs::routing() const {
   switch (description.form) {
     case MoEShape::Form::kTopK:
-      return TopKRouting{topk_ids.view(), routing_weights.view()};
+      return TopKRouting{topk_ids.view(), routing_weights.view(), description.first_expert};
     case MoEShape::Form::kSorted:
       return SortedRouting{offsets.view(), routing_weights.view()};
     case MoEShape::Form::kPairs:
-      return PairRouting{token_ids.view(), expert_ids.view(), routing_weights.view()};
+      return PairRouting{token_ids.view(), expert_ids.view(), routing_weights.view(),
+                         description.first_expert};
   }
   return {};
 }

@@ -1,8 +1,10 @@
 // One case of the expert layer: every choice a call can make, and the inputs that follow from it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -50,6 +52,9 @@ struct MoECase {
   Strides w2_strides = Strides::kContiguous;  ///< of w2 and grad_w2
   Load load = Load::kUniform;
   double drop_probability = 0.0;  ///< of a slot or pair, forms A and C
+  std::int64_t first_expert = 0;  ///< forms A and C
+  std::optional<std::int64_t> max_rows;
+  bool zero_absent_tokens = true;
   Numbers values = Numbers::kRealistic;
   std::uint64_t seed = 1;
   /// Unless empty, called last on all inputs of the case, on the target and on the host alike, to
@@ -63,7 +68,11 @@ struct MoECase {
   std::int64_t pairs() const {
     return form == MoEShape::Form::kTopK ? num_tokens * top_k : num_pairs;
   }
-  ExpertOptions options() const { return {activation, gate_up_layout, limit, deterministic}; }
+  /// C of the header.
+  std::int64_t row_capacity() const { return std::min(pairs(), max_rows.value_or(pairs())); }
+  ExpertOptions options() const {
+    return {activation, gate_up_layout, limit, deterministic, max_rows, zero_absent_tokens};
+  }
   /// One line that names every choice.
   std::string describe() const;
 };
@@ -80,6 +89,10 @@ struct MoEInputs {
   ExpertWeights weights() const;
   Routing routing() const;
   MoEShape shape() const;
+  /// Tokens with a row, ascending.
+  const std::vector<std::int64_t>& used_tokens() const { return used_tokens_; }
+  /// Rows that max_rows leaves no room for.
+  std::int64_t rows_beyond() const { return rows_beyond_; }
   /// Only for inputs on the host.
   oracle::Problem problem() const;
   /// "NAME: what happened" for every input a call changed.
@@ -92,7 +105,9 @@ struct MoEInputs {
  private:
   void fill_routing(const Target& target);
   void fill_values();
+  void keep_rows(std::vector<oracle::Row> rows);
   std::vector<std::int64_t> used_tokens_;
+  std::int64_t rows_beyond_ = 0;
 };
 
 }  // namespace sonicmoe::rig

@@ -19,7 +19,21 @@ std::size_t used_rows(const MoECase& c, const MoEInputs& inputs) {
   std::optional<MoEInputs> copy;  // the oracle reads host memory
   if (inputs.x.view().device().type != DeviceType::kCpu) copy.emplace(host_target(), c);
   const Routing routing = (copy ? *copy : inputs).routing();
-  return oracle::sorted_rows(routing, c.tokens(), c.num_experts).size();
+  return std::min(oracle::sorted_rows(routing, c.tokens(), c.num_experts).size(),
+                  static_cast<std::size_t>(c.row_capacity()));
+}
+
+// [T, d], with zeros where the case lets anything stand.
+Values rows_of_tokens(const Tensor& tensor, const MoEInputs& inputs) {
+  Values values = tensor.values();
+  if (inputs.description.zero_absent_tokens) return values;
+  const std::vector<std::int64_t>& used = inputs.used_tokens();
+  const std::int64_t d = inputs.description.hidden_size;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const std::int64_t t = static_cast<std::int64_t>(i) / d;
+    if (!std::binary_search(used.begin(), used.end(), t)) values[i] = 0.0;
+  }
+  return values;
 }
 
 // The elements of the first `rows` rows of a tensor [P, columns]. The others must still be poison.
@@ -46,13 +60,14 @@ ExpertsRun::ExpertsRun(const Target& target, const MoEInputs& inputs, const RunO
   forward_plan = moe_forward_workspace(context, shape, options.inference, options.forward_limit);
   forward_workspace = GuardedBuffer(target, forward_plan.bytes);
   out = Tensor(target, c.dtype, {c.tokens(), c.hidden_size}, c.x_strides);
+  rows_dropped = Tensor(target, DType::kInt32, {1});
   if (options.inference) return;
-  h = Tensor(target, c.dtype, {c.pairs(), c.h_columns()});
+  h = Tensor(target, c.dtype, {c.row_capacity(), c.h_columns()});
   metadata = GuardedBuffer(target, moe_metadata_bytes(shape));
   backward_plan = moe_backward_workspace(context, shape, options.backward_limit);
   if (options.in_steps) {
-    grad_h = Tensor(target, c.dtype, {c.pairs(), c.h_columns()});
-    scaled_a = Tensor(target, c.dtype, {c.pairs(), c.intermediate_size});
+    grad_h = Tensor(target, c.dtype, {c.row_capacity(), c.h_columns()});
+    scaled_a = Tensor(target, c.dtype, {c.row_capacity(), c.intermediate_size});
     row_lists = GuardedBuffer(target, moe_row_lists_bytes(context, shape));
   } else {
     backward_workspace = GuardedBuffer(target, backward_plan.bytes);
@@ -87,6 +102,7 @@ void ExpertsRun::forward() {
   args.routing = inputs_.routing();
   args.out = out.view();
   args.h = h.view();
+  args.rows_dropped = rows_dropped.view();
   if (!options_.inference) args.metadata = metadata.view();
   args.workspace = forward_workspace.view();
   args.workspace_limit = options_.forward_limit;
@@ -150,6 +166,7 @@ std::vector<std::string> ExpertsRun::violations() const {
   std::vector<std::string> result = step_violations_;
   const std::pair<const char*, const Tensor*> tensors[] = {
       {"out", &out},         {"h", &h},
+      {"rows_dropped", &rows_dropped},
       {"grad_h", &grad_h},   {"scaled_a", &scaled_a},
       {"grad_x", &grad_x},   {"grad_w1", &grad_w1},
       {"grad_b1", &grad_b1}, {"grad_w2", &grad_w2},
@@ -174,7 +191,8 @@ RunResult run_moe(const Target& target, const MoECase& test_case, const RunOptio
   result.forward_plan = run.forward_plan;
   result.backward_plan = run.backward_plan;
   run.forward();
-  result.out = run.out.values();
+  result.out = rows_of_tokens(run.out, inputs);
+  result.rows_dropped = static_cast<std::int64_t>(run.rows_dropped.values()[0]);
   if (!options.inference) {
     result.metadata = run.metadata.download();
     const Values h = run.h.values();
@@ -190,7 +208,7 @@ RunResult run_moe(const Target& target, const MoECase& test_case, const RunOptio
   const auto values = [](const Tensor& tensor) {
     return tensor.defined() ? tensor.values() : Values();
   };
-  result.grad_x = values(run.grad_x);
+  result.grad_x = run.grad_x.defined() ? rows_of_tokens(run.grad_x, inputs) : Values();
   result.grad_w1 = values(run.grad_w1);
   result.grad_b1 = values(run.grad_b1);
   result.grad_w2 = values(run.grad_w2);
@@ -230,6 +248,7 @@ std::string bitwise_difference(const RunResult& a, const RunResult& b) {
   compare("grad_w2", a.grad_w2, b.grad_w2);
   compare("grad_b2", a.grad_b2, b.grad_b2);
   compare("grad_routing_weights", a.grad_routing_weights, b.grad_routing_weights);
+  if (a.rows_dropped != b.rows_dropped) all += "rows_dropped\n";
   return all;
 }
 

@@ -35,9 +35,11 @@ struct RunOptions {
 
 struct RunResult {
   WorkspacePlan forward_plan, backward_plan;
-  // Row-major elements of what was asked for; h holds the R rows that exist.
+  // Row-major elements of what was asked for; h holds the R rows that exist. Rows of out and grad_x
+  // that may hold anything are zeros.
   Values out, h;
   std::vector<std::byte> metadata;
+  std::int64_t rows_dropped = 0;
   Values grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_routing_weights;
   /// Guards, gaps, inputs or rows of h past R that were written: "NAME: what happened".
   std::vector<std::string> violations;
@@ -56,6 +58,7 @@ class ExpertsRun {
 
   Tensor grad_h, scaled_a;  // in steps
   GuardedBuffer row_lists;
+  Tensor rows_dropped;
   Tensor out, h, grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_routing_weights;
   GuardedBuffer metadata, forward_workspace, backward_workspace;
   WorkspacePlan forward_plan, backward_plan;

@@ -155,8 +155,8 @@ void spoil_step(CallMaker<Args>& maker) {
 /// What the steps of a backward hand on, for the arguments of either kind.
 template <class Args>
 void hand_on(Workbench& bench, Args& args, const MoEShape& shape) {
-  args.grad_h = bench.blank(bench.dtype, {shape.num_pairs, shape.h_columns()});
-  args.scaled_a = bench.blank(bench.dtype, {shape.num_pairs, shape.intermediate_size});
+  args.grad_h = bench.blank(bench.dtype, {shape.row_capacity(), shape.h_columns()});
+  args.scaled_a = bench.blank(bench.dtype, {shape.row_capacity(), shape.intermediate_size});
   const std::size_t bytes = moe_row_lists_bytes(bench.context(), shape);
   if (bytes > 0) args.row_lists = bench.bytes(bytes);
 }
@@ -174,6 +174,11 @@ void spoil_expert_options(CallMaker<Args>& maker, At at) {
   };
   maker.each("limit", Expected::kRefused, {kNaN, 0.0f, -1.0f, -kInfinity}, clamped);
   maker.each("limit", Expected::kEither, {kInfinity}, clamped);
+  const auto bounded = [at](Args& args, std::int64_t value) { at(args).max_rows = value; };
+  maker.each("max_rows", Expected::kRefused,
+             {std::int64_t{-1}, std::numeric_limits<std::int64_t>::min()}, bounded);
+  maker.each("max_rows", Expected::kEither, {std::int64_t{0}, std::int64_t{1}, kTwo31, kTwo62},
+             bounded);
 }
 
 /// at(args) is the RouterOptions.

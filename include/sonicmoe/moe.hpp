@@ -1,8 +1,9 @@
 // The expert layer: forward and backward of a Mixture-of-Experts MLP with ready-made routing.
 //
 // Symbols (docs/design/algorithm.md): T tokens, d hidden_size, n intermediate_size, E num_experts,
-// K top_k, P routed pairs handed over (capacity), R <= P rows left after dropped pairs, g = 2 for a
-// gated activation, else 1. Source: SonicMoE, arXiv 2512.14080.
+// K top_k, P routed pairs handed over, R <= P rows left after dropped pairs, C rows that buffers have
+// room for (P, or max_rows where that is less), g = 2 for a gated activation, else 1.
+// Source: SonicMoE, arXiv 2512.14080.
 //
 // For every routed row r = (token t, expert e) with weight s:
 //   H[r] = X[t] W1[e]^T + b1[e]      [g*n]  kept for backward (skipped in inference)
@@ -37,12 +38,13 @@ namespace sonicmoe {
 // ---------------------------------------------------------------------------------------- routing
 
 /// Form A, K slots per token. `topk_ids` [T, K] int32|int64; `topk_weights` [T, K]
-/// float32|bfloat16. An id < 0 or >= E is a dropped slot: no row is computed, it contributes
-/// exactly 0 and its weight gradient is exactly 0. A token may name an expert twice; both slots
-/// count.
+/// float32|bfloat16. An id outside first_expert .. first_expert + E - 1 is a dropped slot: no row is
+/// computed, it contributes exactly 0 and its weight gradient is exactly 0. A token may name an
+/// expert twice; both slots count.
 struct TopKRouting {
   ConstTensorView topk_ids;
   ConstTensorView topk_weights;
+  std::int64_t first_expert = 0;  ///< id of the first of the E experts, >= 0
 };
 
 /// Form B, rows already sorted by expert. `offsets` [E] int32: cumulative ends, non-decreasing, the
@@ -55,12 +57,13 @@ struct SortedRouting {
 };
 
 /// Form C, any list of pairs in any order. `token_ids`, `expert_ids` [P] int32|int64 (equal
-/// dtypes), `pair_weights` [P] float32|bfloat16. A pair whose expert is outside 0..E-1 or whose
-/// token is outside 0..T-1 is dropped as in form A. Duplicates count each time.
+/// dtypes), `pair_weights` [P] float32|bfloat16. A pair whose expert is not among the E, or whose
+/// token is outside 0..T-1, is dropped as in form A. Duplicates count each time.
 struct PairRouting {
   ConstTensorView token_ids;
   ConstTensorView expert_ids;
   ConstTensorView pair_weights;
+  std::int64_t first_expert = 0;  ///< as in form A
 };
 
 /// Which expert computes which token, with which weight: one of the three forms.
@@ -79,6 +82,13 @@ struct ExpertOptions {
   /// of out and of grad_x must start at multiples of 16 bytes, else it throws. Other backends and
   /// sorted rows, which have no such sum, ignore it.
   bool deterministic = true;
+  /// Rows that H and all scratch have room for, >= 0; absent: P. Rows are numbered by expert; the
+  /// pair of a row max_rows or beyond is a dropped slot, so that the last experts lose theirs first.
+  /// MoEForwardArgs::rows_dropped counts them. Not with sorted rows, which are the output themselves.
+  std::optional<std::int64_t> max_rows;
+  /// false: rows of O and of dX of a token without rows hold anything, for callers that read those
+  /// of the others alone. A layer's dX holds the router's part all the same.
+  bool zero_absent_tokens = true;
 };
 
 /// Parameters of the experts, all of the dtype of x. One of the last two strides of w1 and of w2
@@ -102,7 +112,12 @@ struct MoEShape {
   Activation activation = Activation::kSwiGLU;
   Numerics numerics;          ///< of the dtype of x
   bool deterministic = true;  ///< ExpertOptions::deterministic
+  std::optional<std::int64_t> max_rows;  ///< ExpertOptions::max_rows
 
+  /// C: rows of H, A, Y, dH and A'.
+  std::int64_t row_capacity() const noexcept {
+    return max_rows && *max_rows < num_pairs ? *max_rows : num_pairs;
+  }
   /// g*n.
   std::int64_t h_columns() const noexcept { return gate_factor(activation) * intermediate_size; }
 };
@@ -112,12 +127,12 @@ struct MoEShape {
 SONICMOE_API MoEShape moe_shape(const ExpertOptions& options, ConstTensorView x,
                                 const ExpertWeights& weights, const Routing& routing);
 
-/// Bytes of H: P * g*n * size_of(numerics.storage).
+/// Bytes of H: C * g*n * size_of(numerics.storage).
 SONICMOE_API std::size_t moe_h_bytes(const MoEShape& shape);
 
 /// Bytes of the routing metadata kept for backward: with int32 entries, 4 E for sorted rows,
-/// 4 (E + 3 P) for top-K, 4 (E + 4 P + T + 1) for pair lists. At most 16 bytes a row beside the
-/// caller's own ids and weights, plus 4 E (+ 4 T).
+/// 4 (E + P + 2 C) for top-K, 4 (E + 2 P + 2 C + T + 1) for pair lists. At most 16 bytes a pair
+/// beside the caller's own ids and weights, plus 4 E (+ 4 T).
 SONICMOE_API std::size_t moe_metadata_bytes(const MoEShape& shape);
 
 /// How the scratch of one call is laid out.
@@ -153,7 +168,7 @@ SONICMOE_API WorkspacePlan moe_backward_workspace(const Context& context, const 
                                                   BackwardStep step = BackwardStep::kAll);
 
 /// Bytes of the row lists that the steps of a backward hand on: 0 on the CPU; on CUDA, with each
-/// term rounded up to 128, 4 P + 16 (ceil(P / 128) + E) + 16 E + 4 + 8.
+/// term rounded up to 128, 4 C + 16 (ceil(C / 128) + E) + 16 E + 4 + 8, and where C < P 4 T + 4.
 SONICMOE_API std::size_t moe_row_lists_bytes(const Context& context, const MoEShape& shape);
 
 /// Arguments of moe_forward.
@@ -164,8 +179,9 @@ struct MoEForwardArgs {
   Routing routing;
 
   TensorView out;  ///< [T, d] (form B: [P, d]), dtype of x, unit stride in d; every element written
-  TensorView h;    ///< [P, g*n] contiguous, dtype of x; absent in inference. Rows >= R untouched
+  TensorView h;    ///< [C, g*n] contiguous, dtype of x; absent in inference. Rows >= R untouched
   TensorView metadata;   ///< [moe_metadata_bytes()] uint8, 16-byte aligned; absent in inference
+  TensorView rows_dropped;  ///< [1] int32 or absent: rows that max_rows left no room for
   TensorView workspace;  ///< [WorkspacePlan::bytes] uint8 (or more), 64-byte aligned
   std::optional<std::size_t> workspace_limit;  ///< the value given to moe_forward_workspace
 };
@@ -199,9 +215,9 @@ struct MoEBackwardArgs {
 
   BackwardStep step = BackwardStep::kAll;
   // What the steps hand on: written by kHidden, read by the others, absent in kAll.
-  TensorView grad_h;     ///< dH [P, g*n] contiguous, dtype of x; kDown takes none. Rows >= R
+  TensorView grad_h;     ///< dH [C, g*n] contiguous, dtype of x; kDown takes none. Rows >= R
                          ///< untouched
-  TensorView scaled_a;   ///< A' [P, n], likewise (kHidden, kDown)
+  TensorView scaled_a;   ///< A' [C, n], likewise (kHidden, kDown)
   TensorView row_lists;  ///< [moe_row_lists_bytes()] uint8, 64-byte aligned; absent where that is 0
 
   TensorView workspace;  ///< [WorkspacePlan::bytes] uint8 (or more), 64-byte aligned

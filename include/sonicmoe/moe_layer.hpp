@@ -22,7 +22,7 @@ struct MoELayerSaved {
   TensorView token_ids;        ///< [P] int32, token rounding only (P = rounded_capacity())
   TensorView expert_ids;       ///< [P] int32, token rounding only
   TensorView routing_weights;  ///< [T, K] (top-K) or [P] (token rounding) float32
-  TensorView h;                ///< [P, g*n], dtype of x; absent in inference (P = T*K for top-K)
+  TensorView h;                ///< [C, g*n], dtype of x; absent in inference (P = T*K for top-K)
   TensorView metadata;         ///< [moe_metadata_bytes()] uint8; absent in inference
 };
 
@@ -36,7 +36,8 @@ struct MoELayerForwardArgs {
 
   TensorView out;              ///< [T, d], dtype of x, unit stride in d; every element written
   TensorView logits;           ///< [T, E] float32 contiguous
-  TensorView rows_per_expert;  ///< [E] int32, after rounding
+  TensorView rows_per_expert;  ///< [E] int32, after rounding, whatever max_rows leaves out
+  TensorView rows_dropped;     ///< [1] int32 or absent: rows that max_rows left no room for
   MoELayerSaved saved;         ///< h and metadata absent in inference; the ids are always written
   TensorView workspace;  ///< [moe_layer_forward_workspace().bytes] uint8 (or more), 64-byte aligned
   std::optional<std::size_t> workspace_limit;  ///< the value given to the size query

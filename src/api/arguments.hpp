@@ -50,6 +50,7 @@ void for_each_tensor(Args& args, Visit visit) {
   visit("out", args.out, Access::kWrite);
   visit("h", args.h, Access::kWrite);
   visit("metadata", args.metadata, Access::kWrite);
+  visit("rows_dropped", args.rows_dropped, Access::kWrite);
   visit("workspace", args.workspace, Access::kWrite);
 }
 
@@ -175,6 +176,7 @@ void for_each_tensor(Args& args, Visit visit) {
   visit("out", args.out, Access::kWrite);
   visit("logits", args.logits, Access::kWrite);
   visit("rows_per_expert", args.rows_per_expert, Access::kWrite);
+  visit("rows_dropped", args.rows_dropped, Access::kWrite);
   for_each_tensor(args.saved, Access::kWrite, visit);
   visit("workspace", args.workspace, Access::kWrite);
 }

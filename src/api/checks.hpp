@@ -80,6 +80,7 @@ void check_router_options(const Check& check, const RouterOptions& options,
                           std::int64_t num_experts);
 void check_seed(const Check& check, const RoundingOptions& rounding);
 void check_expert_options(const Check& check, const ExpertOptions& options);
+void check_max_rows(const Check& check, std::optional<std::int64_t> max_rows);
 
 /// A gradient of a parameter, where there is one: its shape, and its dtype or float32 (float32
 /// alone with `accumulate`).

@@ -25,7 +25,7 @@ std::size_t under_limit(std::size_t least, std::size_t all, std::optional<std::s
 MemoryEstimate estimate_memory(const MoEShape& shape, std::optional<std::size_t> workspace_limit) {
   check_countable(Check("estimate_memory", Device{}), shape);
   const std::size_t element = size_of(shape.numerics.storage);
-  const auto rows = static_cast<std::size_t>(shape.num_pairs);
+  const auto rows = static_cast<std::size_t>(shape.row_capacity());
   const auto n = static_cast<std::size_t>(shape.intermediate_size);
   const auto d = static_cast<std::size_t>(shape.hidden_size);
   const auto h = static_cast<std::size_t>(shape.h_columns());

@@ -21,6 +21,7 @@ std::int64_t check_routing(const Check& check, const TopKRouting& r, std::int64_
   check.shape_like("topk_weights", r.topk_weights, r.topk_ids);
   check.dtype("topk_weights", r.topk_weights, {DType::kFloat32, DType::kBFloat16});
   check.contiguous("topk_weights", r.topk_weights);
+  check.that(r.first_expert >= 0, "first_expert", "at least 0", std::to_string(r.first_expert));
   return r.topk_ids.numel();
 }
 
@@ -46,6 +47,7 @@ std::int64_t check_routing(const Check& check, const PairRouting& r, std::int64_
   check.shape_like("pair_weights", r.pair_weights, r.token_ids);
   check.dtype("pair_weights", r.pair_weights, {DType::kFloat32, DType::kBFloat16});
   check.contiguous("pair_weights", r.pair_weights);
+  check.that(r.first_expert >= 0, "first_expert", "at least 0", std::to_string(r.first_expert));
   return r.token_ids.numel();
 }
 
@@ -91,6 +93,7 @@ MoEShape checked_shape(const Check& check, const ExpertOptions& options, const C
   shape.activation = options.activation;
   shape.numerics = Numerics::of(x.dtype());
   shape.deterministic = options.deterministic;
+  shape.max_rows = options.max_rows;
   check.that(shape.num_experts > 0, "w2", "at least one expert", weights.w2.describe());
   check.that(shape.hidden_size > 0, "x", "hidden_size > 0", x.describe());
   check.that(shape.intermediate_size > 0, "w2", "intermediate_size > 0", weights.w2.describe());
@@ -106,7 +109,7 @@ MoEShape checked_shape(const Check& check, const ExpertOptions& options, const C
 }
 
 void check_h(const Check& check, const MoEShape& shape, const ConstTensorView& h) {
-  check.shape("h", h, {shape.num_pairs, shape.h_columns()});
+  check.shape("h", h, {shape.row_capacity(), shape.h_columns()});
   check.dtype("h", h, {shape.numerics.storage});
   check.contiguous("h", h);
 }
@@ -150,7 +153,7 @@ void check_handed_on(const Check& check, const MoEShape& shape, const MoEBackwar
   using enum BackwardStep;
   if (args.step == kAll) return;
   const auto rows = [&](const char* name, const ConstTensorView& view, std::int64_t columns) {
-    check.shape(name, view, {shape.num_pairs, columns});
+    check.shape(name, view, {shape.row_capacity(), columns});
     check.dtype(name, view, {shape.numerics.storage});
     check.contiguous(name, view);
   };
@@ -192,6 +195,12 @@ void check_expert_options(const Check& check, const ExpertOptions& options) {
   check.enumerator("gate_up_layout", options.gate_up_layout);
   check.that(options.activation != Activation::kSwiGLUClamped || options.limit > 0.0f, "limit",
              "a positive limit", std::to_string(options.limit));
+  check_max_rows(check, options.max_rows);
+}
+
+void check_max_rows(const Check& check, std::optional<std::int64_t> max_rows) {
+  if (!max_rows) return;
+  check.that(*max_rows >= 0, "max_rows", "at least 0", std::to_string(*max_rows));
 }
 
 void check_shape(const Check& check, const MoEShape& s) {
@@ -221,7 +230,9 @@ void check_countable(const Check& check, const MoEShape& s) {
   check.between("intermediate_size", s.intermediate_size, 1, kMost);
   check.between("num_experts", s.num_experts, 1, kMost);
   check.between("num_pairs", s.num_pairs, 0, kMost);
+  check_max_rows(check, s.max_rows);
   if (s.form == MoEShape::Form::kSorted) {
+    check.that(!s.max_rows, "max_rows", "none with sorted rows", std::to_string(*s.max_rows));
     check.that(s.num_pairs == s.num_tokens, "num_pairs",
                std::to_string(s.num_tokens) + ", num_tokens of sorted rows",
                std::to_string(s.num_pairs));
@@ -276,15 +287,15 @@ MoEShape moe_shape(const ExpertOptions& options, ConstTensorView x, const Expert
 
 std::size_t moe_h_bytes(const MoEShape& shape) {
   check_countable(Check("moe_h_bytes", Device{}), shape);
-  return static_cast<std::size_t>(shape.num_pairs * shape.h_columns()) *
+  return static_cast<std::size_t>(shape.row_capacity() * shape.h_columns()) *
          size_of(shape.numerics.storage);
 }
 
 std::size_t moe_metadata_bytes(const MoEShape& shape) {
   check_countable(Check("moe_metadata_bytes", Device{}), shape);
   std::int64_t entries = shape.num_experts;
-  if (shape.form == MoEShape::Form::kTopK) entries += 3 * shape.num_pairs;
-  if (shape.form == MoEShape::Form::kPairs) entries += 4 * shape.num_pairs + shape.num_tokens + 1;
+  if (shape.form != MoEShape::Form::kSorted) entries += shape.num_pairs + 2 * shape.row_capacity();
+  if (shape.form == MoEShape::Form::kPairs) entries += shape.num_pairs + shape.num_tokens + 1;
   return static_cast<std::size_t>(entries) * sizeof(std::int32_t);
 }
 
@@ -335,6 +346,10 @@ MoEShape check_moe_forward(const Check& check, const MoEForwardArgs& args) {
   check.shape_like("out", args.out, args.x);
   check.dtype("out", args.out, {shape.numerics.storage});
   check.unit_stride("out", args.out, 1);
+  if (args.rows_dropped.defined()) {
+    check.shape("rows_dropped", args.rows_dropped, {1});
+    check.dtype("rows_dropped", args.rows_dropped, {DType::kInt32});
+  }
   const bool inference = !args.h.defined();
   check.that(inference == !args.metadata.defined(), inference ? "h" : "metadata",
              "h and metadata together, or neither", "only one of them");

@@ -61,6 +61,7 @@ MoEShape checked_shape(const Check& check, const MoELayerOptions& options, const
   shape.intermediate_size = weights.w2.size(2);
   shape.activation = options.experts.activation;
   shape.deterministic = options.experts.deterministic;
+  shape.max_rows = options.experts.max_rows;
   shape.numerics = Numerics::of(x.dtype());
   check.that(shape.hidden_size > 0, "x", "hidden_size > 0", x.describe());
   check.that(shape.num_experts > 0, "w2", "at least one expert", weights.w2.describe());
@@ -106,6 +107,8 @@ void check_planned(const Check& check, const MoELayerOptions& options, const MoE
   const std::int64_t pairs = pairs_of(check, options, shape);
   check.that(shape.num_pairs == pairs, "num_pairs", std::to_string(pairs) + " with these options",
              std::to_string(shape.num_pairs));
+  check.that(shape.max_rows == options.experts.max_rows, "max_rows", "that of these options",
+             shape.max_rows ? std::to_string(*shape.max_rows) : "none");
 }
 
 MoEShape check_layer_forward(const Check& check, const MoELayerForwardArgs& args) {

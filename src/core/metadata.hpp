@@ -1,6 +1,7 @@
 // Routing metadata on the host: which row belongs to which pair and token.
 //
-// Rows are the kept pairs sorted by expert, stably: inside an expert they keep input order.
+// Rows are the kept pairs sorted by expert, stably: inside an expert they keep input order. Of those
+// the first C = shape.row_capacity() have a row; the pairs of the others are dropped, too.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +13,12 @@ namespace sonicmoe {
 /// Views into the metadata buffer. All entries int32.
 struct Metadata {
   std::int32_t* offsets = nullptr;    ///< [E] cumulative ends
-  std::int32_t* row_token = nullptr;  ///< [P] token of a row; null for sorted rows (row = token)
-  std::int32_t* row_pair = nullptr;   ///< [P] input position of a row; null for sorted rows
+  std::int32_t* row_token = nullptr;  ///< [C] token of a row; null for sorted rows (row = token)
+  std::int32_t* row_pair = nullptr;   ///< [C] input position of a row; null for sorted rows
   std::int32_t* pair_row = nullptr;   ///< [P] row of a pair, -1 when dropped; null for sorted rows
   std::int32_t* token_start = nullptr;  ///< [T+1] pair lists only: rows of token t are
-  std::int32_t* token_rows = nullptr;   ///< [P]   token_rows[token_start[t] .. token_start[t+1])
+  std::int32_t* token_rows = nullptr;   ///< [P]   token_rows[token_start[t] .. token_start[t+1]),
+                                        ///< -1 in place of one beyond C
 
   std::int64_t num_experts = 0;
   std::int64_t num_rows() const { return num_experts == 0 ? 0 : offsets[num_experts - 1]; }
@@ -31,8 +33,12 @@ struct Metadata {
 Metadata metadata_view(const MoEShape& shape, void* buffer);
 
 /// Fills them from the caller's routing, one pass per array, sequentially: P integer operations.
+/// Returns the number of pairs that would have had a row beyond C.
 /// Throws Error for sorted offsets that decrease, are negative or exceed P.
-void build_metadata(const MoEShape& shape, const Routing& routing, const Metadata& metadata);
+std::int64_t build_metadata(const MoEShape& shape, const Routing& routing, const Metadata& metadata);
+
+/// Writes it into rows_dropped [1] int32, where that is present.
+void store_rows_dropped(const TensorView& rows_dropped, std::int64_t count);
 
 /// Throws Error unless `metadata` could have come from build_metadata() of this shape: every index
 /// in its range, each row listed once. Backward follows them without looking again, and on several
@@ -55,7 +61,7 @@ void for_rows_of_token(const MoEShape& shape, const Metadata& m, std::int64_t t,
     }
     case MoEShape::Form::kPairs:
       for (std::int32_t i = m.token_start[t]; i < m.token_start[t + 1]; ++i) {
-        visit(static_cast<std::int64_t>(m.token_rows[i]));
+        if (m.token_rows[i] >= 0) visit(static_cast<std::int64_t>(m.token_rows[i]));
       }
       return;
   }

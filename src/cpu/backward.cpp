@@ -83,15 +83,15 @@ Buffers<Storage, Compute> carve(WorkspaceCarver& carver, int threads, const MoES
                                 std::int64_t slab, BackwardStep step) {
   Buffers<Storage, Compute> b{};
   const bool all = step == BackwardStep::kAll, input = does(step, BackwardStep::kInput);
-  const auto pairs = static_cast<std::size_t>(shape.num_pairs);
+  const auto rows = static_cast<std::size_t>(shape.row_capacity());
   if (input || does(step, BackwardStep::kHidden)) {
     b.blocks = carver.take<RowBlock>(
-        static_cast<std::size_t>(max_row_blocks<Compute>(shape.num_pairs, shape.num_experts)));
+        static_cast<std::size_t>(max_row_blocks<Compute>(shape.row_capacity(), shape.num_experts)));
   }
-  if (all) b.dh = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.h_columns()));
+  if (all) b.dh = carver.take<Storage>(rows * static_cast<std::size_t>(shape.h_columns()));
   if (input) {
     const std::int64_t columns = all ? std::max(shape.intermediate_size, slab) : slab;
-    b.a = b.dx = carver.take<Storage>(pairs * static_cast<std::size_t>(columns));
+    b.a = b.dx = carver.take<Storage>(rows * static_cast<std::size_t>(columns));
     b.sums = carver.take<float>(static_cast<std::size_t>(threads) * kTokenBlock *
                                 static_cast<std::size_t>(slab));
   }

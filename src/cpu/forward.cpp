@@ -53,12 +53,12 @@ template <class Storage, class Compute>
 Buffers<Storage, Compute> carve(WorkspaceCarver& carver, int threads, const MoEShape& shape,
                                 bool inference, std::int64_t slab) {
   Buffers<Storage, Compute> b;
-  const auto pairs = static_cast<std::size_t>(shape.num_pairs);
+  const auto rows = static_cast<std::size_t>(shape.row_capacity());
   b.blocks = carver.take<RowBlock>(
-      static_cast<std::size_t>(max_row_blocks<Compute>(shape.num_pairs, shape.num_experts)));
+      static_cast<std::size_t>(max_row_blocks<Compute>(shape.row_capacity(), shape.num_experts)));
   b.metadata = inference ? carver.take_bytes(moe_metadata_bytes(shape)) : nullptr;
-  b.a = carver.take<Storage>(pairs * static_cast<std::size_t>(shape.intermediate_size));
-  b.y = carver.take<Storage>(pairs * static_cast<std::size_t>(slab));
+  b.a = carver.take<Storage>(rows * static_cast<std::size_t>(shape.intermediate_size));
+  b.y = carver.take<Storage>(rows * static_cast<std::size_t>(slab));
   b.sums = carver.take<float>(static_cast<std::size_t>(threads) * kTokenBlock *
                               static_cast<std::size_t>(slab));
   WorkspaceCarver one;
@@ -85,7 +85,7 @@ class Forward {
   }
 
   void run() {
-    build_metadata(shape_, args_.routing, metadata_);
+    store_rows_dropped(args_.rows_dropped, build_metadata(shape_, args_.routing, metadata_));
     const std::int64_t blocks = make_row_blocks<Compute>(metadata_, buffers_.blocks);
     parallel_for(threads_, blocks, [&](std::int64_t i, int t) { up(buffers_.blocks[i], t); });
     for (std::int64_t c = 0; c < shape_.hidden_size; c += slab_) {

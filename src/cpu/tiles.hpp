@@ -35,10 +35,10 @@ struct Tile {
 /// Blocks have a multiple of this many rows except an expert's last, so that few shapes occur.
 inline constexpr std::int64_t kRowQuantum = 16;
 
-/// Upper bound on the number of blocks of P rows over E experts.
+/// Upper bound on the number of blocks of at most `num_rows` rows over E experts.
 template <class Compute>
-std::int64_t max_row_blocks(std::int64_t num_pairs, std::int64_t num_experts) {
-  return num_pairs / Tile<Compute>::kRows + std::min(num_pairs, num_experts);
+std::int64_t max_row_blocks(std::int64_t num_rows, std::int64_t num_experts) {
+  return num_rows / Tile<Compute>::kRows + std::min(num_rows, num_experts);
 }
 
 /// Splits each expert's rows into blocks of nearly equal size and orders them largest first, so

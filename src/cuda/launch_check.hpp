@@ -25,7 +25,8 @@ inline void check_launch(cudaError_t status, const std::string& what, const MoES
       status, what,
       " (T=" + std::to_string(shape.num_tokens) + ", d=" + std::to_string(shape.hidden_size) +
           ", n=" + std::to_string(shape.intermediate_size) + ", E=" +
-          std::to_string(shape.num_experts) + ", P=" + std::to_string(shape.num_pairs) + ")");
+          std::to_string(shape.num_experts) + ", P=" + std::to_string(shape.num_pairs) +
+          ", C=" + std::to_string(shape.row_capacity()) + ")");
 }
 
 }  // namespace sonicmoe::cuda

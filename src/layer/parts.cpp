@@ -121,6 +121,7 @@ MoEForwardArgs expert_args(const MoELayerForwardArgs& args) {
           .out = args.out,
           .h = args.saved.h,
           .metadata = args.saved.metadata,
+          .rows_dropped = args.rows_dropped,
           .workspace = {},
           .workspace_limit = {}};
 }

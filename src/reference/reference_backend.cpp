@@ -149,7 +149,9 @@ class ReferenceBackend final : public ComposedBackend {
     const MoEShape& shape = plan.shape;
     std::vector<std::int32_t> own(moe_metadata_bytes(shape) / sizeof(std::int32_t) + 1);
     void* metadata = args.metadata.defined() ? args.metadata.data() : own.data();
-    build_metadata(shape, args.routing, metadata_view(shape, metadata));  // checks offsets, too
+    // Checks offsets, too.
+    store_rows_dropped(args.rows_dropped,
+                       build_metadata(shape, args.routing, metadata_view(shape, metadata)));
     // H is rounded as if stored in inference too: the same bits with and without it.
     const oracle::ForwardResult result = oracle::forward(
         {args.options, args.x, args.weights, args.routing}, oracle::Storage::kHidden);

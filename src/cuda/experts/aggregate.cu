@@ -31,6 +31,7 @@ struct Sources {
   int num_tokens, columns, top_k;  // top_k 0: pair list
   int chunks;                      // warps that share a token's columns
   bool vector_out;                 // out rows start at multiples of 16 bytes
+  TokenOrder order;
 
   __device__ float weight(std::int64_t pair) const {
     if (weights == nullptr) return 1.0f;
@@ -52,7 +53,7 @@ __device__ Slots slots_of_token(const Sources& s, const Metadata& m, int t, int 
     const int start = m.token_start[t], count = m.token_start[t + 1] - start;
     if (i >= count) return {count, -1, 0.0f};
     const int row = m.token_rows[start + i];
-    return {count, row, s.weight(m.row_pair[row])};
+    return {count, row, row < 0 ? 0.0f : s.weight(m.row_pair[row])};
   } else {
     if (i >= s.top_k) return {s.top_k, -1, 0.0f};
     const std::int64_t pair = std::int64_t{t} * s.top_k + i;
@@ -108,11 +109,44 @@ __device__ void add_rows(const Sources& s, const Slots& slots, unsigned present,
   }
 }
 
+// Adds the slots of `present` alone, kRows at a time.
+template <int kRows, int kVectors>
+__device__ void add_present(const Sources& s, const Slots& slots, unsigned present,
+                            Columns<kVectors>& columns) {
+  int last = 0;
+#pragma unroll 1
+  while (present != 0) {
+    uint4 values[kRows][kVectors];
+    float weights[kRows];
+    int valid = 0;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {  // past the last slot it is fetched again
+      if (present != 0) last = __ffs(present) - 1, valid = j + 1;
+      present &= present - 1;
+      const bf16* row = s.rows + std::int64_t{__shfl_sync(~0u, slots.at, last)} * s.rows_ld;
+      weights[j] = __shfl_sync(~0u, slots.weight, last);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        values[j][v] = ptx::load_global_nc_v4(row + columns.readable(s, v));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      if (j >= valid) continue;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) add_vector(columns.sum[v], values[j][v], weights[j]);
+    }
+  }
+}
+
 // Adds 32 slots, of which `count` are the token's.
 template <int kRows, int kVectors>
 __device__ void add_slots(const Sources& s, Slots slots, int count, Columns<kVectors>& columns) {
   const unsigned present = __ballot_sync(~0u, slots.at >= 0);
   if (present == 0) return;
+  if constexpr (kRows > 2) {  // few of many: what is absent would cost loads
+    if (2 * __popc(present) <= count) return add_present<2>(s, slots, present, columns);
+  }
   const int any = __shfl_sync(~0u, slots.at, __ffs(present) - 1);
   if (slots.at < 0) slots.at = any;
 #pragma unroll 1
@@ -151,8 +185,12 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kRows, kVectors))
     aggregate_kernel(Sources s, Metadata m) {
   const int lane = threadIdx.x % 32;
   const unsigned warp = blockIdx.x * kWarps + threadIdx.x / 32;
-  const int t = static_cast<int>(warp / s.chunks);
+  int t = static_cast<int>(warp / s.chunks);
   if (t >= s.num_tokens) return;
+  if (s.order.tokens != nullptr) {
+    if (t >= *s.order.num_tokens && (s.add_to_out || !s.order.zero_absent)) return;
+    t = s.order.tokens[t];
+  }
   Columns<kVectors> columns(static_cast<int>(warp % s.chunks), lane);
   bf16* out = s.out + t * s.out_ld;
   if (s.add_to_out) {  // one more row, the last
@@ -184,8 +222,12 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kRows, kVectors))
 template <int kRows, int kVectors, bool kLists>
 void launch_aggregate(cudaStream_t stream, const MoEShape& shape, Sources s, const Metadata& m) {
   s.chunks = static_cast<int>(ceil_div(s.columns, kSpan * kVectors));
+  const bool listed = s.order.tokens != nullptr && (s.add_to_out || !s.order.zero_absent);
+  const std::int64_t visited =
+      listed ? std::min(shape.num_tokens, shape.row_capacity()) : shape.num_tokens;
+  if (visited == 0) return;
   aggregate_kernel<kRows, kVectors, kLists>
-      <<<grid_of(std::int64_t{s.num_tokens} * s.chunks, kWarps), kThreads, 0, stream>>>(s, m);
+      <<<grid_of(visited * s.chunks, kWarps), kThreads, 0, stream>>>(s, m);
   check_launch(cudaGetLastError(), "aggregate", shape);
 }
 
@@ -311,9 +353,13 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
                 ? static_cast<int>(shape.num_pairs / shape.num_tokens)
                 : 0;
   s.vector_out = args.out.has_aligned_rows();
+  s.order = args.tokens;
   constexpr int kMostRows = 8;  // in flight: all up to 8, else equal parts
   if (s.top_k == 0) return launch_aggregate<4, 1, true>(stream, shape, s, metadata);
-  switch (ceil_div(s.top_k, ceil_div(s.top_k, kMostRows))) {
+  // Twice the mean where rows are bounded.
+  const auto rows = static_cast<int>(std::clamp<std::int64_t>(
+      ceil_div(2 * shape.row_capacity(), shape.num_tokens), 1, s.top_k));
+  switch (ceil_div(rows, ceil_div(rows, kMostRows))) {
     case 1:
       return launch_top_k<1>(stream, shape, s, metadata);
     case 2:

@@ -8,17 +8,26 @@
 
 namespace sonicmoe::cuda {
 
+/// Which tokens to visit.
+struct TokenOrder {
+  const std::int32_t* tokens = nullptr;      ///< [T] as RowTables::tokens, or null: all, by number
+  const std::int32_t* num_tokens = nullptr;  ///< [1] how many of them, from the front, have rows
+  /// false: out of a token without rows may stay as it is.
+  bool zero_absent = true;
+};
+
 /// out[t, c] = sum over the rows of t, in input order, of weight * rows[row, c]  (+ out[t, c]),
 /// float32 sum, one rounding, for `columns` columns. bfloat16.
 /// `rows` is in row order: the K rows of a token lie apart. (In token order the down projection
 /// would have to scatter them, which measured slower than gathering them here.)
 struct AggregateArgs {
-  const void* rows = nullptr;  ///< [P, rows_ld], 16-byte aligned
+  const void* rows = nullptr;  ///< [C, rows_ld], 16-byte aligned
   std::int64_t rows_ld = 0;    ///< a multiple of 8
   ConstTensorView weights;     ///< by pair, float32|bfloat16, or absent for 1
   Matrix out;                  ///< [T, *], at the slab's first column
   bool add_to_out = false;     ///< what is there counts as one more row, the last
   std::int64_t columns = 0;
+  TokenOrder tokens;
 };
 void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metadata,
                const AggregateArgs& args);

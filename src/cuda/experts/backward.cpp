@@ -12,16 +12,16 @@ BackwardSteps::Buffers BackwardSteps::carve(WorkspaceCarver& carver, const MoESh
   const std::int64_t parts = ceil_div(shape.intermediate_size, kLeastPartialColumns);
   if (all) {
     b.tables = carve_row_tables(carver, shape);
-    b.grad_h = carver.take_bytes(elements(shape.num_pairs, shape.h_columns()) * kElementBytes);
+    b.grad_h = carver.take_bytes(elements(shape.row_capacity(), shape.h_columns()) * kElementBytes);
   }
   if (does(step, BackwardStep::kInput)) {
     const std::int64_t stored = stores_rows(shape) ? slab : 0;
     const std::int64_t columns = all ? std::max(shape.intermediate_size, stored) : stored;
-    b.dx_rows = carver.take_bytes(elements(shape.num_pairs, columns) * kElementBytes);
+    b.dx_rows = carver.take_bytes(elements(shape.row_capacity(), columns) * kElementBytes);
     b.scaled_a = b.dx_rows;
   }
   if (does(step, BackwardStep::kHidden)) {
-    b.partial = carver.take<float>(elements(shape.num_pairs, parts));
+    b.partial = carver.take<float>(elements(shape.row_capacity(), parts));
   }
   return b;
 }
@@ -52,7 +52,7 @@ void check_hidden(const Check& check, const MoEShape& shape, const MoEBackwardAr
                          .h = args.h.data(),
                          .grad_h = args.grad_h.data(),
                          .scaled_a = args.scaled_a.data()};
-  const ProductCall call{.num_tokens = shape.num_tokens, .num_rows = shape.num_pairs};
+  const ProductCall call{.num_tokens = shape.num_tokens, .num_rows = shape.row_capacity()};
   check.refuse(products_of(check.device().index).reason_against(call, grad_h));
 }
 
@@ -60,7 +60,7 @@ void check_hidden(const Check& check, const MoEShape& shape, const MoEBackwardAr
 
 void check_backward(const Check& check, const MoEShape& shape, const MoEBackwardArgs& args) {
   const Products& products = products_of(check.device().index);
-  const ProductCall call{.num_tokens = shape.num_tokens, .num_rows = shape.num_pairs};
+  const ProductCall call{.num_tokens = shape.num_tokens, .num_rows = shape.row_capacity()};
   if (does(args.step, BackwardStep::kHidden)) check_hidden(check, shape, args);
   if (args.grad_w2.defined()) {
     const WeightGradientArgs product{
@@ -158,7 +158,8 @@ void BackwardSteps::grad_x(std::int64_t first, std::int64_t columns, bool add) {
                .weights = {},
                .out = out,
                .add_to_out = add,
-               .columns = columns});
+               .columns = columns,
+               .tokens = token_order(buffers_.tables, args_.options)});
   }
 }
 

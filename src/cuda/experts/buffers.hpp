@@ -33,7 +33,7 @@ inline bool adds_rows(const MoEShape& shape) {
 inline ProductCall product_call(const Context& context, const MoEShape& shape,
                                 const RowLists& rows = {}) {
   return {.num_tokens = shape.num_tokens,
-          .num_rows = shape.num_pairs,
+          .num_rows = shape.row_capacity(),
           .rows = rows,
           .stream = static_cast<cudaStream_t>(context.stream.handle),
           .device = context.device.index,
@@ -42,6 +42,10 @@ inline ProductCall product_call(const Context& context, const MoEShape& shape,
 
 inline HiddenFunction hidden_function(const MoEShape& shape, const ExpertOptions& options) {
   return {shape.activation, options.gate_up_layout, options.limit};
+}
+
+inline TokenOrder token_order(const RowTables& tables, const ExpertOptions& options) {
+  return {tables.tokens, tables.num_tokens, options.zero_absent_tokens};
 }
 
 inline Matrix matrix(const ConstTensorView& view) {

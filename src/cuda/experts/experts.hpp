@@ -46,10 +46,10 @@ class BackwardSteps {
  private:
   struct Buffers {
     RowTables tables;
-    void* grad_h;    // [P, g*n]
-    void* scaled_a;  // [P, n], needed until dW2 is done
-    float* partial;  // [P, ceil(n / 128)]
-    void* dx_rows;   // [P, slab] dX~, in kAll in the place of A', where stores_rows()
+    void* grad_h;    // [C, g*n]
+    void* scaled_a;  // [C, n], needed until dW2 is done
+    float* partial;  // [C, ceil(n / 128)]
+    void* dx_rows;   // [C, slab] dX~, in kAll in the place of A', where stores_rows()
   };
   // What the workspace of a step holds.
   static Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab,

@@ -11,8 +11,8 @@ struct Buffers {
   MetadataScratch scratch;
   RowTables tables;
   void* metadata;  // inference only; otherwise the caller keeps it
-  void* a;         // [P, n]
-  void* y;         // [P, slab], where stores_rows()
+  void* a;         // [C, n]
+  void* y;         // [C, slab], where stores_rows()
 };
 
 Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, bool inference, std::int64_t slab) {
@@ -20,9 +20,9 @@ Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, bool inference, st
   b.scratch = carve_metadata_scratch(carver, shape);
   b.tables = carve_row_tables(carver, shape);
   b.metadata = inference ? carver.take_bytes(moe_metadata_bytes(shape)) : nullptr;
-  b.a = carver.take_bytes(elements(shape.num_pairs, shape.intermediate_size) * kElementBytes);
+  b.a = carver.take_bytes(elements(shape.row_capacity(), shape.intermediate_size) * kElementBytes);
   if (stores_rows(shape)) {
-    b.y = carver.take_bytes(elements(shape.num_pairs, slab) * kElementBytes);
+    b.y = carver.take_bytes(elements(shape.row_capacity(), slab) * kElementBytes);
   }
   return b;
 }
@@ -39,7 +39,7 @@ ExpertPlan plan_forward(const MoEShape& shape, bool inference, std::optional<std
 
 void check_forward(const Check& check, const MoEShape& shape, const MoEForwardArgs& args) {
   const Products& products = products_of(check.device().index);
-  const ProductCall call{.num_tokens = shape.num_tokens, .num_rows = shape.num_pairs};
+  const ProductCall call{.num_tokens = shape.num_tokens, .num_rows = shape.row_capacity()};
   const Matrix out = stores_rows(shape) ? Matrix{nullptr, shape.hidden_size} : matrix(args.out);
   const ExpertWeights& w = args.weights;
   const UpArgs up{.x = matrix(args.x),
@@ -65,7 +65,8 @@ void forward(const Context& context, const ExpertPlan& plan, const MoEForwardArg
   const ProductCall call = product_call(context, shape, row_lists(m, b.tables));
   {
     const Range range("row_lists");
-    build_metadata(call.stream, shape, args.routing, m, b.scratch, b.tables);
+    build_metadata(call.stream, shape, args.routing, m, b.scratch, b.tables,
+                   args.rows_dropped.as<std::int32_t>());
   }
   run(call, "up",
       UpArgs{matrix(args.x), args.weights.w1, args.weights.b1, hidden_function(shape, args.options),
@@ -87,7 +88,12 @@ void forward(const Context& context, const ExpertPlan& plan, const MoEForwardArg
       const Range range("aggregate");
       aggregate(
           call.stream, shape, m,
-          {.rows = b.y, .rows_ld = columns, .weights = weights, .out = out, .columns = columns});
+          {.rows = b.y,
+           .rows_ld = columns,
+           .weights = weights,
+           .out = out,
+           .columns = columns,
+           .tokens = token_order(b.tables, args.options)});
     }
   });
 }

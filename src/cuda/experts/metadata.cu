@@ -146,11 +146,11 @@ __global__ void __launch_bounds__(kScanThreads, 1)
 
 // Gives every pair of a block its row. Warp w owns kPairsPerWarp consecutive pairs: the warps'
 // counts are summed in order, then each warp ranks its pairs 32 at a time. `block_starts` [E]: the
-// block's first row inside an expert. Shared: starts [E + 1], then the next row of each warp's
+// block's first row inside an expert. Rows from `capacity` on do not exist. Shared: starts [E + 1], then the next row of each warp's
 // experts [kWarps, E].
-__device__ void place_block(const PairSource& source, std::int64_t num_pairs, std::int64_t block,
-                            const std::int32_t* block_starts, const std::int32_t* starts,
-                            std::int32_t* next, const Metadata& m, const TokenLists& lists,
+__device__ void place_block(const PairSource& source, std::int64_t num_pairs, std::int32_t capacity,
+                            std::int64_t block, const std::int32_t* block_starts,
+                            const std::int32_t* starts, std::int32_t* next, const Metadata& m, const TokenLists& lists,
                             float* row_weight) {
   constexpr int kSteps = kPairsPerWarp / 32;
   const int E = source.num_experts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -189,7 +189,8 @@ __device__ void place_block(const PairSource& source, std::int64_t num_pairs, st
     const int e = experts[i];
     const unsigned same = __match_any_sync(~0u, e);
     const int rank = __popc(same & ((1u << lane) - 1));
-    const std::int32_t row = e >= 0 ? mine[e] + rank : -1;
+    std::int32_t row = e >= 0 ? mine[e] + rank : -1;
+    if (row >= capacity) row = -1;
     __syncwarp();
     if (e >= 0 && rank == 0) mine[e] += __popc(same);
     __syncwarp();
@@ -199,20 +200,20 @@ __device__ void place_block(const PairSource& source, std::int64_t num_pairs, st
       m.row_token[row] = tokens[i];
       m.row_pair[row] = static_cast<std::int32_t>(pair);
       if (row_weight != nullptr) row_weight[row] = source.weight(pair);
-      if (lists.arrived != nullptr) lists.arrived[places[i]] = static_cast<std::int32_t>(pair);
     }
-    if (pair >= starts[E]) {  // defined past the last row
-      m.row_token[pair] = m.row_pair[pair] = -1;
-      if (lists.arrived != nullptr) m.token_rows[pair] = -1;
-    }
+    if (pair >= starts[E] && pair < capacity) m.row_token[pair] = m.row_pair[pair] = -1;
+    if (lists.arrived == nullptr) continue;
+    if (e >= 0) lists.arrived[places[i]] = static_cast<std::int32_t>(pair);
+    if (pair >= lists.start[lists.num_tokens]) m.token_rows[pair] = -1;
   }
 }
 
 // The first CTAs write offsets and tables, kTableExperts experts each; then one CTA per block of
 // pairs places it. `block_starts` [blocks, E] from scan_blocks().
 __global__ void __launch_bounds__(kThreads, 1)
-    place_pairs(PairSource source, std::int64_t num_pairs, const std::int32_t* block_starts,
-                const std::int32_t* totals, Metadata m, RowTables tables, TokenLists lists) {
+    place_pairs(PairSource source, std::int64_t num_pairs, std::int32_t capacity,
+                const std::int32_t* block_starts, const std::int32_t* totals, Metadata m,
+                RowTables tables, TokenLists lists, std::int32_t* rows_dropped) {
   extern __shared__ std::int32_t shared[];
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
@@ -220,13 +221,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto count = [totals](int e) { return totals[e]; };
   if (block < 0) {
     const int first = blockIdx.x * kTableExperts;
-    write_tables(first, E, count, shared, tables);
+    write_tables(first, E, count, capacity, shared, tables, rows_dropped);
     const int e = first + threadIdx.x;
     if (threadIdx.x < kTableExperts && e < E) m.offsets[e] = shared[e + 1];
     return;
   }
-  scan_experts(E, count, shared);
-  place_block(source, num_pairs, block, block_starts + std::int64_t{block} * E, shared,
+  scan_experts(E, count, capacity, shared);
+  place_block(source, num_pairs, capacity, block, block_starts + std::int64_t{block} * E, shared,
               shared + E + 1, m, lists, tables.row_weight);
 }
 
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kThreads)
     order_pairs(PairSource source, TokenLists lists, Metadata m) {
   ptx::grid_dependency_wait();
   const std::int64_t place = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (place >= m.offsets[m.num_experts - 1]) return;
+  if (place >= lists.start[lists.num_tokens]) return;
   const std::int32_t pair = lists.arrived[place];
   const std::int64_t t = source.token(pair);
   const std::int32_t first = lists.start[t], end = lists.start[t + 1];
@@ -253,11 +254,13 @@ PairSource pair_source(const MoEShape& shape, const Routing& routing) {
   s.num_experts = static_cast<int>(shape.num_experts);
   if (const auto* topk = std::get_if<TopKRouting>(&routing)) {
     s.expert_ids = topk->topk_ids.data();
+    s.first_expert = topk->first_expert;
     s.wide = topk->topk_ids.dtype() == DType::kInt64;
     s.top_k = shape.num_tokens == 0 ? 1 : static_cast<int>(shape.num_pairs / shape.num_tokens);
   } else {
     const auto& pairs = std::get<PairRouting>(routing);
     s.expert_ids = pairs.expert_ids.data();
+    s.first_expert = pairs.first_expert;
     s.token_ids = pairs.token_ids.data();
     s.wide = pairs.expert_ids.dtype() == DType::kInt64;
   }
@@ -289,13 +292,17 @@ MetadataScratch carve_metadata_scratch(WorkspaceCarver& carver, const MoEShape& 
 }
 
 void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
-                    const Metadata& m, const MetadataScratch& scratch, const RowTables& tables) {
+                    const Metadata& m, const MetadataScratch& scratch, const RowTables& tables,
+                    std::int32_t* rows_dropped) {
   const int E = static_cast<int>(shape.num_experts);
   if (shape.form == MoEShape::Form::kSorted) {
     clamp_offsets<<<1, kScanThreads, 0, stream>>>(
         std::get<SortedRouting>(routing).offsets.as<std::int32_t>(), m.offsets, E,
         static_cast<std::int32_t>(shape.num_pairs));
     check_launch(cudaGetLastError(), "metadata", shape);
+    if (rows_dropped != nullptr) {
+      check_launch(cudaMemsetAsync(rows_dropped, 0, sizeof(std::int32_t), stream), "metadata", shape);
+    }
     return build_row_tables(stream, shape, routing, m, tables);
   }
   const PairSource source = pair_source(shape, routing);
@@ -328,13 +335,16 @@ void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& r
                "metadata", shape);
   check_launch(launch_dependent(place_pairs, static_cast<unsigned>(table_blocks(E)) + blocks,
                                 kThreads, shared, stream, source, shape.num_pairs,
-                                scratch.expert_counts, scratch.expert_totals, m, tables, lists),
+                                static_cast<std::int32_t>(shape.row_capacity()),
+                                scratch.expert_counts, scratch.expert_totals, m, tables, lists,
+                                rows_dropped),
                "metadata", shape);
   if (is_list && shape.num_pairs > 0) {
     const auto grid = static_cast<unsigned>(ceil_div(shape.num_pairs, kThreads));
     check_launch(launch_dependent(order_pairs, grid, kThreads, 0, stream, source, lists, m),
                  "metadata", shape);
   }
+  list_tokens(stream, shape, m, tables);
 }
 
 }  // namespace sonicmoe::cuda

@@ -24,19 +24,27 @@ struct RowTables {
   int4* experts = nullptr;            ///< [E]
   std::int32_t* num_tiles = nullptr;  ///< [1]
   std::uint32_t* claims = nullptr;    ///< [2] cleared
-  float* row_weight = nullptr;        ///< [P]; the caller clears it where there is no use for it
+  float* row_weight = nullptr;        ///< [C]; the caller clears it where there is no use for it
+  /// Where lists_tokens(): [T] tokens with rows, then from the end those without, both in any order;
+  /// [2] how many.
+  std::int32_t* tokens = nullptr;
+  std::int32_t* num_tokens = nullptr;
 };
+/// Whether few of the tokens may have rows, so that sums look for those first.
+inline bool lists_tokens(const MoEShape& shape) {
+  return shape.deterministic && shape.row_capacity() < shape.num_pairs;
+}
 RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape);
 
 /// Fills `metadata` (device memory) from the caller's routing: the same entries as the host's
 /// build_metadata(), places past the last row -1. Offsets of sorted rows are clamped to
 /// non-decreasing ends within 0..P. Deterministic: counts and ranks, also of the pairs that a list
 /// gives to one token: they are collected as they come, then ranked. Fills `tables` too,
-/// row_weight where it is not null.
+/// row_weight where it is not null, and rows_dropped [1] where it is not null.
 /// Limit: 36 bytes of a CTA's shared memory an expert (6446 experts); more are refused.
 void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& routing,
                     const Metadata& metadata, const MetadataScratch& scratch,
-                    const RowTables& tables);
+                    const RowTables& tables, std::int32_t* rows_dropped);
 
 /// Fills `tables` from metadata.offsets and the routing weights: for a backward pass, which has the
 /// metadata.

@@ -16,6 +16,7 @@ struct PairSource {
   bool weights_are_bf16;
   int top_k;
   std::int64_t num_tokens;
+  std::int64_t first_expert;  // id of expert 0
   int num_experts;
 
   __device__ static std::int64_t id_at(const void* ids, bool wide, std::int64_t i) {
@@ -36,8 +37,8 @@ struct PairSource {
     return t >= 0 && t < num_tokens;
   }
   __device__ int expert(std::int64_t pair) const {
-    const std::int64_t e = id_at(expert_ids, wide, pair);
-    return e >= 0 && e < num_experts && has_token(pair) ? static_cast<int>(e) : -1;
+    const std::int64_t id = id_at(expert_ids, wide, pair), e = id - first_expert;
+    return id >= first_expert && e < num_experts && has_token(pair) ? static_cast<int>(e) : -1;
   }
 };
 
@@ -45,7 +46,7 @@ struct PairSource {
 struct TokenLists {
   std::int32_t* counts;   // [T + 1, whole int4] cleared; null for top-K routing, as are all
   std::int32_t* start;    // [T + 1] Metadata::token_start
-  std::int32_t* arrived;  // [P] kept pairs by token, those of a token in any order
+  std::int32_t* arrived;  // [P] pairs by token, those of a token in any order
   std::int32_t* arrival;  // [P] how many of its token's pairs came before a pair
   std::int64_t num_tokens;
 };

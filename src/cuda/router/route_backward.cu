@@ -158,7 +158,7 @@ struct SlotGradients {
 struct PairGradients {
   const std::int32_t* token_start;  // [T + 1]
   const std::int32_t* token_rows;   // [P]
-  const std::int32_t* row_pair;     // [P]
+  const std::int32_t* row_pair;     // [C]
   const std::int32_t* expert_ids;   // [P]
 
   // `row` [E] in shared memory, zeros.
@@ -167,7 +167,9 @@ struct PairGradients {
     const int first = token_start[t], end = token_start[t + 1];
     const Slot slot = slot_of<std::int32_t>(b, t, lane);
     for (int i = first + lane; i < end; i += 32) {
-      const std::int32_t pair = row_pair[token_rows[i]];
+      const std::int32_t place = token_rows[i];
+      if (place < 0) continue;  // beyond max_rows
+      const std::int32_t pair = row_pair[place];
       row[expert_ids[pair]] = b.grad_weights[pair];
     }
     __syncwarp();
