@@ -12,6 +12,7 @@ from sonicmoe_cpp.options import (
     ExpertOptions,
     LayerOptions,
     RoundingOptions,
+    RoutedExpertOptions,
     RouterOptions,
     joined,
 )
@@ -19,7 +20,7 @@ from torch.library import opcheck
 
 ops = torch.ops.sonicmoe_cpp
 T, D, N, E, K = 32, 16, 8, 4, 2
-EXPERT_OPTIONS = ExpertOptions().pack()
+EXPERT_OPTIONS = RoutedExpertOptions().pack()
 ROUTER_OPTIONS = RouterOptions(top_k=K, renormalize=True).pack()
 
 
@@ -79,7 +80,7 @@ def test_opcheck_moe(form):
     opcheck(ops.moe_forward, (*moe_args(form, True), *EXPERT_OPTIONS, True))
     args = moe_args(form, False)
     opcheck(ops.moe_forward, (*args, *EXPERT_OPTIONS, False))
-    _, h, metadata = ops.moe_forward(*args, *EXPERT_OPTIONS, True)
+    _, h, metadata, _ = ops.moe_forward(*args, *EXPERT_OPTIONS, True)
     for needs in ((True,) * 6, (False, True, False, True, False, False)):
         opcheck(ops.moe_backward, backward_args(torch.randn(T, D), args, h, metadata, needs))
     for name, given in step_args(torch.randn(T, D), args, h, metadata).items():
@@ -98,7 +99,7 @@ def layer_args(rounding, grad):
 def layer_backward_args(rounding):
     """Of moe_layer_backward, without main_grads; and a buffer for every parameter."""
     given, options = layer_args(rounding, False)
-    _, logits, _, *saved = ops.moe_layer_forward(*given, None, *options, True)
+    _, logits, _, *saved, _ = ops.moe_layer_forward(*given, None, *options, True)
     x, *parameters, _ = given
     needs = [True, *(p is not None for p in parameters)]
     main = [torch.zeros(p.shape) for p in parameters if p is not None]
@@ -366,7 +367,7 @@ def test_fakes_cover_every_operator_with_meta_tensors():
 def operator_calls():
     """Every operator with legal arguments."""
     plain = moe_args(0, False)
-    _, h, metadata = ops.moe_forward(*plain, *EXPERT_OPTIONS, True)
+    _, h, metadata, _ = ops.moe_forward(*plain, *EXPERT_OPTIONS, True)
     given, options = layer_args(True, False)
     layer, main = layer_backward_args(True)
     logits, seed, bias = torch.randn(T, E), torch.tensor([1]), torch.randn(E)

@@ -6,7 +6,7 @@ import threading
 import pytest
 import sonicmoe_cpp as sm
 import torch
-from sonicmoe_cpp.options import ExpertOptions
+from sonicmoe_cpp.options import RoutedExpertOptions
 
 CUDA = next((b for b in sm.backends() if b.name == "cuda"), None)
 pytestmark = pytest.mark.skipif(
@@ -113,10 +113,10 @@ def test_one_argument_elsewhere_is_refused(name, argument, elsewhere):
 def test_backward_operators_compare_devices(argument):
     ops = torch.ops.sonicmoe_cpp
     t = {key: tensor.cuda() for key, tensor in (experts() | slots()).items()}
-    codes = ExpertOptions().pack()
+    codes = RoutedExpertOptions().pack()
     routing = (0, t["topk_ids"], None, t["topk_weights"])
     weights = (t["w1"], t["b1"], t["w2"], t["b2"])
-    y, h, metadata = ops.moe_forward(t["x"], *weights, *routing, *codes, True)
+    y, h, metadata, _ = ops.moe_forward(t["x"], *weights, *routing, *codes, True)
     given = {
         "grad_out": y, "x": t["x"], "w1": t["w1"], "b1": t["b1"], "w2": t["w2"], "b2": t["b2"],
         "form": 0, "ids": t["topk_ids"], "token_ids": None, "weights": t["topk_weights"],

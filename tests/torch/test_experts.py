@@ -4,7 +4,7 @@ import eager
 import pytest
 import sonicmoe_cpp as sm
 import torch
-from sonicmoe_cpp.options import ExpertOptions
+from sonicmoe_cpp.options import RoutedExpertOptions
 
 T, D, N, E, K = 23, 20, 12, 5, 3
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_clamped")
@@ -262,8 +262,8 @@ def test_inference_keeps_nothing_and_gives_the_same_bits():
     (ids,), weights = routing("topk")
     y = sm.moe(x, w1, w2, ids, weights)
     with torch.no_grad():
-        _, h, metadata = torch.ops.sonicmoe_cpp.moe_forward(
-            x, w1, None, w2, None, 0, ids, None, weights, *ExpertOptions().pack(), False
+        _, h, metadata, _ = torch.ops.sonicmoe_cpp.moe_forward(
+            x, w1, None, w2, None, 0, ids, None, weights, *RoutedExpertOptions().pack(), False
         )
         assert h.numel() == 0 and metadata.numel() == 0
         assert torch.equal(sm.moe(x, w1, w2, ids, weights), y)

@@ -59,8 +59,8 @@ HandedOn new_handed_on(const Views& views, const Call& call, const Tensor& x,
                        const sonicmoe::MoEShape& shape) {
   const std::size_t bytes =
       views.ask([&] { return sonicmoe::moe_row_lists_bytes(call.context(), shape); });
-  return {.grad_h = new_kept(x, {shape.num_pairs, shape.h_columns()}, x.scalar_type()),
-          .scaled_a = new_kept(x, {shape.num_pairs, shape.intermediate_size}, x.scalar_type()),
+  return {.grad_h = new_kept(x, {shape.row_capacity(), shape.h_columns()}, x.scalar_type()),
+          .scaled_a = new_kept(x, {shape.row_capacity(), shape.intermediate_size}, x.scalar_type()),
           .row_lists = new_bytes(x, bytes)};
 }
 

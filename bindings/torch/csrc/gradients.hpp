@@ -67,8 +67,8 @@ class Gradients {
 
 /// What the operators of a backward in steps hand on (sonicmoe::BackwardStep).
 struct HandedOn {
-  Tensor grad_h;     ///< [P, g*n], dtype of x
-  Tensor scaled_a;   ///< [P, n], dtype of x
+  Tensor grad_h;     ///< [C, g*n], dtype of x
+  Tensor scaled_a;   ///< [C, n], dtype of x
   Tensor row_lists;  ///< bytes
 };
 HandedOn new_handed_on(const Views& views, const Call& call, const Tensor& x,

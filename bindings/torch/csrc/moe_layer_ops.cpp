@@ -17,11 +17,11 @@ constexpr const char* kForwardSchema =
     "Tensor w2, Tensor? b2, Tensor? selection_bias, Tensor? seed_tensor, int[] options, "
     "float[] reals, bool save_for_backward) -> (Tensor y, Tensor logits, Tensor rows_per_expert, "
     "Tensor topk_ids, Tensor token_ids, Tensor expert_ids, Tensor routing_weights, Tensor h, "
-    "Tensor metadata)";
+    "Tensor metadata, Tensor rows_dropped)";
 
 // x and y [..., d], logits [..., E]. token_ids and expert_ids are empty for plain top-K, h and
-// metadata without save_for_backward.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+// metadata without save_for_backward, rows_dropped [1] int32 without max_rows.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
                   const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
                   const OptionalTensor& b2, const OptionalTensor& selection_bias,
@@ -57,14 +57,16 @@ moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTe
   const Tensor routing_weights = rounds ? new_tensor(x, {listed}, ScalarType::Float)
                                         : new_like_contiguous(topk_ids, ScalarType::Float);
   const Tensor h = save_for_backward
-                       ? new_kept(x, {shape.num_pairs, shape.h_columns()}, x.scalar_type())
+                       ? new_kept(x, {shape.row_capacity(), shape.h_columns()}, x.scalar_type())
                        : nothing(x);
   const Tensor metadata = new_bytes(x, save_for_backward ? sonicmoe::moe_metadata_bytes(shape) : 0);
+  const Tensor rows_dropped = new_tensor(x, {shape.max_rows ? 1 : 0}, ScalarType::Int);
   const Tensor workspace = new_workspace(x, plan.bytes, args.workspace_limit.has_value());
 
   args.out = views.out_rows("out", y);
   args.logits = views.out_rows("logits", logits);
   args.rows_per_expert = views.out("rows_per_expert", rows);
+  if (shape.max_rows) args.rows_dropped = views.out("rows_dropped", rows_dropped);
   args.saved.topk_ids = views.out("topk_ids", topk_ids);
   args.saved.routing_weights = views.out("routing_weights", routing_weights);
   if (rounds) {
@@ -77,7 +79,8 @@ moe_layer_forward(const Tensor& x, const Tensor& router_weight, const OptionalTe
   }
   args.workspace = views.out("workspace", workspace);
   sonicmoe::moe_layer_forward(call.context(), args);
-  return {y, logits, rows, topk_ids, token_ids, expert_ids, routing_weights, h, metadata};
+  return {y,          logits,          rows, topk_ids, token_ids,
+          expert_ids, routing_weights, h,    metadata, rows_dropped};
 }
 
 // What forward saved of the routing, in the order of its results.

@@ -11,40 +11,38 @@
 namespace sonicmoe_torch {
 namespace {
 
-sonicmoe::Routing make_routing(const Views& views, std::int64_t form, const Tensor& ids,
-                               const OptionalTensor& token_ids, const OptionalTensor& weights) {
+sonicmoe::Routing make_routing(const Views& views, const ExpertCall& experts, std::int64_t form,
+                               const Tensor& ids, const OptionalTensor& token_ids,
+                               const OptionalTensor& weights) {
   switch (static_cast<Form>(form)) {
     case Form::kTopK:
-      return sonicmoe::TopKRouting{views.in("topk_ids", ids), views.in("topk_weights", weights)};
+      return sonicmoe::TopKRouting{views.in("topk_ids", ids), views.in("topk_weights", weights),
+                                   experts.first_expert};
     case Form::kSorted:
       return sonicmoe::SortedRouting{views.in("offsets", ids), views.in("row_weights", weights)};
     case Form::kPairs:
       return sonicmoe::PairRouting{views.in("token_ids", token_ids), views.in("expert_ids", ids),
-                                   views.in("pair_weights", weights)};
+                                   views.in("pair_weights", weights), experts.first_expert};
   }
   throw sonicmoe::Error("moe", "form", "0 to 2", std::to_string(form));
 }
 
 ExpertCall unpack(const Views& views, const Integers& options, const Reals& reals) {
-  PackedOptions packed(views.operation(), options, reals);
-  const ExpertCall call = unpack_experts(packed);
-  packed.finish();
-  return call;
+  return unpack_routed_experts(PackedOptions(views.operation(), options, reals));
 }
 
 constexpr const char* kForwardSchema =
     "moe_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int form, Tensor ids, "
     "Tensor? token_ids, Tensor? weights, int[] options, float[] reals, bool save_for_backward) -> "
-    "(Tensor y, Tensor h, Tensor metadata)";
+    "(Tensor y, Tensor h, Tensor metadata, Tensor rows_dropped)";
 
-// x and y [..., d], h [P, g*n], metadata bytes; the last two empty without save_for_backward.
-std::tuple<Tensor, Tensor, Tensor> moe_forward(const Tensor& x, const Tensor& w1,
-                                               const OptionalTensor& b1, const Tensor& w2,
-                                               const OptionalTensor& b2, std::int64_t form,
-                                               const Tensor& ids, const OptionalTensor& token_ids,
-                                               const OptionalTensor& weights,
-                                               const Integers& options, const Reals& reals,
-                                               bool save_for_backward) {
+// x and y [..., d]; h [C, g*n] and metadata bytes, empty without save_for_backward; rows_dropped [1]
+// int32, empty without max_rows.
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_forward(
+    const Tensor& x, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+    const OptionalTensor& b2, std::int64_t form, const Tensor& ids, const OptionalTensor& token_ids,
+    const OptionalTensor& weights, const Integers& options, const Reals& reals,
+    bool save_for_backward) {
   const Views views("moe_forward");
   const Call call(x);
   const ExpertCall experts = unpack(views, options, reals);
@@ -52,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_forward(const Tensor& x, const Tensor& w1
       .options = experts.options,
       .x = views.rows("x", x),
       .weights = {views.in("w1", w1), views.in("b1", b1), views.in("w2", w2), views.in("b2", b2)},
-      .routing = make_routing(views, form, ids, token_ids, weights),
+      .routing = make_routing(views, experts, form, ids, token_ids, weights),
       .workspace_limit = experts.workspace_limit};
   const auto shape = views.ask(
       [&] { return sonicmoe::moe_shape(args.options, args.x, args.weights, args.routing); });
@@ -65,16 +63,18 @@ std::tuple<Tensor, Tensor, Tensor> moe_forward(const Tensor& x, const Tensor& w1
   Tensor h = nothing(x);
   Tensor metadata = new_bytes(x, 0);
   if (save_for_backward) {
-    h = new_kept(x, {shape.num_pairs, shape.h_columns()}, x.scalar_type());
+    h = new_kept(x, {shape.row_capacity(), shape.h_columns()}, x.scalar_type());
     metadata = new_bytes(x, sonicmoe::moe_metadata_bytes(shape));
     args.h = views.out("h", h);
     args.metadata = views.out("metadata", metadata);
   }
+  const Tensor rows_dropped = new_tensor(x, {shape.max_rows ? 1 : 0}, ScalarType::Int);
+  if (shape.max_rows) args.rows_dropped = views.out("rows_dropped", rows_dropped);
   const Tensor workspace = new_workspace(x, plan.bytes, args.workspace_limit.has_value());
   args.out = views.out_rows("out", y);
   args.workspace = views.out("workspace", workspace);
   sonicmoe::moe_forward(call.context(), args);
-  return {y, h, metadata};
+  return {y, h, metadata, rows_dropped};
 }
 
 constexpr const char* kBackwardSchema =
@@ -94,7 +94,7 @@ sonicmoe::MoEBackwardArgs backward_args(const Views& views, const ExpertCall& ex
       .options = experts.options,
       .x = views.rows("x", x),
       .weights = {views.in("w1", w1), views.in("b1", b1), views.in("w2", w2), views.in("b2", b2)},
-      .routing = make_routing(views, form, ids, token_ids, weights),
+      .routing = make_routing(views, experts, form, ids, token_ids, weights),
       .metadata = views.in("metadata", metadata),
       .workspace_limit = experts.workspace_limit};
 }

@@ -63,6 +63,11 @@ std::optional<std::size_t> PackedOptions::optional_size() {
   return value < 0 ? std::nullopt : std::optional(static_cast<std::size_t>(value));
 }
 
+std::optional<std::int64_t> PackedOptions::optional_integer() {
+  const std::int64_t value = integer();
+  return value < 0 ? std::nullopt : std::optional(value);
+}
+
 std::uint8_t PackedOptions::code() {
   const std::int64_t value = integer();
   if (value < 0 || value > 255) {
@@ -88,8 +93,17 @@ ExpertCall unpack_experts(PackedOptions& packed) {
   call.options = {.activation = packed.enumerator<sonicmoe::Activation>(),
                   .gate_up_layout = packed.enumerator<sonicmoe::GateUpLayout>(),
                   .limit = packed.real(),
-                  .deterministic = packed.flag()};
+                  .deterministic = packed.flag(),
+                  .max_rows = packed.optional_integer(),
+                  .zero_absent_tokens = packed.flag()};
   call.workspace_limit = packed.optional_size();
+  return call;
+}
+
+ExpertCall unpack_routed_experts(PackedOptions packed) {
+  ExpertCall call = unpack_experts(packed);
+  call.first_expert = packed.integer();
+  packed.finish();
   return call;
 }
 

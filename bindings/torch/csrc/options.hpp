@@ -32,6 +32,7 @@ class PackedOptions {
   /// -1 is unset.
   std::optional<bool> optional_flag();
   std::optional<std::size_t> optional_size();
+  std::optional<std::int64_t> optional_integer();
   template <class Enum>
   Enum enumerator() {
     return static_cast<Enum>(code());
@@ -51,8 +52,10 @@ class PackedOptions {
 struct ExpertCall {
   sonicmoe::ExpertOptions options;
   std::optional<std::size_t> workspace_limit;
+  std::int64_t first_expert = 0;  ///< RoutedExpertOptions
 };
 ExpertCall unpack_experts(PackedOptions& packed);
+ExpertCall unpack_routed_experts(PackedOptions packed);
 
 /// RouterOptions of options.py, with its tensor.
 sonicmoe::RouterOptions unpack_router(PackedOptions& packed, const Views& views,

@@ -42,6 +42,7 @@ TENSORS = {
     "selection_bias": Rule((torch.float32,), (1,), optional=True),
     "seed": Rule((torch.int64,), range(64), optional=True),
     "rows_per_expert": Rule((torch.int32,), (1,)),
+    "rows_dropped": Rule((torch.int32,), (1,), optional=True),
 }
 
 

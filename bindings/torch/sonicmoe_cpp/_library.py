@@ -121,12 +121,20 @@ def rounded_capacity(num_tokens: int, num_experts: int, top_k: int, tile: int, p
     return pairs + num_experts * (tile - 1)
 
 
-def row_lists_bytes(device: torch.device, num_pairs: int, num_experts: int) -> int:
-    """Bytes of row lists, as sonicmoe::moe_row_lists_bytes (for symbolic T)."""
+def row_capacity(num_pairs: int, max_rows: int | None) -> int:
+    """C: rows of H, as sonicmoe::MoEShape::row_capacity (for symbolic T)."""
+    return num_pairs if max_rows is None else min(max_rows, num_pairs)
+
+
+def row_lists_bytes(device: torch.device, rows: int, num_experts: int, listed_tokens: int) -> int:
+    """Bytes of row lists, as sonicmoe::moe_row_lists_bytes (for symbolic T). listed_tokens: T where
+    max_rows bounds the rows of a deterministic call, else 0."""
     if device.type != "cuda":
         return 0
-    tiles = (num_pairs + 127) // 128 + num_experts
-    sizes = (16 * tiles, 16 * num_experts, 4, 8, 4 * num_pairs)
+    tiles = (rows + 127) // 128 + num_experts
+    sizes = [16 * tiles, 16 * num_experts, 4, 8, 4 * rows]
+    if listed_tokens:
+        sizes += [4 * listed_tokens, 8]
     return sum((size + 127) // 128 * 128 for size in sizes)
 
 
@@ -141,10 +149,10 @@ def in_steps(h: torch.Tensor) -> bool:
     return not isinstance(elements, int) or elements * h.element_size() >= STEPS_FROM_BYTES
 
 
-def metadata_bytes(form: int, num_tokens: int, num_pairs: int, num_experts: int) -> int:
+def metadata_bytes(form: int, num_tokens: int, num_pairs: int, rows: int, num_experts: int) -> int:
     """Bytes of routing metadata, as sonicmoe::moe_metadata_bytes (for symbolic T)."""
     if form == FORM_SORTED:
         return 4 * num_experts
     if form == FORM_TOP_K:
-        return 4 * (num_experts + 3 * num_pairs)
-    return 4 * (num_experts + 4 * num_pairs + num_tokens + 1)
+        return 4 * (num_experts + num_pairs + 2 * rows)
+    return 4 * (num_experts + 2 * num_pairs + 2 * rows + num_tokens + 1)

@@ -15,10 +15,11 @@ from ._library import (
     in_steps,
     metadata_bytes,
     register_fake,
+    row_capacity,
     row_lists_bytes,
     run,
 )
-from .options import ExpertOptions
+from .options import ExpertOptions, RoutedExpertOptions
 
 
 @register_fake("moe_forward")
@@ -26,12 +27,19 @@ def _(x, w1, b1, w2, b2, form, ids, token_ids, weights, options, reals, save_for
     num_tokens = math.prod(x.shape[:-1])
     num_pairs = num_tokens if form == FORM_SORTED else ids.numel()
     y = x.new_empty(x.shape)
+    experts = RoutedExpertOptions.unpack(iter(options), iter(reals))
+    rows_dropped = dropped_like(x, experts)
     if not save_for_backward:
-        return y, x.new_empty((0,)), x.new_empty((0,), dtype=torch.uint8)
-    experts = ExpertOptions.unpack(iter(options), iter(reals))
-    h = x.new_empty((num_pairs, gate_factor(experts.activation) * w2.shape[2]))
-    size = metadata_bytes(form, num_tokens, num_pairs, w1.shape[0])
-    return y, h, x.new_empty((size,), dtype=torch.uint8)
+        return y, x.new_empty((0,)), x.new_empty((0,), dtype=torch.uint8), rows_dropped
+    rows = row_capacity(num_pairs, experts.max_rows)
+    h = x.new_empty((rows, gate_factor(experts.activation) * w2.shape[2]))
+    size = metadata_bytes(form, num_tokens, num_pairs, rows, w1.shape[0])
+    return y, h, x.new_empty((size,), dtype=torch.uint8), rows_dropped
+
+
+def dropped_like(x: Tensor, experts: ExpertOptions) -> Tensor:
+    """rows_dropped of a forward."""
+    return x.new_empty((0 if experts.max_rows is None else 1,), dtype=torch.int32)
 
 
 def new_gradient(operation: str, like: Tensor, name: str, need: bool, of: Tensor | None) -> Tensor:
@@ -67,16 +75,22 @@ def _(
     grad_out, x, w1, b1, w2, b2, form, ids, token_ids, weights, saved, options, reals, need_weights
 ):  # fmt: skip
     grad_weights = new_gradient("moe_backward_hidden", x, "grad_weights", need_weights, weights)
-    return *handed_on(x, w1, w2, saved[0]), grad_weights.float()
+    experts = RoutedExpertOptions.unpack(iter(options), iter(reals))
+    num_pairs = math.prod(x.shape[:-1]) if form == FORM_SORTED else ids.numel()
+    return *handed_on(x, w1, w2, saved[0], num_pairs, experts), grad_weights.float()
 
 
-def handed_on(x: Tensor, w1: Tensor, w2: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def handed_on(
+    x: Tensor, w1: Tensor, w2: Tensor, h: Tensor, num_pairs: int, experts: ExpertOptions
+) -> tuple[Tensor, Tensor, Tensor]:
     """grad_h, scaled_a and row_lists of a backward in steps."""
-    pairs = h.shape[0]
-    lists = row_lists_bytes(x.device, pairs, w1.shape[0])
+    rows = h.shape[0]
+    lists_tokens = experts.deterministic and experts.max_rows is not None and rows < num_pairs
+    listed = math.prod(x.shape[:-1]) if lists_tokens else 0
+    lists = row_lists_bytes(x.device, rows, w1.shape[0], listed)
     return (
         torch.empty_like(h),
-        x.new_empty((pairs, w2.shape[2])),
+        x.new_empty((rows, w2.shape[2])),
         x.new_empty((lists,), dtype=torch.uint8),
     )
 
@@ -106,9 +120,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, w1, b1, w2, b2, form, ids, token_ids, weights, options, reals, save_for_backward = inputs
     if not save_for_backward:
         raise RuntimeError("moe_forward: a gradient is needed but save_for_backward is off")
-    _, h, metadata = output
+    _, h, metadata, rows_dropped = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(h, metadata)
+    ctx.mark_non_differentiable(h, metadata, rows_dropped)
     ctx.save_for_backward(x, w1, b1, w2, b2, ids, token_ids, weights, h, metadata)
     ctx.form = form
     ctx.options = options, reals

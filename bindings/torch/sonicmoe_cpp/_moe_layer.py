@@ -15,9 +15,10 @@ from ._library import (
     metadata_bytes,
     register_fake,
     rounded_capacity,
+    row_capacity,
     run,
 )
-from ._moe import handed_on, new_gradient
+from ._moe import dropped_like, handed_on, new_gradient
 from .options import LayerOptions
 
 PARAMETERS = ("router_weight", "router_bias", "w1", "b1", "w2", "b2")
@@ -33,8 +34,9 @@ class LayerOutput(NamedTuple):
     token_ids: Tensor  # [P] int32, token rounding only
     expert_ids: Tensor  # [P] int32, token rounding only
     routing_weights: Tensor  # float32: [T, K] of topk_ids, or [P] of the list of token rounding
-    h: Tensor  # [P, g*n]
+    h: Tensor  # [C, g*n]
     metadata: Tensor  # uint8
+    rows_dropped: Tensor  # [1] int32, empty without max_rows
 
     @property
     def rows_per_expert_before(self) -> Tensor:
@@ -67,7 +69,8 @@ def _(
     form = FORM_TOP_K if rounding is None else FORM_PAIRS
     listed = (0,) if rounding is None else (pairs,)
     columns = gate_factor(layer.experts.activation) * w2.shape[2]
-    size = metadata_bytes(form, num_tokens, pairs, num_experts)
+    rows = row_capacity(pairs, layer.experts.max_rows)
+    size = metadata_bytes(form, num_tokens, pairs, rows, num_experts)
 
     def empty(shape, dtype=x.dtype):
         return x.new_empty(shape, dtype=dtype)
@@ -80,8 +83,9 @@ def _(
         token_ids=empty(listed, torch.int32),
         expert_ids=empty(listed, torch.int32),
         routing_weights=empty((num_tokens, top_k) if rounding is None else listed, torch.float32),
-        h=empty((pairs, columns) if save_for_backward else (0,)),
+        h=empty((rows, columns) if save_for_backward else (0,)),
         metadata=empty((size,) if save_for_backward else (0,), torch.uint8),
+        rows_dropped=dropped_like(x, layer.experts),
     )
 
 
@@ -107,7 +111,9 @@ def _gradients(operation, x, names, needs, parameters, main_grads) -> tuple[Tens
 @register_fake("moe_layer_backward_hidden")
 def _(grad_out, x, router_weight, w1, b1, w2, b2, saved, options, reals):
     *_, routing_weights, _, h = saved
-    return *handed_on(x, w1, w2, h), torch.empty_like(routing_weights)
+    experts = LayerOptions.unpack(iter(options), iter(reals)).experts
+    pairs = routing_weights.numel()
+    return *handed_on(x, w1, w2, h, pairs, experts), torch.empty_like(routing_weights)
 
 
 @register_fake("moe_layer_backward_down")
@@ -135,9 +141,9 @@ def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ) = inputs  # fmt: skip
     if not save:
         raise RuntimeError("moe_layer_forward: a gradient is needed but save_for_backward is off")
-    _, logits, rows, *saved = output
+    _, logits, rows, *saved, rows_dropped = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rows, *saved)
+    ctx.mark_non_differentiable(rows, *saved, rows_dropped)
     # No selection bias: it has selected and may change.
     ctx.save_for_backward(x, router_weight, router_bias, w1, b1, w2, b2, logits, *saved)
     ctx.options = options, reals

@@ -23,6 +23,8 @@ from .options import (
     LayerKeywords,
     Packed,
     RoundingOptions,
+    RoutedExpertKeywords,
+    RoutedExpertOptions,
     RouterAndRoundingKeywords,
     RouterKeywords,
     RouterOptions,
@@ -31,6 +33,7 @@ from .options import (
     packed_loss,
     packed_rounding,
     packed_router,
+    packed_sorted,
     with_keywords,
 )
 
@@ -41,17 +44,29 @@ Routing = tuple[int, Tensor, Tensor | None, Tensor | None]  # form, ids, token i
 
 
 def _run_experts(
-    operation: str, x: Tensor, experts: Experts, routing: Routing, options: Packed
+    operation: str,
+    x: Tensor,
+    experts: Experts,
+    routing: Routing,
+    options: Packed,
+    rows_dropped: Tensor | None = None,
 ) -> Tensor:
     """y, of the shape of x; on checked arguments."""
     x = rows_of(operation, "x", x)
     x, w1, w2, b1, b2 = autocast(operation, x, *experts)
     save = needs_backward(x, w1, w2, b1, b2, routing[3])
-    y, _, _ = run(ops.moe_forward, x, w1, b1, w2, b2, *routing, *options, save)
+    y, _, _, dropped = run(ops.moe_forward, x, w1, b1, w2, b2, *routing, *options, save)
+    _count(rows_dropped, dropped)
     return y
 
 
-@with_keywords(ExpertOptions)
+def _count(rows_dropped: Tensor | None, dropped: Tensor) -> None:
+    """Adds what a call dropped, where the caller counts it and max_rows is set."""
+    if rows_dropped is not None and dropped.numel() > 0:
+        rows_dropped.add_(dropped)
+
+
+@with_keywords(RoutedExpertOptions)
 def moe(
     x: Tensor,
     w1: Tensor,
@@ -60,27 +75,38 @@ def moe(
     topk_weights: Tensor,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
-    **options: Unpack[ExpertKeywords],
+    *,
+    rows_dropped: Tensor | None = None,
+    **options: Unpack[RoutedExpertKeywords],
 ) -> Tensor:
     """The experts with K slots per token: out[t] = sum_k topk_weights[t, k] * expert(x[t]).
 
     x [..., d]; w1 [E, g*n, d]; w2 [E, d, n] (transposed views are taken through their strides);
     topk_ids [..., K] int32|int64; topk_weights [..., K] float32|bfloat16; b1 [E, g*n]; b2 [E, d].
     Leading dimensions are the same, or flattened to one.
-    An id < 0 or >= E is a dropped slot: it contributes 0 and its weight's gradient is 0.
+    An id outside first_expert .. first_expert + E - 1 is a dropped slot: it contributes 0 and its
+    weight's gradient is 0.
     Gradients: x, w1, w2, b1, b2, topk_weights. Kept for backward: P*g*n elements of H and the
     routing metadata, nothing of size P*d.
+
+    max_rows bounds the rows of H and of all scratch, which otherwise have room for every slot.
+    Slots beyond it, those of the last experts, are dropped slots; their number is added to
+    rows_dropped [1] int32, without waiting for the GPU. zero_absent_tokens=False leaves rows of y
+    and of x's gradient undefined where a token has no row, for callers that never read those.
 
     deterministic=False lets the GPU add a token's rows to y and to x's gradient in any order, each
     sum rounded to bfloat16: faster and with less scratch, but the last bits change from run to run.
     """
     check_tensors(
-        "moe", x=x, w1=w1, w2=w2, topk_ids=topk_ids, topk_weights=topk_weights, b1=b1, b2=b2
-    )
+        "moe", x=x, w1=w1, w2=w2, topk_ids=topk_ids, topk_weights=topk_weights, b1=b1, b2=b2,
+        rows_dropped=rows_dropped,
+    )  # fmt: skip
+    check_shape("moe", "rows_dropped", rows_dropped, 1)
     check_leading("moe", x=x, topk_ids=topk_ids, topk_weights=topk_weights)
     packed = packed_experts("moe", **options)
     ids, weights = flat(topk_ids).contiguous(), flat(topk_weights).contiguous()
-    return _run_experts("moe", x, (w1, w2, b1, b2), (FORM_TOP_K, ids, None, weights), packed)
+    routing = (FORM_TOP_K, ids, None, weights)
+    return _run_experts("moe", x, (w1, w2, b1, b2), routing, packed, rows_dropped)
 
 
 @with_keywords(ExpertOptions)
@@ -105,13 +131,13 @@ def moe_sorted(
     )
     if x.dim() != 2:
         refuse("moe_sorted", "x", "2 dimensions", f"shape {list(x.shape)}")
-    packed = packed_experts("moe_sorted", **options)
+    packed = packed_sorted("moe_sorted", **options)
     weights = None if row_weights is None else row_weights.contiguous()
     routing = (FORM_SORTED, offsets.contiguous(), None, weights)
     return _run_experts("moe_sorted", x, (w1, w2, b1, b2), routing, packed)
 
 
-@with_keywords(ExpertOptions)
+@with_keywords(RoutedExpertOptions)
 def moe_pairs(
     x: Tensor,
     w1: Tensor,
@@ -121,21 +147,25 @@ def moe_pairs(
     pair_weights: Tensor,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
-    **options: Unpack[ExpertKeywords],
+    *,
+    rows_dropped: Tensor | None = None,
+    **options: Unpack[RoutedExpertKeywords],
 ) -> Tensor:
     """The experts on any list of pairs: out[t] = sum of pair_weights[p] * expert_p(x[t]).
 
     token_ids, expert_ids [P] int32|int64 (one dtype); pair_weights [P]. Any order, duplicates
-    count each time; a pair whose token or expert does not exist is dropped. deterministic as in
-    `moe`.
+    count each time; a pair whose token or expert does not exist is dropped. deterministic,
+    first_expert, max_rows, rows_dropped and zero_absent_tokens as in `moe`.
     """
     check_tensors(
         "moe_pairs", x=x, w1=w1, w2=w2, token_ids=token_ids, expert_ids=expert_ids,
-        pair_weights=pair_weights, b1=b1, b2=b2,
+        pair_weights=pair_weights, b1=b1, b2=b2, rows_dropped=rows_dropped,
     )  # fmt: skip
+    check_shape("moe_pairs", "rows_dropped", rows_dropped, 1)
     packed = packed_experts("moe_pairs", **options)
     lists = expert_ids.contiguous(), token_ids.contiguous(), pair_weights.contiguous()
-    return _run_experts("moe_pairs", x, (w1, w2, b1, b2), (FORM_PAIRS, *lists), packed)
+    routing = (FORM_PAIRS, *lists)
+    return _run_experts("moe_pairs", x, (w1, w2, b1, b2), routing, packed, rows_dropped)
 
 
 # ------------------------------------------------------------------------------------------ router
@@ -332,6 +362,7 @@ def moe_layer(
     selection_bias: Tensor | None = None,
     seed: int | Tensor = 0,
     main_grad: bool = False,
+    rows_dropped: Tensor | None = None,
     **options: Unpack[LayerKeywords],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Router GEMM, routing and experts as one autograd node.
@@ -342,10 +373,15 @@ def moe_layer(
 
     router_weight [E, d] and router_bias [E], of the dtype of x or float32; w1, w2, b1, b2 as in
     `moe`; selection_bias as in `route`; router "topk" | "token_rounding", the latter with tile,
-    policy, seed as in `round_tokens`; main_grad as in `MoE`.
+    policy, seed as in `round_tokens`; main_grad as in `MoE`; max_rows, rows_dropped and
+    zero_absent_tokens as in `moe` (x's gradient is whole: every token has the router's part).
     """
+    if rows_dropped is not None:
+        check_tensors("moe_layer", x=x, rows_dropped=rows_dropped)
+        check_shape("moe_layer", "rows_dropped", rows_dropped, 1)
     out = layer_output(
         x, router_weight, w1, w2, top_k, router_bias=router_bias, b1=b1, b2=b2,
         selection_bias=selection_bias, seed=seed, main_grad=main_grad, **options,
     )  # fmt: skip
+    _count(rows_dropped, out.rows_dropped)
     return out.y, out.logits, out.rows_per_expert_before

@@ -163,13 +163,15 @@ class MoE(ExactBuffers):
 
     After a forward `last_rows_per_expert` [E] int32 counts the rows computed and
     `last_rows_per_expert_before` those of token choice, before any rounding: the latter are for
-    `load_balancing_loss` and `update_expert_bias_`.
+    `load_balancing_loss` and `update_expert_bias_`. With `max_rows`, `last_rows_dropped` [1] int32
+    counts the rows that it left no room for.
 
     An option that can never work is a ValueError of the constructor.
     """
 
     rounding_seed: Tensor
     last_rows_per_expert: Tensor | None
+    last_rows_dropped: Tensor | None
 
     @with_keywords(RoundingOptions, RouterOptions, ExpertOptions, router="topk")
     def __init__(
@@ -211,7 +213,7 @@ class MoE(ExactBuffers):
         )  # fmt: skip
         start = torch.empty(1, dtype=torch.int64, device=device)
         self.register_buffer("rounding_seed", start, persistent=False)
-        self.last_rows_per_expert = None
+        self.last_rows_per_expert = self.last_rows_dropped = None
         self._last_topk_ids: Tensor | None = None  # where they were rounded
         self.reset_parameters()
 
@@ -235,6 +237,8 @@ class MoE(ExactBuffers):
         packed = self._packed if rounds else self._packed_top_k
         out: LayerOutput = self.router(x, self.experts, packed, seed, self.main_grad)
         self.last_rows_per_expert = out.rows_per_expert
+        bounded = self.options.experts.max_rows is not None
+        self.last_rows_dropped = out.rows_dropped if bounded else None
         self._last_topk_ids = out.topk_ids if rounds else None
         if not return_router:
             return out.y

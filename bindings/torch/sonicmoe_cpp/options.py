@@ -90,7 +90,16 @@ class ExpertOptions(Options):
     gate_up_layout: str = option("concatenated", Name(GATE_UP_LAYOUTS))
     limit: float = option(7.0, Positive())
     deterministic: bool = option(True, Flag())
+    max_rows: int | None = option(None, Optional(Integer(0, MOST_INT64)))
+    zero_absent_tokens: bool = option(True, Flag())
     workspace_limit: int | None = option(None, Optional(Integer(0, MOST_INT64)))
+
+
+@dataclass(frozen=True)
+class RoutedExpertOptions(ExpertOptions):
+    """And the id of the first expert, of calls that bring their routing."""
+
+    first_expert: int = option(0, Integer(0, MOST_INT64))
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,13 @@ class ExpertKeywords(TypedDict, total=False):
     gate_up_layout: str
     limit: float
     deterministic: bool
+    max_rows: int | None
+    zero_absent_tokens: bool
     workspace_limit: int | None
+
+
+class RoutedExpertKeywords(ExpertKeywords, total=False):
+    first_expert: int
 
 
 class RouterKeywords(TypedDict, total=False):
@@ -260,8 +275,17 @@ def _specialised(value: Any) -> Any:
 
 @_kept
 def packed_experts(operation: str, **keywords: Any) -> Packed:
-    (experts,) = _split(operation, keywords, ExpertOptions)
-    return ExpertOptions(operation, **experts).pack()
+    (experts,) = _split(operation, keywords, RoutedExpertOptions)
+    return RoutedExpertOptions(operation, **experts).pack()
+
+
+@_kept
+def packed_sorted(operation: str, **keywords: Any) -> Packed:
+    (given,) = _split(operation, keywords, ExpertOptions)
+    experts = RoutedExpertOptions(operation, **given)
+    if experts.max_rows is not None:
+        refuse(operation, "max_rows", "None, as all rows are the output's", experts.max_rows)
+    return experts.pack()
 
 
 @_kept
