@@ -23,9 +23,13 @@ def suite_entries(suites: list[str], names: list[str] | None = None) -> list[dic
     return [entry for entry in entries if not names or entry["name"] in names]
 
 
-def problem_named(name: str, **more) -> Problem:
+def shape_named(name: str) -> tuple[int, int, int, int, int]:
     (entry,) = suite_entries(list(known_suites()), [name])
-    return Problem(name, tuple(entry["shape"]), **more)
+    return tuple(entry["shape"])
+
+
+def problem_named(name: str, **more) -> Problem:
+    return Problem(name, shape_named(name), **more)
 
 
 class Problem:
