@@ -146,7 +146,7 @@ def test_the_printed_command_repeats_the_row(sonicmoe):
 
 
 @pytest.mark.parametrize(
-    ("suite", "rows"), [("coarse", 6), ("cpu", 6), ("models", 6), ("paper", 12)]
+    ("suite", "rows"), [("coarse", 6), ("cpu", 6), ("models", 6), ("paper", 12), ("small-batch", 4)]
 )
 def test_bench_suites_name_their_problems(sonicmoe, suite, rows):
     # More tokens than any test machine holds keep the big suites from running: they say so.

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "rig/moe_case.hpp"
@@ -13,11 +15,17 @@
 namespace sonicmoe::rig {
 namespace {
 
-class MetadataCheck : public ::testing::TestWithParam<MoEShape::Form> {
+struct CheckedCase {
+  MoEShape::Form form;
+  std::optional<std::int64_t> max_rows;
+};
+
+class MetadataCheck : public ::testing::TestWithParam<CheckedCase> {
  protected:
   MetadataCheck() {
     MoECase c;
-    c.form = GetParam();
+    c.form = GetParam().form;
+    c.max_rows = GetParam().max_rows;
     c.drop_probability = 0.2;
     const MoEInputs inputs(host_target(), c);
     shape_ = inputs.shape();
@@ -46,15 +54,19 @@ class MetadataCheck : public ::testing::TestWithParam<MoEShape::Form> {
   Metadata view_;
 };
 
-std::string form_name(const ::testing::TestParamInfo<MoEShape::Form>& test) {
+std::string case_name(const ::testing::TestParamInfo<CheckedCase>& test) {
   constexpr const char* kNames[] = {"topk", "sorted", "pairs"};
-  return kNames[static_cast<int>(test.param)];
+  return std::string(kNames[static_cast<int>(test.param.form)]) +
+         (test.param.max_rows ? "_max_rows" : "");
 }
 
 INSTANTIATE_TEST_SUITE_P(Forms, MetadataCheck,
-                         ::testing::Values(MoEShape::Form::kTopK, MoEShape::Form::kSorted,
-                                           MoEShape::Form::kPairs),
-                         form_name);
+                         ::testing::Values(CheckedCase{MoEShape::Form::kTopK, {}},
+                                           CheckedCase{MoEShape::Form::kSorted, {}},
+                                           CheckedCase{MoEShape::Form::kPairs, {}},
+                                           CheckedCase{MoEShape::Form::kTopK, 15},
+                                           CheckedCase{MoEShape::Form::kPairs, 15}),
+                         case_name);
 
 TEST_P(MetadataCheck, WhatForwardWrotePasses) {
   EXPECT_GT(view_.num_rows(), 10);
@@ -77,8 +89,11 @@ TEST_P(MetadataCheck, OneWrongIndexDoesNot) {
   attack(view_.row_token, rows, "row_token");
   attack(view_.row_pair, rows, "row_pair");
   attack(view_.pair_row, shape_.num_pairs, "pair_row");
-  attack(view_.token_start, shape_.num_tokens + 1, "token_start");
-  attack(view_.token_rows, rows, "token_rows");
+  if (view_.token_start != nullptr) {
+    // A pair without a row does not tell which token it is of.
+    if (!shape_.max_rows) attack(view_.token_start, shape_.num_tokens + 1, "token_start");
+    attack(view_.token_rows, view_.token_start[shape_.num_tokens], "token_rows");
+  }
   EXPECT_TRUE(accepted());
 }
 
@@ -103,7 +118,7 @@ TEST_P(MetadataCheck, OneByteEverywhere) {
   for (const int byte : {0x00, 0x01, 0x7f, 0x80, 0xff}) {
     std::memset(entries_.data(), byte, entries_.size() * sizeof(std::int32_t));
     // Sorted rows without any row are a call in its own right.
-    EXPECT_EQ(accepted(), byte == 0 && GetParam() == MoEShape::Form::kSorted);
+    EXPECT_EQ(accepted(), byte == 0 && GetParam().form == MoEShape::Form::kSorted);
   }
 }
 

@@ -56,6 +56,7 @@ MoEShape random_shape(Random& random) {
   s.activation = random.chance(0.5) ? Activation::kSwiGLU : Activation::kReLU;
   s.numerics = Numerics::of(random.chance(0.5) ? DType::kFloat32 : DType::kBFloat16);
   s.deterministic = random.chance(0.5);
+  if (s.form != Form::kSorted ? random.chance(0.4) : random.chance(0.05)) s.max_rows = pick(random);
   if (random.chance(0.03)) s.form = static_cast<Form>(random.integer(3, 255));
   if (random.chance(0.03)) {  // none
     const auto count = static_cast<std::int64_t>(all_activations().size());
@@ -78,8 +79,8 @@ bool contradictory(const MoEShape& s) {
   const bool enumerators = s.form <= Form::kPairs && name_of(s.activation) != "?" &&
                            s.numerics.storage <= DType::kBFloat16 &&
                            s.numerics == Numerics::of(s.numerics.storage);
-  if (!sizes || !enumerators) return true;
-  if (s.form == Form::kSorted) return s.num_pairs != s.num_tokens;
+  if (!sizes || !enumerators || s.max_rows.value_or(0) < 0) return true;
+  if (s.form == Form::kSorted) return s.num_pairs != s.num_tokens || s.max_rows;
   return s.form == Form::kTopK &&
          (s.num_tokens == 0 ? s.num_pairs != 0 : s.num_pairs % s.num_tokens != 0);
 }
@@ -103,6 +104,7 @@ std::string text(const MoEShape& s) {
        {s.num_tokens, s.hidden_size, s.intermediate_size, s.num_experts, s.num_pairs}) {
     result += ' ' + std::to_string(size);
   }
+  if (s.max_rows) result += ", max_rows " + std::to_string(*s.max_rows);
   return result + ", form " + std::to_string(static_cast<int>(s.form));
 }
 
@@ -124,13 +126,14 @@ void expect_bytes(const MoEShape& s, Wide expected, Function function) {
 
 // What the formulas of memory.hpp are made of, cut so that their products fit.
 struct Terms {
-  Wide T, d, n, E, P, columns, width;
+  Wide T, d, n, E, P, C, columns, width;
   explicit Terms(const MoEShape& s)
       : T(cut(s.num_tokens)),
         d(cut(s.hidden_size)),
         n(cut(s.intermediate_size)),
         E(cut(s.num_experts)),
         P(cut(s.num_pairs)),
+        C(std::min(P, Wide{cut(s.max_rows.value_or(kMost))})),
         columns(gate_factor(s.activation) * n),
         width(static_cast<Wide>(size_of(s.numerics.storage))) {}
 
@@ -144,15 +147,15 @@ TEST(Sizes, OfBuffersAndParameters) {
   for (int i = 0; i < 30000; ++i) {
     const MoEShape s = random_shape(random);
     const Terms t(s);
-    expect_bytes(s, t.P * t.columns * t.width, [&] { return moe_h_bytes(s); });
-    const Wide entries = s.form == Form::kTopK    ? t.E + 3 * t.P
-                         : s.form == Form::kPairs ? t.E + 4 * t.P + t.T + 1
+    expect_bytes(s, t.C * t.columns * t.width, [&] { return moe_h_bytes(s); });
+    const Wide entries = s.form == Form::kTopK    ? t.E + t.P + 2 * t.C
+                         : s.form == Form::kPairs ? t.E + 2 * t.P + 2 * t.C + t.T + 1
                                                   : t.E;
     expect_bytes(s, 4 * entries, [&] { return moe_metadata_bytes(s); });
     expect_bytes(s, t.E * (t.columns + t.n) * t.d * t.width, [&] { return parameter_bytes(s); });
-    expect_bytes(s, t.P * t.columns * t.width, [&] { return estimate_memory(s).kept_h; });
-    const Wide a = t.P * t.n * t.width, dh = t.P * t.columns * t.width;
-    const Wide wide = s.deterministic || s.form == Form::kSorted ? t.P * t.d * t.width : 0;
+    expect_bytes(s, t.C * t.columns * t.width, [&] { return estimate_memory(s).kept_h; });
+    const Wide a = t.C * t.n * t.width, dh = t.C * t.columns * t.width;
+    const Wide wide = s.deterministic || s.form == Form::kSorted ? t.C * t.d * t.width : 0;
     expect_bytes(s, a + wide, [&] { return estimate_memory(s).transient_forward; });
     expect_bytes(s, std::max(dh + a, wide), [&] { return estimate_memory(s).transient_backward; });
     expect_bytes(s, (t.columns + t.n + t.d) * t.P * t.width,
@@ -195,8 +198,8 @@ TEST(Sizes, OfWorkspaces) {
     EXPECT_LE(whole->minimum_bytes, whole->bytes) << text(s);
     EXPECT_EQ(whole->num_slabs, 1);
     if (target.backend == "cpu") {  // a sum that wrapped would be below its terms
-      const Wide a = t.P * t.n * t.width, wide = t.P * t.d * t.width;
-      const Wide least = backward ? t.P * t.columns * t.width + std::max(a, wide) : a + wide;
+      const Wide a = t.C * t.n * t.width, wide = t.C * t.d * t.width;
+      const Wide least = backward ? t.C * t.columns * t.width + std::max(a, wide) : a + wide;
       EXPECT_TRUE(static_cast<Wide>(whole->bytes) >= least) << text(s);
     }
     EXPECT_FALSE(plan(whole->minimum_bytes - 1)) << text(s);
