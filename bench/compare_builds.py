@@ -29,7 +29,7 @@ if not __package__:  # run as a file, from anywhere
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 Reading = tuple[float, float, float]  # seconds (monotonic), watts, MHz
-SUITES = ["paper", "models", "coarse"]
+SUITES = ["paper", "models", "coarse", "small-batch"]
 LEAST_SHARE = 0.01  # of the call, of a kernel that has a line of its own
 
 

@@ -82,13 +82,14 @@ def rows_of(name: str, size: int, capacity: float, seconds: float) -> list[dict]
     for way, options in ways.items():
         forward, both = ms[way, "forward"], ms[way, "both"]
         times = busy_us(calls[way, "both"])
+        sums = [us for kernel, us in times.items() if any(name in kernel for name in SUMS)]
         found.append(
             {
                 "problem": name, "ep": size, "way": way, "rows": share.rows,
                 "forward_ms": forward, "backward_ms": both - forward,
                 "forward_tflops": share.flops / forward / 1e9,
                 "backward_tflops": 2 * share.flops / (both - forward) / 1e9,
-                "sums_us": sum(us for kernel, us in times.items() if any(s in kernel for s in SUMS)),
+                "sums_us": sum(sums),
                 "kept_mib": share.kept_mib(**options),
             }
         )  # fmt: skip

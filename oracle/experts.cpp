@@ -15,14 +15,15 @@ std::vector<Row> input_rows(const Routing& routing, std::int64_t num_tokens,
   std::vector<Row> rows;
   const auto add = [&](std::int64_t position, std::int64_t token, std::int64_t id,
                        std::int64_t first_expert) {
-    const bool dropped = token < 0 || token >= num_tokens || id < first_expert ||
-                         id - first_expert >= num_experts;
+    const bool dropped =
+        token < 0 || token >= num_tokens || id < first_expert || id - first_expert >= num_experts;
     if (!dropped) rows.push_back({position, token, id - first_expert});
   };
   if (const auto* top_k = std::get_if<TopKRouting>(&routing)) {
     const std::int64_t slots = top_k->topk_ids.size(1);
     const Ids experts = to_ids(top_k->topk_ids);
-    for (std::int64_t p = 0; p < num_tokens * slots; ++p) add(p, p / slots, experts[at(p)], top_k->first_expert);
+    for (std::int64_t p = 0; p < num_tokens * slots; ++p)
+      add(p, p / slots, experts[at(p)], top_k->first_expert);
   } else if (const auto* pairs = std::get_if<PairRouting>(&routing)) {
     const Ids tokens = to_ids(pairs->token_ids), experts = to_ids(pairs->expert_ids);
     for (std::size_t p = 0; p < tokens.size(); ++p) {
@@ -98,6 +99,15 @@ std::vector<Row> sorted_rows(const Routing& routing, std::int64_t num_tokens,
   return rows;
 }
 
+std::vector<Row> rows_of(const Problem& problem) {
+  std::vector<Row> rows =
+      sorted_rows(problem.routing, problem.x.size(0), problem.weights.w1.size(0));
+  if (const auto& most = problem.options.max_rows) {
+    rows.resize(std::min(rows.size(), static_cast<std::size_t>(*most)));
+  }
+  return rows;
+}
+
 Values routing_weights(const Routing& routing, std::int64_t num_pairs) {
   const ConstTensorView& view = weights_view(routing);
   if (!view.defined()) return Values(static_cast<std::size_t>(num_pairs), 1.0);
@@ -114,10 +124,7 @@ ForwardResult forward(const Problem& problem, Storage storage) {
   };
 
   ForwardResult result;
-  result.rows = sorted_rows(problem.routing, layer.T, layer.E);
-  if (const auto& most = problem.options.max_rows) {
-    result.rows.resize(std::min(result.rows.size(), static_cast<std::size_t>(*most)));
-  }
+  result.rows = rows_of(problem);
   const auto R = static_cast<std::int64_t>(result.rows.size());
   const Values weights = routing_weights(problem.routing, layer.T);
   result.h = zeros(R * layer.columns);

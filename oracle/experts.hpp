@@ -40,6 +40,9 @@ struct Problem {
   Routing routing;
 };
 
+/// Those of sorted_rows() that options.max_rows has room for.
+std::vector<Row> rows_of(const Problem& problem);
+
 struct ForwardResult {
   std::vector<Row> rows;  ///< [R]
   Values h;               ///< [R, g*n]

@@ -32,6 +32,8 @@ struct Operand {
   bool is_buffer() const { return memory->dtype() == DType::kUInt8; }
   /// Rows that no expert uses are left as they were.
   bool has_unused_rows() const { return name == "h" || name == "grad_h" || name == "scaled_a"; }
+  /// Whether a right result may be all zeros: nothing was dropped.
+  bool may_be_zero() const { return name == "rows_dropped"; }
   /// Written, and of use to the caller.
   bool is_result() const { return written() && name != "workspace"; }
 };

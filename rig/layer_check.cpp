@@ -50,16 +50,15 @@ class LayerCheck {
         strictness_(strictness),
         host_(run),
         problem_(host_.problem(run)),
-        rows_(oracle::sorted_rows(problem_.routing, run.c.experts.num_tokens,
-                                  run.c.experts.num_experts)),
+        rows_(oracle::rows_of(problem_)),
         logits_(run.logits.values()),
         problems_(run.violations()) {
-    const auto capacity = static_cast<std::size_t>(run.shape.row_capacity());
-    const std::size_t kept = std::min(rows_.size(), capacity);
-    if (run.rows_dropped.values()[0] != static_cast<double>(rows_.size() - kept)) {
+    const std::size_t all =
+        oracle::sorted_rows(problem_.routing, run.c.experts.num_tokens, run.c.experts.num_experts)
+            .size();
+    if (run.rows_dropped.values()[0] != static_cast<double>(all - rows_.size())) {
       add("rows_dropped", "not the number of rows beyond max_rows");
     }
-    rows_.resize(kept);
   }
 
   std::vector<std::string> operator()() {

@@ -203,8 +203,8 @@ std::vector<std::string> LayerRun::violations() const {
   for (const Tensor* input : {&router_weight, &router_bias, &grad_logits}) {
     note("an input of the router", input->violation_as_input());
   }
-  for (const Tensor* output : {&out, &logits, &rows_per_expert, &rows_dropped, &topk_ids, &token_ids, &expert_ids,
-                               &routing_weights, &h}) {
+  for (const Tensor* output : {&out, &logits, &rows_per_expert, &rows_dropped, &topk_ids,
+                               &token_ids, &expert_ids, &routing_weights, &h}) {
     note("an output of forward", output->violation_as_output());
   }
   for (const Tensor* output :

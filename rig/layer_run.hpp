@@ -19,7 +19,7 @@ struct LayerCase {
   DType router_dtype = DType::kFloat32;
   DType router_gradient_dtype = DType::kFloat32;
   bool router_bias = false;
-  bool auxiliary = false;  ///< grad_logits from an auxiliary loss
+  bool auxiliary = false;                ///< grad_logits from an auxiliary loss
   std::optional<std::int64_t> max_rows;  ///< that of the experts is not read
 
   std::string describe() const;

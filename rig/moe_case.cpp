@@ -19,7 +19,8 @@ class ExpertChoice {
   ExpertChoice(const MoECase& description, Random& random) : case_(description), random_(random) {
     const std::int64_t E = case_.num_experts, first = case_.first_expert;
     favourite_ = random_.integer(0, E - 1);
-    outside_ = {-1,        first - 1, first + E, first + E + 7,
+    outside_ = {-1,        first - 1,
+                first + E, first + E + 7,
                 kInt32Max, std::numeric_limits<std::int32_t>::min()};
     if (case_.id_dtype == DType::kInt64) {
       outside_.push_back(std::numeric_limits<std::int64_t>::min());
@@ -207,9 +208,8 @@ void MoEInputs::fill_routing(const Target& target) {
 
 // As the library numbers and drops them.
 void MoEInputs::keep_rows(std::vector<oracle::Row> rows) {
-  std::stable_sort(rows.begin(), rows.end(), [](const oracle::Row& a, const oracle::Row& b) {
-    return a.expert < b.expert;
-  });
+  std::stable_sort(rows.begin(), rows.end(),
+                   [](const oracle::Row& a, const oracle::Row& b) { return a.expert < b.expert; });
   const std::size_t kept =
       std::min(rows.size(), static_cast<std::size_t>(description.row_capacity()));
   rows_beyond_ = static_cast<std::int64_t>(rows.size() - kept);

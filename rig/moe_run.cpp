@@ -165,12 +165,17 @@ void ExpertsRun::backward_in_steps() {
 std::vector<std::string> ExpertsRun::violations() const {
   std::vector<std::string> result = step_violations_;
   const std::pair<const char*, const Tensor*> tensors[] = {
-      {"out", &out},         {"h", &h},
+      {"out", &out},
+      {"h", &h},
       {"rows_dropped", &rows_dropped},
-      {"grad_h", &grad_h},   {"scaled_a", &scaled_a},
-      {"grad_x", &grad_x},   {"grad_w1", &grad_w1},
-      {"grad_b1", &grad_b1}, {"grad_w2", &grad_w2},
-      {"grad_b2", &grad_b2}, {"grad_routing_weights", &grad_routing_weights}};
+      {"grad_h", &grad_h},
+      {"scaled_a", &scaled_a},
+      {"grad_x", &grad_x},
+      {"grad_w1", &grad_w1},
+      {"grad_b1", &grad_b1},
+      {"grad_w2", &grad_w2},
+      {"grad_b2", &grad_b2},
+      {"grad_routing_weights", &grad_routing_weights}};
   for (const auto& [name, tensor] : tensors) note(result, name, tensor->violation_as_output());
   const std::pair<const char*, const GuardedBuffer*> buffers[] = {
       {"forward workspace", &forward_workspace},

@@ -80,7 +80,7 @@ oracle::ActivationOf<float> activate_at(const Inputs& in, const std::vector<floa
 oracle::ForwardResult naive_forward(const oracle::Problem& problem) {
   const Inputs in(problem);
   oracle::ForwardResult result;
-  result.rows = oracle::sorted_rows(problem.routing, in.T, in.E);
+  result.rows = oracle::rows_of(problem);
   const auto R = static_cast<std::int64_t>(result.rows.size());
   std::vector<float> h = floats(R * in.columns), a = floats(R * in.n), out = floats(in.T * in.d);
   for (std::int64_t r = 0; r < R; ++r) {

@@ -241,7 +241,9 @@ Trial::Trial(Call call) : call_(std::move(call)) {
     const auto is_number = [&](double value) {
       return std::isfinite(value) || operand.has_unused_rows();
     };
-    if (std::all_of(values.begin(), values.end(), is_zero)) problem_ = operand.name + ": all zeros";
+    if (std::all_of(values.begin(), values.end(), is_zero) && !operand.may_be_zero()) {
+      problem_ = operand.name + ": all zeros";
+    }
     if (!std::all_of(values.begin(), values.end(), is_number)) problem_ = operand.name + ": NaN";
   }
   if (problem_.empty() && !has_results(call_)) problem_ = "no results";

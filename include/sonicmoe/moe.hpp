@@ -1,9 +1,9 @@
 // The expert layer: forward and backward of a Mixture-of-Experts MLP with ready-made routing.
 //
 // Symbols (docs/design/algorithm.md): T tokens, d hidden_size, n intermediate_size, E num_experts,
-// K top_k, P routed pairs handed over, R <= P rows left after dropped pairs, C rows that buffers have
-// room for (P, or max_rows where that is less), g = 2 for a gated activation, else 1.
-// Source: SonicMoE, arXiv 2512.14080.
+// K top_k, P routed pairs handed over, R <= P rows left after dropped pairs, C rows that buffers
+// have room for (P, or max_rows where that is less), g = 2 for a gated activation, else 1. Source:
+// SonicMoE, arXiv 2512.14080.
 //
 // For every routed row r = (token t, expert e) with weight s:
 //   H[r] = X[t] W1[e]^T + b1[e]      [g*n]  kept for backward (skipped in inference)
@@ -38,8 +38,8 @@ namespace sonicmoe {
 // ---------------------------------------------------------------------------------------- routing
 
 /// Form A, K slots per token. `topk_ids` [T, K] int32|int64; `topk_weights` [T, K]
-/// float32|bfloat16. An id outside first_expert .. first_expert + E - 1 is a dropped slot: no row is
-/// computed, it contributes exactly 0 and its weight gradient is exactly 0. A token may name an
+/// float32|bfloat16. An id outside first_expert .. first_expert + E - 1 is a dropped slot: no row
+/// is computed, it contributes exactly 0 and its weight gradient is exactly 0. A token may name an
 /// expert twice; both slots count.
 struct TopKRouting {
   ConstTensorView topk_ids;
@@ -83,9 +83,10 @@ struct ExpertOptions {
   /// sorted rows, which have no such sum, ignore it.
   bool deterministic = true;
   /// Rows that H and all scratch have room for, >= 0; absent: P. Rows are numbered by expert; the
-  /// pair of a row max_rows or beyond is a dropped slot, so that the last experts lose theirs first.
-  /// MoEForwardArgs::rows_dropped counts them. Not with sorted rows, which are the output themselves.
-  std::optional<std::int64_t> max_rows;
+  /// pair of a row max_rows or beyond is a dropped slot, so that the last experts lose theirs
+  /// first. MoEForwardArgs::rows_dropped counts them. Not with sorted rows, which are the output
+  /// themselves.
+  std::optional<std::int64_t> max_rows = {};
   /// false: rows of O and of dX of a token without rows hold anything, for callers that read those
   /// of the others alone. A layer's dX holds the router's part all the same.
   bool zero_absent_tokens = true;
@@ -110,9 +111,9 @@ struct MoEShape {
   std::int64_t num_pairs = 0;          ///< P = T*K, rows of x, or length of the pair list
   Form form = Form::kTopK;  ///< decides the metadata; sorted rows are not summed by token
   Activation activation = Activation::kSwiGLU;
-  Numerics numerics;          ///< of the dtype of x
-  bool deterministic = true;  ///< ExpertOptions::deterministic
-  std::optional<std::int64_t> max_rows;  ///< ExpertOptions::max_rows
+  Numerics numerics;                          ///< of the dtype of x
+  bool deterministic = true;                  ///< ExpertOptions::deterministic
+  std::optional<std::int64_t> max_rows = {};  ///< ExpertOptions::max_rows
 
   /// C: rows of H, A, Y, dH and A'.
   std::int64_t row_capacity() const noexcept {
@@ -180,9 +181,9 @@ struct MoEForwardArgs {
 
   TensorView out;  ///< [T, d] (form B: [P, d]), dtype of x, unit stride in d; every element written
   TensorView h;    ///< [C, g*n] contiguous, dtype of x; absent in inference. Rows >= R untouched
-  TensorView metadata;   ///< [moe_metadata_bytes()] uint8, 16-byte aligned; absent in inference
+  TensorView metadata;      ///< [moe_metadata_bytes()] uint8, 16-byte aligned; absent in inference
   TensorView rows_dropped;  ///< [1] int32 or absent: rows that max_rows left no room for
-  TensorView workspace;  ///< [WorkspacePlan::bytes] uint8 (or more), 64-byte aligned
+  TensorView workspace;     ///< [WorkspacePlan::bytes] uint8 (or more), 64-byte aligned
   std::optional<std::size_t> workspace_limit;  ///< the value given to moe_forward_workspace
 };
 

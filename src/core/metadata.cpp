@@ -171,10 +171,9 @@ void store_rows_dropped(const TensorView& rows_dropped, std::int64_t count) {
 
 void check_metadata(const MoEShape& shape, const Metadata& m) {
   const std::int64_t experts = shape.num_experts, pairs = shape.num_pairs;
-  require(
-      std::is_sorted(m.offsets, m.offsets + experts) && m.offsets[0] >= 0 &&
-          m.num_rows() <= shape.row_capacity(),
-      "ends of experts out of order");
+  require(std::is_sorted(m.offsets, m.offsets + experts) && m.offsets[0] >= 0 &&
+              m.num_rows() <= shape.row_capacity(),
+          "ends of experts out of order");
   if (shape.form == MoEShape::Form::kSorted) return;
   const std::int64_t rows = m.num_rows();
   std::int64_t kept = 0;

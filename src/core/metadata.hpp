@@ -1,7 +1,7 @@
 // Routing metadata on the host: which row belongs to which pair and token.
 //
-// Rows are the kept pairs sorted by expert, stably: inside an expert they keep input order. Of those
-// the first C = shape.row_capacity() have a row; the pairs of the others are dropped, too.
+// Rows are the kept pairs sorted by expert, stably: inside an expert they keep input order. Of
+// those the first C = shape.row_capacity() have a row; the pairs of the others are dropped, too.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,8 @@ Metadata metadata_view(const MoEShape& shape, void* buffer);
 /// Fills them from the caller's routing, one pass per array, sequentially: P integer operations.
 /// Returns the number of pairs that would have had a row beyond C.
 /// Throws Error for sorted offsets that decrease, are negative or exceed P.
-std::int64_t build_metadata(const MoEShape& shape, const Routing& routing, const Metadata& metadata);
+std::int64_t build_metadata(const MoEShape& shape, const Routing& routing,
+                            const Metadata& metadata);
 
 /// Writes it into rows_dropped [1] int32, where that is present.
 void store_rows_dropped(const TensorView& rows_dropped, std::int64_t count);

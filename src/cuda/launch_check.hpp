@@ -24,8 +24,8 @@ inline void check_launch(cudaError_t status, const std::string& what, const MoES
   check_cuda(
       status, what,
       " (T=" + std::to_string(shape.num_tokens) + ", d=" + std::to_string(shape.hidden_size) +
-          ", n=" + std::to_string(shape.intermediate_size) + ", E=" +
-          std::to_string(shape.num_experts) + ", P=" + std::to_string(shape.num_pairs) +
+          ", n=" + std::to_string(shape.intermediate_size) +
+          ", E=" + std::to_string(shape.num_experts) + ", P=" + std::to_string(shape.num_pairs) +
           ", C=" + std::to_string(shape.row_capacity()) + ")");
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <set>
 #include <vector>
 
 #include "core/metadata.hpp"
@@ -21,22 +22,23 @@ std::string join(const std::vector<std::string>& lines) {
   return text;
 }
 
-// Slots dropped by the caller, duplicates, tokens without rows, foreign experts; widths of several
-// column blocks.
-MoECase case_of(Form form, DType dtype) {
+// Slots dropped by the caller, duplicates, tokens without rows, foreign experts; on a GPU widths of
+// several column blocks.
+MoECase case_of(const Target& target, Form form, DType dtype) {
+  const bool large = target.device.type == DeviceType::kCuda;
   MoECase c;
   c.form = form;
   c.dtype = dtype;
-  c.num_tokens = 173;
-  c.num_pairs = 411;
+  c.num_tokens = large ? 1173 : 73;
+  c.num_pairs = large ? 2411 : 151;
   c.num_experts = 6;
   c.top_k = 3;
-  c.hidden_size = 264;
-  c.intermediate_size = 40;
+  c.hidden_size = large ? 520 : 40;
+  c.intermediate_size = 24;
   c.drop_probability = 0.4;
   c.first_expert = 12;
   c.seed = 40 + static_cast<std::uint64_t>(form);
-  return c;
+  return fitted(target, c);
 }
 
 // R without a bound.
@@ -90,9 +92,9 @@ INSTANTIATE_TEST_SUITE_P(Backends, MaxRows, ::testing::ValuesIn(targets()),
 TEST_P(MaxRows, NoneExactOneShortHalfAndMore) {
   for (const Form form : {Form::kTopK, Form::kPairs}) {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-      MoECase c = fitted(target(), case_of(form, dtype));
+      MoECase c = case_of(target(), form, dtype);
       const std::int64_t rows = rows_of(c), pairs = c.pairs();
-      ASSERT_TRUE(rows > 100 && rows < pairs);
+      ASSERT_TRUE(rows > 60 && rows < pairs);
       const RunResult unbounded = run(c);
       for (const std::int64_t most : {std::int64_t{0}, std::int64_t{1}, rows / 2, rows - 1, rows,
                                       rows + 1, pairs, pairs + 5}) {
@@ -109,7 +111,7 @@ TEST_P(MaxRows, NoneExactOneShortHalfAndMore) {
 
 TEST_P(MaxRows, ChangesNoBitUnderALimitInStepsOrInInference) {
   for (const Form form : {Form::kTopK, Form::kPairs}) {
-    MoECase c = fitted(target(), case_of(form, DType::kBFloat16));
+    MoECase c = case_of(target(), form, DType::kBFloat16);
     c.max_rows = rows_of(c) - 20;
     SCOPED_TRACE(c.describe());
     const RunResult whole = run(c);
@@ -131,7 +133,7 @@ TEST_P(MaxRows, MetadataIsTheHosts) {
   if (target().backend == "reference") GTEST_SKIP() << "the host's own";
   for (const Form form : {Form::kTopK, Form::kPairs}) {
     for (const double part : {0.0, 0.3, 1.0, 1.2}) {
-      MoECase c = fitted(target(), case_of(form, DType::kBFloat16));
+      MoECase c = case_of(target(), form, DType::kBFloat16);
       c.max_rows = static_cast<std::int64_t>(part * static_cast<double>(rows_of(c)));
       SCOPED_TRACE(c.describe());
       const MoEInputs host(host_target(), c);
@@ -151,7 +153,7 @@ TEST_P(MaxRows, MetadataIsTheHosts) {
 TEST_P(MaxRows, FirstExpertIsASubtraction) {
   for (const Form form : {Form::kTopK, Form::kPairs}) {
     for (const DType ids : {DType::kInt32, DType::kInt64}) {
-      MoECase c = fitted(target(), case_of(form, DType::kBFloat16));
+      MoECase c = case_of(target(), form, DType::kBFloat16);
       c.id_dtype = ids;
       SCOPED_TRACE(c.describe());
       const RunResult shifted = run(c);
@@ -186,13 +188,15 @@ TEST_P(MaxRows, AbsentTokensMayStayAsTheyAre) {
   for (const Form form : {Form::kTopK, Form::kPairs}) {
     for (const bool bounded : {false, true}) {
       for (const bool deterministic : {true, false}) {
-        MoECase c = fitted(target(), case_of(form, DType::kBFloat16));
+        MoECase c = case_of(target(), form, DType::kBFloat16);
         c.drop_probability = 0.7;
         c.deterministic = deterministic;
         c.values = Numbers::kIntegers;  // exact in any order
         if (bounded) c.max_rows = rows_of(c) - 7;
         const MoEInputs host(host_target(), c);
-        ASSERT_LT(host.used_tokens().size(), 173u * 3 / 2);
+        const std::set<std::int64_t> with_rows(host.used_tokens().begin(),
+                                               host.used_tokens().end());
+        ASSERT_LT(static_cast<std::int64_t>(with_rows.size()), c.num_tokens);
         const RunResult zeros = run(c);
         c.zero_absent_tokens = false;
         SCOPED_TRACE(c.describe());
@@ -204,10 +208,10 @@ TEST_P(MaxRows, AbsentTokensMayStayAsTheyAre) {
 
 TEST_P(MaxRows, OfALayer) {
   for (const bool rounds : {false, true}) {
-    for (const std::int64_t short_by : {-40, 0, 1, 57}) {
+    for (const std::int64_t short_by : {-40, 0, 1, 37}) {
       for (const bool in_steps : {false, true}) {
         LayerCase layer;
-        layer.experts = fitted(target(), case_of(Form::kTopK, DType::kBFloat16));
+        layer.experts = case_of(target(), Form::kTopK, DType::kBFloat16);
         layer.experts.first_expert = 0;
         layer.experts.drop_probability = 0.0;
         layer.router.scoring = Scoring::kTopKSoftmax;

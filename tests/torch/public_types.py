@@ -21,7 +21,7 @@ def right(x: Tensor, ids: Tensor) -> None:
 def wrong(x: Tensor, ids: Tensor) -> None:
     sm.moe(x, x, x, ids, x, activation=3)  # type: ignore[arg-type]
     sm.moe(x, x, x, ids, x, tile=3)  # type: ignore[call-arg]
-    sm.moe_pairs(x, x, x, ids, ids, x, None, None, "geglu")  # type: ignore[call-arg]
+    sm.moe_pairs(x, x, x, ids, ids, x, None, None, "geglu")  # type: ignore[call-arg,arg-type]
     sm.route(x, 2, bias=x)  # type: ignore[call-arg]
     sm.route(x, 2, renormalize="on")  # type: ignore[arg-type]
     sm.round_tokens(x, 2, seed=0.5)  # type: ignore[arg-type]

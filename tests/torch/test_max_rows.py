@@ -71,7 +71,9 @@ def test_slots_beyond_max_rows_are_dropped_slots(form):
         dropped = torch.zeros(1, dtype=torch.int32)
         bounded = run(form, given, first_expert=FIRST, max_rows=most, rows_dropped=dropped)
         assert dropped.item() == max(0, len(rows) - most)
-        by_hand = {key: t.detach().clone().requires_grad_(t.requires_grad) for key, t in given.items()}
+        by_hand = {
+            key: t.detach().clone().requires_grad_(t.requires_grad) for key, t in given.items()
+        }
         ids_of(by_hand).view(-1)[rows[most:]] = -1
         assert_equal(bounded, run(form, by_hand, first_expert=FIRST))
         if most >= len(rows):
@@ -111,13 +113,13 @@ def test_drops_add_up_in_every_call_and_mode():
         sm.moe(**tensors, **given, **options)
     assert dropped.item() == 2
     checkpoint(sm.moe, **tensors, **given, **options, use_reentrant=False).sum().backward()
-    assert dropped.item() == 6  # the recomputed forward counts too
+    assert dropped.item() == 4  # a recomputed forward stops before it counts
     compiled = torch.compile(sm.moe, fullgraph=True, backend="aot_eager")
     eager = sm.moe(**tensors, **given, **options)
     assert torch.equal(compiled(**tensors, **given, **options), eager)
-    assert dropped.item() == 10
+    assert dropped.item() == 8
     sm.moe(**tensors, **given, first_expert=FIRST, rows_dropped=dropped)  # no bound, none dropped
-    assert dropped.item() == 10
+    assert dropped.item() == 8
 
 
 @pytest.mark.parametrize("router", ["topk", "token_rounding"])
@@ -161,7 +163,7 @@ def test_tokens_without_rows_are_zero_unless_told_otherwise():
         ("moe", {"max_rows": -1}, "moe: max_rows: expected"),
         ("moe", {"max_rows": 1.5}, "moe: max_rows: expected"),
         ("moe", {"first_expert": -1}, "moe: first_expert: expected"),
-        ("moe", {"zero_absent_tokens": 1}, "moe: zero_absent_tokens: expected True or False, got 1"),
+        ("moe", {"zero_absent_tokens": 1}, "zero_absent_tokens: expected True or False, got 1"),
         ("moe", {"rows_dropped": torch.zeros(1)}, "moe: rows_dropped: expected int32, got float32"),
         ("moe", {"rows_dropped": torch.zeros(2, dtype=torch.int32)}, r"expected shape \[1\]"),
         ("moe_pairs", {"max_rows": -1}, "moe_pairs: max_rows: expected"),

@@ -122,7 +122,7 @@ def test_signatures_show_what_type_checkers_see(name):
     named = explicit.co_varnames[: explicit.co_argcount + explicit.co_kwonlyargcount]
     assert set(parameters) == {*named, *keywords_of(function)}
     fields = {}
-    for cls in (options.ExpertOptions, options.RouterOptions, options.RoundingOptions):
+    for cls in (options.RoutedExpertOptions, options.RouterOptions, options.RoundingOptions):
         hints = get_type_hints(cls)
         fields |= {f.name: (hints[f.name], f.default) for f in dataclasses.fields(cls)}
     for keyword, kind in keywords_of(function).items():

@@ -36,8 +36,8 @@ constexpr const char* kForwardSchema =
     "Tensor? token_ids, Tensor? weights, int[] options, float[] reals, bool save_for_backward) -> "
     "(Tensor y, Tensor h, Tensor metadata, Tensor rows_dropped)";
 
-// x and y [..., d]; h [C, g*n] and metadata bytes, empty without save_for_backward; rows_dropped [1]
-// int32, empty without max_rows.
+// x and y [..., d]; h [C, g*n] and metadata bytes, empty without save_for_backward; rows_dropped
+// [1] int32, empty without max_rows.
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_forward(
     const Tensor& x, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
     const OptionalTensor& b2, std::int64_t form, const Tensor& ids, const OptionalTensor& token_ids,

@@ -357,8 +357,8 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
   constexpr int kMostRows = 8;  // in flight: all up to 8, else equal parts
   if (s.top_k == 0) return launch_aggregate<4, 1, true>(stream, shape, s, metadata);
   // Twice the mean where rows are bounded.
-  const auto rows = static_cast<int>(std::clamp<std::int64_t>(
-      ceil_div(2 * shape.row_capacity(), shape.num_tokens), 1, s.top_k));
+  const auto rows = static_cast<int>(
+      std::clamp<std::int64_t>(ceil_div(2 * shape.row_capacity(), shape.num_tokens), 1, s.top_k));
   switch (ceil_div(rows, ceil_div(rows, kMostRows))) {
     case 1:
       return launch_top_k<1>(stream, shape, s, metadata);

@@ -86,14 +86,13 @@ void forward(const Context& context, const ExpertPlan& plan, const MoEForwardArg
     if (sorted) zero_tail(call.stream, shape, m, out, columns);
     if (stores) {
       const Range range("aggregate");
-      aggregate(
-          call.stream, shape, m,
-          {.rows = b.y,
-           .rows_ld = columns,
-           .weights = weights,
-           .out = out,
-           .columns = columns,
-           .tokens = token_order(b.tables, args.options)});
+      aggregate(call.stream, shape, m,
+                {.rows = b.y,
+                 .rows_ld = columns,
+                 .weights = weights,
+                 .out = out,
+                 .columns = columns,
+                 .tokens = token_order(b.tables, args.options)});
     }
   });
 }

@@ -146,12 +146,12 @@ __global__ void __launch_bounds__(kScanThreads, 1)
 
 // Gives every pair of a block its row. Warp w owns kPairsPerWarp consecutive pairs: the warps'
 // counts are summed in order, then each warp ranks its pairs 32 at a time. `block_starts` [E]: the
-// block's first row inside an expert. Rows from `capacity` on do not exist. Shared: starts [E + 1], then the next row of each warp's
-// experts [kWarps, E].
+// block's first row inside an expert. Rows from `capacity` on do not exist. Shared: starts [E + 1],
+// then the next row of each warp's experts [kWarps, E].
 __device__ void place_block(const PairSource& source, std::int64_t num_pairs, std::int32_t capacity,
                             std::int64_t block, const std::int32_t* block_starts,
-                            const std::int32_t* starts, std::int32_t* next, const Metadata& m, const TokenLists& lists,
-                            float* row_weight) {
+                            const std::int32_t* starts, std::int32_t* next, const Metadata& m,
+                            const TokenLists& lists, float* row_weight) {
   constexpr int kSteps = kPairsPerWarp / 32;
   const int E = source.num_experts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = threadIdx.x; i < kWarps * E; i += kThreads) next[i] = 0;
@@ -301,7 +301,8 @@ void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& r
         static_cast<std::int32_t>(shape.num_pairs));
     check_launch(cudaGetLastError(), "metadata", shape);
     if (rows_dropped != nullptr) {
-      check_launch(cudaMemsetAsync(rows_dropped, 0, sizeof(std::int32_t), stream), "metadata", shape);
+      check_launch(cudaMemsetAsync(rows_dropped, 0, sizeof(std::int32_t), stream), "metadata",
+                   shape);
     }
     return build_row_tables(stream, shape, routing, m, tables);
   }
@@ -333,11 +334,10 @@ void build_metadata(cudaStream_t stream, const MoEShape& shape, const Routing& r
                                 kScanThreads, 0, stream, scratch.expert_counts,
                                 static_cast<int>(blocks), E, scratch.expert_totals, lists),
                "metadata", shape);
-  check_launch(launch_dependent(place_pairs, static_cast<unsigned>(table_blocks(E)) + blocks,
-                                kThreads, shared, stream, source, shape.num_pairs,
-                                static_cast<std::int32_t>(shape.row_capacity()),
-                                scratch.expert_counts, scratch.expert_totals, m, tables, lists,
-                                rows_dropped),
+  check_launch(launch_dependent(
+                   place_pairs, static_cast<unsigned>(table_blocks(E)) + blocks, kThreads, shared,
+                   stream, source, shape.num_pairs, static_cast<std::int32_t>(shape.row_capacity()),
+                   scratch.expert_counts, scratch.expert_totals, m, tables, lists, rows_dropped),
                "metadata", shape);
   if (is_list && shape.num_pairs > 0) {
     const auto grid = static_cast<unsigned>(ceil_div(shape.num_pairs, kThreads));

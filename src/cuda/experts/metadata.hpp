@@ -25,8 +25,8 @@ struct RowTables {
   std::int32_t* num_tiles = nullptr;  ///< [1]
   std::uint32_t* claims = nullptr;    ///< [2] cleared
   float* row_weight = nullptr;        ///< [C]; the caller clears it where there is no use for it
-  /// Where lists_tokens(): [T] tokens with rows, then from the end those without, both in any order;
-  /// [2] how many.
+  /// Where lists_tokens(): [T] tokens with rows, then from the end those without, both in any
+  /// order; [2] how many.
   std::int32_t* tokens = nullptr;
   std::int32_t* num_tokens = nullptr;
 };

@@ -89,13 +89,14 @@ void build_row_tables(cudaStream_t stream, const MoEShape& shape, const Routing&
   const std::size_t shared =
       2 * sizeof(std::int32_t) * (static_cast<std::size_t>(E) + 1) + kReadAhead;
   const ConstTensorView& weights = routing_weights(routing);
-  const unsigned gathers = tables.row_weight == nullptr
-                               ? 0
-                               : static_cast<unsigned>(ceil_div(shape.row_capacity(), kTableThreads));
+  const unsigned gathers =
+      tables.row_weight == nullptr
+          ? 0
+          : static_cast<unsigned>(ceil_div(shape.row_capacity(), kTableThreads));
   allow_shared(make_tables, shared, shape);
   make_tables<<<static_cast<unsigned>(table_blocks(E)) + gathers, kTableThreads, shared, stream>>>(
-      m, shape.row_capacity(), weights.data(), weights.defined() && weights.dtype() == DType::kBFloat16,
-      tables);
+      m, shape.row_capacity(), weights.data(),
+      weights.defined() && weights.dtype() == DType::kBFloat16, tables);
   check_launch(cudaGetLastError(), "row tables", shape);
   list_tokens(stream, shape, m, tables);
 }
