@@ -156,7 +156,8 @@ ColumnBlock::ColumnBlock(const RoundingBuffers& buffers, std::int64_t begin, std
 bool ColumnBlock::set(std::int64_t token, const float* scores, const std::int32_t* ids,
                       std::int64_t top_k) {
   std::uint32_t* row = keys_.data() + (token - begin_) * buffers_.num_experts;
-  std::transform(scores, scores + buffers_.num_experts, row, ordered_key);
+  std::transform(scores, scores + buffers_.num_experts, row,
+                 [](float score) { return ordered_key(score); });
   const std::uint64_t bit = std::uint64_t{1} << (token - begin_);
   for (std::int64_t k = 0; k < top_k; ++k) {
     if (ids[k] < 0 || ids[k] >= buffers_.num_experts) return false;
