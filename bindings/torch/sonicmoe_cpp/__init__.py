@@ -6,6 +6,7 @@ See docs/guide/python.md. Importing this package needs torch alone; the Hugging 
 
 import importlib
 
+from . import distributed
 from ._after_import import after_import
 from ._library import Backend, __version__, backends
 from ._shared_device import set_shared_device
@@ -27,6 +28,7 @@ __all__ = [
     "MoE",
     "__version__",
     "backends",
+    "distributed",
     "load_balancing_loss",
     "moe",
     "moe_layer",
