@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._autograd import refuse_forward_mode
 from ._checks import names_of, refuse
@@ -22,6 +22,16 @@ def check_main_grad(x: Tensor) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"moe_layer: main_grad: not supported under {reason}")
+
+
+def check_owner(*modules: nn.Module) -> None:
+    """FSDP reduces the gradients of the parameters it gathers, so those have to go to autograd."""
+    # fully_shard leaves this on each module whose parameters it gathers, as it does for Dynamo.
+    if any(getattr(module, "_is_fsdp_managed_module", False) for module in modules):
+        raise ValueError(
+            "moe_layer: main_grad: not supported under fully_shard, which owns the gradients of "
+            "the parameters that it gathers"
+        )
 
 
 class MainGradLayer(torch.autograd.Function):

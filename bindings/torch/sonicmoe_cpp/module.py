@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from ._checks import check_shape, check_tensors
 from ._library import gate_factor
+from ._main_grad import check_owner
 from ._moe_layer import LayerOutput, count_rows
 from ._rules import FLAG, SEED, SIZE, parameter_dtype
 from .functional import RouterTensors, check_layer, run_layer
@@ -231,6 +232,8 @@ class MoE(ExactBuffers):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """y [..., d]; with return_router (y, logits [..., E], rows_per_expert [E]), the rows being
         those of token choice."""
+        if self.main_grad:
+            check_owner(self.router, self.experts)
         rounding = self.options.rounding if self.training else None
         rounds = rounding is not None and fills_a_tile(x, rounding.tile)
         seed = self._next_seed(x) if rounds else None
