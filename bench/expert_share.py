@@ -113,8 +113,7 @@ def main() -> int:
             for row in rows_of(name, size, options.capacity, options.seconds):
                 record["rows"].append(rounded(row))
                 print(*(f"{key}={value}" for key, value in rounded(row).items()), flush=True)
-    if options.output:
-        write_record(options.output, record)
+    write_record(record, options.output)
     return 0
 
 

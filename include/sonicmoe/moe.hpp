@@ -169,7 +169,7 @@ SONICMOE_API WorkspacePlan moe_backward_workspace(const Context& context, const 
                                                   BackwardStep step = BackwardStep::kAll);
 
 /// Bytes of the row lists that the steps of a backward hand on: 0 on the CPU; on CUDA, with each
-/// term rounded up to 128, 4 C + 16 (ceil(C / 128) + E) + 16 E + 4 + 8, and where C < P 4 T + 4.
+/// term rounded up to 128, 4 C + 16 (ceil(C / 128) + E) + 16 E + 4 + 8, and where 2 C <= P 4 T + 8.
 SONICMOE_API std::size_t moe_row_lists_bytes(const Context& context, const MoEShape& shape);
 
 /// Arguments of moe_forward.

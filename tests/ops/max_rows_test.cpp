@@ -29,11 +29,11 @@ MoECase case_of(const Target& target, Form form, DType dtype) {
   MoECase c;
   c.form = form;
   c.dtype = dtype;
-  c.num_tokens = large ? 1173 : 73;
-  c.num_pairs = large ? 2411 : 151;
+  c.num_tokens = large ? 573 : 73;
+  c.num_pairs = large ? 1211 : 151;
   c.num_experts = 6;
   c.top_k = 3;
-  c.hidden_size = large ? 520 : 40;
+  c.hidden_size = large ? 264 : 40;
   c.intermediate_size = 24;
   c.drop_probability = 0.4;
   c.first_expert = 12;
@@ -191,7 +191,6 @@ TEST_P(MaxRows, AbsentTokensMayStayAsTheyAre) {
         MoECase c = case_of(target(), form, DType::kBFloat16);
         c.drop_probability = 0.7;
         c.deterministic = deterministic;
-        c.values = Numbers::kIntegers;  // exact in any order
         if (bounded) c.max_rows = rows_of(c) - 7;
         const MoEInputs host(host_target(), c);
         const std::set<std::int64_t> with_rows(host.used_tokens().begin(),
@@ -200,7 +199,9 @@ TEST_P(MaxRows, AbsentTokensMayStayAsTheyAre) {
         const RunResult zeros = run(c);
         c.zero_absent_tokens = false;
         SCOPED_TRACE(c.describe());
-        expect_equal(zeros, run(c));  // of tokens with rows
+        const RunResult result = run(c);
+        EXPECT_EQ(join(check_run(c, {}, result, Strictness::kTiny)), "");  // of tokens with rows
+        if (deterministic) expect_equal(zeros, result);
       }
     }
   }

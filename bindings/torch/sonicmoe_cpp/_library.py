@@ -128,7 +128,7 @@ def row_capacity(num_pairs: int, max_rows: int | None) -> int:
 
 def row_lists_bytes(device: torch.device, rows: int, num_experts: int, listed_tokens: int) -> int:
     """Bytes of row lists, as sonicmoe::moe_row_lists_bytes (for symbolic T). listed_tokens: T where
-    max_rows bounds the rows of a deterministic call, else 0."""
+    a deterministic call has rows for at most half of its pairs, else 0."""
     if device.type != "cuda":
         return 0
     tiles = (rows + 127) // 128 + num_experts

@@ -85,7 +85,8 @@ def handed_on(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_h, scaled_a and row_lists of a backward in steps."""
     rows = h.shape[0]
-    lists_tokens = experts.deterministic and experts.max_rows is not None and rows < num_pairs
+    bounded = experts.deterministic and experts.max_rows is not None
+    lists_tokens = bounded and 2 * rows <= num_pairs
     listed = math.prod(x.shape[:-1]) if lists_tokens else 0
     lists = row_lists_bytes(x.device, rows, w1.shape[0], listed)
     return (

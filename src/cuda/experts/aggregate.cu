@@ -74,6 +74,7 @@ struct Columns {
   int first;  // column of the first span's eight
   float sum[kVectors][kVector];
 
+  Columns() = default;
   __device__ Columns(int chunk, int lane) : first(chunk * kVectors * kSpan + lane * kVector) {
 #pragma unroll
     for (int i = 0; i < kVectors * kVector; ++i) sum[i / kVector][i % kVector] = 0.0f;
@@ -185,12 +186,8 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kRows, kVectors))
     aggregate_kernel(Sources s, Metadata m) {
   const int lane = threadIdx.x % 32;
   const unsigned warp = blockIdx.x * kWarps + threadIdx.x / 32;
-  int t = static_cast<int>(warp / s.chunks);
+  const int t = static_cast<int>(warp / s.chunks);
   if (t >= s.num_tokens) return;
-  if (s.order.tokens != nullptr) {
-    if (t >= *s.order.num_tokens && (s.add_to_out || !s.order.zero_absent)) return;
-    t = s.order.tokens[t];
-  }
   Columns<kVectors> columns(static_cast<int>(warp % s.chunks), lane);
   bf16* out = s.out + t * s.out_ld;
   if (s.add_to_out) {  // one more row, the last
@@ -219,15 +216,90 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kRows, kVectors))
   }
 }
 
+// The slots of kTokens tokens of a list, 32 / kTokens lanes each: where the rows lie, their
+// weights.
+template <int kTokens>
+__device__ Slots slots_of_tokens(const Sources& s, const Metadata& m, int first, int count,
+                                 int lane) {
+  constexpr int kSlots = 32 / kTokens;
+  const int i = first + lane / kSlots, slot = lane % kSlots;
+  if (i >= count || slot >= s.top_k) return {s.top_k, -1, 0.0f};
+  const std::int64_t pair = std::int64_t{s.order.tokens[i]} * s.top_k + slot;
+  const int row = m.pair_row[pair];
+  return {s.top_k, row, row < 0 ? 0.0f : s.weight(pair)};
+}
+
+// Of tokens with few rows each: one warp per kTokens tokens of the list and span of columns. Their
+// slots are fetched at once, then the first kFirst rows of all of them, so that a warp has as much
+// in flight as where one token has many.
+template <int kTokens>
+__global__ void __launch_bounds__(kThreads, 3) aggregate_listed_kernel(Sources s, Metadata m) {
+  constexpr int kSlots = 32 / kTokens, kFirst = 8 / kTokens;
+  constexpr unsigned kMask = (1u << kSlots) - 1;
+  const int lane = threadIdx.x % 32;
+  const unsigned warp = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int first = static_cast<int>(warp / s.chunks) * kTokens;
+  const int count = s.order.zero_absent && !s.add_to_out ? s.num_tokens : *s.order.num_tokens;
+  if (first >= count) return;
+  const Slots slots = slots_of_tokens<kTokens>(s, m, first, count, lane);
+  const unsigned all = __ballot_sync(~0u, slots.at >= 0);
+  Columns<1> columns[kTokens];
+  unsigned left[kTokens];
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) {
+    columns[j] = Columns<1>(static_cast<int>(warp % s.chunks), lane);
+    left[j] = all & (kMask << (j * kSlots));
+  }
+  if (all != 0) {
+    uint4 values[kTokens][kFirst];
+    float weights[kTokens][kFirst];
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+#pragma unroll
+      for (int i = 0; i < kFirst; ++i) {  // a token that has no more fetches any row
+        const int slot = __ffs(static_cast<int>(left[j] != 0 ? left[j] : all)) - 1;
+        left[j] &= left[j] - 1;
+        weights[j][i] = __shfl_sync(~0u, slots.weight, slot);
+        const bf16* row = s.rows + std::int64_t{__shfl_sync(~0u, slots.at, slot)} * s.rows_ld;
+        values[j][i] = ptx::load_global_nc_v4(row + columns[j].readable(s, 0));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      const int present = __popc(all & (kMask << (j * kSlots)));
+#pragma unroll
+      for (int i = 0; i < kFirst; ++i) {
+        if (i < present) add_vector(columns[j].sum[0], values[j][i], weights[j][i]);
+      }
+      add_present<kFirst>(s, slots, left[j], columns[j]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) {
+    if (first + j >= count || !columns[j].inside(s, 0)) continue;
+    bf16* out = s.out + s.order.tokens[first + j] * s.out_ld + columns[j].column(0);
+    if (s.add_to_out) add_vector(columns[j].sum[0], load_eight(s, out), 1.0f);
+    store_eight(s, out, pack(columns[j].sum[0]));
+  }
+}
+
+template <int kTokens>
+void launch_listed(cudaStream_t stream, const MoEShape& shape, Sources s, const Metadata& m) {
+  s.chunks = static_cast<int>(ceil_div(s.columns, kSpan));
+  const std::int64_t most = s.order.zero_absent && !s.add_to_out
+                                ? shape.num_tokens
+                                : std::min(shape.num_tokens, shape.row_capacity());
+  if (most == 0) return;
+  aggregate_listed_kernel<kTokens>
+      <<<grid_of(ceil_div(most, kTokens) * s.chunks, kWarps), kThreads, 0, stream>>>(s, m);
+  check_launch(cudaGetLastError(), "aggregate", shape);
+}
+
 template <int kRows, int kVectors, bool kLists>
 void launch_aggregate(cudaStream_t stream, const MoEShape& shape, Sources s, const Metadata& m) {
   s.chunks = static_cast<int>(ceil_div(s.columns, kSpan * kVectors));
-  const bool listed = s.order.tokens != nullptr && (s.add_to_out || !s.order.zero_absent);
-  const std::int64_t visited =
-      listed ? std::min(shape.num_tokens, shape.row_capacity()) : shape.num_tokens;
-  if (visited == 0) return;
   aggregate_kernel<kRows, kVectors, kLists>
-      <<<grid_of(visited * s.chunks, kWarps), kThreads, 0, stream>>>(s, m);
+      <<<grid_of(std::int64_t{s.num_tokens} * s.chunks, kWarps), kThreads, 0, stream>>>(s, m);
   check_launch(cudaGetLastError(), "aggregate", shape);
 }
 
@@ -356,10 +428,12 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
   s.order = args.tokens;
   constexpr int kMostRows = 8;  // in flight: all up to 8, else equal parts
   if (s.top_k == 0) return launch_aggregate<4, 1, true>(stream, shape, s, metadata);
-  // Twice the mean where rows are bounded.
-  const auto rows = static_cast<int>(
-      std::clamp<std::int64_t>(ceil_div(2 * shape.row_capacity(), shape.num_tokens), 1, s.top_k));
-  switch (ceil_div(rows, ceil_div(rows, kMostRows))) {
+  if (s.order.tokens != nullptr && s.top_k <= 16) {
+    const bool few = s.top_k <= 8 && 4 * shape.row_capacity() <= shape.num_pairs;
+    return few ? launch_listed<4>(stream, shape, s, metadata)
+               : launch_listed<2>(stream, shape, s, metadata);
+  }
+  switch (ceil_div(s.top_k, ceil_div(s.top_k, kMostRows))) {
     case 1:
       return launch_top_k<1>(stream, shape, s, metadata);
     case 2:

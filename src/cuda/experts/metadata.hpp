@@ -30,9 +30,9 @@ struct RowTables {
   std::int32_t* tokens = nullptr;
   std::int32_t* num_tokens = nullptr;
 };
-/// Whether few of the tokens may have rows, so that sums look for those first.
+/// Whether sums find the tokens with rows in a list: where at most half of the pairs have one.
 inline bool lists_tokens(const MoEShape& shape) {
-  return shape.deterministic && shape.row_capacity() < shape.num_pairs;
+  return shape.deterministic && 2 * shape.row_capacity() <= shape.num_pairs;
 }
 RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape);
 
