@@ -25,6 +25,7 @@ std::vector<Attack> attacks_on(const Call& call) {
   for (std::size_t i = 0; i < call.settings.size(); ++i) list.push_back({Kind::kOption, i});
   for (std::size_t i = 0; i < call.operands.size(); ++i) {
     const Operand& operand = call.operands[i];
+    if (operand.memory->numel() == 0) continue;  // scratch of a step that needs none
     const std::vector<std::int64_t> shape = operand.shape();
     const auto rank = static_cast<int>(shape.size());
     const auto add = [&](Kind kind, int detail = 0, std::int64_t amount = 0, std::size_t j = 0) {
@@ -54,7 +55,9 @@ std::vector<Attack> attacks_on(const Call& call) {
     if (shape.back() > 1) add(Kind::kInnerStride);
     if (rank > 1) add(Kind::kRowGaps);
     for (std::size_t j = 0; j < call.operands.size(); ++j) {
-      if (j != i && (operand.written() || call.operands[j].written())) add(Kind::kOverlap, 0, 0, j);
+      const Operand& other = call.operands[j];
+      if (j == i || other.memory->numel() == 0) continue;
+      if (operand.written() || other.written()) add(Kind::kOverlap, 0, 0, j);
     }
   }
   return list;
