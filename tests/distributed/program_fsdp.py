@@ -39,10 +39,13 @@ def mesh():
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
-def shard(plain, units=(), dim=0, **options):
-    """A copy of plain, each block of it a unit and so each of its `units`; experts in dimension
-    dim."""
-    sharded = copy.deepcopy(plain)
+def shard(plain, *arguments, **options):
+    """A copy of plain, sharded."""
+    return shard_(copy.deepcopy(plain), *arguments, **options)
+
+
+def shard_(sharded, units=(), dim=0, **options):
+    """Each block a unit and so each of its `units`; experts in dimension dim."""
     options["mesh"] = mesh()
 
     def placement(parameter):
@@ -122,17 +125,29 @@ def case_mixed_precision():
 
 
 def case_compile():
-    """Block by block, each one graph without a break."""
+    """Block by block. Each is one graph where it is the unit; the hooks of a unit inside break
+    it, so torch refuses fullgraph=True there."""
     plain, x = model(1), batches()
-    for reshard in (True, False):
+    right = step(copy.deepcopy(plain), x.flatten(0, 1))
+    for units, reshard in itertools.product(((), ("moe.experts",)), (True, False)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         sharded = copy.deepcopy(plain)
-        sharded[0].compile(fullgraph=True)
-        sharded = shard(sharded, ("moe.experts",), reshard_after_forward=reshard)
+        sharded[0].compile(fullgraph=not units)
+        shard_(sharded, units, reshard_after_forward=reshard)
         for _ in range(2):
             y, gradients = step(sharded, mine(x))
-        right = step(copy.deepcopy(plain), x.flatten(0, 1))
         same(y, mine(right[0].chunk(len(x))), 1e-5)
         compare_gradients(gradients, right[1], 1e-5)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs > 1 if units else graphs == 1, graphs
+    torch._dynamo.reset()
+    sharded[0].compile(fullgraph=True)
+    try:
+        sharded(mine(x))
+    except torch._dynamo.exc.Unsupported:
+        return
+    raise AssertionError("units inside a whole graph: the page says that torch has none")
 
 
 ROUNDED = {"router": "token_rounding", "tile": 4, "policy": "stochastic"}
@@ -151,8 +166,13 @@ def case_checkpointing():
             for index in range(2):
                 sharded[index] = checkpoint_wrapper(sharded[index])
                 fully_shard(sharded[index], mesh=mesh())
+            ran = []
+            for module in sharded.modules():
+                if isinstance(module, sm.MoE):
+                    module.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
             torch.manual_seed(3)
             y, gradients = step(fully_shard(sharded, mesh=mesh()), mine(x))
+            assert len(ran) == 4, "nothing ran again"
             parts = []
             for part in x:
                 torch.manual_seed(3)

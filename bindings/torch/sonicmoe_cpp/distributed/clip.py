@@ -19,8 +19,8 @@ def clip_grad_norm_(
 
     max |g| for norm_type inf, else (sum |g|^norm_type)^(1/norm_type), over all elements of the
     whole gradients; each is multiplied by min(1, max_norm / (norm + 1e-6)). A plain gradient counts
-    as the same on every rank. Collective: every rank calls it with the same parameters; a number of
-    each rank is gathered for each dimension of a mesh and way to be sharded there.
+    as the same on every rank. Collective: every rank calls it with the same parameters, and one
+    number of each rank is gathered over every mesh that shards.
     Errors: ValueError for a norm_type that is not above 0.
     """
     if not norm_type > 0:
