@@ -109,6 +109,7 @@ class Experts(nn.Module):
         self.w2 = parameter(num_experts, hidden_size, intermediate_size)
         self.b1 = parameter(num_experts, columns) if bias else None
         self.b2 = parameter(num_experts, hidden_size) if bias else None
+        self.exchange: Any = None  # of sonicmoe_cpp.distributed, once the experts are spread
 
     def reset_parameters(self) -> None:
         """Uniform in +-1/sqrt(fan in), as nn.Linear."""
@@ -125,6 +126,8 @@ class Experts(nn.Module):
     ) -> LayerOutput:
         """The whole layer, called by Router.forward."""
         experts = (self.w1, self.w2, self.b1, self.b2)
+        if self.exchange is not None:
+            return self.exchange.layer(x, router, experts, options, seed_tensor, main_grad)
         check_layer(x, router, experts, seed_tensor)
         return run_layer(x, router, experts, options, seed_tensor, main_grad)
 
@@ -224,6 +227,13 @@ class MoE(ExactBuffers):
         finds the memory)."""
         self.router.reset_parameters()
         self.experts.reset_parameters()
+        with torch.no_grad():
+            self.rounding_seed.fill_(self.seed)
+
+    def reseed(self, rank: int) -> None:
+        """Makes the seed of rounding differ from rank to rank, which would else all round an expert
+        the same way."""
+        self.seed = (self.seed + rank * 0x9E3779B97F4A7C15) % 2**63
         with torch.no_grad():
             self.rounding_seed.fill_(self.seed)
 

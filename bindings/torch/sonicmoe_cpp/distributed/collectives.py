@@ -1,0 +1,73 @@
+"""The collectives of an exchange, through torch.distributed: traceable, on NCCL and gloo."""
+
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+
+# Before torch 2.13 it has another name, which warns from then on.
+_GATHER = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+
+
+def all_gather(tensor: Tensor, group: Any) -> Tensor:
+    """[T, ...] of each rank as [size T, ...], by rank. No gradient."""
+    return functional.wait_tensor(_GATHER(tensor.contiguous(), 0, group))
+
+
+def sum_parts(parts: Tensor, group: Any, size: int) -> Tensor:
+    """[size T, ...], a part of every rank's tokens -> [T, ...], the sum of all parts of the own: in
+    float32, rounded once to the dtype of the parts, the same bits run after run. No gradient.
+
+    An all-to-all of equal pieces, not a reduce-scatter, which NCCL's ring would round at every hop.
+    """
+    received = functional.all_to_all_single(parts.contiguous(), None, None, group)
+    received = functional.wait_tensor(received)
+    return received.unflatten(0, (size, -1)).sum(0, dtype=torch.float32).to(parts.dtype)
+
+
+class Gather(torch.autograd.Function):
+    """all_gather; the gradient is the sum of the parts that the ranks have of it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any, size: int) -> Tensor:
+        ctx.group, ctx.size = group, size
+        return all_gather(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return sum_parts(grad, ctx.group, ctx.size), None, None
+
+
+class SumParts(torch.autograd.Function):
+    """sum_parts; every rank needs the gradients of all tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: Any, size: int) -> Tensor:
+        ctx.group = group
+        return sum_parts(parts, group, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return all_gather(grad, ctx.group), None, None
+
+
+class GatherRouting(torch.autograd.Function):
+    """all_gather of integers [T, K] (one or more such tensors) and of weights [T, K] in one
+    collective. Of the weights float32 travels, and their gradient is summed as Gather's is: exact,
+    since every slot has one owner and the others' parts are zero."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, group: Any, size: int, *integers: Tensor) -> tuple:
+        ctx.group, ctx.size, ctx.dtype = group, size, weights.dtype
+        bits = weights.float().view(torch.int32)
+        packed = torch.stack([*(i.to(torch.int32) for i in integers), bits])
+        parts = all_gather(packed[None], group).unbind(1)  # each [size, T, K]
+        *gathered, bits = (part.flatten(0, 1) for part in parts)
+        ctx.mark_non_differentiable(*gathered)
+        return bits.view(torch.float32), *gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple:
+        total = sum_parts(grad, ctx.group, ctx.size).to(ctx.dtype)
+        return total, None, None, *(None for _ in unused)
