@@ -6,6 +6,8 @@ tensor a RuntimeError, each of the form `operation: argument: expected X, got Y`
 anything is computed.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -229,18 +231,34 @@ def load_balancing_loss(
     rows_per_expert: Tensor,
     top_k: int,
     scoring: str = "softmax_topk",
+    *,
+    group: Any = None,
 ) -> Tensor:
     """Switch auxiliary loss E * sum_e f_e p_e (a scalar), f_e = rows_per_expert[e] / (T*K).
 
     rows_per_expert [E] int32 counts token choice, T*K in sum; counts after token rounding would
     hide what the router chose. Uniform routing gives 1. Hugging Face's value is top_k times this.
+
+    group: a process group whose ranks have as many tokens each. f_e then counts the tokens of all,
+    so that the mean of the ranks' losses, whose gradients averaging gives, is the loss of one
+    process with all tokens. Collective; rows_per_expert stays this rank's.
     """
     operation = "load_balancing_loss"
     check_tensors(operation, logits=logits, rows_per_expert=rows_per_expert)
     rows = float_logits(operation, logits)
     packed = packed_loss(operation, rows.shape[1], top_k, scoring)
-    loss = run(ops.load_balancing_loss_forward, rows, rows_per_expert.contiguous(), *packed)
-    return loss.reshape(())
+    counts, size = _counts_of(rows_per_expert, group)
+    loss = run(ops.load_balancing_loss_forward, rows, counts, *packed)
+    return loss.reshape(()) / size if size > 1 else loss.reshape(())
+
+
+def _counts_of(rows_per_expert: Tensor, group: Any) -> tuple[Tensor, int]:
+    """Summed over the ranks of a group, and how many these are."""
+    if group is None:
+        return rows_per_expert.contiguous(), 1
+    size = torch.distributed.get_world_size(group)
+    summed = torch.distributed._functional_collectives.all_reduce(rows_per_expert, "sum", group)
+    return torch.distributed._functional_collectives.wait_tensor(summed), size
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
@@ -249,11 +267,14 @@ def router_z_loss(logits: Tensor) -> Tensor:
     return run(ops.router_z_loss_forward, float_logits("router_z_loss", logits)).reshape(())
 
 
-def update_expert_bias_(selection_bias: Tensor, rows_per_expert: Tensor, rate: float) -> Tensor:
+def update_expert_bias_(
+    selection_bias: Tensor, rows_per_expert: Tensor, rate: float, *, group: Any = None
+) -> Tensor:
     """In place: selection_bias[e] += rate * sign(mean(rows) - rows[e]). Returns selection_bias.
 
     selection_bias [E] float32, contiguous, without requires_grad (or under torch.no_grad());
-    rows_per_expert [E] int32 counts token choice.
+    rows_per_expert [E] int32 counts token choice. group: a process group over whose ranks they are
+    summed first (collective), so that the bias keeps the same bits on all of them.
     """
     operation = "update_expert_bias_"
     if selection_bias is None:
@@ -263,7 +284,7 @@ def update_expert_bias_(selection_bias: Tensor, rows_per_expert: Tensor, rate: f
         got = "a view with the negative bit"
         refuse(operation, "selection_bias", "a tensor to write into", got)
     rate = Number().check(operation, "rate", rate)
-    ops.update_expert_bias_(selection_bias, rows_per_expert.contiguous(), rate)
+    ops.update_expert_bias_(selection_bias, _counts_of(rows_per_expert, group)[0], rate)
     return selection_bias
 
 

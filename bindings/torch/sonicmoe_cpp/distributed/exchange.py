@@ -50,9 +50,9 @@ def moe(
     backward. Other options are those of `sonicmoe_cpp.moe`.
 
     row_capacity c: H and all scratch have room for c T K rows, rounded up to tiles of 128; rows
-    beyond are dropped and counted in `context.rows_dropped`, or with on_overflow="raise" an error on
-    every rank, for which each call waits for the GPU. None: as many rows as there are, for which every call waits for the GPU
-    once; torch.compile and CUDA graphs need a number.
+    beyond are dropped and counted in `context.rows_dropped`, or with on_overflow="raise" an error
+    on every rank, for which each call waits for the GPU. None: as many rows as there are, for which
+    each call waits for the GPU too; torch.compile and CUDA graphs need a number.
 
     keep_received False: the gathered tokens are not kept for backward, which gathers them again.
     """

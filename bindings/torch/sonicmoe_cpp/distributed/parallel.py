@@ -111,7 +111,7 @@ def parallelize_experts(
     keep_received: bool | None = None,
     on_overflow: str = "count",
 ) -> nn.Module:
-    """Spreads the experts of `module`, an `MoE`, over a mesh of one dimension; in place, collective.
+    """Spreads the experts of an `MoE` over a mesh of one dimension, in place. Collective.
 
     Every rank keeps E / size experts: their parameters become DTensors, sharded in the first
     dimension, with the values of the mesh's first rank. The router stays whole on every rank (its
