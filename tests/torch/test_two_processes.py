@@ -13,7 +13,7 @@ sys.path.insert(0, str(REPOSITORY / "tests/distributed"))
 import ranks
 
 PAGES = {
-    "distributed": ("DistributedDataParallel", "sm.route", "ep_size"),
+    "distributed": ("DistributedDataParallel", "parallelize_experts", "row_capacity", "ep_size"),
     "fsdp2": ("fully_shard", "Shard(1)", "to_empty", "clip_grad_norm_", "replace_moe_blocks"),
 }  # with what each has to show
 FENCED = r"```python\n(.*?)```"
