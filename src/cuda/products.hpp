@@ -35,7 +35,8 @@ struct RowLists {
   const std::int32_t* num_tiles = nullptr;  ///< [1]
   /// All groups, those with most rows first: {first row, rows, group, 0}. [G] int4.
   const int4* groups = nullptr;
-  /// [2] zeros: the launches' tile counters. Zero again after each launch.
+  /// [2] zeros (of the experts' lists [3]): the launches' tile counters. Zero again after each
+  /// launch.
   std::uint32_t* claims = nullptr;
 };
 
@@ -122,6 +123,8 @@ struct WeightGradientArgs {
   TensorView grad;       ///< [G, ., .], dtype of the rows or float32, one of the last strides 1
   int gathered_dim = 1;  ///< 1 or 2: the dimension of grad that is `width`; the other is `columns`
   bool accumulate = false;  ///< float32 only: add to what is there
+  /// The gathered rows in order, as sort_rows() lays them (cuda/sorted_rows.hpp), or null.
+  const void* sorted = nullptr;
 
   std::int64_t width() const { return grad.size(gathered_dim); }
   std::int64_t columns() const { return grad.size(3 - gathered_dim); }

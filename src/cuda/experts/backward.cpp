@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda/experts/experts.hpp"
+#include "cuda/sorted_rows.hpp"
 
 namespace sonicmoe::cuda {
 
@@ -22,6 +23,13 @@ BackwardSteps::Buffers BackwardSteps::carve(WorkspaceCarver& carver, const MoESh
   }
   if (does(step, BackwardStep::kHidden)) {
     b.partial = carver.take<float>(elements(shape.row_capacity(), parts));
+  }
+  if ((does(step, BackwardStep::kDown) || does(step, BackwardStep::kUp)) &&
+      shape.form != MoEShape::Form::kSorted &&
+      sorts_rows(shape.num_pairs, shape.num_experts, shape.hidden_size)) {
+    b.sorted = carver.take_bytes(
+        elements(sorted_capacity(shape.num_pairs, shape.num_experts), shape.hidden_size) *
+        kElementBytes);
   }
   return b;
 }
@@ -127,7 +135,13 @@ void BackwardSteps::down() {
   if (!args_.grad_w2.defined()) return;
   run(call_, "grad_w2",
       WeightGradientArgs{matrix(args_.grad_out), buffers_.scaled_a, args_.grad_w2, 1,
-                         args_.accumulate});
+                         args_.accumulate, sorted(args_.grad_out)});
+}
+
+const void* BackwardSteps::sorted(const ConstTensorView& gathered) const {
+  if (buffers_.sorted == nullptr) return nullptr;
+  sort_rows(call_, matrix(gathered), shape_.hidden_size, shape_.num_experts, buffers_.sorted);
+  return buffers_.sorted;
 }
 
 Matrix BackwardSteps::grad_x_columns(std::int64_t first) const {
@@ -170,7 +184,8 @@ void BackwardSteps::up() {
   }
   if (!args_.grad_w1.defined()) return;
   run(call_, "grad_w1",
-      WeightGradientArgs{matrix(args_.x), buffers_.grad_h, args_.grad_w1, 2, args_.accumulate});
+      WeightGradientArgs{matrix(args_.x), buffers_.grad_h, args_.grad_w1, 2, args_.accumulate,
+                         sorted(args_.x)});
 }
 
 void backward(const Context& context, const ExpertPlan& plan, const MoEBackwardArgs& args) {

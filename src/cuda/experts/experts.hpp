@@ -50,8 +50,10 @@ class BackwardSteps {
     void* scaled_a;  // [C, n], needed until dW2 is done
     float* partial;  // [C, ceil(n / 128)]
     void* dx_rows;   // [C, slab] dX~, in kAll in the place of A', where stores_rows()
+    void* sorted;    // [sorted_capacity(), d] dO, then X in order of the rows, or null (lab M23)
   };
   // What the workspace of a step holds.
+  const void* sorted(const ConstTensorView& gathered) const;
   static Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab,
                        BackwardStep step);
   friend ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit,

@@ -47,6 +47,7 @@ void launch(const ProductCall& call, const Choice& choice, Params<Spec>& params)
   o.n_group = choice.n_group;
   o.row_block = choice.row_block;
   o.early_release = choice.early_release;
+  o.early_tails = tries('t');
   o.claims = choice.in_order ? call.rows.claims : nullptr;
   grouped_gemm_kernel<Spec>
       <<<static_cast<unsigned>(choice.grid), kThreads, bytes, call.stream>>>(params);

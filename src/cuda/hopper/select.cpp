@@ -1,6 +1,8 @@
 #include "cuda/hopper/select.hpp"
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 
 #include "core/integers.hpp"
 #include "cuda/device.hpp"
@@ -113,6 +115,11 @@ std::int64_t choose_slices(std::int64_t num_rows, std::int64_t width, std::int64
     if (cost(slices) < cost(best)) best = slices;
   }
   return best;
+}
+
+bool tries(char letter) {
+  const char* const letters = std::getenv("SONICMOE_M23");
+  return letters != nullptr && std::strchr(letters, letter) != nullptr;
 }
 
 bool depth_has_unit_stride(const ConstTensorView& w, int depth_dim) {

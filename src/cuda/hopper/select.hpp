@@ -52,6 +52,9 @@ int choose_row_block(std::int64_t depth, std::int64_t columns);
 /// from L2) unless a single slice has more.
 std::int64_t choose_slices(std::int64_t num_rows, std::int64_t width, std::int64_t columns);
 
+/// Lab M23: whether the environment variable SONICMOE_M23 holds the letter.
+bool tries(char letter);
+
 /// Whether the reduction (K-major) or the other index of a weight [E, a, b] has unit stride, seen
 /// from a product that reduces over dimension `depth_dim`.
 bool depth_has_unit_stride(const ConstTensorView& w, int depth_dim);

@@ -30,15 +30,19 @@ struct GemmShape {
   Dump dump = Dump::kRows;
   int loader_warps = 1;  // of the helper warpgroup; the others are epilogue warps (kDirect: none)
   int extra_bytes = 0;   // shared memory of the epilogue warps' own, behind the dump tile
+  bool late_store = false;  // kDepth: a tile leaves under the next one's first products
+  bool in_step = false;     // kRows: all CTAs begin their next tiles together (schedule.cuh)
 
   SONICMOE_HD constexpr int epilogue_warps() const {
     return dump == Dump::kDirect ? 0 : 4 - loader_warps;
   }
-  // The dump tile leaves by TMA, which a math thread issues: stores of 16 bytes would compete with
-  // the gather for the load-store unit.
-  SONICMOE_HD constexpr bool bulk_stores() const {
+  // The dump tile leaves by TMA: stores of 16 bytes would compete with the gather for the
+  // load-store unit.
+  SONICMOE_HD constexpr bool dump_by_tma() const {
     return grouping == Grouping::kDepth && dump != Dump::kDirect;
   }
+  // A math thread issues that, where no epilogue warp is left for it.
+  SONICMOE_HD constexpr bool bulk_stores() const { return dump_by_tma() && epilogue_warps() == 0; }
   // The first loader warp issues TMA; in kDepth that is all it does.
   SONICMOE_HD constexpr int gather_warps() const {
     return !gather ? 0 : grouping == Grouping::kRows ? loader_warps : loader_warps - 1;
@@ -160,7 +164,9 @@ struct OperandParams {
   // and each instruction takes the loader some 100 clocks.
   bool whole_boxes;
   bool early_release;     // hand a stage back before the next has come (mainloop/math.cuh)
+  bool early_tails;       // in tiles of at most 64 rows
   std::uint32_t* claims;  // tile counters (mainloop/schedule.cuh), or null: strided
+  int step_clocks;        // in_step: waited for the other CTAs at most
   int m_tiles;            // kDepth: ceil(d / 128); else 1
   int n_tiles;
   int n_group;       // column tiles that all rows pass before the next ones

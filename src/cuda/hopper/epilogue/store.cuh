@@ -238,21 +238,71 @@ struct StoreWeightGradient {
   }
 
   // One thread: half w of the item by TMA, in boxes clipped to the expert's gradient, in the
-  // thread's open bulk group.
-  static __device__ void store(const Params& p, const Item& t, int w, uint32_t half) {
+  // thread's open bulk group, under the L2 policies given, if any.
+  template <class... Policy>
+  static __device__ void store(const Params& p, const Item& t, int w, uint32_t half,
+                               Policy... policy) {
     const int row = t.m * kBlockM + 64 * w, column = t.n * kBlockN;
     if constexpr (kDump == Dump::kRows) {
 #pragma unroll
       for (int block = 0; block < kBlockN / 64; ++block) {
         if (column + 64 * block >= p.columns) break;
-        ptx::tma_store(&p.map, half + block * tile::kBlockBytes, column + 64 * block, row,
-                       t.expert);
+        ptx::tma_store(&p.map, half + block * tile::kBlockBytes, column + 64 * block, row, t.expert,
+                       policy...);
       }
     } else {
       static_assert(kDump == Dump::kTransposed);
-      ptx::tma_store(&p.map, half, row, column, t.expert);
+      ptx::tma_store(&p.map, half, row, column, t.expert, policy...);
     }
   }
+};
+
+// The same under an L2 policy.
+template <int kBlockN, Dump kDump>
+struct StoreWeightGradientOnce : StoreWeightGradient<kBlockN, kDump> {
+  using Base = StoreWeightGradient<kBlockN, kDump>;
+  struct Params : Base::Params {
+    bool evict_first;
+  };
+  static __device__ void store(const Params& p, const Item& t, int w, uint32_t half) {
+    if (p.evict_first) {
+      Base::store(p, t, w, half, ptx::evict_first_policy());
+    } else {
+      Base::store(p, t, w, half);
+    }
+  }
+};
+
+// The same by epilogue warps, of which each of the first two stores a half.
+template <int kBlockN, Dump kDump>
+class WarpStoresWeightGradient {
+ public:
+  using Stores = StoreWeightGradientOnce<kBlockN, kDump>;
+  using Params = Stores::Params;
+  struct State {
+    __device__ State(const Params&, const SharedLayout&, int, int) {}
+    __device__ void begin(const Item&, int) {}
+  };
+
+  template <int kCount>
+  static __device__ void finish(const Params&, const Item&, float (&)[kCount], int, int) {}
+
+  __device__ WarpStoresWeightGradient(const Params& p, const Item& t, int w, int warp, int lane,
+                                      State&)
+      : p_(p), t_(t), w_(w), issues_(warp == w && lane == 0) {}
+
+  __device__ void store(uint32_t half) {
+    if (!issues_) return;
+    Stores::store(p_, t_, w_, half);
+    ptx::bulk_commit_group();
+    ptx::bulk_wait_group_read<0>();
+  }
+
+ private:
+  const Params& p_;
+  const Item& t_;
+  int w_;
+  bool issues_;
 };
 
 }  // namespace sonicmoe::cuda::hopper

@@ -208,12 +208,11 @@ __device__ void load_boxes(const OperandParams& p, const Item& t, uint32_t a, ui
   }
 }
 
-// kDepth: B of a k-tile by TMA. One thread.
+// kDepth: the boxes of B of a k-tile. One thread.
 template <class Spec>
-__device__ void load_depth_boxes(const OperandParams& p, const Item& t, uint32_t b, uint32_t full,
-                                 int k) {
+__device__ void load_depth_b_boxes(const OperandParams& p, const Item& t, uint32_t b, uint32_t full,
+                                   int k) {
   constexpr int kBlocks = Spec::shape.block_n / 64;
-  ptx::mbarrier_arrive_expect_tx(full, kBlocks * tile::kBlockBytes);
   const int row = t.row0 + DepthTile(t, k).first;
   if (p.whole_boxes) {
     ptx::tma_load(b, &p.b, full, 0, row, t.n * kBlocks);
@@ -225,14 +224,24 @@ __device__ void load_depth_boxes(const OperandParams& p, const Item& t, uint32_t
   }
 }
 
+// kDepth: B of a k-tile by TMA. One thread.
+template <class Spec>
+__device__ void load_depth_boxes(const OperandParams& p, const Item& t, uint32_t b, uint32_t full,
+                                 int k) {
+  constexpr int kBlocks = Spec::shape.block_n / 64;
+  ptx::mbarrier_arrive_expect_tx(full, kBlocks * tile::kBlockBytes);
+  load_depth_b_boxes<Spec>(p, t, b, full, k);
+}
+
 // kDepth: B of an expert with fewer rows than a k-tile, by the gather warps: rows past its
 // end arrive as zeros.
 template <class Spec>
 __device__ void copy_depth_tail(const OperandParams& p, const Item& t, uint32_t b, int k, int warp,
                                 int lane) {
   constexpr int kBlocks = Spec::shape.block_n / 64;
+  constexpr int kWarps = Spec::shape.gather ? Spec::shape.gather_warps() : 1;
   const int rows = t.rows - k * kBlockK, chunk = lane & 7;
-  for (int block = warp; block < kBlocks; block += Spec::shape.gather_warps()) {
+  for (int block = warp; block < kBlocks; block += kWarps) {
     const int column = t.n * Spec::shape.block_n + block * 64 + chunk * 8;
 #pragma unroll 4
     for (int i = 0; i < 16; ++i) {
@@ -262,6 +271,7 @@ __device__ void load_rows(const OperandParams& p, const SharedLayout& l, Items i
   RowGather<s.loader_warps> gather(warp, lane);
   for (Item t; items.next(t);) {
     if constexpr (s.gather) gather.begin_tile(p, t);
+    if constexpr (s.in_step) items.await_others();
     for (int k = 0; k < t.k_tiles; ++k) {
       if constexpr (s.gather) gather.prepare(p, k);
       const uint32_t full = l.full + 8 * ring.stage;
@@ -308,6 +318,46 @@ __device__ void load_depth_b(const OperandParams& p, const SharedLayout& l, Item
   }
 }
 
+// kDepth, from sorted rows (cuda/sorted_rows.hpp): A and B by TMA.
+template <class Spec, class Items>
+__device__ void load_depth_sorted(const OperandParams& p, const SharedLayout& l, Items items,
+                                  int lane) {
+  constexpr GemmShape s = Spec::shape;
+  constexpr int kBlocks = s.block_n / 64;
+  if (lane == 0) {
+    ptx::prefetch_tensormap(&p.a);
+    ptx::prefetch_tensormap(&p.b);
+  }
+  tile::RingState<stage_count(s)> ring;
+  for (Item t; items.next(t);) {
+    const int sorted_row0 = t.row0 + kBlockK * t.expert;  // sorted_row()
+    const bool few = t.rows < kBlockK;                    // B would bring rows of other experts
+    for (int k = 0; k < t.k_tiles; ++k) {
+      const uint32_t full = l.full + 8 * ring.stage;
+      tile::wait(l.empty + 8 * ring.stage, ring.parity ^ 1, Role::kLoader, Slot::kEmpty,
+                 ring.stage);
+      const uint32_t a = a_of_stage(l, s, ring.stage), b = b_of_stage(l, s, ring.stage);
+      if (few) {
+        copy_depth_tail<Spec>(p, t, b, k, 0, lane);
+        ptx::cp_async_commit_group();
+        ptx::cp_async_wait_group<0>();
+        ptx::fence_proxy_async_shared();
+        __syncwarp();
+      }
+      if (lane == 0) {
+        ptx::mbarrier_arrive_expect_tx(full,
+                                       kStageABytes + (few ? 0 : kBlocks * tile::kBlockBytes));
+        const bool whole = (k + 1) * kBlockK <= t.rows;
+        ptx::tma_load(a, &p.a, full, 0, sorted_row0 + (whole ? k * kBlockK : t.rows),
+                      t.m * (kBlockM / 64));
+        if (!few) load_depth_b_boxes<Spec>(p, t, b, full, k);
+      }
+      __syncwarp();
+      ring.advance();
+    }
+  }
+}
+
 // kDepth, gather warp `warp`. Knows its next item while it loads one, so that no item starts with a
 // wait for its rows' tokens.
 template <class Spec, class Items>
@@ -347,6 +397,8 @@ __device__ void load_role(const OperandParams& p, const SharedLayout& l, int war
     } else if constexpr (s.loader_warps > 1) {
       load_rows<Spec>(p, l, ItemSink<Spec>(p, l, lane, Role::kLoader), warp, lane);
     }
+  } else if constexpr (!s.gather) {
+    load_depth_sorted<Spec>(p, l, ItemSource<Spec>(p, l, lane), lane);
   } else if (warp == 0) {
     load_depth_b<Spec>(p, l, ItemSource<Spec>(p, l, lane), lane);
   } else {

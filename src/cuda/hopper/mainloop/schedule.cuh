@@ -59,6 +59,23 @@ class ItemSource {
     claim();
   }
 
+  // In step: waits until nearly all CTAs have come to their next tile, or p.step_clocks. CTAs that
+  // begin together walk a long reduction together, so that L2 keeps what they share; else each one
+  // is somewhere else in it. Nothing but time depends on this.
+  __device__ void await_others() {
+    if (lane_ == kClaimLane) {
+      wanted_ += gridDim.x;
+      atomicAdd(p_.claims + 2, 1u);
+      const uint32_t start = clock(), slack = gridDim.x / 16;
+      const volatile uint32_t* const arrived = p_.claims + 2;
+      while (*arrived + slack < wanted_ &&
+             static_cast<uint32_t>(clock()) - start < static_cast<uint32_t>(p_.step_clocks)) {
+        __nanosleep(100);
+      }
+    }
+    __syncwarp();
+  }
+
   __device__ bool next(Item& t) {
     const bool more = index_ < items_;
     if (more && p_.row_block > 1) reorder();
@@ -126,9 +143,16 @@ class ItemSource {
   // The last CTA clears the counters for the next launch.
   __device__ void retire() {
     if (p_.claims == nullptr) return;
+    if constexpr (Spec::shape.in_step) {
+      if (lane_ == kClaimLane) {
+        atomicAdd(p_.claims + 2, 1u);
+        __threadfence();
+      }
+    }
     if (lane_ == kClaimLane && atomicAdd(p_.claims + 1, 1u) == gridDim.x - 1) {
       p_.claims[0] = 0;
       p_.claims[1] = 0;
+      if constexpr (Spec::shape.in_step) p_.claims[2] = 0;
     }
   }
 
@@ -136,6 +160,7 @@ class ItemSource {
   const SharedLayout& l_;
   int lane_, index_, items_, per_group_, tile_ = 0, claimed_ = 0;
   int4 entry_{};
+  uint32_t wanted_ = 0;  // arrivals of all CTAs when all have begun as many tiles as this one
   tile::RingState<kItemSlots> ring_;
 };
 
