@@ -13,6 +13,8 @@ struct ExpertPlan {
   MoEShape shape;
   /// Scratch. A limit that cannot be met gives the narrowest slabs, which are then too large.
   WorkspacePlan workspace;
+  /// Backward: the workspace has room for the gathered rows in order, a copy that saves time.
+  bool sorts_rows = false;
 };
 
 /// Whether a call with args.step does the work of `step`.

@@ -3,6 +3,7 @@
 #include "cuda/device.hpp"
 #include "cuda/experts/experts.hpp"
 #include "cuda/layer/layer.hpp"
+#include "cuda/products.hpp"
 #include "cuda/range.hpp"
 #include "cuda/router/router.hpp"
 #include "layer/composed_backend.hpp"
@@ -35,9 +36,9 @@ class CudaBackend final : public ComposedBackend {
                               std::optional<std::size_t> limit) const override {
     return cuda::plan_forward(shape, inference, limit);
   }
-  ExpertPlan plan_moe_backward(const Context&, const MoEShape& shape,
+  ExpertPlan plan_moe_backward(const Context& context, const MoEShape& shape,
                                std::optional<std::size_t> limit, BackwardStep step) const override {
-    return cuda::plan_backward(shape, limit, step);
+    return cuda::plan_backward(cuda::products_of(context.device.index), shape, limit, step);
   }
   std::size_t row_lists_bytes(const MoEShape& shape) const override {
     return cuda::row_lists_bytes(shape);

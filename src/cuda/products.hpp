@@ -27,6 +27,7 @@ inline constexpr int kTileRows = 128;
 /// Which rows exist, in device memory. Either lists of rows, built by build_row_tables()
 /// (experts/metadata.hpp) or write_lists() (router/gradient_terms.cuh), or nothing.
 struct RowLists {
+  static constexpr int kCounters = 3;
   const std::int32_t* row_token = nullptr;  ///< [P] token of a row; null: row r is token r
   /// Tiles of at most kTileRows rows of one group, in row order: {first row, rows from there to the
   /// group's end, group, tile of the group}. A group of m rows has ceil(m / kTileRows) tiles, all
@@ -35,8 +36,7 @@ struct RowLists {
   const std::int32_t* num_tiles = nullptr;  ///< [1]
   /// All groups, those with most rows first: {first row, rows, group, 0}. [G] int4.
   const int4* groups = nullptr;
-  /// [2] zeros (of the experts' lists [3]): the launches' tile counters. Zero again after each
-  /// launch.
+  /// [kCounters] zeros: the launches' tile counters. Zero again after each launch.
   std::uint32_t* claims = nullptr;
 };
 
@@ -123,7 +123,8 @@ struct WeightGradientArgs {
   TensorView grad;       ///< [G, ., .], dtype of the rows or float32, one of the last strides 1
   int gathered_dim = 1;  ///< 1 or 2: the dimension of grad that is `width`; the other is `columns`
   bool accumulate = false;  ///< float32 only: add to what is there
-  /// The gathered rows in order, as sort_rows() lays them (cuda/sorted_rows.hpp), or null.
+  /// The gathered rows as cuda/sorted_rows.hpp lays them, where sorts_rows() asks for them; or
+  /// null.
   const void* sorted = nullptr;
 
   std::int64_t width() const { return grad.size(gathered_dim); }
@@ -163,6 +164,10 @@ class Products {
 
   /// Columns of dA' that one partial sum of dS covers, at least kLeastPartialColumns.
   virtual int partial_columns(std::int64_t n) const = 0;
+  /// Whether a weight gradient [num_groups, width, columns] of `num_rows` rows reads its gathered
+  /// rows from a copy in their order, where there is room for one. A function of these sizes alone.
+  virtual bool sorts_rows(std::int64_t num_rows, std::int64_t num_groups, std::int64_t width,
+                          std::int64_t columns) const = 0;
   /// Into how many groups of slice_rows() to cut the `num_rows` rows of one weight gradient [width,
   /// columns], so that it and the sum over the groups take least time. At least 1; a function of
   /// these sizes alone.

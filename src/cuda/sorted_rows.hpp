@@ -1,33 +1,27 @@
-// A copy of gathered rows in the order of the row list (lab M23): what a weight gradient of few
-// large experts reads by TMA in place of gathering it again for every tile of columns.
+// A copy of gathered rows in the order of the row list, which a weight gradient reads by TMA in
+// place of gathering them again for every tile of columns (Products::sorts_rows()): where its rows
+// lie. experts/sorted_rows.cu writes it.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/products.hpp"
 #include "math/host_device.hpp"
 
 namespace sonicmoe::cuda {
 
-/// Rows at which the reductions of all kernels step; an expert's last step is stored a second time.
+/// Rows at which the reductions of all kernels step.
 inline constexpr int kSortedStep = 64;
 
 /// Where the rows of the group begin whose first row of the list is `row`. They follow in order.
-/// Behind R rows of a group, R no multiple of 64, lie the 64 rows of its last step: zeros for rows
-/// of the step before and then the rest, or with R < 64 the rows and then zeros.
+/// Behind R rows of a group, where R is no multiple of 64, the 64 rows of its last step come once
+/// more, zeros where the step before has them; of a group with R < 64 its rows and then zeros. So
+/// every step is 64 rows in a row, and brings no row of another group. What lies between is
+/// neither written nor read.
 SONICMOE_HD constexpr int sorted_row(int row, int group) { return row + kSortedStep * group; }
 
 /// Rows to allocate.
-inline std::int64_t sorted_capacity(std::int64_t num_rows, std::int64_t num_groups) {
+constexpr std::int64_t sorted_capacity(std::int64_t num_rows, std::int64_t num_groups) {
   return num_rows + kSortedStep * num_groups;
 }
-
-/// Whether the weight gradients of this shape take sorted rows.
-bool sorts_rows(std::int64_t num_rows, std::int64_t num_groups, std::int64_t width);
-
-/// Enqueues the copy of `gathered` [T, width] to `sorted` [sorted_capacity(), width] contiguous.
-/// width is a multiple of 8, rows start at 16 bytes.
-void sort_rows(const ProductCall& call, const Matrix& gathered, std::int64_t width,
-               std::int64_t num_groups, void* sorted);
 
 }  // namespace sonicmoe::cuda

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "ops/tuning.hpp"
 #include "oracle/router.hpp"
 #include "rig/layer_run.hpp"
 #include "rig/moe_run.hpp"
@@ -278,6 +279,34 @@ TEST_P(MoELayerTest, BackwardInSteps) {
   if (layer.c.router_bias) {
     EXPECT_EQ(same(layer.grad_router_bias, steps.grad_router_bias), "");
   }
+}
+
+// The router's share of dX is a product over rows too, with counters of its own.
+TEST_P(MoELayerTest, SortedRowsAndCommonStartsChangeNoBit) {
+  if (target().backend != "cuda") GTEST_SKIP() << "nothing else reads what this test forces";
+  LayerCase wanted = layer_case();
+  wanted.experts.hidden_size = 320;
+  const auto run = [&](bool on) {
+    const Forced forced({.block_n = 256, .sort_rows = on, .start_together = on});
+    LayerRun layer(target(), wanted);
+    for (int i = 0; i < 2; ++i) {
+      layer.forward();
+      layer.backward();
+    }
+    EXPECT_THAT(layer.violations(), ::testing::IsEmpty());
+    return layer;
+  };
+  const LayerRun before = run(false), after = run(true);
+  const auto same = [](const Tensor& a, const Tensor& b) {
+    return bitwise_difference(a.values(), b.values());
+  };
+  if (wanted.experts.deterministic) {
+    EXPECT_EQ(same(before.out, after.out), "");
+    EXPECT_EQ(same(before.grad_x, after.grad_x), "");
+  }
+  EXPECT_EQ(same(before.grad_router_weight, after.grad_router_weight), "");
+  EXPECT_EQ(same(before.grad_w1, after.grad_w1), "");
+  EXPECT_EQ(same(before.grad_w2, after.grad_w2), "");
 }
 
 TEST_P(MoELayerTest, LimitsAndSharedDevicesChangeNoBit) {

@@ -24,7 +24,8 @@ const std::vector<Tuning> kForced = {{.block_n = 128, .stores = StoreRoles::kThr
                                      {.block_n = 128, .stores = StoreRoles::kTwo},
                                      {.block_n = 256, .stores = StoreRoles::kThreeAndMath},
                                      {.block_n = 256, .stores = StoreRoles::kThree},
-                                     {.block_n = 256, .stores = StoreRoles::kTwo}};
+                                     {.block_n = 256, .stores = StoreRoles::kTwo},
+                                     {.block_n = 256, .sort_rows = true, .start_together = true}};
 
 // What to force: all of `values` on a GPU; other backends do not read them and run the first alone.
 template <class T = int>
@@ -52,6 +53,7 @@ TEST_P(Specs, EveryLegalSpec) {
           SCOPED_TRACE("gradients " + std::string(sonicmoe::name_of(gradient)));
           MoECase c = many_tiles();
           c.num_tokens = 150;
+          if (wanted.sort_rows) c.hidden_size = 320;  // else they cannot be read
           c.activation = activation;
           c.gate_up_layout = layout;
           c.w1_strides = c.w2_strides = strides;
@@ -141,6 +143,147 @@ TEST_P(Specs, ExpertsOfEveryNumberOfKTiles) {
       const RunResult other = run_moe(GetParam(), c);
       EXPECT_EQ(bitwise_difference(whole, other), "");
       EXPECT_TRUE(other.violations.empty()) << other.violations.front();
+    }
+  }
+}
+
+// Weight gradients from a copy of sorted rows and from gathered ones: experts of every number of
+// rows; one, two and five blocks of d, which tiles of 128 divide or not; column tiles that end
+// within a box; NaN in what nobody wrote (rig/moe_run.hpp) between the copies of last steps.
+std::vector<MoECase> cases_of_sorted_rows() {
+  std::vector<MoECase> cases;
+  const auto add = [&](auto change) {
+    MoECase c = many_tiles();
+    c.hidden_size = 320;
+    change(c);
+    cases.push_back(c);
+  };
+  const auto every_number_of_rows = [](MoECase& c) {
+    c.num_experts = static_cast<std::int64_t>(std::size(kRowsOfExperts));
+    c.num_pairs = 912;
+    c.num_tokens = 456;
+    c.fill = route_as_wanted;
+  };
+  add([&](MoECase& c) { every_number_of_rows(c); });
+  add([&](MoECase& c) {
+    every_number_of_rows(c);
+    c.form = Form::kPairs;
+    c.intermediate_size = 328;
+  });
+  for (const std::int64_t width : {64, 128, 192}) {
+    add([&](MoECase& c) { c.hidden_size = width; });
+  }
+  for (const Load load : {Load::kOneExpert, Load::kSomeEmpty}) {
+    add([&](MoECase& c) {
+      c.load = load;
+      c.num_experts = 9;
+    });
+  }
+  add([](MoECase& c) { c.w1_strides = c.w2_strides = Strides::kTransposed; });
+  add([](MoECase& c) { c.x_strides = Strides::kPadded; });
+  add([](MoECase& c) { c.drop_probability = 0.9; });
+  add([](MoECase& c) { c.max_rows = 300; });  // in the middle of an expert
+  add([](MoECase& c) { c.max_rows = 0; });
+  add([](MoECase& c) { c.num_tokens = 1; });
+  add([](MoECase& c) { c.num_tokens = 0; });
+  add([](MoECase& c) {  // whole boxes of columns
+    c.intermediate_size = 256;
+    c.activation = Activation::kGELU;
+  });
+  return cases;
+}
+
+TEST_P(Specs, SortedRowsGiveTheSameBits) {
+  if (GetParam().backend != "cuda") GTEST_SKIP() << "nothing else reads what this test forces";
+  for (const MoECase& wanted : cases_of_sorted_rows()) {
+    const MoECase c = fitted(GetParam(), wanted);
+    SCOPED_TRACE(c.describe());
+    for (const DType gradient : {DType::kBFloat16, DType::kFloat32}) {
+      RunOptions options;
+      options.gradient_dtype = gradient;
+      options.accumulate = gradient == DType::kFloat32;
+      options.accumulate_onto = options.accumulate ? 1.0 : 0.0;
+      const auto run = [&](bool sorts, int grid) {
+        const Forced forced({.block_n = 256, .grid = grid, .sort_rows = sorts});
+        return grid == 0 && sorts ? expect_correct(c, options) : run_moe(GetParam(), c, options);
+      };
+      const RunResult gathered = run(false, 0);
+      for (const int grid : {0, 1, 7}) {
+        const RunResult sorted = run(true, grid);
+        EXPECT_EQ(bitwise_difference(gathered, sorted), "") << "grid " << grid;
+        EXPECT_TRUE(sorted.violations.empty()) << sorted.violations.front();
+        EXPECT_EQ(sorted.backward_plan.bytes > gathered.backward_plan.bytes, c.row_capacity() > 0);
+        EXPECT_EQ(sorted.backward_plan.minimum_bytes, gathered.backward_plan.minimum_bytes);
+      }
+    }
+  }
+}
+
+// The copy in one call and in steps, with just enough room for it and with a byte less.
+TEST_P(Specs, SortedRowsUnderALimitAndInSteps) {
+  if (GetParam().backend != "cuda") GTEST_SKIP() << "nothing else reads what this test forces";
+  MoECase wanted = many_tiles();
+  wanted.hidden_size = 576;
+  for (const Form form : {Form::kTopK, Form::kPairs, Form::kSorted}) {
+    wanted.form = form;
+    wanted.num_pairs = 700;
+    const MoECase c = fitted(GetParam(), wanted);
+    SCOPED_TRACE(c.describe());
+    const auto run = [&](bool sorts, const RunOptions& options = {}) {
+      const Forced forced({.block_n = 256, .sort_rows = sorts});
+      return run_moe(GetParam(), c, options);
+    };
+    const RunResult gathered = run(false), sorted = run(true);
+    EXPECT_EQ(bitwise_difference(gathered, sorted), "");
+    const std::size_t without = gathered.backward_plan.bytes, with = sorted.backward_plan.bytes;
+    EXPECT_EQ(with > without, form != Form::kSorted);  // whose rows lie in order
+    for (const bool in_steps : {false, true}) {
+      for (const std::size_t limit : {with, with - 1, sorted.backward_plan.minimum_bytes}) {
+        RunOptions options;
+        options.in_steps = in_steps;
+        options.backward_limit = limit;
+        const RunResult limited = run(true, options);
+        EXPECT_EQ(bitwise_difference(gathered, limited), "") << "limit " << limit;
+        EXPECT_TRUE(limited.violations.empty()) << limited.violations.front();
+        if (limit == with) {
+          EXPECT_EQ(limited.backward_plan.bytes, with);
+        } else {
+          EXPECT_LE(limited.backward_plan.bytes, without);
+        }
+      }
+    }
+  }
+}
+
+// CTAs that wait for each other: with one, with more than there are tiles, with those that claim
+// many; again and again, since each launch leaves the counters to the next.
+TEST_P(Specs, StartingTogetherGivesTheSameBits) {
+  if (GetParam().backend != "cuda") GTEST_SKIP() << "nothing else reads what this test forces";
+  MoECase sorted = many_tiles(), none = many_tiles(), large = many_tiles();
+  sorted.form = Form::kSorted;
+  sorted.num_pairs = 1090;
+  none.num_tokens = 0;
+  large.num_tokens = 1500;
+  large.num_experts = 4;
+  large.hidden_size = 1032;
+  large.intermediate_size = 520;
+  for (const MoECase& wanted : {many_tiles(), sorted, none, large}) {
+    const MoECase c = fitted(GetParam(), wanted);
+    SCOPED_TRACE(c.describe());
+    for (const int block_n : {128, 256}) {
+      const auto run = [&](bool together, int grid, int rows) {
+        const Forced forced(
+            {.block_n = block_n, .grid = grid, .row_block = rows, .start_together = together});
+        return run_moe(GetParam(), c);
+      };
+      const RunResult expected = run(false, 0, 1);
+      for (const int grid : {0, 1, 7}) {
+        for (const int rows : {1, 3}) {
+          const RunResult other = run(true, grid, rows);
+          EXPECT_EQ(bitwise_difference(expected, other), "") << "grid " << grid;
+          EXPECT_TRUE(other.violations.empty()) << other.violations.front();
+        }
+      }
     }
   }
 }
@@ -252,6 +395,7 @@ TEST_P(Specs, DelaysInEveryRoleChangeNoBit) {
   MoECase interleaved = many_tiles(), ungated = many_tiles();
   interleaved.gate_up_layout = GateUpLayout::kInterleaved;
   ungated.activation = Activation::kGELU;
+  ungated.hidden_size = 320;  // of which sorted rows can be read
   for (const MoECase& wanted :
        {one_expert(65), one_expert(129), one_expert(321), many_tiles(), interleaved, ungated}) {
     for (const Tuning& tuning : of_cuda(GetParam(), kForced)) {

@@ -15,6 +15,8 @@ using cuda::hopper::Tuning;
 inline std::string describe(const Tuning& t) {
   std::string text = "block_n " + std::to_string(t.block_n);
   if (t.stores) text += ", stores " + std::to_string(static_cast<int>(*t.stores));
+  if (t.sort_rows) text += *t.sort_rows ? ", sorted rows" : ", gathered rows";
+  if (t.start_together) text += *t.start_together ? ", together" : ", not together";
   return text + ", grid " + std::to_string(t.grid) + ", row_block " + std::to_string(t.row_block) +
          ", add_window " + std::to_string(t.add_window) + " (0: chosen)";
 }

@@ -208,7 +208,11 @@ TEST(Sizes, OfWorkspaces) {
       const auto limited = plan(given);
       ASSERT_TRUE(limited) << text(s);
       EXPECT_LE(limited->bytes, given) << text(s);
-      EXPECT_EQ(limited->bytes == whole->bytes, limited->num_slabs == 1) << text(s);
+      if (limited->bytes == whole->bytes) {
+        EXPECT_EQ(limited->num_slabs, 1) << text(s);
+      } else if (target.backend != "cuda") {  // which first gives up a copy of sorted rows
+        EXPECT_GT(limited->num_slabs, 1) << text(s);
+      }
       const Wide covered = static_cast<Wide>(limited->num_slabs) * limited->slab_columns;
       EXPECT_TRUE(covered >= t.d && covered - limited->slab_columns < t.d) << text(s);
     }

@@ -2,12 +2,20 @@
 #include <algorithm>
 
 #include "cuda/experts/experts.hpp"
-#include "cuda/sorted_rows.hpp"
+#include "cuda/experts/sorted_rows.hpp"
 
 namespace sonicmoe::cuda {
+namespace {
+
+bool sorts_rows(const Products& products, const MoEShape& shape, std::int64_t columns) {
+  return shape.form != MoEShape::Form::kSorted &&
+         products.sorts_rows(shape.row_capacity(), shape.num_experts, shape.hidden_size, columns);
+}
+
+}  // namespace
 
 BackwardSteps::Buffers BackwardSteps::carve(WorkspaceCarver& carver, const MoEShape& shape,
-                                            std::int64_t slab, BackwardStep step) {
+                                            std::int64_t slab, BackwardStep step, bool sorts_rows) {
   Buffers b{};
   const bool all = step == BackwardStep::kAll;
   const std::int64_t parts = ceil_div(shape.intermediate_size, kLeastPartialColumns);
@@ -24,24 +32,34 @@ BackwardSteps::Buffers BackwardSteps::carve(WorkspaceCarver& carver, const MoESh
   if (does(step, BackwardStep::kHidden)) {
     b.partial = carver.take<float>(elements(shape.row_capacity(), parts));
   }
-  if ((does(step, BackwardStep::kDown) || does(step, BackwardStep::kUp)) &&
-      shape.form != MoEShape::Form::kSorted &&
-      sorts_rows(shape.num_pairs, shape.num_experts, shape.hidden_size)) {
-    b.sorted = carver.take_bytes(
-        elements(sorted_capacity(shape.num_pairs, shape.num_experts), shape.hidden_size) *
-        kElementBytes);
+  if (sorts_rows) {
+    const std::int64_t rows = sorted_capacity(shape.row_capacity(), shape.num_experts);
+    b.sorted = carver.take_bytes(elements(rows, shape.hidden_size) * kElementBytes);
   }
   return b;
 }
 
-ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit,
-                         BackwardStep step) {
-  return plan_backward_slabs(shape, kSlabStep, limit, step,
-                             [&](std::int64_t slab, BackwardStep part) {
-                               WorkspaceCarver carver;
-                               BackwardSteps::carve(carver, shape, slab, part);
-                               return carver.used();
-                             });
+// First the slabs, then the copy of sorted rows where the limit leaves room for it beside them: it
+// saves less time than wider slabs. A step has the copy where the whole call would.
+ExpertPlan plan_backward(const Products& products, const MoEShape& shape,
+                         std::optional<std::size_t> limit, BackwardStep step) {
+  const auto bytes = [&](std::int64_t slab, BackwardStep of, bool sorts) {
+    WorkspaceCarver carver;
+    BackwardSteps::carve(carver, shape, slab, of, sorts);
+    return carver.used();
+  };
+  ExpertPlan plan = plan_backward_slabs(
+      shape, kSlabStep, limit, step,
+      [&](std::int64_t slab, BackwardStep of) { return bytes(slab, of, false); });
+  const std::int64_t slab = plan.workspace.slab_columns;
+  const bool down = sorts_rows(products, shape, shape.intermediate_size);
+  const bool up = sorts_rows(products, shape, shape.h_columns());
+  if (!down && !up) return plan;
+  if (limit && bytes(slab, BackwardStep::kAll, true) > *limit) return plan;
+  plan.sorts_rows =
+      (down && does(step, BackwardStep::kDown)) || (up && does(step, BackwardStep::kUp));
+  plan.workspace.bytes = bytes(slab, step, plan.sorts_rows);
+  return plan;
 }
 
 std::size_t row_lists_bytes(const MoEShape& shape) {
@@ -100,7 +118,7 @@ BackwardSteps::BackwardSteps(const Context& context, const ExpertPlan& plan,
                              const MoEBackwardArgs& args)
     : shape_(plan.shape), args_(args), slab_(plan.workspace.slab_columns) {
   WorkspaceCarver carver(args.workspace.data());
-  buffers_ = carve(carver, plan.shape, slab_, args.step);
+  buffers_ = carve(carver, plan.shape, slab_, args.step, plan.sorts_rows);
   if (args.step != BackwardStep::kAll) {
     WorkspaceCarver lists(args.row_lists.data());
     buffers_.tables = carve_row_tables(lists, plan.shape);
@@ -135,11 +153,13 @@ void BackwardSteps::down() {
   if (!args_.grad_w2.defined()) return;
   run(call_, "grad_w2",
       WeightGradientArgs{matrix(args_.grad_out), buffers_.scaled_a, args_.grad_w2, 1,
-                         args_.accumulate, sorted(args_.grad_out)});
+                         args_.accumulate, sorted(args_.grad_out, shape_.intermediate_size)});
 }
 
-const void* BackwardSteps::sorted(const ConstTensorView& gathered) const {
+const void* BackwardSteps::sorted(const ConstTensorView& gathered, std::int64_t columns) const {
   if (buffers_.sorted == nullptr) return nullptr;
+  if (!sorts_rows(products_of(call_.device), shape_, columns)) return nullptr;
+  const Range range("sort_rows");
   sort_rows(call_, matrix(gathered), shape_.hidden_size, shape_.num_experts, buffers_.sorted);
   return buffers_.sorted;
 }
@@ -185,7 +205,7 @@ void BackwardSteps::up() {
   if (!args_.grad_w1.defined()) return;
   run(call_, "grad_w1",
       WeightGradientArgs{matrix(args_.x), buffers_.grad_h, args_.grad_w1, 2, args_.accumulate,
-                         sorted(args_.x)});
+                         sorted(args_.x, shape_.h_columns())});
 }
 
 void backward(const Context& context, const ExpertPlan& plan, const MoEBackwardArgs& args) {

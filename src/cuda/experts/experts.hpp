@@ -10,8 +10,8 @@
 namespace sonicmoe::cuda {
 
 ExpertPlan plan_forward(const MoEShape& shape, bool inference, std::optional<std::size_t> limit);
-ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit,
-                         BackwardStep step);
+ExpertPlan plan_backward(const Products& products, const MoEShape& shape,
+                         std::optional<std::size_t> limit, BackwardStep step);
 std::size_t row_lists_bytes(const MoEShape& shape);
 
 /// Throws for what the products decline (numerics, widths, strides, alignment), by argument.
@@ -50,14 +50,15 @@ class BackwardSteps {
     void* scaled_a;  // [C, n], needed until dW2 is done
     float* partial;  // [C, ceil(n / 128)]
     void* dx_rows;   // [C, slab] dX~, in kAll in the place of A', where stores_rows()
-    void* sorted;    // [sorted_capacity(), d] dO, then X in order of the rows, or null (lab M23)
+    void* sorted;    // [sorted_capacity(), d] dO for dW2, then X for dW1, or null: gathered
   };
-  // What the workspace of a step holds.
-  const void* sorted(const ConstTensorView& gathered) const;
+  // What the workspace of a step holds, with or without a copy of sorted rows.
   static Buffers carve(WorkspaceCarver& carver, const MoEShape& shape, std::int64_t slab,
-                       BackwardStep step);
-  friend ExpertPlan plan_backward(const MoEShape& shape, std::optional<std::size_t> limit,
-                                  BackwardStep step);
+                       BackwardStep step, bool sorts_rows);
+  friend ExpertPlan plan_backward(const Products& products, const MoEShape& shape,
+                                  std::optional<std::size_t> limit, BackwardStep step);
+  // The rows of a weight gradient of `columns` columns in order, copied now; null: gathered.
+  const void* sorted(const ConstTensorView& gathered, std::int64_t columns) const;
 
   const MoEShape& shape_;
   const MoEBackwardArgs& args_;

@@ -23,7 +23,7 @@ struct RowTables {
   int4* tiles = nullptr;              ///< [tile_capacity()]
   int4* experts = nullptr;            ///< [E]
   std::int32_t* num_tiles = nullptr;  ///< [1]
-  std::uint32_t* claims = nullptr;    ///< [3] cleared
+  std::uint32_t* claims = nullptr;    ///< [RowLists::kCounters] cleared
   float* row_weight = nullptr;        ///< [C]; the caller clears it where there is no use for it
   /// Where lists_tokens(): [T] tokens with rows, then from the end those without, both in any
   /// order; [2] how many.

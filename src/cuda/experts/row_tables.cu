@@ -74,7 +74,7 @@ RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape) {
       static_cast<std::size_t>(tile_capacity(shape.row_capacity(), shape.num_experts)));
   t.experts = carver.take<int4>(static_cast<std::size_t>(shape.num_experts));
   t.num_tiles = carver.take<std::int32_t>(1);
-  t.claims = carver.take<std::uint32_t>(3);
+  t.claims = carver.take<std::uint32_t>(RowLists::kCounters);
   t.row_weight = carver.take<float>(static_cast<std::size_t>(shape.row_capacity()));
   if (lists_tokens(shape)) {
     t.tokens = carver.take<std::int32_t>(static_cast<std::size_t>(shape.num_tokens));

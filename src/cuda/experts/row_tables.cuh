@@ -55,7 +55,7 @@ __device__ void write_tables(int first_expert, int num_experts, Count count, std
       tile_starts);
   if (first_expert == 0) {
     if (threadIdx.x == 0) *tables.num_tiles = tile_starts[num_experts];
-    if (threadIdx.x < 3) tables.claims[threadIdx.x] = 0;
+    if (threadIdx.x < RowLists::kCounters) tables.claims[threadIdx.x] = 0;
     if (threadIdx.x < 2 && tables.tokens != nullptr) tables.num_tokens[threadIdx.x] = 0;
     if (threadIdx.x == kTableThreads - 1 && rows_dropped != nullptr) {
       *rows_dropped = total - starts[num_experts];

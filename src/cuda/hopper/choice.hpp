@@ -21,7 +21,8 @@ struct Choice {
   int n_group = 0;                       ///< column tiles that all rows pass before the next ones
   int row_block = 1;                     ///< tile rows of an expert that pass its columns together
   bool in_order = false;                 ///< whoever is free claims the next tile; else strided
-  bool early_release = false;  ///< stages are handed back when their own products are done
+  bool early_release = false;   ///< stages are handed back when their own products are done
+  bool start_together = false;  ///< CTAs wait for each other before a tile (mainloop/schedule.cuh)
 };
 
 /// "256 columns, in order, blocks of 16 tile rows, 132 CTAs", for SONICMOE_LOG=dispatch.
@@ -31,10 +32,15 @@ std::string describe(const Choice& choice);
 struct Tuning {
   int block_n = 0;  ///< 128 or 256; 0: chosen
   std::optional<StoreRoles> stores = {};
-  int grid = 0;                 ///< CTAs at most; 0: one a multiprocessor
-  std::int64_t add_window = 0;  ///< bytes of `out` that a group of columns covers; 0: chosen
-  int row_block = 0;            ///< 0: chosen
+  int grid = 0;                        ///< CTAs at most; 0: one a multiprocessor
+  std::int64_t add_window = 0;         ///< bytes of `out` that a group of columns covers; 0: chosen
+  int row_block = 0;                   ///< 0: chosen
+  std::optional<bool> sort_rows = {};  ///< where the kernels could read sorted rows at all
+  std::optional<bool> start_together = {};  ///< products over rows; then in order
 };
 inline Tuning tuning;
+
+/// Columns of a tile of the weight gradients that read sorted rows.
+inline constexpr int kSortedBlockN = 256;
 
 }  // namespace sonicmoe::cuda::hopper

@@ -1,8 +1,10 @@
 // Launching a Spec of the grouped GEMM, and the host-side pieces that the products share.
 #pragma once
 
+#include <algorithm>
 #include <string>
 
+#include "core/integers.hpp"
 #include "core/log.hpp"
 #include "cuda/device.hpp"
 #include "cuda/hopper/epilogue/hidden_input.cuh"
@@ -32,6 +34,12 @@ inline Choice choose(const ProductCall& call, const char* product, ProductSizes 
   return choice;
 }
 
+/// Clocks that a CTA waits for the others at most: half of what the products of its tile take.
+inline int start_patience(int depth) {
+  constexpr std::int64_t kHalfKTile = 512, kMost = 1 << 24;
+  return static_cast<int>(std::min(kHalfKTile * ceil_div(depth, kBlockK), kMost));
+}
+
 /// Launches the CTAs of `choice`, if any.
 template <class Spec>
 void launch(const ProductCall& call, const Choice& choice, Params<Spec>& params) {
@@ -47,8 +55,8 @@ void launch(const ProductCall& call, const Choice& choice, Params<Spec>& params)
   o.n_group = choice.n_group;
   o.row_block = choice.row_block;
   o.early_release = choice.early_release;
-  o.early_tails = tries('t');
   o.claims = choice.in_order ? call.rows.claims : nullptr;
+  o.start_patience = choice.start_together ? start_patience(o.depth) : 0;
   grouped_gemm_kernel<Spec>
       <<<static_cast<unsigned>(choice.grid), kThreads, bytes, call.stream>>>(params);
   check_launch(cudaGetLastError(), Spec::name, call);

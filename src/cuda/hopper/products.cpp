@@ -11,6 +11,11 @@ const Products& products() {
 
 int HopperProducts::partial_columns(std::int64_t n) const { return choose_block_n(n); }
 
+bool HopperProducts::sorts_rows(std::int64_t num_rows, std::int64_t num_groups, std::int64_t width,
+                                std::int64_t columns) const {
+  return choose_sorted(num_rows, num_groups, width, columns);
+}
+
 std::int64_t HopperProducts::row_slices(std::int64_t num_rows, std::int64_t width,
                                         std::int64_t columns) const {
   return choose_slices(num_rows, width, columns);

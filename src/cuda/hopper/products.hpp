@@ -24,6 +24,8 @@ class HopperProducts final : public Products {
   void run(const ProductCall& call, const LogitsArgs& args) const override;
 
   int partial_columns(std::int64_t n) const override;
+  bool sorts_rows(std::int64_t num_rows, std::int64_t num_groups, std::int64_t width,
+                  std::int64_t columns) const override;
   std::int64_t row_slices(std::int64_t num_rows, std::int64_t width,
                           std::int64_t columns) const override;
 };

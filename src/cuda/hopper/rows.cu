@@ -7,20 +7,9 @@
 namespace sonicmoe::cuda::hopper {
 namespace {
 
-// Lab M23: SONICMOE_M23 holds w where products of long reductions run in step; clocks that a CTA
-// waits for each k-tile of its tile, 0: not in step.
-int step_clocks(const ProductCall& call, const RowsArgs& args, const Choice& choice) {
-  if (!choice.in_order || call.shared_device || args.add_rows) return 0;
-  if (choice.block_n != 256 || args.depth() < 4096) return 0;
-  if (tries('W')) return 512;
-  return tries('w') ? 128 : 0;
-}
-
-template <class Spec>
-void launch_rows(const ProductCall& call, const RowsArgs& args, const Choice& choice,
-                 int clocks = 0) {
-  constexpr int kBlockN = Spec::shape.block_n;
-  constexpr Major kMajor = Spec::shape.b;
+template <int kBlockN, Major kMajor>
+void launch_rows(const ProductCall& call, const RowsArgs& args, const Choice& choice) {
+  using Spec = RowsSpec<kBlockN, kMajor>;
   Params<Spec> p{};
   p.operands = row_operands(call, args.weight.size(0), args.depth());
   p.operands.a = map_of_rows(args.a, call.num_rows, args.depth());
@@ -33,7 +22,6 @@ void launch_rows(const ProductCall& call, const RowsArgs& args, const Choice& ch
                 .bias = has_bias ? args.bias.as<bf16>() + args.first_column : nullptr,
                 .bias_ld = has_bias ? args.bias.stride(0) : 0,
                 .columns = static_cast<int>(args.num_columns)};
-  p.operands.step_clocks = clocks * static_cast<int>(ceil_div(args.depth(), kBlockK));
   launch<Spec>(call, choice, p);
 }
 
@@ -50,13 +38,7 @@ void HopperProducts::run(const ProductCall& call, const RowsArgs& args) const {
                                 .add_rows = args.add_rows});
   const Major major = depth_has_unit_stride(args.weight, args.depth_dim) ? Major::kK : Major::kMn;
   visit_tile(choice.block_n, major, [&]<int kBlockN, Major kMajor>() {
-    if constexpr (kBlockN == 256) {
-      const int clocks = step_clocks(call, args, choice);
-      if (clocks > 0) {
-        return launch_rows<StepRowsSpec<kBlockN, kMajor>>(call, args, choice, clocks);
-      }
-    }
-    launch_rows<RowsSpec<kBlockN, kMajor>>(call, args, choice);
+    launch_rows<kBlockN, kMajor>(call, args, choice);
   });
 }
 

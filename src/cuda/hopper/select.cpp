@@ -1,13 +1,12 @@
 #include "cuda/hopper/select.hpp"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
 #include "core/integers.hpp"
 #include "cuda/device.hpp"
 #include "cuda/hopper/shape.hpp"
 #include "cuda/products.hpp"
+#include "cuda/sorted_rows.hpp"
 
 namespace sonicmoe::cuda::hopper {
 namespace {
@@ -30,7 +29,8 @@ bool in_order(const ProductSizes& s, const Choice& c) {
   if (s.product == Product::kWeightGradient) return false;
   constexpr std::int64_t kMostWeight = 6 * kMiB, kShort = 256, kManyTiles = 256;
   const std::int64_t weight = kElementBytes * s.depth * c.n_tiles * c.block_n;
-  return gathers(s.product) || s.add_rows || weight > kMostWeight ||
+  const bool together = s.product == Product::kRows && tuning.start_together.value_or(false);
+  return gathers(s.product) || s.add_rows || weight > kMostWeight || together ||
          (s.depth <= kShort && s.row_tiles * c.n_tiles > kManyTiles * c.grid);
 }
 
@@ -59,6 +59,7 @@ Choice choose(const ProductSizes& s) {
   }
   c.in_order = in_order(s, c);
   c.early_release = early_release(s);
+  c.start_together = choose_start_together(s, c);
   return c;
 }
 
@@ -68,6 +69,7 @@ std::string describe(const Choice& c) {
   if (c.n_group != c.n_tiles) text += ", groups of " + std::to_string(c.n_group) + " column tiles";
   if (c.row_block > 1) text += ", blocks of " + std::to_string(c.row_block) + " tile rows";
   if (c.early_release) text += ", early release";
+  if (c.start_together) text += ", together";
   return text + ", " + std::to_string(c.grid) + " CTAs";
 }
 
@@ -99,6 +101,23 @@ int choose_row_block(std::int64_t depth, std::int64_t columns) {
   return kElementBytes * depth * columns > kCached ? kSquare : 1;
 }
 
+bool choose_start_together(const ProductSizes& s, const Choice& c) {
+  if (s.product != Product::kRows || !c.in_order) return false;
+  if (tuning.start_together) return *tuning.start_together;
+  return c.row_block > 1 && !s.add_rows && !s.shared_device;
+}
+
+bool choose_sorted(std::int64_t num_rows, std::int64_t num_groups, std::int64_t width,
+                   std::int64_t columns) {
+  constexpr std::int64_t kLeastColumns = 8192, kLeastRows = 256;
+  // What the kernels need: whole blocks of 64 columns in a box, their tile, a row to load.
+  if (num_rows == 0 || width % 64 != 0 || choose_block_n(columns) != kSortedBlockN) return false;
+  if (tuning.sort_rows) return *tuning.sort_rows;
+  const std::int64_t copy = saturating_mul(sorted_capacity(num_rows, num_groups), width);
+  return columns >= kLeastColumns && num_rows >= saturating_mul(kLeastRows, num_groups) &&
+         copy <= saturating_mul(num_rows, columns);
+}
+
 std::int64_t choose_slices(std::int64_t num_rows, std::int64_t width, std::int64_t columns) {
   constexpr std::int64_t kMaxWaves = 3, kMinRows = 256;
   constexpr std::int64_t kTileCost =
@@ -115,11 +134,6 @@ std::int64_t choose_slices(std::int64_t num_rows, std::int64_t width, std::int64
     if (cost(slices) < cost(best)) best = slices;
   }
   return best;
-}
-
-bool tries(char letter) {
-  const char* const letters = std::getenv("SONICMOE_M23");
-  return letters != nullptr && std::strchr(letters, letter) != nullptr;
 }
 
 bool depth_has_unit_stride(const ConstTensorView& w, int depth_dim) {

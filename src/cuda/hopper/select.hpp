@@ -47,13 +47,25 @@ int choose_add_group(std::int64_t num_tokens, std::int64_t depth, int n_tiles, i
 /// passes once per 2048 rows (lab M18).
 int choose_row_block(std::int64_t depth, std::int64_t columns);
 
+/// Whether the CTAs of a product over rows wait for each other before each tile: where the order in
+/// blocks relies on them to walk the same reduction side by side, and none can be missing (a shared
+/// device) or be held up by additions to the same rows (lab M23).
+bool choose_start_together(const ProductSizes& sizes, const Choice& choice);
+
+/// Products::sorts_rows(): whether the gathered rows of a weight gradient [num_groups, width,
+/// columns] are copied into the order of the row list first, which makes the product 4-15% faster.
+/// A gathered row is read once for every 256 columns, so the copy pays from 8192 columns on: 32
+/// readings, where it costs 17 to 43% of what it gains (lab M23; at 1536 and 3072 columns it costs
+/// more than it gains). Not for groups of fewer than 256 rows in the mean, for which the copy of
+/// their last steps would be a quarter of the whole. Never larger than the other operand, [P,
+/// columns]: see docs/ops/memory.md.
+bool choose_sorted(std::int64_t num_rows, std::int64_t num_groups, std::int64_t width,
+                   std::int64_t columns);
+
 /// Products::row_slices(): the slices that cost least, in waves of tiles times a tile's length. At
 /// least 256 rows each, and at most three waves, which bound the parts to 49.5 MiB (they are summed
 /// from L2) unless a single slice has more.
 std::int64_t choose_slices(std::int64_t num_rows, std::int64_t width, std::int64_t columns);
-
-/// Lab M23: whether the environment variable SONICMOE_M23 holds the letter.
-bool tries(char letter);
 
 /// Whether the reduction (K-major) or the other index of a weight [E, a, b] has unit stride, seen
 /// from a product that reduces over dimension `depth_dim`.

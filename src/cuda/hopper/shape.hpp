@@ -9,6 +9,7 @@
 
 #include "cuda/element.hpp"
 #include "cuda/ptx/major.hpp"
+#include "cuda/sorted_rows.hpp"
 #include "math/host_device.hpp"
 
 namespace sonicmoe::cuda::hopper {
@@ -26,12 +27,10 @@ struct GemmShape {
   int block_n = 256;
   Major a = Major::kK;
   Major b = Major::kK;
-  bool gather = true;  // A by cp.async, row by row
+  bool gather = true;  // A by cp.async, row by row; else by TMA
   Dump dump = Dump::kRows;
   int loader_warps = 1;  // of the helper warpgroup; the others are epilogue warps (kDirect: none)
   int extra_bytes = 0;   // shared memory of the epilogue warps' own, behind the dump tile
-  bool late_store = false;  // kDepth: a tile leaves under the next one's first products
-  bool in_step = false;     // kRows: all CTAs begin their next tiles together (schedule.cuh)
 
   SONICMOE_HD constexpr int epilogue_warps() const {
     return dump == Dump::kDirect ? 0 : 4 - loader_warps;
@@ -41,7 +40,7 @@ struct GemmShape {
   SONICMOE_HD constexpr bool dump_by_tma() const {
     return grouping == Grouping::kDepth && dump != Dump::kDirect;
   }
-  // A math thread issues that, where no epilogue warp is left for it.
+  // A math thread issues that, where all helper warps load.
   SONICMOE_HD constexpr bool bulk_stores() const { return dump_by_tma() && epilogue_warps() == 0; }
   // The first loader warp issues TMA; in kDepth that is all it does.
   SONICMOE_HD constexpr int gather_warps() const {
@@ -51,7 +50,8 @@ struct GemmShape {
 
 inline constexpr int kThreads = 384;
 inline constexpr int kBlockM = 128;
-inline constexpr int kBlockK = 128 / kElementBytes;   // a row of the 128-byte swizzle
+inline constexpr int kBlockK = 128 / kElementBytes;  // a row of the 128-byte swizzle
+static_assert(kBlockK == kSortedStep);
 inline constexpr int kMathWarps = 8, kHalfWarps = 4;  // of the tile, of a half of it
 inline constexpr int kLoaderWarp = kMathWarps;
 inline constexpr int kMostStages = 6;
@@ -144,7 +144,7 @@ SONICMOE_HD constexpr std::uint32_t b_of_stage(const SharedLayout& l, GemmShape 
 
 // What loader and math need, whatever the epilogue.
 struct OperandParams {
-  CUtensorMap a;  // A by TMA: [P, depth], boxes of 64 rows x 64
+  CUtensorMap a;  // A by TMA. kRows: [P, depth], boxes of 64 rows x 64; kDepth: the sorted rows
   CUtensorMap b;  // kRows: weights; kDepth: [P, N]
 
   const bf16* gathered;           // X or dO [T, depth of d]
@@ -164,9 +164,8 @@ struct OperandParams {
   // and each instruction takes the loader some 100 clocks.
   bool whole_boxes;
   bool early_release;     // hand a stage back before the next has come (mainloop/math.cuh)
-  bool early_tails;       // in tiles of at most 64 rows
   std::uint32_t* claims;  // tile counters (mainloop/schedule.cuh), or null: strided
-  int step_clocks;        // in_step: waited for the other CTAs at most
+  int start_patience;     // clocks that a CTA waits for the others before a tile; 0: it does not
   int m_tiles;            // kDepth: ceil(d / 128); else 1
   int n_tiles;
   int n_group;       // column tiles that all rows pass before the next ones

@@ -30,15 +30,6 @@ struct RowsSpec {
   using Epilogue = StoreRows<kBlockN, shape.epilogue_warps()>;
 };
 
-// The same, all CTAs in step (lab M23).
-template <int kBlockN, Major kMajor>
-struct StepRowsSpec {
-  static constexpr const char* name = "rows";
-  static constexpr GemmShape shape = {
-      .block_n = kBlockN, .b = kMajor, .gather = false, .in_step = true};
-  using Epilogue = StoreRows<kBlockN, shape.epilogue_warps()>;
-};
-
 // dA' = dO[token] W2, with dH, A' and dS in the epilogue: gathers dO. Gather and epilogue both want
 // a third warp: the epilogue's time is that of a tile, the gather's grows with the reduction.
 template <int kBlockN, Major kMajor, bool kGated, StoreRoles kStores>
@@ -71,32 +62,19 @@ struct WeightGradientSpec {
   using Epilogue = StoreWeightGradient<kBlockN, kDump>;
 };
 
-// The same, whose tiles leave late (lab M23).
-template <int kBlockN, Dump kDump>
-struct LateWeightGradientSpec {
-  static constexpr const char* name = "weight_gradient";
-  static constexpr GemmShape shape = {.grouping = Grouping::kDepth,
-                                      .block_n = kBlockN,
-                                      .a = Major::kMn,
-                                      .b = Major::kMn,
-                                      .dump = kDump,
-                                      .loader_warps = 4,
-                                      .late_store = true};
-  using Epilogue = StoreWeightGradientOnce<kBlockN, kDump>;
-};
-
-// The same from rows that lie in order (cuda/sorted_rows.hpp): all by TMA, which leaves warps for
-// the stores (lab M23).
+// The same from rows that lie in order (cuda/sorted_rows.hpp): one warp loads both operands by TMA,
+// and the warps that it leaves store. float32 still leaves the math warps.
 template <int kBlockN, Dump kDump>
 struct SortedWeightGradientSpec {
-  static constexpr const char* name = "weight_gradient";
+  static constexpr const char* name = "sorted_weight_gradient";
   static constexpr GemmShape shape = {.grouping = Grouping::kDepth,
                                       .block_n = kBlockN,
                                       .a = Major::kMn,
                                       .b = Major::kMn,
                                       .gather = false,
                                       .dump = kDump};
-  using Epilogue = WarpStoresWeightGradient<kBlockN, kDump>;
+  using Epilogue = std::conditional_t<kDump == Dump::kDirect, StoreWeightGradient<kBlockN, kDump>,
+                                      WarpStoreWeightGradient<kBlockN, kDump>>;
 };
 
 // logits = X Wr^T: one dense group, float32 sums stored by the math warps.

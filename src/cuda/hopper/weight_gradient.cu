@@ -1,12 +1,10 @@
 // dW1, dW2 and the parts of dWr. The gathered side (X or dO, d columns) is the tile's M, the sorted
 // side (dH or A') its N, so dW2 [d, n] leaves as it is and dW1 [g*n, d] transposed.
 #include <algorithm>
-#include <type_traits>
 
 #include "cuda/hopper/launch.cuh"
 #include "cuda/hopper/products.hpp"
 #include "cuda/hopper/specs.cuh"
-#include "cuda/sorted_rows.hpp"
 
 namespace sonicmoe::cuda::hopper {
 namespace {
@@ -18,6 +16,13 @@ CUtensorMap map_of_gradient(const TensorView& grad, int inner, int box_rows) {
   const auto stride = [&](int i) { return grad.size(i) == 1 ? kUnused : grad.stride(i); };
   return make_tensor_map(grad.data(), {grad.size(inner), grad.size(outer), grad.size(0)},
                          {stride(outer), stride(0)}, {64, box_rows, 1});
+}
+
+// The copy of the gathered rows, in boxes of a k-tile.
+CUtensorMap map_of_copy(const ProductCall& call, const WeightGradientArgs& g) {
+  const std::int64_t rows = sorted_capacity(call.num_rows, g.grad.size(0)), width = g.width();
+  return make_tensor_map(g.sorted, {64, rows, width / 64}, {width, 64},
+                         {64, kBlockK, kBlockM / 64});
 }
 
 // The sorted rows [P, columns].
@@ -42,6 +47,7 @@ void launch_weight_gradient(const ProductCall& call, const WeightGradientArgs& g
   Params<Spec> p{};
   OperandParams& o = p.operands;
   o.whole_boxes = whole_blocks(g.columns());
+  if constexpr (!Spec::shape.gather) o.a = map_of_copy(call, g);
   o.b = map_of_sorted(call, g, kBlockN);
   o.row_token = call.rows.row_token;
   o.b_rows = static_cast<const bf16*>(g.rows);
@@ -52,46 +58,29 @@ void launch_weight_gradient(const ProductCall& call, const WeightGradientArgs& g
   o.depth = static_cast<int>(g.width());
   o.b_columns = static_cast<int>(g.columns());
   set_gather(o, g.gathered);
-  auto& e = p.epilogue;
-  e.out = g.grad.data();
-  e.expert_stride = g.grad.stride(0);
-  e.row_stride = g.grad.stride(g.gathered_dim);
-  e.column_stride = g.grad.stride(columns_dim);
-  e.rows = static_cast<int>(g.width());
-  e.columns = static_cast<int>(g.columns());
-  e.accumulate = g.accumulate;
-  if constexpr (kDump == Dump::kRows) e.map = map_of_gradient(g.grad, columns_dim, 64);
+  p.epilogue = {.out = g.grad.data(),
+                .expert_stride = g.grad.stride(0),
+                .row_stride = g.grad.stride(g.gathered_dim),
+                .column_stride = g.grad.stride(columns_dim),
+                .rows = static_cast<int>(g.width()),
+                .columns = static_cast<int>(g.columns()),
+                .accumulate = g.accumulate,
+                .map = {}};
+  if constexpr (kDump == Dump::kRows) p.epilogue.map = map_of_gradient(g.grad, columns_dim, 64);
   if constexpr (kDump == Dump::kTransposed) {
-    e.map = map_of_gradient(g.grad, g.gathered_dim, kBlockN);
-  }
-  if constexpr (!std::is_same_v<Spec, WeightGradientSpec<Spec::shape.block_n, kDump>>) {
-    e.evict_first = tries('e');
-  }
-  if constexpr (!Spec::shape.gather) {
-    static_assert(sorted_row(0, 1) == kBlockK);
-    const std::int64_t rows = sorted_capacity(call.num_rows, g.grad.size(0)), d = g.width();
-    o.a = make_tensor_map(g.sorted, {64, rows, d / 64}, {d, 64}, {64, kBlockK, kBlockM / 64});
+    p.epilogue.map = map_of_gradient(g.grad, g.gathered_dim, kBlockN);
   }
   launch<Spec>(call, choice, p);
 }
 
 template <Dump kDump>
-void launch_experiment(const ProductCall& call, const WeightGradientArgs& g, const Choice& choice) {
+void visit_operands(const ProductCall& call, const WeightGradientArgs& g, const Choice& choice) {
   if (g.sorted != nullptr) {
-    launch_weight_gradient<SortedWeightGradientSpec<256, kDump>>(call, g, choice);
+    launch_weight_gradient<SortedWeightGradientSpec<kSortedBlockN, kDump>>(call, g, choice);
+  } else if (choice.block_n == 256) {
+    launch_weight_gradient<WeightGradientSpec<256, kDump>>(call, g, choice);
   } else {
-    launch_weight_gradient<LateWeightGradientSpec<256, kDump>>(call, g, choice);
-  }
-}
-
-template <int kBlockN>
-void visit_dump(const ProductCall& call, const WeightGradientArgs& g, const Choice& choice) {
-  if (g.grad.dtype() == DType::kFloat32) {
-    launch_weight_gradient<WeightGradientSpec<kBlockN, Dump::kDirect>>(call, g, choice);
-  } else if (depth_has_unit_stride(g.grad, 3 - g.gathered_dim)) {  // of the columns' index
-    launch_weight_gradient<WeightGradientSpec<kBlockN, Dump::kRows>>(call, g, choice);
-  } else {
-    launch_weight_gradient<WeightGradientSpec<kBlockN, Dump::kTransposed>>(call, g, choice);
+    launch_weight_gradient<WeightGradientSpec<128, kDump>>(call, g, choice);
   }
 }
 
@@ -100,22 +89,17 @@ void visit_dump(const ProductCall& call, const WeightGradientArgs& g, const Choi
 void HopperProducts::run(const ProductCall& call, const WeightGradientArgs& args) const {
   const std::int64_t num_groups = args.grad.size(0);
   const Choice choice =
-      choose(call, "weight_gradient",
+      choose(call, args.sorted == nullptr ? "weight_gradient" : "weight_gradient of sorted rows",
              {.product = Product::kWeightGradient,
               .depth = ceil_div(call.num_rows, std::max<std::int64_t>(num_groups, 1)),
               .columns = args.columns(),
               .row_tiles = num_groups * ceil_div(args.width(), kBlockM)});
-  const bool bf16_256 = choice.block_n == 256 && args.grad.dtype() != DType::kFloat32;
-  if (bf16_256 && (args.sorted != nullptr || tries('l'))) {
-    if (depth_has_unit_stride(args.grad, 3 - args.gathered_dim)) {
-      launch_experiment<Dump::kRows>(call, args, choice);
-    } else {
-      launch_experiment<Dump::kTransposed>(call, args, choice);
-    }
-  } else if (choice.block_n == 256) {
-    visit_dump<256>(call, args, choice);
+  if (args.grad.dtype() == DType::kFloat32) {
+    visit_operands<Dump::kDirect>(call, args, choice);
+  } else if (depth_has_unit_stride(args.grad, 3 - args.gathered_dim)) {  // of the columns' index
+    visit_operands<Dump::kRows>(call, args, choice);
   } else {
-    visit_dump<128>(call, args, choice);
+    visit_operands<Dump::kTransposed>(call, args, choice);
   }
 }
 

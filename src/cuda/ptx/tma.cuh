@@ -62,23 +62,6 @@ SONICMOE_DEVICE void tma_store(const CUtensorMap* map, uint32_t source, int c0, 
       : "memory");
 }
 
-// An L2 policy: what is stored under it leaves L2 before all else.
-SONICMOE_DEVICE uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// The same under an L2 policy.
-SONICMOE_DEVICE void tma_store(const CUtensorMap* map, uint32_t source, int c0, int c1, int c2,
-                               uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group.L2::cache_hint "
-      "[%0, {%2, %3, %4}], [%1], %5;" ::"l"(map),
-      "r"(source), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
-      : "memory");
-}
-
 // Closes this thread's bulk group.
 SONICMOE_DEVICE void bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");

@@ -92,7 +92,7 @@ GradientTerms carve_grad_x_terms(WorkspaceCarver& carver, std::int64_t num_token
   terms.values = carver.take<bf16>(static_cast<std::size_t>(num_tokens * num_experts));
   terms.tiles = carver.take<int4>(static_cast<std::size_t>(tile_capacity(num_tokens, 1)));
   terms.num_tiles = carver.take<std::int32_t>(1);
-  terms.claims = carver.take<std::uint32_t>(2);
+  terms.claims = carver.take<std::uint32_t>(RowLists::kCounters);
   return terms;
 }
 
@@ -107,7 +107,7 @@ GradientTerms carve_weight_terms(WorkspaceCarver& carver, const Products& produc
   terms.values =
       carver.take<bf16>(static_cast<std::size_t>(num_tokens * kWeightTerms * num_experts));
   terms.slices = carver.take<int4>(static_cast<std::size_t>(terms.num_slices));
-  terms.claims = carver.take<std::uint32_t>(2);
+  terms.claims = carver.take<std::uint32_t>(RowLists::kCounters);
   return terms;
 }
 

@@ -31,7 +31,7 @@ struct LogitsGradient {
 struct GradientTerms {
   void* values = nullptr;  ///< [T, count, E] bf16: a token's high terms, then its low ones
   int count = 0;
-  std::uint32_t* claims = nullptr;  ///< [2] of the grouped GEMM's schedule
+  std::uint32_t* claims = nullptr;  ///< [RowLists::kCounters] of the grouped GEMM's schedule
   int4* tiles = nullptr;            ///< row tiles of the T rows
   std::int32_t* num_tiles = nullptr;
   int4* slices = nullptr;  ///< [num_slices] {first row, rows, slice, 0}

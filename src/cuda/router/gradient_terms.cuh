@@ -35,7 +35,7 @@ __device__ inline void write_lists(const GradientTerms& terms, std::int64_t num_
     }
     if (first == 0) *terms.num_tiles = static_cast<int>(num_tiles);
   }
-  if (first < 2) terms.claims[first] = 0;
+  if (first < RowLists::kCounters) terms.claims[first] = 0;
   for (std::int64_t i = first; i < terms.num_slices; i += threads) {
     const std::int64_t row = min(i * terms.rows_per_slice, num_tokens);
     terms.slices[i] = {static_cast<int>(row),

@@ -77,6 +77,128 @@ TEST(RowBlock, WeightGradientsByTheRowsOfAnExpert) {
   EXPECT_EQ(blocked({32768, 7168, 2048, 256, 8}), expected);
 }
 
+// What each rule picks at every shape of bench/problems.json: whether dW2 and dW1 read sorted rows,
+// and whether the CTAs of down and dX~ start their tiles together.
+struct Picked {
+  bool sorted_w2, sorted_w1, together_down, together_dx;
+  bool operator==(const Picked&) const = default;
+};
+
+constexpr Picked kNothing = {false, false, false, false};
+constexpr Picked kEverything = {true, true, true, true};
+
+struct Problem {
+  const char* name;
+  Shape shape;
+  Picked picked;
+};
+
+constexpr Problem kProblems[] = {
+    {"small", {2048, 256, 128, 32, 4}, kNothing},
+    {"fine", {2048, 768, 256, 128, 8}, kNothing},
+    {"coarse", {4096, 1024, 1024, 16, 2}, kNothing},
+    {"1.4B-n256", {40960, 768, 256, 128, 8}, kNothing},
+    {"1.4B-n512", {40960, 768, 512, 64, 4}, kNothing},
+    {"1.4B-n1024", {40960, 768, 1024, 32, 2}, kNothing},
+    {"7B-n256", {24576, 1536, 256, 128, 8}, kNothing},
+    {"7B-n512", {24576, 1536, 512, 64, 4}, kNothing},
+    {"7B-n1024", {24576, 1536, 1024, 32, 2}, kNothing},
+    {"30B-n256", {32768, 4096, 256, 256, 16}, kNothing},
+    {"30B-n512", {32768, 4096, 512, 128, 8}, kNothing},
+    {"30B-n1024", {32768, 4096, 1024, 64, 4}, kNothing},
+    {"120B-n512", {32768, 4096, 512, 256, 16}, kNothing},
+    {"120B-n1024", {32768, 4096, 1024, 128, 8}, kNothing},
+    {"120B-n2048", {32768, 4096, 2048, 64, 4}, kNothing},
+    {"OLMoE", {32768, 2048, 1024, 64, 8}, kNothing},
+    {"gpt-oss-20b", {32768, 2880, 2880, 32, 4}, kNothing},
+    {"Kimi-Linear", {32768, 2304, 1024, 256, 8}, kNothing},
+    {"Qwen3-Next", {32768, 2048, 512, 512, 10}, kNothing},
+    {"Qwen3-235B", {32768, 4096, 1536, 128, 8}, kNothing},
+    // dX~ reads 56 MiB of W1 for each tile row.
+    {"DeepSeek-V3.2", {32768, 7168, 2048, 256, 8}, {false, false, false, true}},
+    {"Mixtral-8x7B", {8192, 4096, 14336, 8, 2}, kEverything},
+    {"Mixtral-8x7B-T32768", {32768, 4096, 14336, 8, 2}, kEverything},
+    {"Mixtral-8x22B", {8192, 6144, 16384, 8, 2}, kEverything},
+    {"DBRX", {8192, 6144, 10752, 16, 4}, kEverything},
+    {"Llama-4-Scout", {8192, 5120, 8192, 16, 1}, kEverything},
+    {"Qwen3-235B-T8192", {8192, 4096, 1536, 128, 8}, kNothing},
+};
+
+Choice of_rows(const Shape& s, std::int64_t depth, std::int64_t columns) {
+  return choose({.product = Product::kRows,
+                 .depth = depth,
+                 .columns = columns,
+                 .row_tiles = s.tokens * s.top_k / 128 + s.experts,
+                 .num_tokens = s.tokens,
+                 .processors = 132});
+}
+
+Picked picked(const Shape& s) {
+  const std::int64_t rows = s.tokens * s.top_k;
+  return {.sorted_w2 = choose_sorted(rows, s.experts, s.d, s.n),
+          .sorted_w1 = choose_sorted(rows, s.experts, s.d, 2 * s.n),
+          .together_down = of_rows(s, s.n, s.d).start_together,
+          .together_dx = of_rows(s, 2 * s.n, s.d).start_together};
+}
+
+TEST(Rules, AtEveryShapeOfTheBenchmarks) {
+  for (const Problem& problem : kProblems) {
+    EXPECT_EQ(picked(problem.shape), problem.picked) << problem.name;
+  }
+}
+
+TEST(SortedRows, WhereTheyAreReadOftenAndHaveRoom) {
+  EXPECT_TRUE(choose_sorted(16384, 8, 4096, 8192));
+  EXPECT_FALSE(choose_sorted(16384, 8, 4096, 8184));
+  EXPECT_TRUE(choose_sorted(2048, 8, 4096, 14336));  // 256 rows of an expert
+  EXPECT_FALSE(choose_sorted(2047, 8, 4096, 14336));
+  EXPECT_FALSE(choose_sorted(16384, 8, 8192, 8192));  // a copy of more than A'
+  EXPECT_FALSE(choose_sorted(16384, 8, 4104, 14336));
+  EXPECT_FALSE(choose_sorted(0, 8, 4096, 14336));
+}
+
+TEST(SortedRows, Forced) {
+  const Forced on({.sort_rows = true});
+  EXPECT_TRUE(choose_sorted(3, 8, 64, 256));
+  EXPECT_FALSE(choose_sorted(3, 8, 72, 256));
+  EXPECT_FALSE(choose_sorted(3, 8, 64, 128));  // in narrow tiles
+  EXPECT_FALSE(choose_sorted(0, 8, 64, 256));
+  const Forced off({.sort_rows = false});
+  EXPECT_FALSE(choose_sorted(16384, 8, 4096, 14336));
+}
+
+TEST(StartTogether, OnlyRowsInBlocksThatAreStoredOnAGpuOfTheirOwn) {
+  ProductSizes sizes{.product = Product::kRows,
+                     .depth = 14336,
+                     .columns = 4096,
+                     .row_tiles = 136,
+                     .num_tokens = 8192,
+                     .processors = 132};
+  EXPECT_TRUE(choose(sizes).start_together);
+  EXPECT_EQ(describe(choose(sizes)),
+            "256 columns, in order, blocks of 16 tile rows, together, 132 CTAs");
+  for (auto change : {+[](ProductSizes& s) { s.add_rows = true; },
+                      +[](ProductSizes& s) { s.shared_device = true; },
+                      +[](ProductSizes& s) { s.columns = 256; },  // a slab
+                      +[](ProductSizes& s) { s.product = Product::kUp; },
+                      +[](ProductSizes& s) { s.product = Product::kWeightGradient; }}) {
+    ProductSizes other = sizes;
+    change(other);
+    EXPECT_FALSE(choose(other).start_together);
+  }
+}
+
+TEST(StartTogether, Forced) {
+  const ProductSizes small = small_product(Product::kRows);
+  const Forced on({.start_together = true});
+  EXPECT_TRUE(choose(small).start_together);
+  EXPECT_TRUE(choose(small).in_order);  // which has counters
+  EXPECT_FALSE(choose(small_product(Product::kLogits)).start_together);
+  EXPECT_FALSE(choose(small_product(Product::kWeightGradient)).start_together);
+  const Forced off({.start_together = false});
+  EXPECT_FALSE(choose(small).start_together);
+}
+
 TEST(RowBlock, Forced) {
   for (const int rows : {1, 2, 16}) {
     const Forced forced({.row_block = rows});

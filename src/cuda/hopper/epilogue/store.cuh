@@ -2,7 +2,7 @@
 //
 // Interface of an epilogue, called by grouped_gemm.cuh:
 //   finish(params, item, acc, warp, lane)   math warps, before rounding (bias, fp32 stores)
-// and where the math warps store the dump tile themselves (GemmShape::bulk_stores())
+// and where a math thread stores the dump tile (GemmShape::bulk_stores())
 //   store(params, item, w, half)            one thread, half w of the item
 // else
 //   State(params, layout, warp, lane)       what epilogue warp `warp` keeps over its items
@@ -238,46 +238,29 @@ struct StoreWeightGradient {
   }
 
   // One thread: half w of the item by TMA, in boxes clipped to the expert's gradient, in the
-  // thread's open bulk group, under the L2 policies given, if any.
-  template <class... Policy>
-  static __device__ void store(const Params& p, const Item& t, int w, uint32_t half,
-                               Policy... policy) {
+  // thread's open bulk group.
+  static __device__ void store(const Params& p, const Item& t, int w, uint32_t half) {
     const int row = t.m * kBlockM + 64 * w, column = t.n * kBlockN;
     if constexpr (kDump == Dump::kRows) {
 #pragma unroll
       for (int block = 0; block < kBlockN / 64; ++block) {
         if (column + 64 * block >= p.columns) break;
-        ptx::tma_store(&p.map, half + block * tile::kBlockBytes, column + 64 * block, row, t.expert,
-                       policy...);
+        ptx::tma_store(&p.map, half + block * tile::kBlockBytes, column + 64 * block, row,
+                       t.expert);
       }
     } else {
       static_assert(kDump == Dump::kTransposed);
-      ptx::tma_store(&p.map, half, row, column, t.expert, policy...);
+      ptx::tma_store(&p.map, half, row, column, t.expert);
     }
   }
 };
 
-// The same under an L2 policy.
+// The same by epilogue warps: the first two issue the store of one half each, so that the math
+// warps, whose products a TMA store would hold up for some 400 clocks (lab M15), go on.
 template <int kBlockN, Dump kDump>
-struct StoreWeightGradientOnce : StoreWeightGradient<kBlockN, kDump> {
-  using Base = StoreWeightGradient<kBlockN, kDump>;
-  struct Params : Base::Params {
-    bool evict_first;
-  };
-  static __device__ void store(const Params& p, const Item& t, int w, uint32_t half) {
-    if (p.evict_first) {
-      Base::store(p, t, w, half, ptx::evict_first_policy());
-    } else {
-      Base::store(p, t, w, half);
-    }
-  }
-};
-
-// The same by epilogue warps, of which each of the first two stores a half.
-template <int kBlockN, Dump kDump>
-class WarpStoresWeightGradient {
+class WarpStoreWeightGradient {
  public:
-  using Stores = StoreWeightGradientOnce<kBlockN, kDump>;
+  using Stores = StoreWeightGradient<kBlockN, kDump>;
   using Params = Stores::Params;
   struct State {
     __device__ State(const Params&, const SharedLayout&, int, int) {}
@@ -287,10 +270,11 @@ class WarpStoresWeightGradient {
   template <int kCount>
   static __device__ void finish(const Params&, const Item&, float (&)[kCount], int, int) {}
 
-  __device__ WarpStoresWeightGradient(const Params& p, const Item& t, int w, int warp, int lane,
-                                      State&)
+  __device__ WarpStoreWeightGradient(const Params& p, const Item& t, int w, int warp, int lane,
+                                     State&)
       : p_(p), t_(t), w_(w), issues_(warp == w && lane == 0) {}
 
+  // Returns when the half has been read: the math warps may then overwrite it.
   __device__ void store(uint32_t half) {
     if (!issues_) return;
     Stores::store(p_, t_, w_, half);

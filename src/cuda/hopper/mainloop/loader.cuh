@@ -208,10 +208,14 @@ __device__ void load_boxes(const OperandParams& p, const Item& t, uint32_t a, ui
   }
 }
 
-// kDepth: the boxes of B of a k-tile. One thread.
+// kDepth: bytes of B of a k-tile.
 template <class Spec>
-__device__ void load_depth_b_boxes(const OperandParams& p, const Item& t, uint32_t b, uint32_t full,
-                                   int k) {
+inline constexpr int kDepthBBytes = Spec::shape.block_n / 64 * tile::kBlockBytes;
+
+// kDepth: B of a k-tile by TMA. One thread, which has announced its bytes.
+template <class Spec>
+__device__ void load_depth_boxes(const OperandParams& p, const Item& t, uint32_t b, uint32_t full,
+                                 int k) {
   constexpr int kBlocks = Spec::shape.block_n / 64;
   const int row = t.row0 + DepthTile(t, k).first;
   if (p.whole_boxes) {
@@ -224,17 +228,8 @@ __device__ void load_depth_b_boxes(const OperandParams& p, const Item& t, uint32
   }
 }
 
-// kDepth: B of a k-tile by TMA. One thread.
-template <class Spec>
-__device__ void load_depth_boxes(const OperandParams& p, const Item& t, uint32_t b, uint32_t full,
-                                 int k) {
-  constexpr int kBlocks = Spec::shape.block_n / 64;
-  ptx::mbarrier_arrive_expect_tx(full, kBlocks * tile::kBlockBytes);
-  load_depth_b_boxes<Spec>(p, t, b, full, k);
-}
-
-// kDepth: B of an expert with fewer rows than a k-tile, by the gather warps: rows past its
-// end arrive as zeros.
+// kDepth: B of an expert with fewer rows than a k-tile, by the gather warps or the only loader:
+// rows past its end arrive as zeros.
 template <class Spec>
 __device__ void copy_depth_tail(const OperandParams& p, const Item& t, uint32_t b, int k, int warp,
                                 int lane) {
@@ -271,7 +266,7 @@ __device__ void load_rows(const OperandParams& p, const SharedLayout& l, Items i
   RowGather<s.loader_warps> gather(warp, lane);
   for (Item t; items.next(t);) {
     if constexpr (s.gather) gather.begin_tile(p, t);
-    if constexpr (s.in_step) items.await_others();
+    if constexpr (!s.gather) items.await_others();
     for (int k = 0; k < t.k_tiles; ++k) {
       if constexpr (s.gather) gather.prepare(p, k);
       const uint32_t full = l.full + 8 * ring.stage;
@@ -307,6 +302,7 @@ __device__ void load_depth_b(const OperandParams& p, const SharedLayout& l, Item
                  ring.stage);
       if (lane == 0) {
         if (t.rows >= kBlockK) {
+          ptx::mbarrier_arrive_expect_tx(full, kDepthBBytes<Spec>);
           load_depth_boxes<Spec>(p, t, b_of_stage(l, s, ring.stage), full, k);
         } else {
           ptx::mbarrier_arrive(full);  // gathered
@@ -318,39 +314,41 @@ __device__ void load_depth_b(const OperandParams& p, const SharedLayout& l, Item
   }
 }
 
-// kDepth, from sorted rows (cuda/sorted_rows.hpp): A and B by TMA.
+// kDepth, from sorted rows: the only loader warp, A and B by TMA. The k-tile that would end past
+// the expert's rows is the copy of its last step, which stands behind them (cuda/sorted_rows.hpp);
+// its zeros match the rows of B that DepthTile repeats.
 template <class Spec, class Items>
 __device__ void load_depth_sorted(const OperandParams& p, const SharedLayout& l, Items items,
                                   int lane) {
   constexpr GemmShape s = Spec::shape;
-  constexpr int kBlocks = s.block_n / 64;
   if (lane == 0) {
     ptx::prefetch_tensormap(&p.a);
     ptx::prefetch_tensormap(&p.b);
   }
   tile::RingState<stage_count(s)> ring;
   for (Item t; items.next(t);) {
-    const int sorted_row0 = t.row0 + kBlockK * t.expert;  // sorted_row()
-    const bool few = t.rows < kBlockK;                    // B would bring rows of other experts
+    const int row0 = sorted_row(t.row0, t.expert);
+    const bool few = t.rows < kBlockK;  // a box of B would bring rows of the next expert
     for (int k = 0; k < t.k_tiles; ++k) {
       const uint32_t full = l.full + 8 * ring.stage;
       tile::wait(l.empty + 8 * ring.stage, ring.parity ^ 1, Role::kLoader, Slot::kEmpty,
                  ring.stage);
       const uint32_t a = a_of_stage(l, s, ring.stage), b = b_of_stage(l, s, ring.stage);
       if (few) {
+        // Waited for here: one k-tile of an expert whose tile is little work in any case.
         copy_depth_tail<Spec>(p, t, b, k, 0, lane);
         ptx::cp_async_commit_group();
         ptx::cp_async_wait_group<0>();
         ptx::fence_proxy_async_shared();
         __syncwarp();
+        tile::pause(Role::kLoader, Slot::kFull, ring.stage);
       }
       if (lane == 0) {
-        ptx::mbarrier_arrive_expect_tx(full,
-                                       kStageABytes + (few ? 0 : kBlocks * tile::kBlockBytes));
+        ptx::mbarrier_arrive_expect_tx(full, kStageABytes + (few ? 0 : kDepthBBytes<Spec>));
         const bool whole = (k + 1) * kBlockK <= t.rows;
-        ptx::tma_load(a, &p.a, full, 0, sorted_row0 + (whole ? k * kBlockK : t.rows),
+        ptx::tma_load(a, &p.a, full, 0, row0 + (whole ? k * kBlockK : t.rows),
                       t.m * (kBlockM / 64));
-        if (!few) load_depth_b_boxes<Spec>(p, t, b, full, k);
+        if (!few) load_depth_boxes<Spec>(p, t, b, full, k);
       }
       __syncwarp();
       ring.advance();

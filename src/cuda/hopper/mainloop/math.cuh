@@ -55,12 +55,12 @@ class MathPipes {
   }
   __device__ void advance() { ring_.advance(); }
   // Whether the next stage is full while the products of this one still run.
-  __device__ bool next_is_full_in_time(bool alone) const {
+  __device__ bool next_is_full_in_time() const {
     constexpr uint32_t kClocks = 3 * s.block_n;  // of the 4 * block_n that both warpgroups take
-    const uint32_t start = clock(), patience = alone ? kClocks / 2 : kClocks;
+    const uint32_t start = clock();
     do {
       if (ptx::mbarrier_test_wait(l_.full + 8 * ring_.stage, ring_.parity)) return true;
-    } while (static_cast<uint32_t>(clock()) - start < patience);
+    } while (static_cast<uint32_t>(clock()) - start < kClocks);
     return false;
   }
   // One arrival per warp: wgmma.wait_group proves only this warp's share done.
@@ -69,8 +69,7 @@ class MathPipes {
   }
   // The half of the dump tile is free: the epilogue warps, or this warpgroup's own store, have read
   // it.
-  __device__ void wait_dump_empty(const Params<Spec>& p) {
-    if constexpr (s.late_store) store_late(p);
+  __device__ void wait_dump_empty() {
     if constexpr (s.bulk_stores()) {
       finish_stores();
       ptx::named_barrier_sync(barrier_of_half(w_), 32 * kHalfWarps);
@@ -79,39 +78,21 @@ class MathPipes {
       dump_parity_ ^= 1;
     }
   }
-  // The half is written: stored by one thread, at once or late, or the epilogue warps' turn.
-  __device__ void hand_over_dump(const Params<Spec>& p, const Item& t) {
+  // The half is written: store() by one thread, or the epilogue warps' turn.
+  template <class Store>
+  __device__ void hand_over_dump(Store store) {
     if constexpr (s.bulk_stores()) {
       ptx::fence_proxy_async_shared();
       ptx::named_barrier_sync(barrier_of_half(w_), 32 * kHalfWarps);
       tile::pause(Role::kEpilogue, Slot::kDumpFull, w_);
-      if constexpr (s.late_store) {
-        late_ = t.expert;
-        late_m_ = t.m;
-        late_n_ = t.n;
-        return;
-      }
       if (!stores_) return;
-      Spec::Epilogue::store(p.epilogue, t, w_, half());
+      store();
       ptx::bulk_commit_group();
     } else {
       if constexpr (s.dump_by_tma()) ptx::fence_proxy_async_shared();
       __syncwarp();
       if (lane_ == 0) ptx::mbarrier_arrive(l_.dump_full + 8 * w_);
     }
-  }
-  // The tile before leaves, if it has not yet. The warp that issues a TMA store gets nothing else
-  // done for some 400 clocks: called where its products run.
-  __device__ void store_late(const Params<Spec>& p) {
-    if (stores_ && late_ >= 0) {
-      Item t{};
-      t.expert = late_;
-      t.m = late_m_;
-      t.n = late_n_;
-      Spec::Epilogue::store(p.epilogue, t, w_, half());
-      ptx::bulk_commit_group();
-    }
-    late_ = -1;
   }
   // Shared memory may be overwritten, or given back.
   __device__ void finish_stores() {
@@ -125,8 +106,6 @@ class MathPipes {
   bool stores_;  // this thread issues the warpgroup's stores
   tile::RingState<stage_count(s)> ring_;
   uint32_t dump_parity_ = 1;
-  // What store_late() stores: the expert (-1: none) and the tile.
-  int late_ = -1, late_m_ = 0, late_n_ = 0;
 };
 
 // Rounds the sums into the dump tile and passes it on.
@@ -135,9 +114,13 @@ __device__ void dump_half(const Params<Spec>& p, const Item& t, const float (&ac
                           MathPipes<Spec>& pipes, int warp, int lane) {
   constexpr GemmShape s = Spec::shape;
   if constexpr (s.dump != Dump::kDirect) {
-    pipes.wait_dump_empty(p);
+    pipes.wait_dump_empty();
     dump_accumulators<s.dump>(acc, pipes.half(), warp, lane);
-    pipes.hand_over_dump(p, t);
+    pipes.hand_over_dump([&] {
+      if constexpr (Spec::shape.bulk_stores()) {
+        Spec::Epilogue::store(p.epilogue, t, warp / 4, pipes.half());
+      }
+    });
   }
 }
 
@@ -190,8 +173,8 @@ __device__ void skip_item(const Params<Spec>& p, const Item& t, MathPipes<Spec>&
     Spec::Epilogue::finish(p.epilogue, t, zeros, warp, lane);
     dump_half<Spec>(p, t, zeros, pipes, warp, lane);
   } else if constexpr (s.dump != Dump::kDirect) {
-    pipes.wait_dump_empty(p);
-    pipes.hand_over_dump(p, t);
+    pipes.wait_dump_empty();
+    pipes.hand_over_dump([] {});
   }
 }
 
@@ -211,10 +194,6 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
       skip_item<Spec>(p, t, pipes, warp, lane);
       continue;
     }
-    // A tile of one warpgroup takes half the products' time but all of the loads' latency.
-    const bool alone =
-        s.grouping == Grouping::kRows && p.operands.early_tails && t.rows <= kBlockM / 2;
-    const bool early = p.operands.early_release || alone;
     // Stages whose products are issued but not yet known to be complete: `previous`, or none.
     bool pending = false;
     uint32_t previous = 0;
@@ -232,9 +211,6 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
       }
       ptx::wgmma_commit_group();
       ptx::fence_accumulators(acc);
-      if constexpr (s.late_store) {
-        if (k == 0) pipes.store_late(p);
-      }
       ptx::wgmma_wait_group<1>();
       if (pending) pipes.release(previous);
       previous = pipes.stage();
@@ -242,7 +218,7 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
       pipes.advance();
       // Short of data there is nothing to overlap: hand this stage back as soon as it is read, not
       // when the next has come.
-      if (early && k + 1 < t.k_tiles && !pipes.next_is_full_in_time(alone)) {
+      if (p.operands.early_release && k + 1 < t.k_tiles && !pipes.next_is_full_in_time()) {
         ptx::wgmma_wait_group<0>();
         pipes.release(previous);
         pending = false;
@@ -256,7 +232,6 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
     dump_half<Spec>(p, t, acc, pipes, warp, lane);
     own.store(p, t, pipes.half(), warp, lane, acc);
   }
-  if constexpr (s.late_store) pipes.store_late(p);
   pipes.finish_stores();
 }
 

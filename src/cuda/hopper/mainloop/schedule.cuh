@@ -13,6 +13,10 @@
 //   strided    every gridDim-th tile: the CTAs drift apart, which spares them asking for the same
 //              lines of L2 at the same time. Faster where the operands stay in L2 anyway.
 //
+// Together (choice.hpp: start_together): a CTA begins its next tile when nearly all CTAs have come
+// to theirs. CTAs of neighbouring tiles then walk a long reduction side by side, so that L2 keeps
+// what they share; by themselves they drift until each is somewhere else in it (lab M23).
+//
 // The first loader warp claims tiles with an atomic counter, two ahead, so that neither the atomic
 // nor the table entry is waited for, and passes them to the other warps through a small ring.
 #pragma once
@@ -59,21 +63,23 @@ class ItemSource {
     claim();
   }
 
-  // In step: waits until nearly all CTAs have come to their next tile, or p.step_clocks. CTAs that
-  // begin together walk a long reduction together, so that L2 keeps what they share; else each one
-  // is somewhere else in it. Nothing but time depends on this.
+  // Before a tile is loaded. Cannot hang, whatever the other CTAs do, nor if some of the grid do
+  // not run yet: no CTA waits longer than its patience, and none holds a lock or a claim that
+  // another one needs for its tile. Only time depends on what the counter says.
   __device__ void await_others() {
+    if (p_.start_patience == 0) return;
     if (lane_ == kClaimLane) {
-      wanted_ += gridDim.x;
-      atomicAdd(p_.claims + 2, 1u);
-      const uint32_t start = clock(), slack = gridDim.x / 16;
-      const volatile uint32_t* const arrived = p_.claims + 2;
-      while (*arrived + slack < wanted_ &&
-             static_cast<uint32_t>(clock()) - start < static_cast<uint32_t>(p_.step_clocks)) {
+      started_by_all_ += gridDim.x;
+      atomicAdd(p_.claims + kStarts, 1u);
+      const uint32_t begin = clock(), slack = gridDim.x / 16;
+      const volatile uint32_t* const started = p_.claims + kStarts;
+      while (*started + slack < started_by_all_ &&
+             static_cast<uint32_t>(clock()) - begin < static_cast<uint32_t>(p_.start_patience)) {
         __nanosleep(100);
       }
     }
     __syncwarp();
+    tile::pause(Role::kLoader, Slot::kStart, 0);
   }
 
   __device__ bool next(Item& t) {
@@ -103,6 +109,8 @@ class ItemSource {
   }
 
  private:
+  // The counters: claims beyond the first of each CTA, CTAs that are done, tiles begun.
+  static constexpr int kClaimed = 0, kRetired = 1, kStarts = 2;
   static constexpr bool kByRows = Spec::shape.grouping == Grouping::kRows;
 
   // The entry and the tile within it that index_ begins with, columns fastest.
@@ -137,22 +145,24 @@ class ItemSource {
     if (p_.claims == nullptr) {
       claimed_ = index_ + static_cast<int>(gridDim.x);
     } else if (lane_ == kClaimLane) {
-      claimed_ = static_cast<int>(gridDim.x + atomicAdd(p_.claims, 1u));
+      claimed_ = static_cast<int>(gridDim.x + atomicAdd(p_.claims + kClaimed, 1u));
     }
   }
-  // The last CTA clears the counters for the next launch.
+  // The last CTA clears the counters for the next launch. Those that still wait for this one's next
+  // tile count it as begun.
   __device__ void retire() {
-    if (p_.claims == nullptr) return;
-    if constexpr (Spec::shape.in_step) {
-      if (lane_ == kClaimLane) {
-        atomicAdd(p_.claims + 2, 1u);
-        __threadfence();
-      }
+    if (p_.claims == nullptr || lane_ != kClaimLane) return;
+    if (p_.start_patience > 0) {
+      atomicAdd(p_.claims + kStarts, 1u);
+      __threadfence();  // before this CTA counts as retired: nothing comes after the clearing
     }
-    if (lane_ == kClaimLane && atomicAdd(p_.claims + 1, 1u) == gridDim.x - 1) {
-      p_.claims[0] = 0;
-      p_.claims[1] = 0;
-      if constexpr (Spec::shape.in_step) p_.claims[2] = 0;
+    if (atomicAdd(p_.claims + kRetired, 1u) == gridDim.x - 1) {
+      if (p_.start_patience > 0) {
+        __threadfence();
+        p_.claims[kStarts] = 0;
+      }
+      p_.claims[kClaimed] = 0;
+      p_.claims[kRetired] = 0;
     }
   }
 
@@ -160,7 +170,7 @@ class ItemSource {
   const SharedLayout& l_;
   int lane_, index_, items_, per_group_, tile_ = 0, claimed_ = 0;
   int4 entry_{};
-  uint32_t wanted_ = 0;  // arrivals of all CTAs when all have begun as many tiles as this one
+  uint32_t started_by_all_ = 0;  // kStarts when all CTAs have begun as many tiles as this one
   tile::RingState<kItemSlots> ring_;
 };
 

@@ -13,7 +13,16 @@ namespace sonicmoe::tile {
 
 // Who waits, for the report of a wait that does not end.
 enum class Role : uint32_t { kLoader, kMath, kEpilogue };
-enum class Slot : uint32_t { kFull, kEmpty, kDumpFull, kDumpEmpty, kItemFull, kItemEmpty, kHidden };
+enum class Slot : uint32_t {
+  kFull,
+  kEmpty,
+  kDumpFull,
+  kDumpEmpty,
+  kItemFull,
+  kItemEmpty,
+  kHidden,
+  kStart
+};
 
 // Position in a ring of kStages: index and parity of the current pass. A consumer waits for
 // `parity`, a producer for `parity ^ 1` (a fresh barrier lets the first pass through).

@@ -11,5 +11,8 @@ inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t, int column, 
   host::copies.push_back({to, map, column, row});  // lane 0 issues them for all lanes
 }
 inline void tma_store(const CUtensorMap*, uint32_t, int, int, int) {}  // likewise
+inline void bulk_commit_group() {}
+template <int kGroups>
+inline void bulk_wait_group_read() {}
 
 }  // namespace sonicmoe::ptx
