@@ -239,6 +239,7 @@ TEST_P(Specs, SortedRowsUnderALimitAndInSteps) {
     EXPECT_EQ(with > without, form != Form::kSorted);  // whose rows lie in order
     for (const bool in_steps : {false, true}) {
       for (const std::size_t limit : {with, with - 1, sorted.backward_plan.minimum_bytes}) {
+        if (limit < sorted.backward_plan.minimum_bytes) continue;  // sorted rows have one slab
         RunOptions options;
         options.in_steps = in_steps;
         options.backward_limit = limit;

@@ -104,7 +104,8 @@ int choose_row_block(std::int64_t depth, std::int64_t columns) {
 bool choose_start_together(const ProductSizes& s, const Choice& c) {
   if (s.product != Product::kRows || !c.in_order) return false;
   if (tuning.start_together) return *tuning.start_together;
-  return c.row_block > 1 && !s.add_rows && !s.shared_device;
+  constexpr std::int64_t kLeastDepth = 8192;  // over 4096 values waiting costs more than it saves
+  return c.row_block > 1 && s.depth >= kLeastDepth && !s.add_rows && !s.shared_device;
 }
 
 bool choose_sorted(std::int64_t num_rows, std::int64_t num_groups, std::int64_t width,

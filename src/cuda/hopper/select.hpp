@@ -48,8 +48,8 @@ int choose_add_group(std::int64_t num_tokens, std::int64_t depth, int n_tiles, i
 int choose_row_block(std::int64_t depth, std::int64_t columns);
 
 /// Whether the CTAs of a product over rows wait for each other before each tile: where the order in
-/// blocks relies on them to walk the same reduction side by side, and none can be missing (a shared
-/// device) or be held up by additions to the same rows (lab M23).
+/// blocks relies on them to walk the same long reduction side by side, and none can be missing (a
+/// shared device) or be held up by additions to the same rows (lab M23).
 bool choose_start_together(const ProductSizes& sizes, const Choice& choice);
 
 /// Products::sorts_rows(): whether the gathered rows of a weight gradient [num_groups, width,

@@ -114,8 +114,7 @@ constexpr Problem kProblems[] = {
     {"Kimi-Linear", {32768, 2304, 1024, 256, 8}, kNothing},
     {"Qwen3-Next", {32768, 2048, 512, 512, 10}, kNothing},
     {"Qwen3-235B", {32768, 4096, 1536, 128, 8}, kNothing},
-    // dX~ reads 56 MiB of W1 for each tile row.
-    {"DeepSeek-V3.2", {32768, 7168, 2048, 256, 8}, {false, false, false, true}},
+    {"DeepSeek-V3.2", {32768, 7168, 2048, 256, 8}, kNothing},
     {"Mixtral-8x7B", {8192, 4096, 14336, 8, 2}, kEverything},
     {"Mixtral-8x7B-T32768", {32768, 4096, 14336, 8, 2}, kEverything},
     {"Mixtral-8x22B", {8192, 6144, 16384, 8, 2}, kEverything},
@@ -180,6 +179,7 @@ TEST(StartTogether, OnlyRowsInBlocksThatAreStoredOnAGpuOfTheirOwn) {
   for (auto change : {+[](ProductSizes& s) { s.add_rows = true; },
                       +[](ProductSizes& s) { s.shared_device = true; },
                       +[](ProductSizes& s) { s.columns = 256; },  // a slab
+                      +[](ProductSizes& s) { s.depth = 4096, s.columns = 7168; },
                       +[](ProductSizes& s) { s.product = Product::kUp; },
                       +[](ProductSizes& s) { s.product = Product::kWeightGradient; }}) {
     ProductSizes other = sizes;
