@@ -158,8 +158,8 @@ constexpr const char* kLoadBalancingLossForwardSchema =
     "-> Tensor loss";
 
 /// Counts taken after token rounding hide what the router chose: where every expert is rounded to
-/// zero rows the loss would be 0. Summed over several processes they are a multiple. Looked at where
-/// that costs no synchronisation.
+/// zero rows the loss would be 0. Summed over several processes they are a multiple. Looked at
+/// where that costs no synchronisation.
 void check_token_choice(const Tensor& logits, const Tensor& rows_per_expert, std::int64_t top_k) {
   if (rows_per_expert.is_cuda()) return;
   const auto* rows = static_cast<const std::int32_t*>(rows_per_expert.const_data_ptr());
