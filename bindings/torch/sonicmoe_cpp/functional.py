@@ -247,18 +247,21 @@ def load_balancing_loss(
     check_tensors(operation, logits=logits, rows_per_expert=rows_per_expert)
     rows = float_logits(operation, logits)
     packed = packed_loss(operation, rows.shape[1], top_k, scoring)
-    counts, size = _counts_of(rows_per_expert, group)
-    loss = run(ops.load_balancing_loss_forward, rows, counts, *packed)
-    return loss.reshape(()) / size if size > 1 else loss.reshape(())
-
-
-def _counts_of(rows_per_expert: Tensor, group: Any) -> tuple[Tensor, int]:
-    """Summed over the ranks of a group, and how many these are."""
+    counts = _counts_of(rows_per_expert, group)
     if group is None:
-        return rows_per_expert.contiguous(), 1
-    size = torch.distributed.get_world_size(group)
+        return run(ops.load_balancing_loss_forward, rows, counts, *packed).reshape(())
+    # The operator takes counts of its own tokens alone.
+    scores = rows.sigmoid() if scoring == "sigmoid_topk" else rows.softmax(-1)
+    share = (scores / scores.sum(-1, keepdim=True)).mean(0)
+    return rows.shape[1] * (counts / counts.sum() * share).sum()
+
+
+def _counts_of(rows_per_expert: Tensor, group: Any) -> Tensor:
+    """Summed over the ranks of a group."""
+    if group is None:
+        return rows_per_expert.contiguous()
     summed = torch.distributed._functional_collectives.all_reduce(rows_per_expert, "sum", group)
-    return torch.distributed._functional_collectives.wait_tensor(summed), size
+    return torch.distributed._functional_collectives.wait_tensor(summed)
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
@@ -284,7 +287,7 @@ def update_expert_bias_(
         got = "a view with the negative bit"
         refuse(operation, "selection_bias", "a tensor to write into", got)
     rate = Number().check(operation, "rate", rate)
-    ops.update_expert_bias_(selection_bias, _counts_of(rows_per_expert, group)[0], rate)
+    ops.update_expert_bias_(selection_bias, _counts_of(rows_per_expert, group), rate)
     return selection_bias
 
 
