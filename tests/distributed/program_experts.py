@@ -49,6 +49,7 @@ ROUTINGS = {
     "one rank has all": lambda ids: ids % (E // world()),
     "one rank has none": lambda ids: ids % (E - E // world()),
     "dropped slots": lambda ids: torch.where(ids % 3 == 0, -1, ids),
+    "ids past int32": lambda ids: torch.where(ids % 3 == 0, ids + 2**32, ids),
     "no rows": lambda ids: torch.full_like(ids, -1),
     "duplicates": lambda ids: ids[:, :1].expand_as(ids),
 }

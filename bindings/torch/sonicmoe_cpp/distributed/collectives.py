@@ -61,7 +61,9 @@ class GatherRouting(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor, group: Any, size: int, *integers: Tensor) -> tuple:
         ctx.group, ctx.size, ctx.dtype = group, size, weights.dtype
         bits = weights.float().view(torch.int32)
-        packed = torch.stack([*(i.to(torch.int32) for i in integers), bits])
+        # What int32 does not hold names nothing, and must not become what its low half names.
+        narrow = (i.clamp(-1, 2**31 - 1).to(torch.int32) for i in integers)
+        packed = torch.stack([*narrow, bits])
         parts = all_gather(packed[None], group).unbind(1)  # each [size, T, K]
         *gathered, bits = (part.flatten(0, 1) for part in parts)
         ctx.mark_non_differentiable(*gathered)
