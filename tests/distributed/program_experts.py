@@ -299,6 +299,19 @@ def case_unequal_numbers_of_tokens_are_named(monkeypatch=None):
         del os.environ["SONICMOE_CHECK"]
 
 
+def case_options_that_an_exchange_cannot_honour():
+    x, w1, _, w2, _, weights = map(own, tensors())
+    with pytest.raises(
+        RuntimeError, match="zero_absent_tokens: expected True, as all ranks' parts"
+    ):
+        smd.moe(x, own(ids_of()), weights, w1, w2, context(), zero_absent_tokens=False)
+    for options in ({"zero_absent_tokens": False}, {"max_rows": 9}):
+        layer = sm.MoE(D, N, E, K, **options)
+        smd.parallelize_experts(layer, init_device_mesh("cpu", (world(),)))
+        with pytest.raises(RuntimeError, match=next(iter(options))):
+            layer(x)
+
+
 def case_refusals_leave_the_module_whole():
     mesh = init_device_mesh("cpu", (world(),))
     layer = sm.MoE(D, N, E, K)

@@ -63,7 +63,7 @@ def moe(
         shapes = f"shapes {list(topk_ids.shape)} and {list(topk_weights.shape)}"
         expected = f"[..., {context.top_k}], as topk_weights"
         refuse(operation, "topk_ids", expected, shapes)
-    _check(operation, x, w1, context, row_capacity, on_overflow)
+    _check(operation, x, w1, context, row_capacity, on_overflow, options)
     weights, ids = GatherRouting.apply(
         flat(topk_weights), context.group, context.size, flat(topk_ids)
     )
@@ -100,7 +100,7 @@ def moe_pairs(
     )  # fmt: skip
     for name, tensor in (("expert_ids", expert_ids), ("pair_weights", pair_weights)):
         check_shape(operation, name, tensor, *token_ids.shape)
-    _check(operation, x, w1, context, row_capacity, on_overflow)
+    _check(operation, x, w1, context, row_capacity, on_overflow, options)
     tokens = math.prod(x.shape[:-1])
     own = (token_ids >= 0) & (token_ids < tokens)
     placed = torch.where(own, token_ids + context.rank * tokens, -1)
@@ -121,6 +121,7 @@ def _check(
     context: Context,
     row_capacity: float | None,
     on_overflow: str,
+    options: dict[str, Any],
 ) -> None:
     """Before the first collective, in which the other ranks would wait."""
     if w1.shape[0] != context.local_experts:
@@ -129,6 +130,8 @@ def _check(
     if x.shape[-1] != context.hidden_size:
         refuse(operation, "x", f"[..., {context.hidden_size}]", f"shape {list(x.shape)}")
     ON_OVERFLOW.check(operation, "on_overflow", on_overflow)
+    if options.get("zero_absent_tokens") is False:
+        refuse(operation, "zero_absent_tokens", "True, as all ranks' parts are summed", False)
     if row_capacity is None:
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if torch.compiler.is_compiling() or captured:

@@ -1,5 +1,6 @@
 """Experts of a module, spread over the ranks of a mesh of one dimension."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def _keywords(layer: LayerOptions) -> dict[str, Any]:
     experts = layer.experts
     if experts.max_rows is not None:
         refuse("MoE", "max_rows", "None under expert parallelism (row_capacity)", experts.max_rows)
-    names = ("activation", "gate_up_layout", "limit", "deterministic", "workspace_limit")
+    names = (field.name for field in dataclasses.fields(experts) if field.name != "max_rows")
     return {name: getattr(experts, name) for name in names}
 
 
