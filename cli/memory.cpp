@@ -1,5 +1,5 @@
 // sonicmoe memory: what a layer keeps and needs for a moment, beside ScatterMoE, and the tokens
-// that fit a GPU.
+// that fit a GPU; with --model a plan of a whole model (plan_report.cpp).
 #include "sonicmoe/memory.hpp"
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 #include "cli/command.hpp"
 #include "cli/options.hpp"
 #include "cli/output.hpp"
+#include "cli/plan_report.hpp"
 #include "cli/table.hpp"
 
 namespace sonicmoe::cli {
@@ -29,7 +30,10 @@ struct MemoryCommand {
   std::size_t other = 0;         // bytes of the rest of the model that do not grow with the tokens
   double other_per_token = 0.0;  // bytes
   bool json = false;
+  PlanCommand plan;
 };
+
+constexpr std::size_t kPlannedGpu = std::size_t{79} << 30;  // h100
 
 // GiB that the driver reports as total, rounded down.
 constexpr std::pair<const char*, std::size_t> kGpus[] = {
@@ -228,11 +232,28 @@ void print_text(const MemoryCommand& command, const Model& model) {
                      : "Attention, embeddings and the loss are not counted.");
 }
 
+int run(const MemoryCommand& command, const CLI::App& parsed) {
+  check_plan_options(parsed, command.plan.model.has_value());
+  if (command.plan.model) {
+    PlanCommand plan = command.plan;
+    plan.settings.dtype = command.dtype;
+    plan.settings.activation = command.activation;
+    plan.settings.workspace_limit = command.workspace_limit;
+    print_plan(plan, command.gpu.value_or(kPlannedGpu), command.json);
+    return kSuccess;
+  }
+  const Model model(command);
+  command.json ? print_json(command, model) : print_text(command, model);
+  return kSuccess;
+}
+
 }  // namespace
 
 void add_memory(CLI::App& app, Action& action) {
   CLI::App* command = app.add_subcommand(
-      "memory", "Bytes kept and transient, beside ScatterMoE, and the tokens that fit a GPU");
+      "memory",
+      "Bytes kept and transient, beside ScatterMoE, and the tokens that fit a GPU; a "
+      "plan of a whole model on several GPUs");
   auto options = std::make_shared<MemoryCommand>();
   add_option(*command, "--shape", options->shape, layer_shape(),
              "Layer: tokens, model width, expert width, experts, top-K");
@@ -251,17 +272,15 @@ void add_memory(CLI::App& app, Action& action) {
   add_option(*command, "--other-bytes-per-token", options->other_per_token, number(0, 1e9),
              "What of the rest grows with the tokens");
   add_option(*command, "--gpu", options->gpu, gpu_bytes(),
-             "Print the tokens that fit this GPU or so many bytes");
+             "Print the tokens that fit this GPU or so many bytes; of a plan: h100");
   add_flag(*command, "--json", options->json, "Print JSON");
+  add_plan_options(*command, options->plan);
   add_examples(*command,
                {"sonicmoe memory --shape 32k,2048,1024,64,8 --layers 16 --gpu h100",
-                "sonicmoe memory --gpu 80GB --parameter-bytes 14 --other-bytes 12GiB --json"});
-  command->callback([&action, options] {
-    action = [options] {
-      const Model model(*options);
-      options->json ? print_json(*options, model) : print_text(*options, model);
-      return kSuccess;
-    };
+                "sonicmoe memory --gpu 80GB --parameter-bytes 14 --other-bytes 12GiB --json",
+                "sonicmoe memory --model config.json --gpus 8 --gpu h200 --checkpointing"});
+  command->callback([&action, options, command] {
+    action = [options, command] { return run(*options, *command); };
   });
 }
 

@@ -1,5 +1,6 @@
 """What leads a newcomer on: help, examples, colors, completion, the manual, what `info` reports."""
 
+import json
 import os
 import pty
 import re
@@ -10,6 +11,15 @@ import pytest
 
 COMMANDS = ("info", "check", "bench", "memory", "route", "completion", "man")
 SHELLS = ("bash", "fish", "zsh")
+MIXTRAL = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
 
 
 def examples_of(text: str) -> list[str]:
@@ -54,6 +64,7 @@ def test_the_version_has_a_short_flag(sonicmoe):
 def test_every_help_has_examples_that_run(command, sonicmoe, tmp_path, name):
     np = pytest.importorskip("numpy")
     np.save(tmp_path / "logits.npy", np.random.default_rng(0).normal(size=(256, 8)))
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
     lines = examples_of(sonicmoe(*filter(None, [name]), "--help").stdout)
     assert lines and all("sonicmoe" in line for line in lines)
     environment = {
