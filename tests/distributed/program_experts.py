@@ -324,7 +324,7 @@ def case_refusals_leave_the_module_whole():
     ):
         with pytest.raises(ValueError, match=message):
             smd.parallelize_experts(layer, mesh, **options)
-    with pytest.raises(RuntimeError, match="module: expected a sonicmoe_cpp.MoE, got Linear"):
+    with pytest.raises(RuntimeError, match="module: expected a sonicmoe_cpp.MoE, .* got Linear"):
         smd.parallelize_experts(torch.nn.Linear(2, 2), mesh)
     with pytest.raises(RuntimeError, match="main_grad"):
         smd.parallelize_experts(sm.MoE(D, N, E, K, main_grad=True), mesh)

@@ -233,7 +233,7 @@ class MoE(ExactBuffers):
     def reseed(self, rank: int) -> None:
         """Makes the seed of rounding differ from rank to rank, which would else all round an expert
         the same way."""
-        self.seed = (self.seed + rank * 0x9E3779B97F4A7C15) % 2**63
+        self.seed = seed_of_rank(self.seed, rank)
         with torch.no_grad():
             self.rounding_seed.fill_(self.seed)
 
@@ -299,6 +299,10 @@ class MoE(ExactBuffers):
             f"num_experts={self.num_experts}, top_k={self.top_k}, scoring={router.scoring}, "
             f"activation={self.options.experts.activation}, router={kind}"
         )
+
+
+def seed_of_rank(seed: int, rank: int) -> int:
+    return (seed + rank * 0x9E3779B97F4A7C15) % 2**63
 
 
 def fills_a_tile(x: Tensor, tile: int) -> bool:

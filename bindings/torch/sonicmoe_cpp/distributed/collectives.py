@@ -26,6 +26,28 @@ def sum_parts(parts: Tensor, group: Any, size: int) -> Tensor:
     return received.unflatten(0, (size, -1)).sum(0, dtype=torch.float32).to(parts.dtype)
 
 
+def sum_everywhere(parts: Tensor, group: Any, size: int) -> Tensor:
+    """[T, ...], parts of the same tokens on every rank -> the sum of the parts, on every rank, with
+    the bits of sum_parts. No gradient."""
+    tokens = parts.shape[0]
+    pieces = padded(parts, -(-tokens // size) * size)
+    return all_gather(sum_parts(pieces, group, size), group)[:tokens]
+
+
+def padded(tensor: Tensor, rows: int, value: int = 0) -> Tensor:
+    """[rows, ...], those beyond tensor's own filled with value."""
+    missing = rows - tensor.shape[0]
+    if missing == 0:
+        return tensor
+    return torch.cat([tensor, tensor.new_full((missing, *tensor.shape[1:]), value)])
+
+
+def most(count: int, device: torch.device, group: Any) -> int:
+    """The largest count of the ranks. Waits for the GPU."""
+    counts = all_gather(torch.tensor([count], device=device), group)
+    return int(counts.max())
+
+
 class Gather(torch.autograd.Function):
     """all_gather; the gradient is the sum of the parts that the ranks have of it."""
 
@@ -50,6 +72,32 @@ class SumParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         return all_gather(grad, ctx.group), None, None
+
+
+class Shared(torch.autograd.Function):
+    """A tensor that every rank has already; its gradient is the sum of the parts that the ranks
+    have of it, on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any, size: int) -> Tensor:
+        ctx.group, ctx.size = group, size
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return sum_everywhere(grad, ctx.group, ctx.size), None, None
+
+
+class SumShared(torch.autograd.Function):
+    """sum_everywhere; every rank has the gradient of the sum already."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: Any, size: int) -> Tensor:
+        return sum_everywhere(parts, group, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad, None, None
 
 
 class GatherRouting(torch.autograd.Function):

@@ -17,10 +17,11 @@ TRANSPORTS = Name({"auto": 0, "gather": 1})
 class Context:
     """An exchange between ranks that each hold num_experts / size of the experts, in rank order.
 
-    group is a process group or a mesh of one dimension; hidden_size d, num_experts E, top_k K and
-    dtype are those of the layers that share the context; max_tokens bounds the tokens of a call
-    (None: any number). transport "gather" gathers the tokens of all ranks and sums their partial
-    rows through torch.distributed (NCCL, gloo); "auto" takes the best of this build, which is that.
+    group is a process group or a mesh of one dimension; hidden_size d, num_experts E, top_k K
+    (None: what a call brings) and dtype are those of the layers that share the context; max_tokens
+    bounds the tokens of a call (None: any number). transport "gather" gathers the tokens of all
+    ranks and sums their partial rows through torch.distributed (NCCL, gloo); "auto" takes the best
+    of this build, which is that.
 
     Making one is collective: the ranks compare what they were given, and a ValueError on every rank
     names the rank, the field and both values where two differ.
@@ -34,7 +35,7 @@ class Context:
         group: Any,
         hidden_size: int,
         num_experts: int,
-        top_k: int,
+        top_k: int | None,
         *,
         dtype: torch.dtype,
         max_tokens: int | None = None,
@@ -49,7 +50,7 @@ class Context:
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.hidden_size = SIZE.check(operation, "hidden_size", hidden_size)
         self.num_experts = SIZE.check(operation, "num_experts", num_experts)
-        self.top_k = Integer(1, num_experts).check(operation, "top_k", top_k)
+        self.top_k = Optional(Integer(1, num_experts)).check(operation, "top_k", top_k)
         self.max_tokens = Optional(SIZE).check(operation, "max_tokens", max_tokens)
         self.dtype = dtype
         self.transport = TRANSPORTS.check(operation, "transport", transport)
@@ -73,12 +74,13 @@ class Context:
             self.rows_dropped = torch.zeros(1, dtype=torch.int32, device=device)
         return self.rows_dropped
 
-    def check_tokens(self, operation: str, tokens: int) -> None:
+    def check_tokens(self, operation: str, tokens: int, equal: bool = True) -> None:
         """Of one call. That all ranks have as many is looked at under SONICMOE_CHECK=1, where it
         costs an exchange between the hosts; NCCL and gloo would hang or end the process."""
         if self.max_tokens is not None and tokens > self.max_tokens:
             refuse(operation, "x", f"at most {self.max_tokens} tokens", tokens)
-        if os.environ.get("SONICMOE_CHECK") != "1" or torch.compiler.is_compiling():
+        looks = os.environ.get("SONICMOE_CHECK") == "1" and not torch.compiler.is_compiling()
+        if not equal or not looks:
             return
         counts: list[Any] = [None] * self.size
         dist.all_gather_object(counts, tokens, group=self.group)

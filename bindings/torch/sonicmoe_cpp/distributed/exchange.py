@@ -7,9 +7,12 @@
 A token's row crosses to each other rank once, whatever K is. Every slot has one owner, so gradients
 of weights, biases and routing weights are bit for bit those of one process with the tokens of all
 ranks, in rank order; y and x's gradient differ by one rounding of each rank's part.
+
+Where all ranks have the same tokens xa is x, and the sum of the parts goes to every rank.
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +23,17 @@ from torch import Tensor
 from .. import functional
 from .._checks import check_leading, check_shape, check_tensors, refuse
 from .._convert import flat
-from .._rules import Name, Number
-from .collectives import Gather, GatherRouting, SumParts, all_gather
+from .._rules import FLAG, Name, Number
+from .collectives import (
+    Gather,
+    GatherRouting,
+    Shared,
+    SumParts,
+    SumShared,
+    all_gather,
+    most,
+    padded,
+)
 from .context import Context
 
 ON_OVERFLOW = Name({"count": 0, "raise": 1})
@@ -41,6 +53,8 @@ def moe(
     row_capacity: float | None = None,
     keep_received: bool | None = None,
     on_overflow: str = "count",
+    equal_tokens: bool = True,
+    shared_tokens: bool = False,
     **options: Any,
 ) -> Tensor:
     """`moe` with the experts of all ranks: out[t] = sum_k topk_weights[t, k] * expert(x[t]).
@@ -55,24 +69,44 @@ def moe(
     each call waits for the GPU too; torch.compile and CUDA graphs need a number.
 
     keep_received False: the gathered tokens are not kept for backward, which gathers them again.
+
+    equal_tokens False: ranks may have other numbers of tokens. Each call then asks for the largest,
+    waits for the GPU, and fills up with dropped slots.
+
+    shared_tokens True: every rank has the same tokens and routing, as behind tensor-parallel
+    attention. Nothing is gathered; every rank gets the whole sum, and the whole gradients of x and
+    topk_weights, for a gradient of y that is the same on all. Without row_capacity nothing waits
+    where no gradient is asked for, nor under torch.compile and CUDA graphs: H then has T K rows.
     """
     operation = "distributed.moe"
     check_tensors(operation, x=x, topk_ids=topk_ids, topk_weights=topk_weights, w1=w1, w2=w2)
     check_leading(operation, x=x, topk_ids=topk_ids, topk_weights=topk_weights)
-    if topk_ids.shape[-1] != context.top_k or topk_weights.shape != topk_ids.shape:
+    slots = topk_ids.shape[-1] if context.top_k is None else context.top_k
+    if topk_ids.shape[-1] != slots or topk_weights.shape != topk_ids.shape:
         shapes = f"shapes {list(topk_ids.shape)} and {list(topk_weights.shape)}"
-        expected = f"[..., {context.top_k}], as topk_weights"
+        expected = f"[..., {slots}], as topk_weights"
         refuse(operation, "topk_ids", expected, shapes)
-    _check(operation, x, w1, context, row_capacity, on_overflow, options)
-    weights, ids = GatherRouting.apply(
-        flat(topk_weights), context.group, context.size, flat(topk_ids)
-    )
-    routing = {"topk_ids": ids, "topk_weights": weights}
-    own = flat(topk_ids).numel()
-    return _exchange(
-        operation, x, routing, (w1, w2, b1, b2), context, own, row_capacity, keep_received,
-        on_overflow, options,
+    given = _Given(
+        operation, context, row_capacity, keep_received, on_overflow,
+        FLAG.check(operation, "equal_tokens", equal_tokens) or shared_tokens,
+        FLAG.check(operation, "shared_tokens", shared_tokens), options,
     )  # fmt: skip
+    given.check(x, w1)
+    group, size = context.group, context.size
+    tokens, ids, weights = flat(x), flat(topk_ids), flat(topk_weights)
+    count = tokens.shape[0]
+    if not given.equal_tokens:
+        rows = most(count, x.device, group)
+        tokens, weights = padded(tokens, rows), padded(weights, rows)
+        ids = padded(ids, rows, -1)
+    own = ids.numel() // size if shared_tokens else ids.numel()
+    if shared_tokens:
+        weights = Shared.apply(weights, group, size)
+    else:
+        weights, ids = GatherRouting.apply(weights, group, size, ids)
+    routing = {"topk_ids": ids, "topk_weights": weights}
+    y = _exchange(given, tokens, routing, (w1, w2, b1, b2), own)
+    return y[:count].reshape(x.shape)
 
 
 def moe_pairs(
@@ -100,7 +134,10 @@ def moe_pairs(
     )  # fmt: skip
     for name, tensor in (("expert_ids", expert_ids), ("pair_weights", pair_weights)):
         check_shape(operation, name, tensor, *token_ids.shape)
-    _check(operation, x, w1, context, row_capacity, on_overflow, options)
+    given = _Given(
+        operation, context, row_capacity, keep_received, on_overflow, True, False, options
+    )
+    given.check(x, w1)
     tokens = math.prod(x.shape[:-1])
     own = (token_ids >= 0) & (token_ids < tokens)
     placed = torch.where(own, token_ids + context.rank * tokens, -1)
@@ -108,84 +145,94 @@ def moe_pairs(
         pair_weights, context.group, context.size, placed, expert_ids
     )
     routing = {"token_ids": placed, "expert_ids": ids, "pair_weights": weights}
-    return _exchange(
-        operation, x, routing, (w1, w2, b1, b2), context, token_ids.numel(), row_capacity,
-        keep_received, on_overflow, options,
-    )  # fmt: skip
+    y = _exchange(given, flat(x), routing, (w1, w2, b1, b2), token_ids.numel())
+    return y.reshape(x.shape)
 
 
-def _check(
-    operation: str,
-    x: Tensor,
-    w1: Tensor,
-    context: Context,
-    row_capacity: float | None,
-    on_overflow: str,
-    options: dict[str, Any],
-) -> None:
-    """Before the first collective, in which the other ranks would wait."""
-    if w1.shape[0] != context.local_experts:
-        expected = f"the {context.local_experts} experts of a rank"
-        refuse(operation, "w1", expected, f"shape {list(w1.shape)}")
-    if x.shape[-1] != context.hidden_size:
-        refuse(operation, "x", f"[..., {context.hidden_size}]", f"shape {list(x.shape)}")
-    ON_OVERFLOW.check(operation, "on_overflow", on_overflow)
-    if options.get("zero_absent_tokens") is False:
-        refuse(operation, "zero_absent_tokens", "True, as all ranks' parts are summed", False)
-    if row_capacity is None:
-        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or captured:
-            expected = "a number under torch.compile and in CUDA graphs (1.25 is a good start)"
-            refuse(operation, "row_capacity", expected, None)
-    elif not Number().check(operation, "row_capacity", row_capacity) > 0:
-        refuse(operation, "row_capacity", "a positive number or None", row_capacity)
-    context.check_tokens(operation, math.prod(x.shape[:-1]))
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """What a call says about its exchange, and the options of its experts."""
+
+    operation: str
+    context: Context
+    row_capacity: float | None
+    keep_received: bool | None
+    on_overflow: str
+    equal_tokens: bool
+    shared_tokens: bool
+    options: dict[str, Any]
+
+    def check(self, x: Tensor, w1: Tensor) -> None:
+        """Before the first collective, in which the other ranks would wait."""
+        operation, context = self.operation, self.context
+        if w1.shape[0] != context.local_experts:
+            expected = f"the {context.local_experts} experts of a rank"
+            refuse(operation, "w1", expected, f"shape {list(w1.shape)}")
+        if x.shape[-1] != context.hidden_size:
+            refuse(operation, "x", f"[..., {context.hidden_size}]", f"shape {list(x.shape)}")
+        ON_OVERFLOW.check(operation, "on_overflow", self.on_overflow)
+        if self.options.get("zero_absent_tokens") is False:
+            refuse(operation, "zero_absent_tokens", "True, as all ranks' parts are summed", False)
+        if not self.equal_tokens and _static(x):
+            expected = "True under torch.compile and in CUDA graphs"
+            refuse(operation, "equal_tokens", expected, False)
+        if self.row_capacity is None:
+            if _static(x) and not self.shared_tokens:
+                expected = "a number under torch.compile and in CUDA graphs (1.25 is a good start)"
+                refuse(operation, "row_capacity", expected, None)
+        elif not Number().check(operation, "row_capacity", self.row_capacity) > 0:
+            refuse(operation, "row_capacity", "a positive number or None", self.row_capacity)
+        context.check_tokens(operation, math.prod(x.shape[:-1]), self.equal_tokens)
+
+    def max_rows(self, own: int, ids: Tensor) -> int | None:
+        """Rows of this rank: by the capacity, or counted. `own` slots are a rank's share."""
+        if self.row_capacity is not None:
+            rows = math.ceil(self.row_capacity * own)
+            return min(-(-rows // ROUND_ROWS_TO) * ROUND_ROWS_TO, ids.numel())
+        if self.shared_tokens and (_static(ids) or not torch.is_grad_enabled()):
+            return None
+        first = self.context.first_expert
+        return int(((ids >= first) & (ids < first + self.context.local_experts)).sum())
+
+
+def _static(tensor: Tensor) -> bool:
+    """Whether nothing may wait for the GPU."""
+    captured = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or captured
 
 
 def _exchange(
-    operation: str,
-    x: Tensor,
+    given: _Given,
+    tokens: Tensor,
     routing: dict[str, Any],
     experts: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    context: Context,
     own: int,
-    row_capacity: float | None,
-    keep_received: bool | None,
-    on_overflow: str,
-    options: dict[str, Any],
 ) -> Tensor:
-    w1, w2, b1, b2 = experts
-    raises, tokens = on_overflow == "raise", flat(x)
+    """Of tokens [T, d], as many on every rank. routing is that of all ranks."""
+    context, (w1, w2, b1, b2) = given.context, experts
+    group, size = context.group, context.size
+    raises = given.on_overflow == "raise"
     is_list = "expert_ids" in routing
-    max_rows = _max_rows(
-        row_capacity, own, routing["expert_ids" if is_list else "topk_ids"], context
-    )
-    received = Gather.apply(tokens, context.group, context.size)
-    dropped = context.count_on(x.device)
+    max_rows = given.max_rows(own, routing["expert_ids" if is_list else "topk_ids"])
+    dropped = context.count_on(tokens.device)
     if raises:
         dropped = torch.zeros_like(dropped)
     function = functional.moe_pairs if is_list else functional.moe
-    with _gathered_again(received, tokens, context, keep_received):
+    received = (Shared if given.shared_tokens else Gather).apply(tokens, group, size)
+    keep = None if given.shared_tokens else given.keep_received
+    with _gathered_again(received, tokens, context, keep):
         parts = function(
             received, w1, w2, **routing, b1=b1, b2=b2, first_expert=context.first_expert,
-            max_rows=max_rows, rows_dropped=dropped, **options,
+            max_rows=max_rows, rows_dropped=dropped if max_rows is not None else None,
+            **given.options,
         )  # fmt: skip
-    if raises:  # on every rank, or the others would wait for those that raise
-        beyond = all_gather(dropped, context.group).tolist()
+    if raises and max_rows is not None:  # on every rank, or the others would wait for who raises
+        beyond = all_gather(dropped, group).tolist()
         worst = max(beyond)
         if worst > 0:
             expected = f"room for {max_rows + worst} rows on rank {beyond.index(worst)}"
-            refuse(operation, "row_capacity", expected, f"{max_rows} rows")
-    return SumParts.apply(parts, context.group, context.size).reshape(x.shape)
-
-
-def _max_rows(capacity: float | None, own: int, ids: Tensor, context: Context) -> int:
-    """Rows of this rank: by the capacity, or counted. `own` slots come from every rank."""
-    if capacity is not None:
-        rows = math.ceil(capacity * own)
-        return min(-(-rows // ROUND_ROWS_TO) * ROUND_ROWS_TO, ids.numel())
-    first = context.first_expert
-    return int(((ids >= first) & (ids < first + context.local_experts)).sum())
+            refuse(given.operation, "row_capacity", expected, f"{max_rows} rows")
+    return (SumShared if given.shared_tokens else SumParts).apply(parts, group, size)
 
 
 @contextlib.contextmanager

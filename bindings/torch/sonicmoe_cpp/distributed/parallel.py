@@ -1,7 +1,10 @@
 """Experts of a module, spread over the ranks of a mesh of one dimension."""
 
 import dataclasses
-from typing import Any
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +17,7 @@ from .._checks import refuse
 from .._convert import constant, matrix
 from .._library import ops, run
 from .._moe_layer import LayerOutput, count_rows
-from .._rules import Number, Optional
+from .._rules import FLAG, Number, Optional
 from ..functional import RouterTensors
 from ..module import MoE
 from ..options import LayerOptions, Packed, joined
@@ -32,6 +35,8 @@ class Exchange:
         row_capacity: float | None,
         keep_received: bool | None,
         on_overflow: str,
+        equal_tokens: bool,
+        shared_tokens: bool,
     ) -> None:
         operation = "parallelize_experts"
         self.context = context
@@ -40,9 +45,28 @@ class Exchange:
             "keep_received": keep_received,
             "on_overflow": ON_OVERFLOW.check(operation, "on_overflow", on_overflow),
         }
+        self.tokens: dict[str, Any] = {
+            "equal_tokens": FLAG.check(operation, "equal_tokens", equal_tokens),
+            "shared_tokens": FLAG.check(operation, "shared_tokens", shared_tokens),
+        }
 
     def __deepcopy__(self, memo: dict) -> "Exchange":
         return self  # a process group is not copied
+
+    @staticmethod
+    def local(tensor: Any) -> Any:
+        """The part of a DTensor that this rank holds; gradients flow back into it."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, **arguments: Any) -> Tensor:
+        """`moe` of this exchange; `moe_pairs` where token_ids are given."""
+        arguments |= self.options | {"context": self.context}
+        if "token_ids" not in arguments:
+            return moe(x, ids, weights, **arguments, **self.tokens)
+        if self.tokens != {"equal_tokens": True, "shared_tokens": False}:
+            expected = "equal_tokens=True and shared_tokens=False with token rounding"
+            refuse("parallelize_experts", "tokens", expected, self.tokens)
+        return moe_pairs(x, arguments.pop("token_ids"), ids, weights, **arguments)
 
     def layer(
         self,
@@ -61,21 +85,20 @@ class Exchange:
         rows = matrix("MoE", "x", x)
         logits = router_logits(rows, router.weight, router.bias)
         bias = constant(router.selection_bias)
-        w1, w2, b1, b2 = (local(tensor) for tensor in experts)
-        common = {"w1": w1, "w2": w2, "b1": b1, "b2": b2, "context": self.context}
-        common |= _keywords(layer) | self.options
+        w1, w2, b1, b2 = (self.local(tensor) for tensor in experts)
+        common = {"w1": w1, "w2": w2, "b1": b1, "b2": b2} | _keywords(layer)
         nothing = logits.new_empty(0, dtype=torch.int32)
         if layer.rounding is None:
             ids, weights = run(ops.route_forward, logits, bias, *layer.router.pack())
             counts = count_rows(ids, self.context.num_experts)
             tokens = listed = nothing
-            y = moe(rows, ids, weights, **common)
+            y = self.experts(rows, ids, weights, **common)
         else:
             packed = joined(layer.router.pack(), layer.rounding.pack())
             tokens, listed, weights, ids, counts, _ = run(
                 ops.round_tokens_forward, logits, bias, seed, *packed
             )
-            y = moe_pairs(rows, tokens, listed, weights, **common)
+            y = self.experts(rows, listed, weights, token_ids=tokens, **common)
         return LayerOutput(
             y=y.reshape(x.shape), logits=logits.reshape(*x.shape[:-1], -1), rows_per_expert=counts,
             topk_ids=ids, token_ids=tokens, expert_ids=listed, routing_weights=weights,
@@ -83,15 +106,10 @@ class Exchange:
         )  # fmt: skip
 
 
-def local(tensor: Any) -> Any:
-    """The part of a DTensor that this rank holds; gradients flow back into it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wr^T + br, [T, E] float32; in float32, as the sums of the fused layer."""
-    bias = None if bias is None else local(bias).float()
-    return torch.nn.functional.linear(x.float(), local(weight).float(), bias)
+    bias = None if bias is None else Exchange.local(bias).float()
+    return torch.nn.functional.linear(x.float(), Exchange.local(weight).float(), bias)
 
 
 def _keywords(layer: LayerOptions) -> dict[str, Any]:
@@ -100,6 +118,16 @@ def _keywords(layer: LayerOptions) -> dict[str, Any]:
         refuse("MoE", "max_rows", "None under expert parallelism (row_capacity)", experts.max_rows)
     names = (field.name for field in dataclasses.fields(experts) if field.name != "max_rows")
     return {name: getattr(experts, name) for name in names}
+
+
+class Target(NamedTuple):
+    """What parallelize_experts spreads."""
+
+    experts: nn.Module  # its parameters are sharded, and it gets the exchange
+    hidden_size: int
+    num_experts: int
+    top_k: int | None  # None: its calls say
+    finish: Callable[[int], Any]  # with the rank, once the experts are spread
 
 
 def parallelize_experts(
@@ -111,37 +139,63 @@ def parallelize_experts(
     row_capacity: float | None = None,
     keep_received: bool | None = None,
     on_overflow: str = "count",
+    equal_tokens: bool = True,
+    shared_tokens: bool = False,
 ) -> nn.Module:
-    """Spreads the experts of an `MoE` over a mesh of one dimension, in place. Collective.
+    """Spreads experts over a mesh of one dimension, in place. Collective.
 
-    Every rank keeps E / size experts: their parameters become DTensors, sharded in the first
-    dimension, with the values of the mesh's first rank. The router stays whole on every rank (its
-    gradients are to be averaged, as FSDP and DDP do). Call it before `fully_shard`, which may shard
-    the experts further over another mesh. Options as in `sonicmoe_cpp.distributed.moe`; max_tokens
-    and transport as in `Context`. With policy `stochastic` every rank draws of its own.
+    module: an `MoE`, a block that `replace_moe_blocks` replaced, or the experts module of a model
+    of transformers, which from then on runs on this library's backend. Every rank keeps E / size
+    experts: their parameters become DTensors, sharded in the first dimension, with the values of
+    the mesh's first rank. The router stays whole on every rank (its gradients are to be averaged,
+    as FSDP and DDP do). Call it before `fully_shard`, which may shard the experts further over
+    another mesh. Options as in `sonicmoe_cpp.distributed.moe`; max_tokens and transport as in
+    `Context`. With policy `stochastic` every rank draws of its own.
 
     An error leaves the module as it was: another kind of module, experts that are spread already,
     an option, or ranks that differ in any of this (the error names rank, field and both values).
     """
-    operation = "parallelize_experts"
-    if not isinstance(module, MoE):
-        refuse(operation, "module", "a sonicmoe_cpp.MoE", type(module).__name__)
-    experts = module.experts
-    if experts.exchange is not None:
-        refuse(operation, "module", "experts that are whole", "experts that are spread")
-    if module.main_grad:
-        refuse(operation, "module", "main_grad=False, as gradients are DTensors", "main_grad=True")
+    target = _target(module)
+    experts = target.experts
+    parameters = list(experts.named_parameters(recurse=False))
     context = Context(
-        mesh, module.hidden_size, module.num_experts, module.top_k, dtype=experts.w1.dtype,
+        mesh, target.hidden_size, target.num_experts, target.top_k, dtype=parameters[0][1].dtype,
         max_tokens=max_tokens, transport=transport,
     )  # fmt: skip
-    exchange = Exchange(context, row_capacity, keep_received, on_overflow)
-    for name, parameter in list(experts.named_parameters(recurse=False)):
+    exchange = Exchange(
+        context, row_capacity, keep_received, on_overflow, equal_tokens, shared_tokens
+    )
+    for name, parameter in parameters:
         spread = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
         setattr(experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
-    experts.exchange = exchange
-    module.reseed(dist.get_rank())
+    experts.exchange = exchange  # type: ignore[assignment]
+    target.finish(dist.get_rank())
     return module
+
+
+def check_whole(experts: nn.Module) -> None:
+    if getattr(experts, "exchange", None) is not None:
+        expected = "experts that are whole"
+        refuse("parallelize_experts", "module", expected, "experts that are spread")
+
+
+def _target(module: nn.Module) -> Target:
+    operation = "parallelize_experts"
+    if isinstance(module, MoE):
+        check_whole(module.experts)
+        if module.main_grad:
+            expected = "main_grad=False, as gradients are DTensors"
+            refuse(operation, "module", expected, "main_grad=True")
+        sizes = (module.hidden_size, module.num_experts, module.top_k)
+        return Target(module.experts, *sizes, module.reseed)
+    found = None
+    if "transformers" in sys.modules:
+        hf = importlib.import_module("...integrations.transformers.parallel", __name__)
+        found = hf.target(module)
+    if found is None:
+        expected = "a sonicmoe_cpp.MoE, a replaced block or experts of transformers"
+        refuse(operation, "module", expected, type(module).__name__)
+    return found
 
 
 class ExpertParallel(ParallelStyle):

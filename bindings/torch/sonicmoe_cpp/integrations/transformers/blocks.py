@@ -152,6 +152,8 @@ class SonicMoEBlock:
         num_experts = logits.shape[-1]
         self.last_rows_per_expert = _count(experts, num_experts)
         self._last_topk_ids = ids
+        if getattr(innermost(self.experts, family.experts), "exchange", None) is not None:
+            return self.experts(x, experts, weights, token_ids=tokens), weights
         # Unused places of the list hold -1, which not every experts implementation takes: they
         # become token 0 at expert 0 with weight 0.
         used = (experts >= 0) & (tokens >= 0)

@@ -1,8 +1,10 @@
 """The experts backend: what transformers calls in place of an experts module's own loop."""
 
+import importlib.util
 from typing import Any, TypedDict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -33,11 +35,24 @@ def _parameters(experts: Any) -> dict[str, Tensor]:
 
 def expert_weights(experts: Any) -> ExpertTensors:
     """Views of the module's parameters."""
-    w1, w2, *biases = _parameters(experts).values()
+    return _weights(experts, _parameters(experts))
+
+
+def _weights(experts: Any, parameters: dict[str, Tensor]) -> ExpertTensors:
+    w1, w2, *biases = parameters.values()
     if experts.is_transposed:
         w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
     b1, b2 = biases or (None, None)
     return {"w1": w1, "w2": w2, "b1": b1, "b2": b2}
+
+
+def check_parameters(experts: Any, path: str) -> None:
+    """ValueError unless all its parameters are the plain tensors that the backend reads."""
+    parameters = _parameters(experts)
+    names = {name for name, _ in experts.named_parameters(recurse=False)}
+    if names != parameters.keys():
+        raise ValueError(f"{path}: expected parameters {sorted(parameters)}, got {sorted(names)}")
+    _check_plain(parameters, path)
 
 
 def _check_plain(tensors: dict[str, Tensor], path: str) -> None:
@@ -56,7 +71,12 @@ def _check_plain(tensors: dict[str, Tensor], path: str) -> None:
 
 
 def experts_forward(
-    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    token_ids: Tensor | None = None,
+    exchange: Any = None,
 ) -> Tensor:
     """The experts backend:
     y[t] = sum over k of top_k_weights[t, k] * expert top_k_index[t, k] (x[t]).
@@ -64,19 +84,39 @@ def experts_forward(
     hidden_states x [T, d], computed in the dtype of the experts' weights; top_k_index and
     top_k_weights [T, K]. An id of num_experts or more (expert parallelism) is a dropped slot.
     ValueError where the library has no such gate or activation, or a weight is no plain tensor.
+
+    exchange, or that of parallelize_experts: the experts are spread over several processes, and ids
+    name those of all. token_ids [P] then go with ids and weights [P], as in `moe_pairs`.
     """
     path = f"sonicmoe_cpp: {type(self).__name__}"
     options = expert_options(self, path)
-    _check_plain({"hidden_states": hidden_states, **_parameters(self)}, path)
-    weights = expert_weights(self)
+    exchange = getattr(self, "exchange", None) if exchange is None else exchange
+    parameters = _parameters(self)
+    if exchange is not None:
+        parameters = {name: exchange.local(each) for name, each in parameters.items()}
+    _check_plain({"hidden_states": hidden_states, **parameters}, path)
+    weights = _weights(self, parameters)
     x = hidden_states.to(weights["w1"].dtype)
     if top_k_weights.dtype not in (torch.float32, torch.bfloat16):
         top_k_weights = top_k_weights.float()
-    y = moe(x, topk_ids=top_k_index, topk_weights=top_k_weights, **weights, **options)
+    if exchange is None:
+        y = moe(x, topk_ids=top_k_index, topk_weights=top_k_weights, **weights, **options)
+    else:
+        pairs = {} if token_ids is None else {"token_ids": token_ids}
+        y = exchange.experts(x, top_k_index, top_k_weights, **pairs, **weights, **options)
     return y.to(hidden_states.dtype)
+
+
+def has_expert_parallel() -> bool:
+    """Whether this transformers takes expert parallelism of others, and torch has processes."""
+    place = "transformers.distributed.expert_parallel"
+    return dist.is_available() and importlib.util.find_spec(place) is not None
 
 
 def register(name: str = BACKEND) -> None:
     """Registers `name` for `from_pretrained(..., experts_implementation=name)` and
-    `model.set_experts_implementation(name)`."""
+    `model.set_experts_implementation(name)`, and, where transformers has such an interface, for
+    `DistributedConfig(ep_implementation=name)` (see register_expert_parallel)."""
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
+    if has_expert_parallel():
+        importlib.import_module(".expert_parallel", __package__).register_expert_parallel(name)
