@@ -77,6 +77,9 @@ FAMILY: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["sparse", "sparse"],
         "linear_head_dim": 8, "linear_num_heads": 4, "index_topk": 8, "index_kpool": 4,
     },
+    "hy_v4_vl": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "dots1": {"n_shared_experts": 1},
     "zaya": {"num_experts_per_tok": 1},
@@ -163,7 +166,9 @@ def build(family: str) -> nn.Module:
             run(model, "eager")
             return model
         except Exception as error:
-            failures.append(f"{cls.__name__}: {type(error).__name__}: {str(error)[:200]}")
+            failures.append(
+                f"{cls.__name__}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            )
     raise LookupError("; ".join(failures) or "no class")
 
 
