@@ -31,7 +31,7 @@ def sum_everywhere(parts: Tensor, group: Any, size: int) -> Tensor:
     the bits of sum_parts. No gradient."""
     tokens = parts.shape[0]
     pieces = padded(parts, -(-tokens // size) * size)
-    return all_gather(sum_parts(pieces, group, size), group)[:tokens]
+    return first(all_gather(sum_parts(pieces, group, size), group), tokens)
 
 
 def padded(tensor: Tensor, rows: int, value: int = 0) -> Tensor:
@@ -40,6 +40,11 @@ def padded(tensor: Tensor, rows: int, value: int = 0) -> Tensor:
     if missing == 0:
         return tensor
     return torch.cat([tensor, tensor.new_full((missing, *tensor.shape[1:]), value)])
+
+
+def first(tensor: Tensor, rows: int) -> Tensor:
+    """The first rows of tensor, and no view: FSDP2 loses its hooks on those."""
+    return tensor if tensor.shape[0] == rows else tensor[:rows].clone()
 
 
 def most(count: int, device: torch.device, group: Any) -> int:

@@ -31,6 +31,7 @@ from .collectives import (
     SumParts,
     SumShared,
     all_gather,
+    first,
     most,
     padded,
 )
@@ -105,8 +106,8 @@ def moe(
     else:
         weights, ids = GatherRouting.apply(weights, group, size, ids)
     routing = {"topk_ids": ids, "topk_weights": weights}
-    y = _exchange(given, tokens, routing, (w1, w2, b1, b2), own)
-    return y[:count].reshape(x.shape)
+    y = first(_exchange(given, tokens, routing, (w1, w2, b1, b2), own), count)
+    return y if y.shape == x.shape else y.reshape(x.shape)
 
 
 def moe_pairs(
