@@ -40,9 +40,10 @@ LAYERS = {
     "src/cuda/device.cpp": "include src/core src/cuda src/cuda/hopper",  # the list of families
     "src/cuda/experts": "include src/math src/core src/cuda src/cuda/ptx",
     "src/cuda/router": "include src/math src/core src/cuda src/cuda/ptx",
+    "src/cuda/exchange": "include src/math src/core src/cuda src/cuda/ptx",
     "src/cuda/layer": "include src/core src/layer src/cuda src/cuda/experts src/cuda/router",
-    "src/cuda/cuda_backend.cpp": "include src/core src/layer src/cuda src/cuda/experts "
-    "src/cuda/router src/cuda/layer",
+    "src/cuda/cuda_backend.cpp": "include src/core src/layer src/cuda src/cuda/exchange "
+    "src/cuda/experts src/cuda/router src/cuda/layer",
     # The public operations.
     "src/api": "include src/math src/core src/layer",
     # Clients of the public headers.

@@ -7,6 +7,7 @@
 #include "sonicmoe/device.hpp"
 #include "sonicmoe/dtype.hpp"
 #include "sonicmoe/error.hpp"
+#include "sonicmoe/exchange.hpp"
 #include "sonicmoe/memory.hpp"
 #include "sonicmoe/moe.hpp"
 #include "sonicmoe/moe_layer.hpp"

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "core/check.hpp"
+#include "sonicmoe/exchange.hpp"
 #include "sonicmoe/moe.hpp"
 #include "sonicmoe/moe_layer.hpp"
 #include "sonicmoe/router.hpp"
@@ -200,6 +201,39 @@ void for_each_tensor(Args& args, Visit visit) {
   visit("grad_b2", args.grad_b2, Access::kWrite);
   for_each_handed_on(args, visit);
   visit("grad_routing_weights", args.grad_routing_weights, handed_on(args.step));
+  visit("workspace", args.workspace, Access::kWrite);
+}
+
+template <MaybeConst<MoEExchangeForwardArgs> Args, class Visit>
+void for_each_tensor(Args& args, Visit visit) {
+  visit("x", args.x, Access::kRead);
+  for_each_tensor(args.weights, visit);
+  visit("topk_ids", args.topk_ids, Access::kRead);
+  visit("topk_weights", args.topk_weights, Access::kRead);
+  visit("out", args.out, Access::kWrite);
+  visit("h", args.h, Access::kWrite);
+  visit("metadata", args.metadata, Access::kWrite);
+  visit("received", args.received, Access::kWrite);
+  visit("rows_dropped", args.rows_dropped, Access::kWrite);
+  visit("workspace", args.workspace, Access::kWrite);
+}
+
+template <MaybeConst<MoEExchangeBackwardArgs> Args, class Visit>
+void for_each_tensor(Args& args, Visit visit) {
+  visit("grad_out", args.grad_out, Access::kRead);
+  visit("x", args.x, Access::kRead);
+  for_each_tensor(args.weights, visit);
+  visit("topk_ids", args.topk_ids, Access::kRead);
+  visit("topk_weights", args.topk_weights, Access::kRead);
+  visit("h", args.h, Access::kRead);
+  visit("metadata", args.metadata, Access::kRead);
+  visit("received", args.received, Access::kRead);
+  visit("grad_x", args.grad_x, Access::kWrite);
+  visit("grad_routing_weights", args.grad_routing_weights, Access::kWrite);
+  visit("grad_w1", args.grad_w1, Access::kWrite);
+  visit("grad_b1", args.grad_b1, Access::kWrite);
+  visit("grad_w2", args.grad_w2, Access::kWrite);
+  visit("grad_b2", args.grad_b2, Access::kWrite);
   visit("workspace", args.workspace, Access::kWrite);
 }
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/check.hpp"
+#include "core/exchange.hpp"
 #include "core/plan.hpp"
 #include "sonicmoe/backend.hpp"
 #include "sonicmoe/moe.hpp"
@@ -66,6 +67,13 @@ class Backend {
                                  const MoELayerForwardArgs& args) const = 0;
   virtual void moe_layer_backward(const Context& context, const LayerPlan& plan,
                                   const MoELayerBackwardArgs& args) const = 0;
+
+  /// A rank's end of an exchange; its arguments have been checked. layer/exchange.hpp runs the
+  /// operations on it. Refuses by `check` what it cannot take.
+  virtual std::unique_ptr<ExchangePort> make_exchange(const Check& check, const Context& context,
+                                                      const ExchangeShape& shape, int rank,
+                                                      std::span<void* const> buffers,
+                                                      double timeout_seconds) const = 0;
 
   // Router.
   virtual void route_forward(const Context& context, const RouteForwardArgs& args) const = 0;

@@ -1,6 +1,7 @@
 // The CUDA backend: the expert layer and the router on Hopper GPUs. Expert computation in bfloat16,
 // routing in float32.
 #include "cuda/device.hpp"
+#include "cuda/exchange/exchange.hpp"
 #include "cuda/experts/experts.hpp"
 #include "cuda/layer/layer.hpp"
 #include "cuda/products.hpp"
@@ -70,6 +71,12 @@ class CudaBackend final : public ComposedBackend {
                           const MoELayerBackwardArgs& args) const override {
     const Call call(context, "moe_layer_backward");
     cuda::layer_backward(context, plan, args);
+  }
+  std::unique_ptr<ExchangePort> make_exchange(const Check& check, const Context& context,
+                                              const ExchangeShape& shape, int rank,
+                                              std::span<void* const> buffers,
+                                              double timeout_seconds) const override {
+    return cuda::make_exchange(check, context, shape, rank, buffers, timeout_seconds);
   }
 
   void route_forward(const Context& context, const RouteForwardArgs& args) const override {

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "layer/host_exchange.hpp"
+
 namespace sonicmoe {
 namespace {
 
@@ -63,6 +65,13 @@ void ComposedBackend::moe_layer_forward(const Context& context, const LayerPlan&
   MoEForwardArgs experts = expert_args(args);
   experts.workspace = scratch.experts;
   moe_forward(context, plan.experts, experts);
+}
+
+std::unique_ptr<ExchangePort> ComposedBackend::make_exchange(const Check&, const Context&,
+                                                             const ExchangeShape& shape, int rank,
+                                                             std::span<void* const> buffers,
+                                                             double timeout_seconds) const {
+  return make_host_exchange(shape, rank, buffers, timeout_seconds);
 }
 
 void ComposedBackend::host_grad_logits(const Context& context, const MoELayerBackwardArgs& args,

@@ -18,6 +18,11 @@ class ComposedBackend : public Backend {
                                     BackwardStep step) const override;
   void moe_layer_forward(const Context& context, const LayerPlan& plan,
                          const MoELayerForwardArgs& args) const override;
+  /// In host memory.
+  std::unique_ptr<ExchangePort> make_exchange(const Check& check, const Context& context,
+                                              const ExchangeShape& shape, int rank,
+                                              std::span<void* const> buffers,
+                                              double timeout_seconds) const override;
 
   // The router's products.
   /// Scratch of router_logits() and of router_logits_backward().
