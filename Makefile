@@ -146,6 +146,7 @@ lab: build
 gpu-test:
 	"$(BUILD)/cli/sonicmoe" info | grep -q '^cuda  *on' || { "$(BUILD)/cli/sonicmoe" info; exit 1; }
 	"$(BUILD)/tests/sonicmoe_ops_tests" --gtest_brief=1 --gtest_filter='*cuda*'
+	"$(BUILD)/tests/sonicmoe_exchange_tests" --gtest_brief=1 --gtest_filter='*cuda*:ExchangeGraph*'
 	"$(BUILD)/tests/sonicmoe_fuzz" --cases 1000
 	$(GPU_PYTHON) -m pytest -q --timeout 300 tests/torch/test_cuda.py
 

@@ -161,7 +161,7 @@ TEST_P(ExchangeFailures, DelaysAfterWaitsChangeNoBit) {
   });
   // Without a join between the calls: ranks run as far ahead of each other as the flags let them.
   const auto errors = delayed.run([&](int r) {
-    for (int i = 0; i < 40; ++i) {
+    for (int i = 0; i < 15; ++i) {
       delayed.forward(r);
       delayed.backward(r);
     }
