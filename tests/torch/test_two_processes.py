@@ -13,7 +13,10 @@ sys.path.insert(0, str(REPOSITORY / "tests/distributed"))
 import ranks
 
 PAGES = {
-    "distributed": ("DistributedDataParallel", "parallelize_experts", "row_capacity", "ep_size"),
+    "distributed": (
+        *("DistributedDataParallel", "parallelize_experts", "row_capacity", "ep_size"),
+        *("save_pretrained", "load_pretrained"),
+    ),
     "fsdp2": ("fully_shard", "Shard(1)", "to_empty", "clip_grad_norm_", "replace_moe_blocks"),
 }  # with what each has to show
 FENCED = r"```python\n(.*?)```"

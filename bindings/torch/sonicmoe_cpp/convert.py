@@ -93,7 +93,8 @@ def import_state_dict(
     layer has no place for, or whose tensor has another shape, is quantised or is no plain tensor.
     """
     operation = "import_state_dict"
-    theirs = _places(operation, _format(operation, format), layer)
+    sizes = Sizes.of(layer)
+    theirs = places(operation, _format(operation, format), sizes)
     skipped = tuple(prefix + beginning for beginning in ignore)
     given = {
         key.removeprefix(prefix): value
@@ -101,7 +102,7 @@ def import_state_dict(
         if key.startswith(prefix) and not key.startswith(skipped)
     }
     _check(operation, given, theirs, prefix, format)
-    return _rearranged(layer, given, FORMATS[format], _own(layer))
+    return rearranged(sizes, given, FORMATS[format], own_format(sizes))
 
 
 def export_state_dict(layer: MoE, format: str, prefix: str = "") -> dict[str, Tensor]:
@@ -110,10 +111,39 @@ def export_state_dict(layer: MoE, format: str, prefix: str = "") -> dict[str, Te
 
     ValueError: an unknown format, or a tensor of the layer that it has no place for.
     """
-    theirs = _format("export_state_dict", format)
-    _places("export_state_dict", theirs, layer)
-    made = _rearranged(layer, layer.state_dict(), _own(layer), theirs)
+    theirs, sizes = _format("export_state_dict", format), Sizes.of(layer)
+    places("export_state_dict", theirs, sizes)
+    made = rearranged(sizes, layer.state_dict(), own_format(sizes), theirs)
     return {prefix + key: tensor for key, tensor in made.items()}
+
+
+class Sizes(NamedTuple):
+    """What a conversion has to know of a layer, or of some of its experts."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    gated: bool
+    interleaved: bool  # gate_up_layout
+    shapes: dict[str, tuple[int, ...]]  # of the tensors that are to be converted, by MoE's names
+
+    @classmethod
+    def of(cls, layer: MoE) -> "Sizes":
+        experts = layer.options.experts
+        return cls(
+            layer.num_experts, layer.hidden_size, layer.intermediate_size,
+            gate_factor(experts.activation) == 2, experts.gate_up_layout == "interleaved",
+            {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()},
+        )  # fmt: skip
+
+    def part(self, prefix: str, num_experts: int) -> "Sizes":
+        """The tensors whose names begin with prefix, of so many experts."""
+        shapes = {
+            name: (num_experts, *shape[1:])
+            for name, shape in self.shapes.items()
+            if name.startswith(prefix)
+        }
+        return self._replace(num_experts=num_experts, shapes=shapes)
 
 
 class _Place(NamedTuple):
@@ -129,29 +159,24 @@ def _format(operation: str, name: str) -> _Format:
     return FORMATS[name]
 
 
-def _own(layer: MoE) -> _Format:
+def own_format(sizes: Sizes) -> _Format:
     """The names of MoE itself."""
     return _Format(
         "router.weight", ("experts.w1",), "experts.w2", "experts.w1",
         router_bias="router.bias", selection_bias="router.selection_bias",
-        up_bias="experts.b1", down_bias="experts.b2",
-        interleaved=layer.options.experts.gate_up_layout == "interleaved",
+        up_bias="experts.b1", down_bias="experts.b2", interleaved=sizes.interleaved,
     )  # fmt: skip
 
 
-def _gated(layer: MoE) -> bool:
-    return gate_factor(layer.options.experts.activation) == 2
+def _up_keys(form: _Format, sizes: Sizes) -> tuple[str | None, ...]:
+    return form.up if sizes.gated else (form.ungated_up,)
 
 
-def _up_keys(form: _Format, layer: MoE) -> tuple[str | None, ...]:
-    return form.up if _gated(layer) else (form.ungated_up,)
-
-
-def _places(operation: str, form: _Format, layer: MoE) -> dict[str, _Place]:
+def places(operation: str, form: _Format, sizes: Sizes) -> dict[str, _Place]:
     """Every key that the layer has in that format."""
-    E, d, n = layer.num_experts, layer.hidden_size, layer.intermediate_size
-    columns = layer.experts.w1.shape[1]
-    up = _up_keys(form, layer)
+    E, d, n = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size
+    columns = 2 * n if sizes.gated else n
+    up = _up_keys(form, sizes)
     rows = columns // len(up)
     wanted: list[tuple[str, str | None, tuple[int, ...]]] = [
         ("router.weight", form.router_weight, (E, d)),
@@ -162,29 +187,28 @@ def _places(operation: str, form: _Format, layer: MoE) -> dict[str, _Place]:
         ("experts.b1", form.up_bias, (E, columns)),
         ("experts.b2", form.down_bias, (E, d)),
     ]
-    present = layer.state_dict()
-    places: dict[str, _Place] = {}
+    found: dict[str, _Place] = {}
     for name, key, shape in wanted:
-        if name not in present:
+        if name not in sizes.shapes:
             continue
         if key is None:
-            got = list(present[name].shape)
+            got = list(sizes.shapes[name])
             refuse(operation, name, "none, since the format has no place for it", got)
         if "{}" in key:
-            places |= {key.format(expert): _Place(name, shape[1:]) for expert in range(E)}
+            found |= {key.format(expert): _Place(name, shape[1:]) for expert in range(E)}
         else:
-            places[key] = _Place(name, shape)
-    return places
+            found[key] = _Place(name, shape)
+    return found
 
 
 def _check(
     operation: str,
     given: Mapping[str, Tensor],
-    places: dict[str, _Place],
+    theirs: dict[str, _Place],
     prefix: str,
     format: str,
 ) -> None:
-    for key, (_, shape) in places.items():
+    for key, (_, shape) in theirs.items():
         expected = f"a tensor of shape {list(shape)}"
         if key not in given:
             raise ValueError(f"{operation}: {prefix}{key}: expected {expected}, got no such key")
@@ -195,14 +219,14 @@ def _check(
             got = f"{type(tensor).__name__} of {tensor.dtype}"
             refuse(operation, prefix + key, "a plain tensor of floating point numbers", got)
     for key in given:
-        if key not in places:
+        if key not in theirs:
             raise ValueError(
                 f"{operation}: {prefix}{key}: expected only the keys that this layer has in the "
                 f"format {format}, got another (ignore= passes over some)"
             )
 
 
-def _parts(form: _Format, tensors: Mapping[str, Tensor], layer: MoE) -> dict[str, list[Tensor]]:
+def _parts(form: _Format, tensors: Mapping[str, Tensor], sizes: Sizes) -> dict[str, list[Tensor]]:
     """By the names of MoE: views of the same shapes in the same order, whatever the format."""
 
     def experts(key: str | None) -> list[Tensor]:
@@ -210,7 +234,7 @@ def _parts(form: _Format, tensors: Mapping[str, Tensor], layer: MoE) -> dict[str
         if key is None:
             return []
         if "{}" in key:
-            return [tensors[key.format(expert)] for expert in range(layer.num_experts)]
+            return [tensors[key.format(expert)] for expert in range(sizes.num_experts)]
         return list(tensors[key]) if key in tensors else []
 
     def weights(key: str | None) -> list[Tensor]:
@@ -222,10 +246,10 @@ def _parts(form: _Format, tensors: Mapping[str, Tensor], layer: MoE) -> dict[str
             return [r[0::2] for r in rows] + [r[1::2] for r in rows]
         return [r.chunk(2)[0] for r in rows] + [r.chunk(2)[1] for r in rows]
 
-    up = _up_keys(form, layer)
+    up = _up_keys(form, sizes)
     w1 = [weight for key in up for weight in weights(key)]
     b1 = experts(form.up_bias)
-    if _gated(layer):
+    if sizes.gated:
         w1, b1 = halves(w1) if len(up) == 1 else w1, halves(b1)
     single = {
         "router.weight": form.router_weight,
@@ -237,15 +261,15 @@ def _parts(form: _Format, tensors: Mapping[str, Tensor], layer: MoE) -> dict[str
     return parts | {"experts.b1": b1, "experts.b2": experts(form.down_bias)}
 
 
-def _rearranged(
-    layer: MoE, given: Mapping[str, Tensor], source: _Format, target: _Format
+def rearranged(
+    sizes: Sizes, given: Mapping[str, Tensor], source: _Format, target: _Format
 ) -> dict[str, Tensor]:
     """The same numbers in another format."""
-    parts, made = _parts(source, given, layer), {}
-    for key, (name, shape) in _places("convert", target, layer).items():
+    parts, made = _parts(source, given, sizes), {}
+    for key, (name, shape) in places("convert", target, sizes).items():
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts[name]))
         made[key] = torch.empty(shape, dtype=dtype, device=parts[name][0].device)
-    copies = _parts(target, made, layer)
+    copies = _parts(target, made, sizes)
     with torch.no_grad():
         for name, views in copies.items():
             for view, part in zip(views, parts[name], strict=True):
