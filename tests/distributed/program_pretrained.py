@@ -69,13 +69,14 @@ def as_moe(block):
     return WithScores(block) if "GptOss" in type(block).__name__ else hf.to_moe(block)
 
 
-def spread(stock, ep=2, dim=0, shards=True):
-    """A copy whose sparse blocks are `MoE`s, spread and sharded."""
+def spread(stock, ep=2, dim=0, shards=True, prepare=as_moe):
+    """A copy whose sparse blocks are spread and sharded. prepare(block) gives what takes the place
+    of a block."""
     sparse, dense = meshes(ep)
     model = copy.deepcopy(stock)
     for layer in model.model.layers:
         if hasattr(layer.mlp, "experts"):
-            layer.mlp = as_moe(layer.mlp)
+            layer.mlp = prepare(layer.mlp)
             moe = getattr(layer.mlp, "moe", layer.mlp)
             smd.parallelize_experts(moe, sparse["ep"])
             if shards:
@@ -157,6 +158,23 @@ def case_gpt_oss():
 
 def case_deepseek_v3():
     one_family("deepseek_v3")
+
+
+def case_replaced_blocks_spread():
+    for family in ("qwen3_moe", "gpt_oss"):
+        stock, other = stocks(family)
+        path, replaced = folder(), copy.deepcopy(stock)
+        for model in (replaced, other):
+            hf.replace_moe_blocks(model)
+        saved = spread(replaced, prepare=lambda block: block)
+        smd.save_pretrained(saved, path, max_shard_size=20_000)
+        equal_to_stock(path, stock)
+        loaded = spread(other, ep=dist.get_world_size(), dim=1, prepare=lambda block: block)
+        smd.load_pretrained(loaded, path)
+        for (name, ours), theirs in zip(
+            loaded.state_dict().items(), stock.state_dict().values(), strict=True
+        ):
+            assert torch.equal(full(ours), theirs), name
 
 
 def case_blocks_of_transformers_under_fsdp():

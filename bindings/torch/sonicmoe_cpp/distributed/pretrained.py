@@ -31,9 +31,9 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that `from_pretrained` of transformers loads. Collective over all ranks.
 
-    model: a PreTrainedModel as it is in training: plain, under `fully_shard`, with `MoE`s (as of
-    `to_moe`) in the place of its sparse blocks, spread by `parallelize_experts` or not. Names and
-    order are the family's own: experts one by one where the hub has them so. Every rank of an
+    model: a PreTrainedModel as it is in training: plain or under `fully_shard`, with blocks of its
+    own, replaced ones or `MoE`s (as of `to_moe`), spread by `parallelize_experts` or not. Names and
+    order are those of the family: experts one by one where the hub has them so. Every rank of an
     expert-parallel group writes its experts, ranks with the same ones take turns by layer, and the
     first rank writes the rest, config.json and the index. Where files have all experts in one
     tensor (gpt-oss) the first rank gathers those of one layer.
@@ -78,7 +78,7 @@ def load_pretrained(model: Any, folder: str | os.PathLike) -> None:
     model that is spread over ranks, in place. To be called by all ranks.
 
     model: as in `save_pretrained`, with memory for its parameters, of whatever content
-    (`to_empty`). Every rank reads its own experts, or slices of a tensor of all, and one tensor of
+    (`to_empty`). Every rank reads its own experts, or slices of a tensor of all, and one layer of
     the rest at a time. Numbers are cast to the dtype of the parameters. Buffers that no file has,
     such as the frequencies of rotary embeddings, are computed.
 
@@ -94,7 +94,7 @@ def load_pretrained(model: Any, folder: str | os.PathLike) -> None:
         for read in (files.shape, files.tensor):  # shapes first: what can be wrong is seen there
             for units in layers.values():
                 for unit in units:
-                    parts = {key: _read(operation, unit, key, tensors, read) for key in unit.shapes}
+                    parts = {key: _read(operation, unit, key, tensors, read) for key in unit.whole}
                     if read == files.tensor:
                         unit.put(parts)
         for module in model.modules():
@@ -164,11 +164,7 @@ def _plan(layers: dict[str, list[Unit]], stock: Stock, max_shard_size: int | str
             if unit.parts is not None:
                 ranks = [unit.parts.writer(part, turn) for part in range(unit.parts.size)]
             writers[layer].append(ranks)
-            whole = {
-                key: torch.empty(shape, dtype=unit.dtype, device="meta")
-                for key, shape in unit.shapes.items()
-            }
-            for name, tensor in stock.to_files(whole).items():
+            for name, tensor in stock.to_files(unit.whole).items():
                 part = (expert_of(name) or 0) * len(ranks) // unit.count if unit.parts else 0
                 owned.setdefault(ranks[part], {})[name] = tensor.nbytes
     files = []
@@ -331,7 +327,7 @@ def _read(
     read: Callable[[str, range | None], Tensor],
 ) -> Tensor:
     """The tensor of a stock name: whole, or of the experts that are this rank's."""
-    experts, shape = unit.experts, list(unit.shapes[key])
+    experts, shape = unit.experts, list(unit.whole[key].shape)
     if experts is not None:
         shape[0] = len(experts)
     if key not in tensors:

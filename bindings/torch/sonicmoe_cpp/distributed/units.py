@@ -42,19 +42,18 @@ class Unit:
     """Tensors that are gathered and put back together: one of the model's, or those of the router
     or of the experts of an `MoE`, which other names and another order of rows stand for.
 
-    tensors by own name. shapes by stock name, of the whole. numbered: files have a tensor for each
-    expert."""
+    tensors by own name. whole by stock name, on the meta device. numbered: files have a tensor for
+    each expert."""
 
     def __init__(self, tensors: dict[str, Tensor], split: Split | None = None) -> None:
         self.tensors, self.split = tensors, split
-        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.dtype = next(iter(tensors.values())).dtype
+        self.whole = {name: _meta(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         self.numbered = False
 
     @property
     def count(self) -> int:
         """Experts, where they are spread."""
-        return next(iter(self.shapes.values()))[0]
+        return next(iter(self.whole.values())).shape[0]
 
     @property
     def experts(self) -> range | None:
@@ -96,7 +95,10 @@ class UnitOfMoE(Unit):
         super().__init__(tensors, split)
         self.kind, self.own, self.stock, self.sizes, self.form = kind, own, stock, sizes, form
         places = convert.places(operation, form, sizes.part(kind, sizes.num_experts))
-        self.shapes = {stock + key: torch.Size(place.shape) for key, place in places.items()}
+        self.whole = {
+            stock + key: _meta(place.shape, tensors[own + place.name].dtype)
+            for key, place in places.items()
+        }
 
     def to_stock(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return self._convert(tensors, self.own, self.stock, True)
@@ -114,6 +116,10 @@ class UnitOfMoE(Unit):
         return {target + name: tensor for name, tensor in made.items()}
 
 
+def _meta(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+
 def units_of(operation: str, model: Any, stock: Stock) -> dict[str, list[Unit]]:
     """All tensors of model, by layer ("" is what belongs to none, and comes last).
 
@@ -123,17 +129,31 @@ def units_of(operation: str, model: Any, stock: Stock) -> dict[str, list[Unit]]:
     for path, module in model.named_modules():
         if isinstance(module, MoE):
             units += _units_of_moe(operation, path, module, left, stock)
-    units += [Unit({name: tensor}, _split_of(tensor)) for name, tensor in left.items()]
+        elif getattr(module, "exchange", None) is not None and (
+            tensors := _taken(left, f"{path}.")
+        ):
+            units.append(Unit(tensors, _split_of(tensors, module)))  # experts of transformers
+    others: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in left.items():
+        others.setdefault(layer_of(name), {})[name] = tensor
+    units += [Unit(tensors) for tensors in others.values()]
     _check(operation, units, stock)
     layers: dict[str, list[Unit]] = {}
     for unit in units:
-        unit.numbered = unit.split is not None and _files_number_experts(unit, stock)
-        layers.setdefault(layer_of(next(iter(unit.shapes))), []).append(unit)
+        unit.numbered = unit.split is not None and all(
+            expert_of(name) is not None for name in stock.to_files(unit.whole)
+        )
+        layers.setdefault(layer_of(next(iter(unit.whole))), []).append(unit)
     return layers | {"": layers.pop("", [])}
 
 
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin so, taken out of tensors."""
+    return {name: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+
+
 def _check(operation: str, units: list[Unit], stock: Stock) -> None:
-    shapes = {name: shape for unit in units for name, shape in unit.shapes.items()}
+    shapes = {name: whole.shape for unit in units for name, whole in unit.whole.items()}
     for name in (*stock.tensors, *shapes):
         got, right = shapes.get(name), getattr(stock.tensors.get(name), "shape", None)
         if got != right:
@@ -158,12 +178,8 @@ def _units_of_moe(
                 continue
             sizes = convert.Sizes.of(module)
             for kind in ("router", "experts"):
-                begin = f"{path}.{kind}."
-                tensors = {name: left.pop(name) for name in list(left) if name.startswith(begin)}
-                split = None
-                if kind == "experts" and module.experts.exchange is not None:
-                    ranks = dist.get_process_group_ranks(module.experts.exchange.context.group)
-                    split = _split_of(next(iter(tensors.values())), ranks)
+                tensors = _taken(left, f"{path}.{kind}.")
+                split = _split_of(tensors, module.experts) if kind == "experts" else None
                 yield UnitOfMoE(
                     operation, f"{kind}.", tensors, f"{path}.", f"{block}.", split, sizes, form
                 )
@@ -171,25 +187,17 @@ def _units_of_moe(
     refuse(operation, "model", "an MoE in the place of a sparse block of transformers", path)
 
 
-def _split_of(tensor: Any, ranks: list[int] | None = None) -> Split | None:
-    """Of experts over these ranks; of experts of another module over a mesh dimension "ep"."""
-    if not isinstance(tensor, DTensor):
+def _split_of(tensors: dict[str, Tensor], experts: Any) -> Split | None:
+    """Over the ranks of the exchange of experts, where these have one."""
+    if experts.exchange is None:
         return None
+    ranks = dist.get_process_group_ranks(experts.exchange.context.group)
+    tensor: Any = next(iter(tensors.values()))
     mesh = tensor.device_mesh
     for dim in reversed(range(mesh.ndim)):
-        if ranks is None:
-            names = mesh.mesh_dim_names or ()
-            found = names[dim : dim + 1] == ("ep",) and tensor.placements[dim] == Shard(0)
-        else:
-            found = dist.get_process_group_ranks(mesh.get_group(dim)) == ranks
-        if found and tensor.shape[0] % mesh.size(dim) == 0:
+        if dist.get_process_group_ranks(mesh.get_group(dim)) == ranks:
             return Split(mesh, dim)
     return None
-
-
-def _files_number_experts(unit: Unit, stock: Stock) -> bool:
-    tensors = {key: torch.empty(shape, device="meta") for key, shape in unit.shapes.items()}
-    return all(expert_of(name) is not None for name in stock.to_files(tensors))
 
 
 def _others(tensor: DTensor, split: Split) -> tuple[DeviceMesh, list[Any]] | None:
