@@ -34,7 +34,7 @@ class Split(NamedTuple):
 
     def writer(self, part: int, turn: int) -> int:
         """Of the ranks that hold an equal part of the experts, the one whose turn it is."""
-        ranks = self.mesh.mesh.movedim(self.dim, 0).flatten(1)[part]
+        ranks = self.mesh.mesh.movedim(self.dim, 0).reshape(self.size, -1)[part]
         return int(ranks[turn % len(ranks)])
 
 
