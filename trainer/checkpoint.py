@@ -2,9 +2,11 @@
 
     runs/NAME/config.json              settings of the run, and the digest of its text
     runs/NAME/metrics.jsonl            one line per step
-    runs/NAME/checkpoints/step-000200  weights in Qwen3-MoE names, tokenizer, trainer.pt, SHA256SUMS
+    runs/NAME/checkpoints/step-000200  weights in Qwen3-MoE names, tokenizer, optimizer/ (moments),
+                                       trainer.json, SHA256SUMS
     runs/NAME/checkpoint               symbolic link to the last good one
 
+Of several processes the first does all of this; each writes the moments that it holds.
 A checkpoint is written to a temporary folder, brought to the disk, and renamed; only then the link
 is replaced, in one atomic step, and the folder before it removed. A new run is put together in a
 hidden folder and renamed when its first checkpoint is complete, so runs/NAME never lacks one. What
@@ -24,83 +26,91 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
-from . import files
+from . import files, moments, parallel
 from .config import TrainConfig
 from .files import sync
+from .group import Group, is_lost_connection
 from .schema import UserError
 
-LINK, SUMS = "checkpoint", "SHA256SUMS"
+LINK, SUMS, PROGRESS = "checkpoint", "SHA256SUMS", "trainer.json"
 STEP = re.compile(r"step-(\d{6,})")
 HIDDEN = re.compile(r"\.(?P<name>.+)\.(new|old)-[a-z0-9_]{8}")
 
 
 @dataclasses.dataclass
-class TrainerState:
-    """What a checkpoint holds besides weights and tokenizer."""
+class Content:
+    """What a checkpoint holds. Weights and moments go by the parameters' names in transformers."""
 
-    step: int  # steps done; the position in the data follows from it
-    optimizer: dict  # AdamW's state_dict(); only the moments of each parameter are taken from it
-    torch_rng: Tensor
-    cuda_rng: Tensor | None  # of the GPU that trains
-    settings: dict  # as config.json held them
+    step: int  # steps done; the position in the data and all random numbers follow from it
+    settings: dict  # as config.json has them
+    model: Qwen3MoeForCausalLM
+    moments: dict[str, Tensor]  # AdamW's; parts of them where they are sharded
+    tokenizer: PreTrainedTokenizerFast
 
 
 # ------------------------------------------------------------------------------------- a checkpoint
 
 
-def save(
-    run_dir: Path,
-    state: TrainerState,
-    model: Qwen3MoeForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    """Writes the checkpoint of state.step; the one before it stays until this one is complete.
-    OSError, which names that one, where this one cannot be written; nothing is then left of it."""
-    folder = run_dir / "checkpoints"
-    final = folder / f"step-{state.step:06d}"
-    if last_step(run_dir) == state.step:
+def save(run_dir: Path, content: Content, group: Group) -> None:
+    """Writes the checkpoint of content.step; the one before it stays until this one is complete.
+    OSError, which names that one, where this one cannot be written; nothing is then left of it.
+    Collective."""
+    final = run_dir / "checkpoints" / f"step-{content.step:06d}"
+    if group.share(lambda: last_step(run_dir)) == content.step:
         return
-    temporary = None
-    try:
-        folder.mkdir(exist_ok=True)
-        remove_incomplete(run_dir)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-        _write(temporary, state, model, tokenizer)
-        os.rename(temporary, final)
-        sync(folder)
-        _link(run_dir, final)
-        remove_incomplete(run_dir)
-    except Exception as error:  # torch raises RuntimeError, safetensors its own
-        reason = files.reason(files.system_error(error))
-        free = shutil.disk_usage(run_dir).free >> 20
-        raise OSError(
-            f"cannot write the checkpoint {final}: {reason} ({free} MiB free there); "
-            f"{last_good(run_dir)}"
-        ) from error
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = group.share(lambda: _begin(run_dir, stack))
+            if content.moments:
+                moments.save(temporary / moments.FOLDER, content.moments, group)
+            weights = parallel.gathered(content.model, group)
+            group.share(lambda: _complete(run_dir, temporary, final, content, weights))
+        except Exception as error:  # torch raises RuntimeError, safetensors its own
+            if is_lost_connection(error):
+                raise
+            reason = files.reason(files.system_error(error))
+            free = shutil.disk_usage(run_dir).free >> 20
+            raise OSError(
+                f"cannot write the checkpoint {final}: {reason} ({free} MiB free there); "
+                f"{last_good(run_dir)}"
+            ) from error
 
 
-def _write(
-    folder: Path,
-    state: TrainerState,
-    model: Qwen3MoeForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+def _begin(run_dir: Path, stack: contextlib.ExitStack) -> Path:
+    """A temporary folder, removed with the stack unless it has another name by then."""
+    folder = run_dir / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    remove_incomplete(run_dir)
+    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
+
+
+def _complete(
+    run_dir: Path, temporary: Path, final: Path, content: Content, weights: dict[str, Tensor]
 ) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    with open(folder / "trainer.pt", "wb") as file:
-        torch.save(vars(state), file)
-    sums = (f"{files.sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
+    _write(temporary, content, weights)
+    os.rename(temporary, final)
+    sync(final.parent)
+    _link(run_dir, final)
+    remove_incomplete(run_dir)
+
+
+def _write(folder: Path, content: Content, weights: dict[str, Tensor]) -> None:
+    """All but the moments, and the sums of all."""
+    content.model.save_pretrained(folder, state_dict=weights)
+    content.tokenizer.save_pretrained(folder)
+    progress = {"step": content.step, "settings": content.settings}
+    (folder / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
+    paths = files.below(folder)
+    sums = (f"{files.sha256(path)}  {path.relative_to(folder)}\n" for path in paths)
     (folder / SUMS).write_text("".join(sums))
-    for path in folder.iterdir():
-        sync(path)
-    sync(folder)
+    for path in (*paths, folder / SUMS, folder / moments.FOLDER, folder):
+        if path.exists():
+            sync(path)
     os.chmod(folder, 0o755)
 
 

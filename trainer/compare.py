@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 
 from . import files, program
-from .config import POLICIES, Request, TrainConfig, read_config, validate, with_file
+from .config import POLICIES, TrainConfig, read_config, validate
 from .gpus import gpu_names
+from .request import Request, with_file
 from .schema import Parser, UserError, flag_of, read_json, whole
 from .signals import Signals
 from .summary import TOPK, Results, plot, summarize
@@ -176,7 +177,7 @@ def _lines(config: TrainConfig) -> list[dict]:
 
 def train_one(one: TrainConfig, digest: str, signals: Signals) -> int:
     """Starts or continues a run on the text of that digest; returns its exit code."""
-    from .loop import train
+    from .start import train
 
     resume = os.path.lexists(one.run_dir)
     given = {field.name for field in dataclasses.fields(one)} if resume else set()

@@ -1,14 +1,12 @@
-"""Command line and settings of one training run."""
+"""Settings of one training run."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from pathlib import Path
 
 from .schema import (
-    Parser,
     Rule,
     UserError,
     check_fields,
@@ -17,7 +15,6 @@ from .schema import (
     one_of,
     path,
     read_json,
-    read_yaml,
     rules_of,
     setting,
     text,
@@ -172,55 +169,6 @@ def validate(config: TrainConfig, place: str = "") -> None:
             )
 
 
-@dataclasses.dataclass
-class Request:
-    """What the command line asked for: a configuration, and how to treat an existing run."""
-
-    config: TrainConfig
-    given: set[str]  # names of the fields that were on the command line
-    resume: bool = False
-    overwrite: bool = False
-    digest: str = ""  # of the text that a new run must have; empty: of any
-
-
-def with_file(values: dict, also: dict[str, Rule] | None = None) -> dict:
-    """The settings of a command line over those of its --config, a YAML file that may hold `also`
-    other fields."""
-    place = values.pop("config", None)
-    if place is None:
-        return values
-    prefix = "--config: "
-    fields = read_yaml(Path(place), prefix)
-    rules = RULES | (also or {})
-    return check_fields(rules, fields, prefix + place, optional=set(rules)) | values
-
-
-def parse_train(argv: list[str]) -> Request:
-    parser = Parser("train", "Train a small Mixture-of-Experts language model on real text.")
-    parser.add_settings(TrainConfig)
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run --name, or the latest run without --name",
-    )
-    existing.add_argument(
-        "--overwrite", action="store_true", help="replace the run --name if it exists"
-    )
-    values = vars(parser.parse_args(argv))
-    resume, overwrite = values.pop("resume"), values.pop("overwrite")
-    values = with_file(values, {"data_digest": DIGEST})  # which a run's config.json has
-    digest = values.pop("data_digest", "")
-    config = TrainConfig(**values)
-    if resume and not config.name:
-        config.name = latest_run(config.runs_dir)
-    if not config.name:
-        config.name = time.strftime("train-%Y%m%d-%H%M%S")
-    if not resume:
-        validate(config)
-    return Request(config, set(values), resume, overwrite, digest)
-
-
 def latest_run(runs_dir: str) -> str:
     """The run whose checkpoint is the newest. What a killed start left has a hidden name."""
     try:
@@ -246,21 +194,3 @@ def read_config(run_dir: Path) -> tuple[TrainConfig, str]:
     config = TrainConfig(**fields)
     validate(config, f"--resume: {place}")
     return config, digest
-
-
-def merge_for_resume(saved: TrainConfig, request: Request) -> TrainConfig:
-    """The saved configuration with the changes that a resumed run allows."""
-    merged = dataclasses.replace(saved, name=request.config.name, runs_dir=request.config.runs_dir)
-    for field in sorted(request.given - {"name", "runs_dir"}):
-        value, before = getattr(request.config, field), getattr(saved, field)
-        if field in CHANGEABLE_ON_RESUME:
-            setattr(merged, field, value)
-        elif field == "dtype" and value == "auto":
-            continue  # settled when the run began
-        elif value != before:
-            raise UserError(
-                f"--resume: {flag_of(field)} is {value} but the checkpoint of run "
-                f"{merged.name} was made with {before}"
-            )
-    validate(merged)
-    return merged

@@ -22,6 +22,7 @@ from .schema import UserError
 END_OF_TEXT = "<|endoftext|>"
 VALIDATION_SHARE = 0.05
 MOST_TEXT = 1 << 30  # bytes read into memory; its tokens take several times as much
+NO_TARGET = -100  # what cross_entropy leaves out
 COUNTED = 1 << 24  # tokens counted at a time: the count copies them to int64
 # Tests, generated tables and installed packages differ from machine to machine or teach little.
 _STDLIB_SKIPPED = {
@@ -227,14 +228,20 @@ def load_tokens(path: str) -> Tokens:
 
 
 class Batches:
-    """Shuffled windows of the training tokens; a batch is a function of (seed, step, part) alone.
+    """Shuffled windows of the training tokens; a batch is a function of (seed, step, part) alone,
+    and process `rank` of `size` has its slice of it.
 
-    So the position in the data is the step, and a resumed run needs nothing else to go on.
+    So the position in the data is the step, and a resumed run needs nothing else to go on, whatever
+    the number of processes.
     """
 
-    def __init__(self, tokens: np.ndarray, config: TrainConfig) -> None:
+    def __init__(
+        self, tokens: np.ndarray, config: TrainConfig, rank: int = 0, size: int = 1
+    ) -> None:
         self.tokens, self.seed = tokens, config.seed
         self.seq_len, self.batch_size = config.seq_len, config.batch_size
+        self.own = config.batch_size // size
+        self.first = rank * self.own
         self.per_step = config.accumulate * config.batch_size
         self.windows = max(0, (len(tokens) - 1) // self.seq_len)
         self.per_epoch = self.windows // self.per_step
@@ -246,17 +253,29 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0)
 
     def __call__(self, step: int, part: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, both [batch_size, seq_len], of step 0, 1, ... and of one of its
-        parts, that are `accumulate`. Together they are the batch of `accumulate` times the
+        """Inputs and targets, both [batch_size / size, seq_len], of step 0, 1, ... and of one of
+        its parts, that are `accumulate`. Together they are the batch of `accumulate` times the
         size."""
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = torch.randperm(self.windows, generator=generator)
             self._epoch = epoch
-        first = position * self.per_step + part * self.batch_size
-        starts = self._order[first:][: self.batch_size] * self.seq_len
+        first = position * self.per_step + part * self.batch_size + self.first
+        starts = self._order[first:][: self.own] * self.seq_len
         return windows_at(self.tokens, starts, self.seq_len)
+
+
+def slice_of(batch: tuple, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of one process of `size`, as many for each: where a batch is no multiple,
+    its last sequence comes again, without targets."""
+    tokens, targets = batch
+    if size == 1:
+        return tokens, targets
+    missing = -len(tokens) % size
+    tokens = torch.cat([tokens, tokens[-1:].expand(missing, -1)])
+    targets = torch.cat([targets, torch.full_like(targets[-1:], NO_TARGET).expand(missing, -1)])
+    return tokens.chunk(size)[rank], targets.chunk(size)[rank]
 
 
 def windows_at(tokens: np.ndarray, starts: torch.Tensor, seq_len: int):

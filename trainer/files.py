@@ -77,6 +77,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def below(folder: Path) -> list[Path]:
+    """All in a folder and its folders that is no folder itself, in the order of the names."""
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
 def sync(path: Path) -> None:
     """Brings a file's bytes, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

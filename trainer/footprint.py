@@ -24,8 +24,8 @@ WORKSPACE = 32 * MIB  # cuBLAS's, on Hopper
 class Layout:
     """How a trainer keeps its numbers, in bytes per parameter or element."""
 
-    state: int  # per parameter, all the time: weight, master weight, Adam's moments
-    gradient: int  # per parameter, from its backward to the optimizer's step
+    state: float  # per parameter, all the time: weight, master weight, Adam's moments
+    gradient: float  # per parameter, from its backward to the optimizer's step
     cast: int  # per parameter, from forward to backward: copies that autocast makes
     element: int  # of the products' inputs
     residual: int  # of the stream between the layers
@@ -288,9 +288,15 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def out_of_memory_report(
-    config: TrainConfig, layout: Layout, vocab_size: int, sequences: int, capacity: int
+    config: TrainConfig,
+    layout: Layout,
+    vocab_size: int,
+    sequences: int,
+    capacity: int,
+    whole_model: bool = True,
 ) -> str:
-    """Says what was too large and what fits: tensors of one layer, the whole, the advice."""
+    """Says what was too large and what fits: tensors of one layer, the whole, the advice. `sonicmoe
+    memory` counts whole models alone."""
     tokens = sequences * config.seq_len
     p, m = rows(config, tokens), layout.element
     whole = peak(config, layout, vocab_size, sequences)
@@ -304,7 +310,7 @@ def out_of_memory_report(
     listed = ", ".join(f"{name} {size / MIB:.0f} MiB" for name, size in tensors.items())
     fits = largest_microbatch(config, layout, vocab_size, capacity)
     advice = f"the largest microbatch by formula is {fits} sequences"
-    if config.experts == "sonicmoe_cpp":
+    if config.experts == "sonicmoe_cpp" and whole_model:
         command = memory_command(config, layout, vocab_size, max(1, fits), capacity)
         advice += f" ({' '.join(command)})"
     return (

@@ -22,8 +22,12 @@ RULES: dict[str, Rule] = {
     "tokens_per_second": number(),
     "val_loss": number(),
     "expert_shares": list_of(list_of(number(0, 1))),
+    "tokens_per_second_per_process": number(),
+    "rows_per_process": list_of(number(), least=3),  # least, mean, most
+    "rows_over_capacity": _COUNT,
 }
 AT_VALIDATIONS = {"val_loss", "expert_shares"}
+OF_SEVERAL = {"tokens_per_second_per_process", "rows_per_process", "rows_over_capacity"}
 
 
 class MetricsLog:
@@ -64,13 +68,16 @@ class Board:
         scalars = {name: value for name, value in line.items() if name in self.SCALARS}
         for layer, shares in enumerate(line.get("expert_shares", [])):
             scalars[f"busiest_expert/layer_{layer}"] = max(shares) * len(shares)
+        if rows := line.get("rows_per_process"):
+            names = (f"rows_per_process/{name}" for name in ("least", "mean", "most"))
+            scalars |= dict(zip(names, rows, strict=True))
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         self._writer.close()
 
-    SCALARS = RULES.keys() - {"step", "expert_shares"}
+    SCALARS = RULES.keys() - {"step", "expert_shares", "rows_per_process"}
 
 
 def read_metrics(path: Path, step: int | None = None) -> list[dict]:
@@ -109,7 +116,7 @@ def read_metrics(path: Path, step: int | None = None) -> list[dict]:
 
 def _checked(part: bytes, place: str) -> dict:
     try:
-        return check_fields(RULES, files.parse_json(part), place, AT_VALIDATIONS)
+        return check_fields(RULES, files.parse_json(part), place, AT_VALIDATIONS | OF_SEVERAL)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: {files.reason(error)}") from error
 

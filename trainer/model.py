@@ -1,10 +1,8 @@
-"""The model: Qwen3-MoE of transformers, with the experts and the router computed as asked for."""
+"""The model, Qwen3-MoE of transformers, and its loss; where it can run."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 from collections.abc import Callable
 
 import torch
@@ -142,104 +140,3 @@ def sample_text(
             attention_mask=torch.ones_like(ids),
         )
     return tokenizer.decode(written[0])
-
-
-@dataclasses.dataclass
-class LayerRouting:
-    """What the router of one layer did in the last forward pass."""
-
-    logits: torch.Tensor  # [T, E], part of the autograd graph
-    rows: torch.Tensor  # [E], rows each expert computed
-    rows_before: torch.Tensor  # [E], rows of token choice, before any rounding
-
-
-class RoutingTap:
-    """Makes the experts of a model run as --experts says, and reads what its routers did."""
-
-    def __init__(self, model: Qwen3MoeForCausalLM, config: TrainConfig) -> None:
-        self._num_experts = config.num_experts
-        self._balancing_loss = load_balancing_loss
-        if config.experts == "sonicmoe_cpp":
-            import sonicmoe_cpp
-            from sonicmoe_cpp.integrations.transformers import observer, replace_moe_blocks
-
-            self._balancing_loss = functools.partial(
-                sonicmoe_cpp.load_balancing_loss, top_k=config.top_k
-            )
-
-            replace_moe_blocks(
-                model,
-                router=config.router.replace("-", "_"),
-                tile=config.tile,
-                policy=config.policy,
-                seed=config.seed,
-            )
-            observer(_keep_output)  # it changes nothing: the blocks stay one fused layer
-        else:
-            model.set_experts_implementation(config.experts)
-        self._rows: list[torch.Tensor] = []  # [2, layers, E] of every batch of this step
-        self._blocks = [layer.mlp for layer in model.model.layers]
-        for block in self._blocks:
-            block.gate.register_forward_hook(_keep_output)
-
-    def layers(self) -> list[LayerRouting]:
-        """What each layer's router did in the last forward pass."""
-        layers = []
-        for block in self._blocks:
-            logits, _, ids = block.gate.last_output
-            if ids is None:  # a block of this library counts its own rows
-                rows, before = block.last_rows_per_expert, block.last_rows_per_expert_before
-            else:
-                rows = before = rows_per_expert(ids, self._num_experts)
-            layers.append(LayerRouting(logits, rows, before))
-        return layers
-
-    def balancing_loss(self) -> torch.Tensor:
-        """Mean over the layers of each layer's load balancing loss."""
-        losses = [self._balancing_loss(layer.logits, layer.rows_before) for layer in self.layers()]
-        return torch.stack(losses).mean()
-
-    def begin_step(self) -> None:
-        self._rows.clear()
-
-    def count(self) -> None:
-        """Adds the last forward pass to the counts of this step."""
-        layers = self.layers()
-        rows = torch.stack([layer.rows for layer in layers])
-        self._rows.append(torch.stack([rows, torch.stack([layer.rows_before for layer in layers])]))
-
-    def shares(self) -> list[list[float]]:
-        """Per layer, the share of its rows in this step that each expert computed."""
-        rows = sum(self._rows)[0]
-        return (rows / rows.sum(-1, keepdim=True).clamp(min=1)).tolist()  # rounding may leave none
-
-    def row_counts(self) -> dict[str, int]:
-        """Rows of all layers in this step, and how many rounding dropped and added.
-
-        In one batch an expert only drops or only adds, so its two counts tell both.
-        """
-        rows, before = torch.stack(self._rows, dim=1)
-        change = rows - before
-        return {
-            "rows": int(rows.sum()),
-            "rows_dropped": int((-change).clamp(min=0).sum()),
-            "rows_added": int(change.clamp(min=0).sum()),
-        }
-
-
-def _keep_output(module, inputs, output) -> None:
-    """One function for all layers: torch.compile then compiles one layer, not each."""
-    module.last_output = output
-
-
-def rows_per_expert(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Rows [E] int64 of each expert. Unlike bincount, histc never waits for the GPU; on the CPU it
-    takes floats only."""
-    values = ids.float() if ids.device.type == "cpu" else ids.int()
-    return torch.histc(values, num_experts, 0, num_experts - 1).long()
-
-
-def load_balancing_loss(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Switch's E * sum_e f_e p_e: f = share of rows, p = mean of softmax(logits [T, E])."""
-    share = rows / rows.sum()
-    return logits.shape[1] * (share * logits.float().softmax(-1).mean(0)).sum()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from .files import reason
 from .schema import UserError
-from .signals import Signals, Stopped
+from .signals import Quiet, Signals
 
 # Threads that wait by spinning make every parallel region crawl once another process wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -25,6 +25,8 @@ def report(error: BaseException, code: int, prog: str) -> int:
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     line = printable(" ".join((text or type(error).__name__).split()))
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        line = f"process {rank}: {line}"
     with contextlib.suppress(OSError):  # nobody may be left to read it
         print(f"{prog}: error: {line}", file=sys.stderr, flush=True)
     return code
@@ -73,8 +75,8 @@ def run(prog: str, work: Callable[[list[str], Signals], int], argv: list[str] | 
         return code
     except UserError as error:
         return report(error, 2, prog)
-    except Stopped as stop:
-        return stop.exit_code
+    except Quiet as quiet:
+        return quiet.exit_code
     except (OSError, ArithmeticError, MemoryError, RuntimeError, ImportError) as error:
         if sys.flags.dev_mode:
             raise

@@ -3,27 +3,21 @@ UserError."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from . import data, files
-from .checkpoint import LINK, SUMS, TrainerState, last_step, settings_of
+from . import data, files, moments, parallel
+from .checkpoint import LINK, PROGRESS, SUMS, last_step, settings_of
 from .config import CHANGEABLE_ON_RESUME, TrainConfig
-from .schema import Rule, UserError, check_fields, instance_of, whole
+from .group import Group
+from .schema import UserError, check_fields, instance_of, read_json, whole
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE_RULES = {
+PROGRESS_RULES = {
     "step": whole(),
-    "optimizer": Rule(
-        "an optimizer's state",
-        lambda value: type(value) is dict and type(value.get("state")) is dict,
-    ),
-    "torch_rng": instance_of(Tensor, "a tensor"),
-    "cuda_rng": instance_of((Tensor, type(None)), "a tensor or None"),
     "settings": instance_of(dict, "the settings of the run"),
 }
 
@@ -36,7 +30,7 @@ def verify(run_dir: Path) -> None:
     try:
         lines = files.read_bytes(folder / SUMS, most=1 << 20).decode().splitlines()
         sums = dict(reversed(line.split("  ", 1)) for line in lines)
-        names = {path.name for path in folder.iterdir()} - {SUMS}
+        names = {str(path.relative_to(folder)) for path in files.below(folder)} - {SUMS}
         for name in sorted(sums.keys() ^ names):
             raise _unreadable(run_dir, name, "missing" if name in sums else f"not in {SUMS}")
         for name, digest in sums.items():
@@ -44,64 +38,33 @@ def verify(run_dir: Path) -> None:
             if files.sha256(folder / name) != digest:
                 raise _unreadable(run_dir, name, f"damaged: its SHA-256 is not that of {SUMS}")
     except OSError as error:
-        name = Path(error.filename or SUMS).name
+        name = os.path.relpath(error.filename or SUMS, folder) if error.filename else SUMS
         raise _unreadable(run_dir, name, files.reason(error)) from error
     except ValueError as error:
         raise _unreadable(run_dir, SUMS, "not lines of a digest and a name") from error
 
 
-def load_state(run_dir: Path) -> TrainerState:
-    try:
-        fields = torch.load(run_dir / LINK / "trainer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
-        raise _unreadable(run_dir, "trainer.pt", files.reason(error)) from error
-    place = f"--resume: {run_dir / LINK / 'trainer.pt'}"
-    state = TrainerState(**check_fields(STATE_RULES, fields, place))
-    if state.step != last_step(run_dir):
-        raise UserError(f"{place}: step: expected {last_step(run_dir)}, got {state.step}")
-    return state
-
-
-def check_settings(state: TrainerState, config: TrainConfig, digest: str) -> None:
-    """UserError where config.json no longer says what the run was trained with. Text may move: its
-    digest is what counts."""
+def load_progress(run_dir: Path, config: TrainConfig, digest: str) -> int:
+    """The step of the checkpoint. UserError where config.json no longer says what the run was
+    trained with. Text may move: its digest is what counts."""
+    place = run_dir / LINK / PROGRESS
+    if not place.exists() and (place.parent / "trainer.pt").exists():
+        raise UserError(
+            f"--resume: {place.parent} was written by an earlier version of the trainer, with its "
+            f"optimizer in trainer.pt: its weights load, but its training cannot go on"
+        )
+    fields = check_fields(PROGRESS_RULES, read_json(place, "--resume: "), f"--resume: {place}")
+    step, trained = fields["step"], fields["settings"]
+    if step != last_step(run_dir):
+        raise UserError(f"--resume: {place}: step: expected {last_step(run_dir)}, got {step}")
     free = {"name", "runs_dir", "data", *CHANGEABLE_ON_RESUME}
     for field, value in settings_of(config, digest).items():
-        trained = state.settings.get(field)
-        if field not in free and value != trained:
+        if field not in free and value != trained.get(field):
             raise UserError(
-                f"--resume: {config.run_dir / 'config.json'}: {field}: expected {trained}, "
-                f"with which the checkpoint was made, got {value}"
+                f"--resume: {config.run_dir / 'config.json'}: {field}: expected "
+                f"{trained.get(field)}, with which the checkpoint was made, got {value}"
             )
-
-
-def moments_of(state: TrainerState, shapes: list[torch.Size]) -> dict[int, dict[str, Tensor]]:
-    """AdamW's state per parameter, provided that it is whole and finite; empty before the first
-    step."""
-    moments = state.optimizer["state"]
-    place = "--resume: trainer.pt: optimizer"
-    indices = list(range(len(shapes))) if state.step else []
-    if moments.keys() != set(indices):
-        raise UserError(
-            f"{place}: expected the moments of {len(indices)} parameters, not {len(moments)}"
-        )
-    for index in indices:
-        of_one = moments[index]
-        if type(of_one) is not dict or of_one.keys() != {"step", *MOMENTS}:
-            raise UserError(f"{place}: expected step, {' and '.join(MOMENTS)} of parameter {index}")
-        for name, shape in zip(("step", *MOMENTS), ((), shapes[index], shapes[index]), strict=True):
-            tensor = of_one[name]
-            kind = (tensor.dtype, tensor.device.type) if isinstance(tensor, Tensor) else None
-            if kind != (torch.float32, "cpu"):
-                raise UserError(f"{place}: {name} of parameter {index}: expected a float32 tensor")
-            if tensor.shape != torch.Size(shape) or not tensor.isfinite().all():
-                raise UserError(
-                    f"{place}: {name} of parameter {index}: expected finite values of shape "
-                    f"{list(shape)}, got shape {list(tensor.shape)}"
-                )
-        if int(of_one["step"]) != state.step:
-            raise UserError(f"{place}: step of parameter {index}: expected {state.step}")
-    return moments
+    return step
 
 
 def load_model(run_dir: Path, config: Qwen3MoeConfig) -> Qwen3MoeForCausalLM:
@@ -132,6 +95,15 @@ def load_tokenizer(run_dir: Path) -> PreTrainedTokenizerFast:
         return data.with_end_of_text(Tokenizer.from_str(content))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise _unreadable(run_dir, "tokenizer.json", files.reason(error)) from error
+
+
+def load_moments(run_dir: Path, step: int, model: Qwen3MoeForCausalLM, group: Group) -> dict:
+    """The optimizer's, in the layout of the model. Collective."""
+    folder = run_dir / LINK / moments.FOLDER
+    try:
+        return moments.load(folder, step, parallel.by_stock_name(model), group)
+    except UserError as error:
+        raise _unreadable(run_dir, *str(error).split(": ", 1)) from error
 
 
 def _unreadable(run_dir: Path, name: str, reason: str) -> UserError:

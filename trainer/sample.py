@@ -36,7 +36,7 @@ def sample(arguments: argparse.Namespace) -> str:
 
     from transformers.utils import logging as transformers_logging
 
-    from . import model, restore  # torch takes seconds to load: only when it is needed
+    from . import model, restore, routing  # torch takes seconds to load: only when it is needed
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -45,7 +45,7 @@ def sample(arguments: argparse.Namespace) -> str:
     tokenizer = restore.load_tokenizer(run_dir)
     shape = model.model_config(config, len(tokenizer), tokenizer.eos_token_id)
     trained = restore.load_model(run_dir, shape).to(device).eval()
-    model.RoutingTap(trained, config)  # the experts of the run
+    routing.RoutingTap(trained, config)  # the experts of the run
     with model.autocast(config, device):
         return model.sample_text(
             trained,

@@ -92,6 +92,10 @@ def list_of(rule: Rule, least: int = 1) -> Rule:
     )
 
 
+def switch() -> Rule:
+    return Rule("true or false", lambda value: type(value) is bool)
+
+
 def instance_of(kind: type | tuple[type, ...], expected: str) -> Rule:
     return Rule(expected, lambda value: isinstance(value, kind))
 
@@ -181,8 +185,8 @@ class Parser(argparse.ArgumentParser):
             flag, type=rule.flag, help=(help_text + note).replace("%", "%%"), **options
         )
 
-    def add_settings(self, cls: type) -> None:
-        """The flags of a dataclass of settings, and --config for a file of them. A flag not given
+    def add_settings(self, *classes: type) -> None:
+        """The flags of dataclasses of settings, and --config for a file of them. A flag not given
         is absent from the namespace."""
         self.add(
             "--config",
@@ -193,11 +197,17 @@ class Parser(argparse.ArgumentParser):
             metavar="FILE",
         )
         groups: dict[str, argparse._ArgumentGroup] = {}
-        for field in dataclasses.fields(cls):
+        for field in (field for cls in classes for field in dataclasses.fields(cls)):
             meta, default = field.metadata, field.default
             group = meta["group"]
             if group not in groups:
                 groups[group] = self.add_argument_group(group)
+            if default is False:
+                groups[group].add_argument(
+                    flag_of(field.name), action="store_true", default=argparse.SUPPRESS,
+                    help=meta["help"],
+                )  # fmt: skip
+                continue
             note = "" if default == "" else f" (default: {default})"
             self.add(
                 flag_of(field.name),

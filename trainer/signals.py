@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 
-class Stopped(BaseException):
+class Quiet(BaseException):
+    """Ends the program with that exit code; what there is to say has been said."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+class Stopped(Quiet):
     """A signal ended the program where nothing needs to be saved."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.exit_code = 128 + signal_number
+        super().__init__(128 + signal_number)
 
 
 class Signals:
@@ -22,6 +30,13 @@ class Signals:
 
     def __init__(self) -> None:
         self.deferred, self.received = False, 0
+        self._parent = os.getppid()
+
+    def wish(self) -> int:
+        """The signal that asks for an end; 0 where nothing does. A launcher that was killed is one:
+        nobody would ever end its processes."""
+        launched = "RANK" in os.environ
+        return self.received or (launched and os.getppid() != self._parent and signal.SIGTERM)
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -7,12 +7,16 @@ import math
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
-from . import checkpoint, data, files, memory, restore
+from . import checkpoint, data, memory, moments, parallel, restore
 from .config import TrainConfig
-from .model import RoutingTap, cross_entropy, sample_text, summed_cross_entropy
+from .group import Group
+from .layout import Layout
+from .model import sample_text
 from .precision import Autocast
+from .routing import RoutingTap
 from .schema import UserError
 
 
@@ -28,13 +32,17 @@ class Text:
     description: str
 
 
-def load_text(config: TrainConfig, run_dir: Path | None, digest: str) -> Text:
+def load_text(config: TrainConfig, run_dir: Path | None, digest: str, group: Group) -> Text:
     """Reads the text, whose digest, unless empty, has to be `digest`; the tokenizer comes from the
-    run, else from the file of tokens, else is trained."""
-    tokens = _read_tokens(config, run_dir)
+    run, else from the file of tokens, else is trained. A .bin is mapped by every process, a text
+    is read by the first."""
+    if config.data.endswith(".bin"):
+        tokens = data.load_tokens(config.data)
+    else:
+        tokens = group.share(lambda: _read_tokens(config, run_dir))
     if digest and tokens.digest != digest:
         raise UserError(f"the text ({tokens.source}) has changed since the run began")
-    batches = data.Batches(tokens.train, config)
+    batches = data.Batches(tokens.train, config, group.rank, group.size)
     validation = data.validation_batches(tokens.validation, config)
     unigram = data.unigram_cross_entropy(tokens.train, validation, len(tokens.tokenizer))
     description = (
@@ -47,8 +55,6 @@ def load_text(config: TrainConfig, run_dir: Path | None, digest: str) -> Text:
 
 
 def _read_tokens(config: TrainConfig, run_dir: Path | None) -> data.Tokens:
-    if config.data.endswith(".bin"):
-        return data.load_tokens(config.data)
     corpus = data.load_corpus(config.data)
     if run_dir:
         tokenizer = restore.load_tokenizer(run_dir)
@@ -67,10 +73,15 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
-class Trainer:
-    """A model with everything that one training step needs."""
+def seed_of(config: TrainConfig, step: int, rank: int) -> int:
+    """Of the numbers that a process draws in a step: a run that goes on draws those it would
+    have."""
+    return (config.seed * 0x9E3779B97F4A7C15 + step * 65537 + rank) % 2**63
 
-    summed_cross_entropy = staticmethod(summed_cross_entropy)
+
+class Trainer:
+    """A model with everything that one training step needs, on one process or on each of
+    several."""
 
     def __init__(
         self,
@@ -79,36 +90,36 @@ class Trainer:
         model: Qwen3MoeForCausalLM,
         text: Text | None,
         precision: type[Autocast] = Autocast,
+        layout: Layout | None = None,
+        group: Group | None = None,
     ) -> None:
         """text: None where a subclass has its own batch()."""
         self.config, self.device, self.text = config, device, text
+        self.layout, self.group = layout or Layout(), group or Group(device)
         self.precision = precision(config, device)
-        self.model = self.precision.prepare(model)
-        self.tap = RoutingTap(self.model, config)
+        self.model = model if self.layout.sharded else self.precision.prepare(model)
+        self.tap = RoutingTap(self.model, config, self.layout, self.group)
+        self.called = parallel.spread(self.model, self.layout, self.group)
         self.optimizer = self.precision.optimizer(self.model)
         self.step = 0
         self.doing = "the first forward pass"  # for the message of a failure
 
-    def state(self) -> checkpoint.TrainerState:
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        settings = checkpoint.settings_of(self.config, self.text.digest)
-        return checkpoint.TrainerState(
-            self.step, self.optimizer.state_dict(), torch.get_rng_state(), cuda, settings
+    def content(self) -> checkpoint.Content:
+        """For a checkpoint."""
+        return checkpoint.Content(
+            self.step,
+            checkpoint.settings_of(self.config, self.text.digest),
+            self.model,
+            moments.of(self.optimizer, parallel.by_stock_name(self.model)),
+            self.text.tokenizer,
         )
 
-    def restore(self, state: checkpoint.TrainerState) -> None:
-        """The optimizer's settings are the configuration's; of the state come its moments."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        shapes = [p.shape for group in self.optimizer.param_groups for p in group["params"]]
-        moments = restore.moments_of(state, shapes)
-        try:
-            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-            torch.set_rng_state(state.torch_rng)
-            if self.device.type == "cuda" and state.cuda_rng is not None:
-                torch.cuda.set_rng_state(state.cuda_rng, self.device)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"--resume: trainer.pt does not fit: {files.reason(error)}") from error
-        self.step = state.step
+    def restore(self, run_dir: Path, step: int) -> None:
+        """Goes on from a checkpoint whose weights the model has."""
+        parameters = parallel.by_stock_name(self.model)
+        saved = restore.load_moments(run_dir, step, self.model, self.group)
+        moments.put(self.optimizer, parameters, saved, step)
+        self.step = step
 
     # One step, in parts that bench/lib/step.py times one by one.
 
@@ -117,19 +128,20 @@ class Trainer:
         tokens, targets = self.text.batches(self.step, part)
         return tokens.to(self.device), targets.to(self.device)
 
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, S] -> [B, S, d]: what the head turns into logits."""
-        return self.model.model(tokens, use_cache=False).last_hidden_state
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, S] -> [B S, V] float32."""
+        return self.called(tokens, use_cache=False).logits.float().flatten(0, 1)
+
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy."""
+        return F.cross_entropy(self.logits(tokens), targets.flatten())
 
     def forward(self, part: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy and load balancing loss of a batch of this step."""
         tokens, targets = self.batch(part)
         self.model.train()
         with self.precision.autocast():
-            hidden, head = self.hidden(tokens), self.model.lm_head.weight
-            loss = cross_entropy(
-                hidden, head, targets, self.precision.logit_rows, self.summed_cross_entropy
-            )
+            loss = self.loss(tokens, targets)
         return loss, self.tap.balancing_loss()
 
     def forward_backward(self, part: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,13 +168,15 @@ class Trainer:
         """One optimizer step; returns its line of metrics. ArithmeticError where it diverges,
         before the weights are changed."""
         self.doing = f"step {self.step + 1}"
+        torch.manual_seed(seed_of(self.config, self.step, self.group.rank))
         self.tap.begin_step()
         losses = []
         for part in range(self.config.accumulate):
+            parallel.begin_batch(self.called, part + 1 == self.config.accumulate)
             losses.append(torch.stack(self.forward_backward(part)))
             self.tap.count()
-        loss, aux = torch.stack(losses).mean(0)
-        norm = self.precision.clip(self.model, self.optimizer)
+        loss, aux = self.group.mean(torch.stack(losses).mean(0))
+        norm = self.clip()
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
             raise ArithmeticError(f"the loss is {loss.item()}, the gradient norm {norm.item()}")
         rate = self.update()
@@ -173,22 +187,28 @@ class Trainer:
             "lr": rate,
             "grad_norm": norm.item(),
             "tokens": self.step * self.config.tokens_per_step,
-            **self.tap.row_counts(),
         }
+
+    def clip(self) -> torch.Tensor:
+        """The gradients' norm, brought down to --grad-clip."""
+        if self.group.size > 1:
+            return parallel.clip(self.model, self.config.grad_clip)
+        return self.precision.clip(self.model, self.optimizer)
 
     @torch.no_grad()
     def validate(self) -> float:
         """Nats per token over the validation batches, with plain top-K routing."""
         self.doing = f"validation after step {self.step}"
         self.model.eval()
-        total, count = 0.0, 0
-        for tokens, targets in self.text.validation:
-            targets = targets.to(self.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, tokens
+        for batch in self.text.validation:
+            tokens, targets = data.slice_of(batch, self.group.rank, self.group.size)
+            targets = targets.flatten().to(self.device)
             with self.precision.autocast():
-                hidden = self.hidden(tokens.to(self.device))
-                loss = summed_cross_entropy(hidden, self.model.lm_head.weight, targets)
-            total += loss.item()
-            count += targets.numel()
+                logits = self.logits(tokens.to(self.device))
+            sums[0] += F.cross_entropy(logits, targets, reduction="sum")
+            sums[1] += (targets != data.NO_TARGET).sum()
+        total, count = self.group.gather(sums).sum(0).tolist()
         if not math.isfinite(total):
             raise ArithmeticError(f"the loss is {total}")
         return total / count

@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import command_line, contents, write_text
 
-from trainer import loop
+from trainer import start
 from trainer.compare import main as compare
 from trainer.compare import plot, summarize
 from trainer.metrics import read_metrics
@@ -25,7 +25,7 @@ def test_compare(flags, tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "cmp"
     for run in folder.glob("*-0"):  # the metrics of a finished run are all it takes
         shutil.rmtree(run / "checkpoints")
-    monkeypatch.setattr(loop, "train", lambda *unused: pytest.fail("trained again"))
+    monkeypatch.setattr(start, "train", lambda *unused: pytest.fail("trained again"))
     assert compare(argv) == 0
     record = json.loads((folder / "compare.json").read_text())
     assert list(record["variants"]) == ["topk", "nearest", "balanced"]
@@ -149,7 +149,7 @@ def test_results_of_other_settings_are_not_taken(refuse, comparison, changes):
 
 def test_what_does_not_shape_a_curve_may_change(comparison, monkeypatch):
     _, argv = comparison
-    monkeypatch.setattr(loop, "train", lambda *unused: pytest.fail("trained again"))
+    monkeypatch.setattr(start, "train", lambda *unused: pytest.fail("trained again"))
     assert compare(argv(threads=2, save_every=7, sample_prompt="x", device="cpu")) == 0
 
 

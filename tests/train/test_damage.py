@@ -7,16 +7,18 @@ import os
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import contents
 from safetensors.torch import load_file, save_file
 
-from trainer import checkpoint
+from trainer import checkpoint, files
 from trainer.metrics import read_metrics
 from trainer.train import main
 
 FILES = [
-    "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-    "tokenizer_config.json", "trainer.pt",
+    "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors",
+    "optimizer/.metadata", "optimizer/__0_0.distcp", "tokenizer.json", "tokenizer_config.json",
+    "trainer.json",
 ]  # fmt: skip
 
 
@@ -41,8 +43,11 @@ def saved(run):
 
 def sign(run):
     """Writes the sums anew, as somebody would who means to change a checkpoint."""
-    files = [path for path in sorted(saved(run).iterdir()) if path.name != "SHA256SUMS"]
-    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (saved(run) / "SHA256SUMS").unlink()
+    sums = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(saved(run))}\n"
+        for path in files.below(saved(run))
+    ]
     (saved(run) / "SHA256SUMS").write_text("".join(sums))
 
 
@@ -74,7 +79,7 @@ DAMAGE = {
 
 def test_a_checkpoint_is_these_files_and_its_sums_are_theirs(finished):
     folder = saved(finished / "runs" / "run")
-    assert sorted(os.listdir(folder)) == FILES
+    assert [str(path.relative_to(folder)) for path in files.below(folder)] == FILES
     for line in (folder / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
@@ -157,40 +162,57 @@ def test_what_lies_beside_the_checkpoints_is_kept(damaged, resume):
     assert sorted(os.listdir(damaged / "checkpoints")) == there
 
 
-def of_parameter(index, **values):
-    return lambda state: state["optimizer"]["state"][index].update(values)
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda state: state.update(step="4"), "step: expected"),
         (lambda state: state.update(step=-3), "step: expected"),
         (lambda state: state.update(step=3), "step: expected 4"),
-        (lambda state: state.update(optimizer=None), "optimizer: expected"),
-        (lambda state: state.update(optimizer={}), "optimizer: expected"),
-        (lambda state: state.update(torch_rng=None), "torch_rng: expected"),
-        (lambda state: state.update(torch_rng=torch.zeros(7, dtype=torch.uint8)), "does not fit"),
-        (lambda state: state.update(settings={}), "config.json"),
+        (lambda state: state.update(settings=[]), "settings: expected"),
         (lambda state: state.update(speed=3), "'speed' is no field"),
-        (lambda state: state.pop("cuda_rng"), "cuda_rng is missing"),
-        (lambda state: state["optimizer"].update(state={}), "the moments of 25 parameters, not 0"),
-        (lambda state: state["optimizer"]["state"].pop(3), "not 24"),
-        (of_parameter(0, exp_avg_sq=torch.zeros(1)), "exp_avg_sq of parameter 0"),
-        (of_parameter(1, exp_avg=torch.full((280, 32), torch.nan)), "exp_avg of parameter 1"),
-        (of_parameter(1, exp_avg=torch.zeros(280, 32, dtype=torch.int32)), "a float32 tensor"),
-        (of_parameter(1, exp_avg=[0.0]), "a float32 tensor"),
-        (of_parameter(2, step=torch.tensor(3.0)), "step of parameter 2"),
-        (of_parameter(2, max_exp_avg_sq=torch.zeros(1)), "of parameter 2"),
+        (lambda state: state.pop("step"), "step is missing"),
     ],
 )
 def test_a_signed_state_of_wrong_content(damaged, refuse_unchanged, change, words):
-    place = saved(damaged) / "trainer.pt"
-    state = torch.load(place, weights_only=True)
+    place = saved(damaged) / "trainer.json"
+    state = json.loads(place.read_text())
     change(state)
-    torch.save(state, place)
+    place.write_text(json.dumps(state))
     sign(damaged)
-    refuse_unchanged("trainer.pt" if "config" not in words else "", words)
+    refuse_unchanged("trainer.json", words)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named(damaged, refuse_unchanged):
+    (saved(damaged) / "trainer.json").rename(saved(damaged) / "trainer.pt")
+    sign(damaged)
+    refuse_unchanged("an earlier version of the trainer", "trainer.pt")
+
+
+NORM, HEAD = "model.norm.weight.exp_avg", "lm_head.weight.exp_avg_sq"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda moments: moments.clear(), "is missing"),
+        (lambda moments: moments.pop(HEAD), f"{HEAD} is missing"),
+        (lambda moments: moments.update(more=torch.zeros(2)), "more is too much"),
+        (lambda moments: moments.update({HEAD: torch.zeros(1)}), f"{HEAD}: expected float32"),
+        (lambda moments: moments.update({NORM: moments[NORM].int()}), f"{NORM}: expected float32"),
+        (lambda moments: moments.update({NORM: [0.0]}), f"{NORM}"),
+        (lambda moments: moments[HEAD].fill_(torch.nan), f"{HEAD} holds what is not finite"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of DCP, without processes
+def test_signed_moments_of_wrong_content(damaged, refuse_unchanged, change, words):
+    folder = saved(damaged) / "optimizer"
+    there = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    moments = {name: torch.empty(kind.size) for name, kind in there.items()}
+    dcp.load(moments, checkpoint_id=folder, no_dist=True)
+    change(moments)
+    dcp.save(moments, checkpoint_id=folder, no_dist=True)
+    sign(damaged)
+    refuse_unchanged("optimizer: ", words)
 
 
 @pytest.mark.parametrize(

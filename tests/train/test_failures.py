@@ -12,14 +12,14 @@ import pytest
 import torch
 from conftest import contents
 
-from trainer import checkpoint, files, loop, prepare, program, restore, trainer
+from trainer import checkpoint, files, loop, prepare, program, restore, start, trainer
 from trainer.metrics import read_metrics
 from trainer.train import main
 
 
 def hidden(folder):
     """Names of what is half-written, below the folder."""
-    return [path.name for path in folder.rglob(".*")]
+    return [path.name for path in folder.rglob(".*") if path.name != ".metadata"]  # but of DCP
 
 
 def resumes(run_dir):
@@ -50,11 +50,11 @@ def test_no_room_for_a_checkpoint(refuse, flags, run_dir, file_limit, monkeypatc
     raise."""
     write = checkpoint._write
 
-    def fuller(folder, state, *rest):
-        if state.step == 2:
+    def fuller(folder, content, weights):
+        if content.step == 2:
             sizes = {"none": 1, "some tensors": 60_000, "most": 200_000}
             file_limit(sizes[room])
-        write(folder, state, *rest)
+        write(folder, content, weights)
 
     monkeypatch.setattr(checkpoint, "_write", fuller)
     refuse(flags(save_every=2), "step-000002", "File too large", "of step 0, is kept", code=1)
@@ -75,8 +75,8 @@ def test_no_room_for_the_first_checkpoint_leaves_nothing(refuse, flags, tmp_path
 def test_an_error_at_any_moment_of_a_save(refuse, flags, run_dir, monkeypatch, moment):
     save = checkpoint.save
 
-    def failing(folder, state, *rest):
-        if state.step == 4:
+    def failing(folder, content, group):
+        if content.step == 4:
             call = getattr(os, moment)
 
             def once(*arguments, **options):
@@ -84,7 +84,7 @@ def test_an_error_at_any_moment_of_a_save(refuse, flags, run_dir, monkeypatch, m
                 raise OSError(errno.ENOSPC, "No space left on device")
 
             monkeypatch.setattr(os, moment, once)
-        save(folder, state, *rest)
+        save(folder, content, group)
 
     monkeypatch.setattr(checkpoint, "save", failing)
     refuse(flags(save_every=2), "No space left on device", code=1)
@@ -178,9 +178,9 @@ def test_steps_are_saved_when_nobody_takes_the_output(
 def test_output_that_ends_after_the_last_step_is_noticed(refuse, flags, run_dir, monkeypatch):
     finish = loop.Run.finish
 
-    def late(self, screen):
+    def late(self):
         monkeypatch.setattr(sys, "stdout", Closed(0, BROKEN[0]))
-        finish(self, screen)
+        finish(self)
 
     monkeypatch.setattr(program, "drop_output", lambda: None)
     monkeypatch.setattr(loop.Run, "finish", late)
@@ -219,7 +219,7 @@ def test_a_signal_saves(flags, run_dir, monkeypatch, signals):
         assert main(flags()) == 128 + signals[0]
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert restore.load_state(run_dir).step == 1
+    assert checkpoint.last_step(run_dir) == 1
 
 
 def test_nohup_is_left_alone(flags, run_dir, monkeypatch):
@@ -318,7 +318,7 @@ def test_no_memory_for_the_model(refuse, flags, tmp_path, monkeypatch):
     def too_large(*unused):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(loop, "new_model", too_large)
+    monkeypatch.setattr(start, "new_model", too_large)
     refuse(flags(), "2 sequences of 32 tokens", "weights and optimizer", code=1)
     assert os.listdir(tmp_path) == ["text"]
 

@@ -11,7 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from trainer import footprint
 from trainer.config import TrainConfig
-from trainer.model import RoutingTap, autocast, new_model
+from trainer.model import autocast, new_model
+from trainer.routing import RoutingTap
 
 VOCABULARY = 512
 PURE = footprint.Layout(14, 2, 0, 2, 2, logit_rows=256)  # bfloat16 parameters

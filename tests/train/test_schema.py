@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from trainer.config import RULES, TrainConfig, parse_train, read_config, validate
+from trainer.config import RULES, TrainConfig, read_config, validate
+from trainer.request import parse_train
 from trainer.schema import UserError, check_fields, flag_of, list_of, number, text, whole
 
 SETTINGS = {**dataclasses.asdict(TrainConfig(name="run")), "data_digest": "0" * 64}

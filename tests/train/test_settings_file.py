@@ -5,7 +5,8 @@ import json
 import pytest
 
 from trainer.compare import parse_compare
-from trainer.config import TrainConfig, parse_train
+from trainer.config import TrainConfig
+from trainer.request import parse_train
 from trainer.schema import UserError
 from trainer.train import main
 

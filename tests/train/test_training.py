@@ -48,17 +48,18 @@ def test_kill_while_writing_leaves_the_last_good_checkpoint(flags, run_dir, monk
     if child == 0:
         save = checkpoint.save
 
-        def deadly(folder, state, *rest):
-            if state.step == 4:
+        def deadly(folder, content, group):
+            if content.step == 4:
                 place = checkpoint if moment == "sync" else checkpoint.os
                 setattr(place, moment, lambda *a: os.kill(os.getpid(), signal.SIGKILL))
-            save(folder, state, *rest)
+            save(folder, content, group)
 
         checkpoint.save = deadly
         os._exit(main(flags(save_every=2)))
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
-    assert restore.load_state(run_dir).step == 2
+    restore.verify(run_dir)
+    assert checkpoint.last_step(run_dir) == 2
     assert main(["--resume", "--name", "run", "--runs-dir", str(run_dir.parent)]) == 0
     assert [step for step, _, _ in losses(run_dir)] == [1, 2, 3, 4, 5, 6]
     assert os.listdir(run_dir / "checkpoints") == ["step-000006"]
@@ -79,7 +80,7 @@ def test_run_folder_and_stock_transformers(flags, run_dir, monkeypatch):
     trained = []
     finish = loop.Run.finish
     monkeypatch.setattr(
-        loop.Run, "finish", lambda self, s: (trained.append(self.trainer), finish(self, s))
+        loop.Run, "finish", lambda self: (trained.append(self.trainer), finish(self))
     )
     assert main(flags(steps=9)) == 0
     for name in ("metrics.jsonl", "loss.png", "config.json", "sample.txt", "memory.json"):

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from .collectives import all_gather
 
 
 @torch.no_grad()
@@ -49,7 +50,6 @@ def _norm(parameters: list[Tensor], mesh: Any, placements: tuple, norm_type: flo
     norm = get_total_norm(some, norm_type)
     for dim, placement in enumerate(placements):
         if not placement.is_replicate():
-            norms = norm.new_empty(mesh.size(dim))
-            dist.all_gather_into_tensor(norms, norm.reshape(1), group=mesh.get_group(dim))
+            norms = all_gather(norm.reshape(1), mesh.get_group(dim))
             norm = torch.linalg.vector_norm(norms, norm_type)
     return norm
