@@ -239,6 +239,17 @@ def case_every_scoring_and_bias():
         compare_layers(*layers(**options))
 
 
+def case_autocast_leaves_the_routers_sums_in_float32():
+    whole, parts = layers()
+    x = torch.randn(world() * T, D, generator=torch.Generator().manual_seed(6))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, logits, _ = parts(own(x), return_router=True)
+        right, right_logits, _ = whole(x, return_router=True)
+    assert y.dtype == right.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    same(logits, own(right_logits), 1e-6, "logits")
+    same(y, own(right), 2**-7, "y")
+
+
 def case_each_rank_rounds_its_own_tokens():
     whole, parts = layers(router="token_rounding", tile=4)
     x = torch.randn(world(), T, D, generator=torch.Generator().manual_seed(6))

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .._checks import refuse
-from .._convert import constant, matrix
+from .._convert import autocast, constant, matrix
 from .._library import ops, run
 from .._moe_layer import LayerOutput, count_rows
 from .._rules import FLAG, Number, Optional
@@ -82,10 +82,11 @@ class Exchange:
         if main_grad:
             refuse("MoE", "main_grad", "False under expert parallelism", True)
         layer = LayerOptions.unpack(iter(packed[0]), iter(packed[1]))
-        rows = matrix("MoE", "x", x)
+        # As the fused layer under autocast: the rows that travel and those that the router sees are
+        # in its dtype, the router's sums in float32.
+        rows, w1, w2, b1, b2 = autocast("MoE", matrix("MoE", "x", x), *map(self.local, experts))
         logits = router_logits(rows, router.weight, router.bias)
         bias = constant(router.selection_bias)
-        w1, w2, b1, b2 = (self.local(tensor) for tensor in experts)
         common = {"w1": w1, "w2": w2, "b1": b1, "b2": b2} | _keywords(layer)
         nothing = logits.new_empty(0, dtype=torch.int32)
         if layer.rounding is None:
@@ -109,7 +110,8 @@ class Exchange:
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wr^T + br, [T, E] float32; in float32, as the sums of the fused layer."""
     bias = None if bias is None else Exchange.local(bias).float()
-    return torch.nn.functional.linear(x.float(), Exchange.local(weight).float(), bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x.float(), Exchange.local(weight).float(), bias)
 
 
 def _keywords(layer: LayerOptions) -> dict[str, Any]:
