@@ -101,10 +101,16 @@ class Exchange:
             )
             y = self.experts(rows, listed, weights, token_ids=tokens, **common)
         return LayerOutput(
-            y=y.reshape(x.shape), logits=logits.reshape(*x.shape[:-1], -1), rows_per_expert=counts,
-            topk_ids=ids, token_ids=tokens, expert_ids=listed, routing_weights=weights,
-            h=rows.new_empty(0), metadata=nothing, rows_dropped=nothing,
+            y=shaped(y, x), logits=shaped(logits, x), rows_per_expert=counts, topk_ids=ids,
+            token_ids=tokens, expert_ids=listed, routing_weights=weights, h=rows.new_empty(0),
+            metadata=nothing, rows_dropped=nothing,
         )  # fmt: skip
+
+
+def shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """[T, ...] with the leading dimensions of x; no view where it has them, of which FSDP2 would
+    warn."""
+    return rows if x.dim() == 2 else rows.reshape(*x.shape[:-1], -1)
 
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
