@@ -61,8 +61,8 @@ def saved(family):
     return model, folders[0]
 
 
-def loaded(family, experts_implementation=BACKEND, **sizes):
-    config = DistributedConfig(ep_implementation=BACKEND, **sizes)
+def loaded(family, experts_implementation=BACKEND, ep_implementation=BACKEND, **sizes):
+    config = DistributedConfig(ep_implementation=ep_implementation, **sizes)
     return transformers.AutoModelForCausalLM.from_pretrained(
         saved(family)[1], distributed_config=config, attn_implementation="eager",
         experts_implementation=experts_implementation,
@@ -122,6 +122,15 @@ def case_other_numbers_of_tokens_on_each_rank():
     results = [step(copy.deepcopy(exact), part) for part in parts]
     same(ours, results[rank][0], 1e-4)
     compare_gradients(gradients, mean_of([each for _, each in results]), 1e-4)
+
+
+def case_options_of_the_exchange():
+    """A capacity that is far too small: rows are dropped, and an error says how many."""
+    hf.register_expert_parallel("narrow", row_capacity=1e-3, on_overflow="raise")
+    sizes = {"fsdp_size": dist.get_world_size(), "ep_size": dist.get_world_size()}
+    model = loaded("qwen3_moe", ep_implementation="narrow", **sizes)
+    with pytest.raises(RuntimeError, match="row_capacity: expected room for .* got 128 rows"):
+        model(mine(batches(120)))
 
 
 def case_replaced_blocks_of_a_model_spread_by_transformers():

@@ -14,9 +14,10 @@ import ranks
 
 PAGES = {
     "distributed": (
-        *("DistributedDataParallel", "parallelize_experts", "row_capacity", "ep_size"),
+        *("DistributedDataParallel", "parallelize_experts", "row_capacity", "ep_implementation"),
         *("save_pretrained", "load_pretrained"),
     ),
+    "trainers-fsdp2": ("accelerator.prepare", "transformers.Trainer", "ep_size"),
     "fsdp2": ("fully_shard", "Shard(1)", "to_empty", "clip_grad_norm_", "replace_moe_blocks"),
 }  # with what each has to show
 FENCED = r"```python\n(.*?)```"

@@ -7,6 +7,7 @@ and their names stay the model's own, so checkpoints load in stock transformers.
 
     activations   which of the library's activations an experts module computes
     experts       the experts backend
+    expert_parallel, parallel    the same with experts over several processes
     plain         whether a module may be read instead of called: hooks, wrappers, offloading
     families      the blocks that can be replaced
     blocks        the replaced block
@@ -23,7 +24,7 @@ if parse(transformers.__version__).release < (5, 7):
     )
 
 from .blocks import SonicMoEBlock, replace_moe_blocks
-from .experts import experts_forward, register
+from .experts import experts_forward, register, register_expert_parallel
 from .plain import observer
 from .standalone import to_moe
 
@@ -32,6 +33,7 @@ __all__ = [
     "experts_forward",
     "observer",
     "register",
+    "register_expert_parallel",
     "replace_moe_blocks",
     "to_moe",
 ]

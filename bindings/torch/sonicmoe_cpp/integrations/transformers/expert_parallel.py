@@ -24,7 +24,7 @@ class GatherEP(EPImplementation):
     number of them on each. Ranks that share one batch have the tokens already; where only some
     share, these take equal parts of it and gather the results."""
 
-    options: dict[str, Any] = {"row_capacity": None, "keep_received": None, "on_overflow": "count"}
+    options: dict[str, Any]  # of the exchange
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
@@ -62,20 +62,5 @@ def _part(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     return whole.redistribute(mesh, [Shard(0)]).to_local()
 
 
-def register_expert_parallel(
-    name: str = BACKEND,
-    *,
-    row_capacity: float | None = None,
-    keep_received: bool | None = None,
-    on_overflow: str = "count",
-) -> None:
-    """Registers `name` for `DistributedConfig(ep_implementation=name)`, which goes with
-    `experts_implementation="sonicmoe_cpp"`. Options as in `sonicmoe_cpp.distributed.moe`.
-
-    Errors come when a model is made: a gate or activation that the library does not have, another
-    experts_implementation, or ranks that differ.
-    """
-    options = {
-        "row_capacity": row_capacity, "keep_received": keep_received, "on_overflow": on_overflow,
-    }  # fmt: skip
+def register(name: str, **options: Any) -> None:
     EPImplementationInterface.register(name, type("GatherEP", (GatherEP,), {"options": options}))

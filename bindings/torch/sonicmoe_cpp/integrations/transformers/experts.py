@@ -5,11 +5,12 @@ from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ..._checks import is_number
+from ..._checks import is_number, refuse
 from ...functional import moe
 from .activations import expert_options
 
@@ -107,8 +108,30 @@ def experts_forward(
     return y.to(hidden_states.dtype)
 
 
-def has_expert_parallel() -> bool:
-    """Whether this transformers takes expert parallelism of others, and torch has processes."""
+def register_expert_parallel(
+    name: str = BACKEND,
+    *,
+    row_capacity: float | None = None,
+    keep_received: bool | None = None,
+    on_overflow: str = "count",
+) -> None:
+    """Registers `name` for `DistributedConfig(ep_implementation=name)`, which goes with
+    `experts_implementation="sonicmoe_cpp"`. Options as in `sonicmoe_cpp.distributed.moe`.
+
+    Errors: RuntimeError where this transformers takes no such thing of others, or torch has no
+    processes. When a model is made: a gate or activation that the library does not have, another
+    experts_implementation, or ranks that differ.
+    """
+    if not _has_expert_parallel():
+        expected = "a version with transformers.distributed.expert_parallel (5.23 has it)"
+        refuse("register_expert_parallel", "transformers", expected, transformers.__version__)
+    place = importlib.import_module(".expert_parallel", __package__)
+    place.register(
+        name, row_capacity=row_capacity, keep_received=keep_received, on_overflow=on_overflow
+    )
+
+
+def _has_expert_parallel() -> bool:
     place = "transformers.distributed.expert_parallel"
     return dist.is_available() and importlib.util.find_spec(place) is not None
 
@@ -116,7 +139,7 @@ def has_expert_parallel() -> bool:
 def register(name: str = BACKEND) -> None:
     """Registers `name` for `from_pretrained(..., experts_implementation=name)` and
     `model.set_experts_implementation(name)`, and, where transformers has such an interface, for
-    `DistributedConfig(ep_implementation=name)` (see register_expert_parallel)."""
+    `DistributedConfig(ep_implementation=name)` (register_expert_parallel)."""
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
-    if has_expert_parallel():
-        importlib.import_module(".expert_parallel", __package__).register_expert_parallel(name)
+    if _has_expert_parallel():
+        register_expert_parallel(name)
