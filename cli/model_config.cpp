@@ -28,6 +28,8 @@ class Fields {
 
   bool has(const char* name) const { return object_.contains(name) && !object_[name].is_null(); }
 
+  bool is_one(const char* name) const { return object_[name] == 1; }
+
   std::int64_t integer(const Names& names, std::int64_t low) const {
     if (const auto value = maybe_integer(names, low)) return *value;
     std::vector<std::string> all(names.begin(), names.end());
@@ -59,6 +61,18 @@ class Fields {
       found.insert(layer.get<std::int64_t>());
     }
     return found;
+  }
+  /// Layers that a list of kinds does not call "sparse".
+  std::int64_t count_dense(const char* name, std::int64_t count) const {
+    const std::string kinds = "a list of dense or sparse for " + std::to_string(count) + " layers";
+    const nlohmann::json& list = object_[name];
+    if (!list.is_array() || static_cast<std::int64_t>(list.size()) != count) wrong(name, kinds);
+    std::int64_t dense = 0;
+    for (const auto& kind : list) {
+      if (kind != "dense" && kind != "sparse") wrong(name, kinds);
+      dense += kind == "dense";
+    }
+    return dense;
   }
   [[noreturn]] void wrong(const char* name, const std::string& what) const {
     using Json = nlohmann::json;
@@ -123,8 +137,20 @@ AttentionConfig read_attention(const Fields& fields, std::int64_t hidden_size) {
   return a;
 }
 
+// What would be counted as if it were attention, or experts in other layers than they are.
+void refuse_other_layers(const Fields& fields) {
+  for (const char* name : {"mamba_d_state", "mamba_expand", "linear_num_value_heads", "ssm_cfg",
+                           "expert_layer_period", "interleave_moe_layer_step"}) {
+    if (fields.has(name)) fields.wrong(name, "no such field: layers of attention and experts");
+  }
+  for (const char* name : {"moe_layer_freq", "moe_layer_interval"}) {
+    if (fields.has(name) && !fields.is_one(name)) fields.wrong(name, "1");
+  }
+}
+
 // The first layers, those of a list and those between two sparse ones have no experts.
 std::int64_t count_dense(const Fields& fields, std::int64_t layers) {
+  if (fields.has("mlp_layer_types")) return fields.count_dense("mlp_layer_types", layers);
   const std::int64_t first =
       fields.integer({"first_k_dense_replace", "moe_layer_start_index"}, 0, 0);
   const std::int64_t step = fields.integer({"decoder_sparse_step"}, 1, 1);
@@ -141,6 +167,7 @@ std::int64_t count_dense(const Fields& fields, std::int64_t layers) {
 ModelConfig read_model_config(const std::string& option, const std::string& path) {
   const nlohmann::json object = read_object(option, path);
   const Fields fields(option, path, object);
+  refuse_other_layers(fields);
   ModelConfig config;
   config.type = fields.text("model_type");
   config.hidden_size = fields.integer({"hidden_size"}, 1);

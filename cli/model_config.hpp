@@ -38,7 +38,8 @@ struct ModelConfig {
 /// Reads the file that `option` names. A field has the first of its names that the file has; null
 /// is the same as missing. text_config stands for the whole where there is one.
 /// Errors, which name option, file and field: no regular file, no JSON object, a field that is
-/// missing or no integer of its range, more experts per token than experts, no layer with experts.
+/// missing or no integer of its range, more experts per token than experts, no layer with experts;
+/// layers of another kind than attention.
 ModelConfig read_model_config(const std::string& option, const std::string& path);
 
 }  // namespace sonicmoe::cli

@@ -168,6 +168,7 @@ def test_layers_without_experts(planned):
         ({"mlp_only_layers": [0, 5]}, 2),
         ({"decoder_sparse_step": 2}, 3),
         ({"first_k_dense_replace": 1, "mlp_only_layers": [0, 1]}, 2),
+        ({"mlp_layer_types": ["dense"] + ["sparse"] * 5}, 1),
     ):
         assert all_sparse - planned({**dense, **fields})["parameters"] == count * each
 
@@ -185,6 +186,10 @@ REFUSED = [
     ({"mlp_only_layers": [48]}, "mlp_only_layers: expected a list of layers from 0 to 47"),
     ({"num_hidden_layers": 10**6}, "num_hidden_layers: expected at most 100000"),
     ({"first_k_dense_replace": 48}, "expected a model with experts in some layer"),
+    ({"mlp_layer_types": ["dense"]}, "mlp_layer_types: expected a list of dense or sparse for 48"),
+    ({"mlp_layer_types": [1] * 48}, 'sparse for 48 layers, got "array"'),
+    ({"mamba_d_state": 16}, "mamba_d_state: expected no such field: layers of attention and exp"),
+    ({"moe_layer_freq": 2}, 'moe_layer_freq: expected 1, got "2"'),
     ({"kv_lora_rank": 512}, "qk_rope_head_dim: expected"),
     ({"hidden_size": 2**31 - 1, "moe_intermediate_size": 2**31 - 1}, "bytes stay below 2^62"),
 ]
