@@ -17,7 +17,8 @@ export OMP_WAIT_POLICY ?= passive
 export PYTHONPATH := $(CURDIR)/bindings/torch:$(CURDIR)
 
 .PHONY: all system setup lock build operators sbom test test-cpp test-python train compare fuzz \
-        sanitize bench format format-check tidy docs wheel package install-test lab gpu-test gpu-bench \
+        sanitize asan tsan bench format format-check tidy docs wheel wheel-setup package \
+        install-test lab gpu-test gpu-bench \
         gpu-cases gpu-train gpu-power clean
 
 all: build
@@ -72,11 +73,15 @@ test-python: build
 
 # dist/: the wheel that runs on any Linux with glibc 2.28 and the source archive. The kernels are those
 # that `make build` compiled.
-wheel: build
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
-	      -r scripts/requirements-wheel.txt
+wheel: build wheel-setup
 	$(PY) scripts/wheel.py dist \
 	      "$$(ls -d "$(BUILD)/src/CMakeFiles/sonicmoe.dir/cuda" 2> /dev/null)"
+
+wheel-setup: $(VENV)/.wheel
+
+$(VENV)/.wheel: scripts/requirements-wheel.txt $(VENV)/.ready
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r $<
+	touch $@
 
 # An archive of the C++ package: headers, static library, CMake files, the command.
 package: build
@@ -102,10 +107,17 @@ fuzz: build
 	"$(BUILD)/tests/sonicmoe_fuzz" --cases $(FUZZ_CASES)
 	"$(BUILD)/tests/sonicmoe_fuzz" --arguments $(FUZZ_CASES)
 
-# ASan and UBSan, then TSan (on std::thread: ThreadSanitizer does not see OpenMP's barriers).
-sanitize: setup
+sanitize: asan tsan
+
+# ASan and UBSan. Neither needs the Python environment.
+asan:
+	bash scripts/system.sh
 	cmake --preset asan && cmake --build --preset asan -j $(JOBS)
 	OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 ctest --preset asan -j $(JOBS)
+
+# TSan on std::thread, since it does not see OpenMP's barriers; the tests that start threads.
+tsan:
+	bash scripts/system.sh
 	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS)
 	OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=../../tests/tsan.supp ctest --preset tsan -j $(JOBS)
 
