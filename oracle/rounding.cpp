@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <numeric>
 
 namespace sonicmoe::oracle {
 namespace {
@@ -38,22 +37,35 @@ std::int64_t nearest_multiple(std::int64_t f, std::int64_t tile) {
   return low / tile % 2 == 0 ? low : high;
 }
 
-// One expert's tokens, ranked: those that chose it first, then by score, then by token.
+// The `count` best tokens of one expert: those that chose it first, then by score, then by token.
 struct Ranking {
   Ids tokens;
   std::vector<float> scores;  // in that order
 };
 
 Ranking rank(const std::vector<float>& scores, const std::vector<bool>& chose,
-             std::int64_t num_experts, std::int64_t expert) {
-  const auto score = [&](std::int64_t t) { return scores[at(t * num_experts + expert)]; };
+             std::int64_t num_experts, std::int64_t expert, std::int64_t count) {
+  struct Place {
+    bool chose;
+    float score;
+    std::int64_t token;
+  };
+  const auto before = [](const Place& a, const Place& b) {
+    if (a.chose != b.chose) return a.chose;
+    return a.score != b.score ? a.score > b.score : a.token < b.token;
+  };
+  std::vector<Place> places;
+  for (std::size_t t = 0; t < chose.size(); ++t) {
+    const std::int64_t token = static_cast<std::int64_t>(t);
+    places.push_back({chose[t], scores[at(token * num_experts + expert)], token});
+  }
+  std::nth_element(places.begin(), places.begin() + count, places.end(), before);
+  std::sort(places.begin(), places.begin() + count, before);
   Ranking result;
-  result.tokens.resize(chose.size());
-  std::iota(result.tokens.begin(), result.tokens.end(), 0);
-  std::stable_sort(result.tokens.begin(), result.tokens.end(), [&](std::int64_t a, std::int64_t b) {
-    return chose[at(a)] != chose[at(b)] ? chose[at(a)] : score(a) > score(b);
-  });
-  for (const std::int64_t t : result.tokens) result.scores.push_back(score(t));
+  for (std::int64_t place = 0; place < count; ++place) {
+    result.tokens.push_back(places[at(place)].token);
+    result.scores.push_back(places[at(place)].score);
+  }
   return result;
 }
 
@@ -133,9 +145,10 @@ RoundedRows round_rows(const RoundingOptions& rounding, const std::vector<float>
   for (std::int64_t p = 0; p < num_tokens * K; ++p) chose[at(topk_ids[at(p)])][at(p / K)] = true;
   std::int64_t carry = 0;
   for (std::int64_t e = 0; e < E; ++e) {
-    const Ranking ranking = rank(scores, chose[at(e)], E, e);
     const std::int64_t f = std::count(chose[at(e)].begin(), chose[at(e)].end(), true);
     const std::int64_t low = f / rounding.tile * rounding.tile;
+    const std::int64_t most = std::min(low + rounding.tile, num_tokens);
+    const Ranking ranking = rank(scores, chose[at(e)], E, e, most);
     std::int64_t after = low;
     if (f != low && low + rounding.tile <= num_tokens) {
       after = rounded(rounding, e, f, carry, ranking.scores);
