@@ -109,6 +109,27 @@ TEST_P(MaxRows, NoneExactOneShortHalfAndMore) {
   }
 }
 
+// More tokens than all warps of a GPU visit at once, most of them without rows.
+TEST_P(MaxRows, TokensFarDownTheList) {
+  if (target().device.type != DeviceType::kCuda) GTEST_SKIP() << "a list of the CUDA backend";
+  for (const int top_k : {3, 16}) {
+    MoECase c = case_of(target(), Form::kTopK, DType::kBFloat16);
+    c.num_tokens = 20011;
+    c.top_k = top_k;
+    c.hidden_size = 16;
+    c.intermediate_size = 8;
+    c.drop_probability = 0.9;
+    const std::int64_t rows = rows_of(c);
+    c.max_rows = rows;
+    ASSERT_LE(2 * rows, c.pairs());
+    SCOPED_TRACE(c.describe());
+    const RunResult bounded = run(c);
+    EXPECT_EQ(join(check_run(c, {}, bounded, Strictness::kTiny)), "");
+    c.max_rows.reset();
+    expect_equal(bounded, run(c));
+  }
+}
+
 TEST_P(MaxRows, ChangesNoBitUnderALimitInStepsOrInInference) {
   for (const Form form : {Form::kTopK, Form::kPairs}) {
     MoECase c = case_of(target(), form, DType::kBFloat16);

@@ -10,7 +10,8 @@ import pytest
 import sonicmoe_cpp as sm
 import torch
 from parts import layer_in_parts
-from sonicmoe_cpp.options import ExpertOptions, LayerOptions, RouterOptions
+from sonicmoe_cpp._library import FORM_PAIRS, FORM_TOP_K
+from sonicmoe_cpp.options import ExpertOptions, LayerOptions, RoutedExpertOptions, RouterOptions
 from torch.library import opcheck
 
 CUDA = next((b for b in sm.backends() if b.name == "cuda"), None)
@@ -378,6 +379,25 @@ def test_opcheck_of_the_layer():
     x, wr, w1, w2 = given
     options = LayerOptions(ExpertOptions(), RouterOptions(top_k=K, renormalize=True), None).pack()
     opcheck(ops.moe_layer_forward, (x, wr, None, w1, None, w2, None, None, None, *options, True))
+
+
+@pytest.mark.parametrize("form", [FORM_TOP_K, FORM_PAIRS])
+def test_fakes_of_a_bounded_backward_in_steps(form):
+    """row_lists has a list of tokens of top-K routing alone."""
+    ops = torch.ops.sonicmoe_cpp
+    x = tokens()
+    w1 = torch.randn(E, 2 * N, D, device="cuda", dtype=BF16)
+    w2 = torch.randn(E, D, N, device="cuda", dtype=BF16)
+    ids = torch.randint(0, E, (T, K), device="cuda")
+    weights, token_ids = torch.rand(T, K, device="cuda"), None
+    if form == FORM_PAIRS:
+        ids, weights = ids.flatten(), weights.flatten()
+        token_ids = torch.arange(T, device="cuda").repeat_interleave(K)
+    options = RoutedExpertOptions(max_rows=T * K // 2).pack()
+    given = (x, w1, None, w2, None, form, ids, token_ids, weights)
+    _, h, metadata, _ = ops.moe_forward(*given, *options, True)
+    hidden = (tokens(), *given, [h, metadata], *options, True)
+    opcheck(ops.moe_backward_hidden, hidden, test_utils="test_faketensor")
 
 
 def test_autocast_and_checkpointing():

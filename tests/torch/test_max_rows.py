@@ -3,6 +3,7 @@
 import pytest
 import sonicmoe_cpp as sm
 import torch
+from sonicmoe_cpp._library import lists_tokens, row_lists_bytes
 from sonicmoe_cpp.options import ExpertOptions, LayerOptions, RoutedExpertOptions, RouterOptions
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
@@ -212,3 +213,14 @@ def test_operators_keep_their_contract():
     layer = LayerOptions(ExpertOptions(max_rows=8), RouterOptions(top_k=K), None).pack()
     w = torch.randn(E, D, requires_grad=True)
     opcheck(ops.moe_layer_forward, (tensors["x"], w, None, *weights, None, None, *layer, True))
+
+
+def test_tokens_are_listed_where_few_slots_of_top_k_have_rows():
+    """The same cases as tests/unit/cuda/backward_plan_test.cpp."""
+    assert lists_tokens(2048, 1024, 4) and lists_tokens(2048, 1024, 16)
+    assert not lists_tokens(2049, 1024, 4)
+    assert not lists_tokens(2048, 1024, 17)
+    assert not lists_tokens(2048, 1024, None)  # pair lists
+    cuda = torch.device("cuda")
+    more = row_lists_bytes(cuda, 2048, 8, 1024) - row_lists_bytes(cuda, 2048, 8, 0)
+    assert more == 4 * 1024 + 128

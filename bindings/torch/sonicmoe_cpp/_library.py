@@ -126,9 +126,15 @@ def row_capacity(num_pairs: int, max_rows: int | None) -> int:
     return num_pairs if max_rows is None else min(max_rows, num_pairs)
 
 
+def lists_tokens(rows: int, num_tokens: int, top_k: int | None) -> bool:
+    """Whether tokens with rows are listed, as in src/cuda/experts/metadata.hpp: of top-K routing
+    (top_k None: another form) where at most half of the pairs have one of the `rows`."""
+    return top_k is not None and 0 < top_k <= 16 and 2 * rows <= num_tokens * top_k
+
+
 def row_lists_bytes(device: torch.device, rows: int, num_experts: int, listed_tokens: int) -> int:
-    """Bytes of row lists, as sonicmoe::moe_row_lists_bytes (for symbolic T). listed_tokens: T where
-    a deterministic call has rows for at most half of its pairs, else 0."""
+    """Bytes of row lists, as sonicmoe::moe_row_lists_bytes (for symbolic T). listed_tokens: T of a
+    deterministic call that lists_tokens(), else 0."""
     if device.type != "cuda":
         return 0
     tiles = (rows + 127) // 128 + num_experts

@@ -11,8 +11,10 @@ from ._autograd import called_by_nodes, register_autograd, register_once_differe
 from ._checks import refuse
 from ._library import (
     FORM_SORTED,
+    FORM_TOP_K,
     gate_factor,
     in_steps,
+    lists_tokens,
     metadata_bytes,
     register_fake,
     row_capacity,
@@ -76,18 +78,17 @@ def _(
 ):  # fmt: skip
     grad_weights = new_gradient("moe_backward_hidden", x, "grad_weights", need_weights, weights)
     experts = RoutedExpertOptions.unpack(iter(options), iter(reals))
-    num_pairs = math.prod(x.shape[:-1]) if form == FORM_SORTED else ids.numel()
-    return *handed_on(x, w1, w2, saved[0], num_pairs, experts), grad_weights.float()
+    top_k = ids.shape[-1] if form == FORM_TOP_K else None
+    return *handed_on(x, w1, w2, saved[0], top_k, experts), grad_weights.float()
 
 
 def handed_on(
-    x: Tensor, w1: Tensor, w2: Tensor, h: Tensor, num_pairs: int, experts: ExpertOptions
+    x: Tensor, w1: Tensor, w2: Tensor, h: Tensor, top_k: int | None, experts: ExpertOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_h, scaled_a and row_lists of a backward in steps."""
-    rows = h.shape[0]
+    """grad_h, scaled_a and row_lists of a backward in steps. top_k: None of other forms."""
+    rows, num_tokens = h.shape[0], math.prod(x.shape[:-1])
     bounded = experts.deterministic and experts.max_rows is not None
-    lists_tokens = bounded and 2 * rows <= num_pairs
-    listed = math.prod(x.shape[:-1]) if lists_tokens else 0
+    listed = num_tokens if bounded and lists_tokens(rows, num_tokens, top_k) else 0
     lists = row_lists_bytes(x.device, rows, w1.shape[0], listed)
     return (
         torch.empty_like(h),

@@ -111,9 +111,9 @@ def _gradients(operation, x, names, needs, parameters, main_grads) -> tuple[Tens
 @register_fake("moe_layer_backward_hidden")
 def _(grad_out, x, router_weight, w1, b1, w2, b2, saved, options, reals):
     *_, routing_weights, _, h = saved
-    experts = LayerOptions.unpack(iter(options), iter(reals)).experts
-    pairs = routing_weights.numel()
-    return *handed_on(x, w1, w2, h, pairs, experts), torch.empty_like(routing_weights)
+    layer = LayerOptions.unpack(iter(options), iter(reals))
+    top_k = layer.router.top_k if layer.rounding is None else None
+    return *handed_on(x, w1, w2, h, top_k, layer.experts), torch.empty_like(routing_weights)
 
 
 @register_fake("moe_layer_backward_down")

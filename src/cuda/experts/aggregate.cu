@@ -3,6 +3,7 @@
 #include "core/integers.hpp"
 #include "cuda/element.hpp"
 #include "cuda/experts/aggregate.hpp"
+#include "cuda/experts/metadata.hpp"
 #include "cuda/launch_check.hpp"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/vector8.cuh"
@@ -216,82 +217,102 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kRows, kVectors))
   }
 }
 
-// The slots of kTokens tokens of a list, 32 / kTokens lanes each: where the rows lie, their
-// weights.
-template <int kTokens>
-__device__ Slots slots_of_tokens(const Sources& s, const Metadata& m, int first, int count,
-                                 int lane) {
-  constexpr int kSlots = 32 / kTokens;
-  const int i = first + lane / kSlots, slot = lane % kSlots;
-  if (i >= count || slot >= s.top_k) return {s.top_k, -1, 0.0f};
-  const std::int64_t pair = std::int64_t{s.order.tokens[i]} * s.top_k + slot;
-  const int row = m.pair_row[pair];
-  return {s.top_k, row, row < 0 ? 0.0f : s.weight(pair)};
+// Of tokens with few rows each: one warp sums one span of columns of kListedTokens tokens of the
+// list, each of which has 16 lanes for its slots, then of as many further down.
+constexpr int kListedTokens = 2, kListedSlots = 32 / kListedTokens;
+constexpr int kListedBlocks = 4;  // on a multiprocessor
+static_assert(kMostListedSlots <= kListedSlots);
+
+// This lane's token of those from place `first` of the list on; -1 past the list's end and in lanes
+// past the token's last slot.
+__device__ int listed_token(const Sources& s, unsigned first, unsigned count, int lane) {
+  const unsigned i = first + lane / kListedSlots;
+  return i < count && lane % kListedSlots < s.top_k ? __ldg(s.order.tokens + i) : -1;
+}
+__device__ Slots listed_slots(const Sources& s, const Metadata& m, int token, int lane) {
+  if (token < 0) return {s.top_k, -1, 0.0f};
+  const std::int64_t pair = std::int64_t{token} * s.top_k + lane % kListedSlots;
+  return {s.top_k, __ldg(m.pair_row + pair), s.weight(pair)};
 }
 
-// Of tokens with few rows each: one warp per kTokens tokens of the list and span of columns. Their
-// slots are fetched at once, then the first kFirst rows of all of them, so that a warp has as much
-// in flight as where one token has many.
-template <int kTokens>
-__global__ void __launch_bounds__(kThreads, 3) aggregate_listed_kernel(Sources s, Metadata m) {
-  constexpr int kSlots = 32 / kTokens, kFirst = 8 / kTokens;
-  constexpr unsigned kMask = (1u << kSlots) - 1;
+// A token of the list leads to its slots, these to its rows: one way to DRAM after another. So
+// while the rows of some tokens arrive, a warp fetches the slots of its next ones, and which come
+// then.
+__global__ void __launch_bounds__(kThreads, kListedBlocks)
+    aggregate_listed_kernel(Sources s, Metadata m) {
+  constexpr int kFirst = 2;  // rows of each token that are in flight at once
+  constexpr unsigned kMask = (1u << kListedSlots) - 1;
   const int lane = threadIdx.x % 32;
-  const unsigned warp = blockIdx.x * kWarps + threadIdx.x / 32;
-  const int first = static_cast<int>(warp / s.chunks) * kTokens;
-  const int count = s.order.zero_absent && !s.add_to_out ? s.num_tokens : *s.order.num_tokens;
-  if (first >= count) return;
-  const Slots slots = slots_of_tokens<kTokens>(s, m, first, count, lane);
-  const unsigned all = __ballot_sync(~0u, slots.at >= 0);
-  Columns<1> columns[kTokens];
-  unsigned left[kTokens];
+  const unsigned warp = blockIdx.x * kWarps + threadIdx.x / 32, chunks = s.chunks;
+  const unsigned groups = gridDim.x * kWarps / chunks;  // of warps that share their tokens
+  if (warp >= groups * chunks) return;
+  const int chunk = static_cast<int>(warp % chunks);
+  const unsigned stride = groups * kListedTokens;
+  const unsigned count = s.order.zero_absent && !s.add_to_out ? s.num_tokens : *s.order.num_tokens;
+  unsigned first = warp / chunks * kListedTokens;
+  int token = listed_token(s, first, count, lane);
+  int following = listed_token(s, first + stride, count, lane);
+  Slots slots = listed_slots(s, m, token, lane);
+#pragma unroll 1
+  for (; first < count; first += stride) {
+    const unsigned all = __ballot_sync(~0u, slots.at >= 0);
+    uint4 values[kListedTokens][kFirst];
+    if (all != 0) {
+      const Columns<1> columns(chunk, lane);
 #pragma unroll
-  for (int j = 0; j < kTokens; ++j) {
-    columns[j] = Columns<1>(static_cast<int>(warp % s.chunks), lane);
-    left[j] = all & (kMask << (j * kSlots));
-  }
-  if (all != 0) {
-    uint4 values[kTokens][kFirst];
-    float weights[kTokens][kFirst];
+      for (int j = 0; j < kListedTokens; ++j) {
+        unsigned left = all & (kMask << (j * kListedSlots));
 #pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
-#pragma unroll
-      for (int i = 0; i < kFirst; ++i) {  // a token that has no more fetches any row
-        const int slot = __ffs(static_cast<int>(left[j] != 0 ? left[j] : all)) - 1;
-        left[j] &= left[j] - 1;
-        weights[j][i] = __shfl_sync(~0u, slots.weight, slot);
-        const bf16* row = s.rows + std::int64_t{__shfl_sync(~0u, slots.at, slot)} * s.rows_ld;
-        values[j][i] = ptx::load_global_nc_v4(row + columns[j].readable(s, 0));
+        for (int i = 0; i < kFirst; ++i) {  // a token that has no more fetches any row
+          const int slot = __ffs(static_cast<int>(left != 0 ? left : all)) - 1;
+          left &= left - 1;
+          const bf16* row = s.rows + std::int64_t{__shfl_sync(~0u, slots.at, slot)} * s.rows_ld;
+          values[j][i] = ptx::load_global_nc_v4(row + columns.readable(s, 0));
+        }
       }
     }
+    const Slots next = listed_slots(s, m, following, lane);
+    const int after = listed_token(s, first + 2 * stride, count, lane);
 #pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
-      const int present = __popc(all & (kMask << (j * kSlots)));
+    for (int j = 0; j < kListedTokens; ++j) {
+      Columns<1> columns(chunk, lane);
+      unsigned left = all & (kMask << (j * kListedSlots));
 #pragma unroll
       for (int i = 0; i < kFirst; ++i) {
-        if (i < present) add_vector(columns[j].sum[0], values[j][i], weights[j][i]);
+        if (left == 0) continue;
+        const int slot = __ffs(static_cast<int>(left)) - 1;
+        add_vector(columns.sum[0], values[j][i], __shfl_sync(~0u, slots.weight, slot));
+        left &= left - 1;
       }
-      add_present<kFirst>(s, slots, left[j], columns[j]);
+      add_present<kFirst>(s, slots, left, columns);
+      const std::int64_t t = __shfl_sync(~0u, token, j * kListedSlots);
+      if (t < 0 || !columns.inside(s, 0)) continue;
+      bf16* out = s.out + t * s.out_ld + columns.column(0);
+      if (s.add_to_out) add_vector(columns.sum[0], load_eight(s, out), 1.0f);
+      store_eight(s, out, pack(columns.sum[0]));
     }
-  }
-#pragma unroll
-  for (int j = 0; j < kTokens; ++j) {
-    if (first + j >= count || !columns[j].inside(s, 0)) continue;
-    bf16* out = s.out + s.order.tokens[first + j] * s.out_ld + columns[j].column(0);
-    if (s.add_to_out) add_vector(columns[j].sum[0], load_eight(s, out), 1.0f);
-    store_eight(s, out, pack(columns[j].sum[0]));
+    token = following;
+    following = after;
+    slots = next;
   }
 }
 
-template <int kTokens>
 void launch_listed(cudaStream_t stream, const MoEShape& shape, Sources s, const Metadata& m) {
   s.chunks = static_cast<int>(ceil_div(s.columns, kSpan));
   const std::int64_t most = s.order.zero_absent && !s.add_to_out
                                 ? shape.num_tokens
                                 : std::min(shape.num_tokens, shape.row_capacity());
   if (most == 0) return;
-  aggregate_listed_kernel<kTokens>
-      <<<grid_of(ceil_div(most, kTokens) * s.chunks, kWarps), kThreads, 0, stream>>>(s, m);
+  int device = 0, processors = 0;
+  check_launch(cudaGetDevice(&device), "aggregate", shape);
+  check_launch(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+               "aggregate", shape);
+  // All resident at once, and at least one warp for each span of columns.
+  const std::int64_t warps = ceil_div(most, kListedTokens) * s.chunks;
+  const std::int64_t blocks =
+      std::max<std::int64_t>(std::int64_t{kListedBlocks} * processors, ceil_div(s.chunks, kWarps));
+  aggregate_listed_kernel<<<static_cast<unsigned>(std::min(ceil_div(warps, kWarps), blocks)),
+                            kThreads, 0, stream>>>(s, m);
   check_launch(cudaGetLastError(), "aggregate", shape);
 }
 
@@ -428,11 +449,7 @@ void aggregate(cudaStream_t stream, const MoEShape& shape, const Metadata& metad
   s.order = args.tokens;
   constexpr int kMostRows = 8;  // in flight: all up to 8, else equal parts
   if (s.top_k == 0) return launch_aggregate<4, 1, true>(stream, shape, s, metadata);
-  if (s.order.tokens != nullptr && s.top_k <= 16) {
-    const bool few = s.top_k <= 8 && 4 * shape.row_capacity() <= shape.num_pairs;
-    return few ? launch_listed<4>(stream, shape, s, metadata)
-               : launch_listed<2>(stream, shape, s, metadata);
-  }
+  if (s.order.tokens != nullptr) return launch_listed(stream, shape, s, metadata);
   switch (ceil_div(s.top_k, ceil_div(s.top_k, kMostRows))) {
     case 1:
       return launch_top_k<1>(stream, shape, s, metadata);

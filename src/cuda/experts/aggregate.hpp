@@ -8,7 +8,7 @@
 
 namespace sonicmoe::cuda {
 
-/// Which tokens to visit: all, of pair lists and where a token has more than 16 slots.
+/// Which tokens to visit.
 struct TokenOrder {
   const std::int32_t* tokens = nullptr;      ///< [T] as RowTables::tokens, or null: all, by number
   const std::int32_t* num_tokens = nullptr;  ///< [1] how many of them, from the front, have rows

@@ -30,9 +30,13 @@ struct RowTables {
   std::int32_t* tokens = nullptr;
   std::int32_t* num_tokens = nullptr;
 };
-/// Whether sums find the tokens with rows in a list: where at most half of the pairs have one.
+/// Whether sums find the tokens with rows in a list: of top-K routing with kMostListedSlots and
+/// fewer, where at most half of the pairs have a row.
+inline constexpr std::int64_t kMostListedSlots = 16;
 inline bool lists_tokens(const MoEShape& shape) {
-  return shape.deterministic && 2 * shape.row_capacity() <= shape.num_pairs;
+  return shape.form == MoEShape::Form::kTopK && shape.deterministic && shape.num_pairs > 0 &&
+         2 * shape.row_capacity() <= shape.num_pairs &&
+         shape.num_pairs <= kMostListedSlots * shape.num_tokens;
 }
 RowTables carve_row_tables(WorkspaceCarver& carver, const MoEShape& shape);
 

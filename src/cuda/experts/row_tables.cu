@@ -40,11 +40,7 @@ __global__ void __launch_bounds__(kTableThreads)
   const bool exists = t < num_tokens;
   bool has_row = false;
   if (exists) {
-    const bool is_list = m.token_start != nullptr;
-    const std::int64_t first = is_list ? m.token_start[t] : t * top_k;
-    const std::int64_t end = is_list ? m.token_start[t + 1] : first + top_k;
-    const std::int32_t* rows = is_list ? m.token_rows : m.pair_row;
-    for (std::int64_t i = first; i < end; ++i) has_row |= rows[i] >= 0;
+    for (int k = 0; k < top_k; ++k) has_row |= m.pair_row[t * top_k + k] >= 0;
   }
   const unsigned with = __ballot_sync(~0u, exists && has_row);
   const unsigned without = __ballot_sync(~0u, exists && !has_row);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/experts/experts.hpp"
+#include "cuda/experts/metadata.hpp"
 #include "cuda/hopper/products.hpp"
 #include "ops/tuning.hpp"
 
@@ -115,6 +116,30 @@ TEST(SortedRowsScratch, NoneForRowsThatLieInOrder) {
   sorted.form = MoEShape::Form::kSorted;
   sorted.num_tokens = sorted.num_pairs;
   EXPECT_EQ(plan(sorted, kAll).bytes, plan_without(sorted, kAll).bytes);
+}
+
+TEST(RowLists, ListTheTokensOfTopKRoutingWithFewRows) {
+  MoEShape shape = top_k(1024, 64, 64, 8, 4);
+  const auto lists = [](const MoEShape& s) {
+    MoEShape other = s;
+    other.deterministic = false;  // whose sums need no list
+    return row_lists_bytes(s) > row_lists_bytes(other);
+  };
+  EXPECT_FALSE(lists(shape));
+  shape.max_rows = 2048;
+  EXPECT_TRUE(lists_tokens(shape));
+  EXPECT_EQ(lists(shape), lists_tokens(shape));
+  for (auto change : {+[](MoEShape& s) { s.max_rows = 2049; },
+                      +[](MoEShape& s) { s.form = MoEShape::Form::kPairs; },
+                      +[](MoEShape& s) { s.num_pairs = 17 * s.num_tokens; },
+                      +[](MoEShape& s) { s.num_tokens = s.num_pairs = 0; }}) {
+    MoEShape other = shape;
+    change(other);
+    EXPECT_FALSE(lists_tokens(other));
+    EXPECT_FALSE(lists(other));
+  }
+  shape.num_pairs = 16 * shape.num_tokens;
+  EXPECT_TRUE(lists_tokens(shape));
 }
 
 }  // namespace
