@@ -22,6 +22,7 @@ struct Choice {
   int row_block = 1;                     ///< tile rows of an expert that pass its columns together
   bool in_order = false;                 ///< whoever is free claims the next tile; else strided
   bool early_release = false;   ///< stages are handed back when their own products are done
+  bool evict_first = false;     ///< a weight gradient leaves L2 before what is read
   bool start_together = false;  ///< CTAs wait for each other before a tile (mainloop/schedule.cuh)
 };
 

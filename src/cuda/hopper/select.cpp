@@ -13,6 +13,12 @@ namespace {
 
 constexpr std::int64_t kMiB = 1 << 20;
 
+// A weight gradient of one k-tile an expert: nearly all it does is to store (lab M25).
+bool only_stores(const ProductSizes& s) {
+  constexpr std::int64_t kFewRows = 64;
+  return s.product == Product::kWeightGradient && s.stores_bf16 && s.depth <= kFewRows;
+}
+
 bool gathers(Product p) { return p == Product::kUp || p == Product::kGradH; }
 
 // Whether tiles are handed out in order or strided (mainloop/schedule.cuh).
@@ -21,12 +27,13 @@ bool gathers(Product p) { return p == Product::kUp || p == Product::kGradH; }
 //   rows that are added to out     CTAs add to one part of out at a time                 up to 1.5x
 //   weights beyond 6 MiB           CTAs at different experts fetch them again and again  1-4%
 //   few k-tiles and many tiles     the CTAs would drift far apart                        (lab M7)
+//   weight gradients of few rows   they store all the time: CTAs write side by side       2-4%
 //   all on a shared device         CTAs that start late would come with a whole share    (lab M19)
 // Else strided: in order costs 1-2% where weights are small, 8-13% in weight gradients.
 bool in_order(const ProductSizes& s, const Choice& c) {
   if (s.product == Product::kLogits) return false;  // has no row list, and with it no counters
   if (s.shared_device) return true;
-  if (s.product == Product::kWeightGradient) return false;
+  if (s.product == Product::kWeightGradient) return only_stores(s);
   constexpr std::int64_t kMostWeight = 6 * kMiB, kShort = 256, kManyTiles = 256;
   const std::int64_t weight = kElementBytes * s.depth * c.n_tiles * c.block_n;
   const bool together = s.product == Product::kRows && tuning.start_together.value_or(false);
@@ -59,6 +66,7 @@ Choice choose(const ProductSizes& s) {
   }
   c.in_order = in_order(s, c);
   c.early_release = early_release(s);
+  c.evict_first = only_stores(s);
   c.start_together = choose_start_together(s, c);
   return c;
 }
@@ -69,6 +77,7 @@ std::string describe(const Choice& c) {
   if (c.n_group != c.n_tiles) text += ", groups of " + std::to_string(c.n_group) + " column tiles";
   if (c.row_block > 1) text += ", blocks of " + std::to_string(c.row_block) + " tile rows";
   if (c.early_release) text += ", early release";
+  if (c.evict_first) text += ", evict first";
   if (c.start_together) text += ", together";
   return text + ", " + std::to_string(c.grid) + " CTAs";
 }

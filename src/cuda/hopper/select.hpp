@@ -19,6 +19,7 @@ struct ProductSizes {
   std::int64_t row_tiles = 0;   ///< tiles of 128 rows at most; weight gradient: of all experts
   std::int64_t num_tokens = 0;  ///< of out, where rows are added to it
   bool add_rows = false;
+  bool stores_bf16 = false;  ///< weight gradient: not float32
   bool shared_device = false;
   int processors = 0;
 };

@@ -150,8 +150,6 @@ struct OperandParams {
   const bf16* gathered;           // X or dO [T, depth of d]
   std::uint32_t gathered_ld;      // elements, a multiple of 8
   const std::int32_t* row_token;  // [P] or null: row r is token r
-  const bf16* b_rows;  // kDepth: B [P, N] itself, for experts of fewer rows than a k-tile
-  std::int64_t b_rows_ld;
 
   // kRows: the tile table, {first row, rows from there to the expert's end, expert, tile of the
   // expert}; null: the tiles of one group of num_rows rows, max_entries of them. kDepth: the expert
@@ -171,7 +169,6 @@ struct OperandParams {
   int n_group;       // column tiles that all rows pass before the next ones
   int row_block;     // tile rows of an expert that pass its columns together (tile_order.hpp)
   int depth;         // kRows: length of the reduction; kDepth: d, the columns of the gathered side
-  int b_columns;     // kDepth: N, columns of b_rows
   int first_column;  // kRows: first column of B's outer side (slabs of d)
   // Columns of a tile come in two halves, gate and up: [0, block_n / 2) from part 0, the rest from
   // part 1 of the same columns.

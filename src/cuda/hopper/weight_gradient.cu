@@ -50,13 +50,10 @@ void launch_weight_gradient(const ProductCall& call, const WeightGradientArgs& g
   if constexpr (!Spec::shape.gather) o.a = map_of_copy(call, g);
   o.b = map_of_sorted(call, g, kBlockN);
   o.row_token = call.rows.row_token;
-  o.b_rows = static_cast<const bf16*>(g.rows);
-  o.b_rows_ld = g.columns();
   o.entries = call.rows.groups;
   o.max_entries = static_cast<int>(g.grad.size(0));
   o.m_tiles = static_cast<int>(ceil_div(g.width(), kBlockM));
   o.depth = static_cast<int>(g.width());
-  o.b_columns = static_cast<int>(g.columns());
   set_gather(o, g.gathered);
   p.epilogue = {.out = g.grad.data(),
                 .expert_stride = g.grad.stride(0),
@@ -65,6 +62,7 @@ void launch_weight_gradient(const ProductCall& call, const WeightGradientArgs& g
                 .rows = static_cast<int>(g.width()),
                 .columns = static_cast<int>(g.columns()),
                 .accumulate = g.accumulate,
+                .evict_first = choice.evict_first,
                 .map = {}};
   if constexpr (kDump == Dump::kRows) p.epilogue.map = map_of_gradient(g.grad, columns_dim, 64);
   if constexpr (kDump == Dump::kTransposed) {
@@ -93,7 +91,8 @@ void HopperProducts::run(const ProductCall& call, const WeightGradientArgs& args
              {.product = Product::kWeightGradient,
               .depth = ceil_div(call.num_rows, std::max<std::int64_t>(num_groups, 1)),
               .columns = args.columns(),
-              .row_tiles = num_groups * ceil_div(args.width(), kBlockM)});
+              .row_tiles = num_groups * ceil_div(args.width(), kBlockM),
+              .stores_bf16 = args.grad.dtype() != DType::kFloat32});
   if (args.grad.dtype() == DType::kFloat32) {
     visit_operands<Dump::kDirect>(call, args, choice);
   } else if (depth_has_unit_stride(args.grad, 3 - args.gathered_dim)) {  // of the columns' index

@@ -62,6 +62,20 @@ SONICMOE_DEVICE void tma_store(const CUtensorMap* map, uint32_t source, int c0, 
       : "memory");
 }
 
+// tma_store() of data that leaves L2 before any other.
+SONICMOE_DEVICE void tma_store_evict_first(const CUtensorMap* map, uint32_t source, int c0, int c1,
+                                           int c2) {
+  asm volatile(
+      "{\n"
+      ".reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group.L2::cache_hint "
+      "[%0, {%2, %3, %4}], [%1], policy;\n"
+      "}" ::"l"(map),
+      "r"(source), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
 // Closes this thread's bulk group.
 SONICMOE_DEVICE void bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");

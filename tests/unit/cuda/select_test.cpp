@@ -237,6 +237,23 @@ TEST(Choice, OfTheProductsOf7BN256) {
             "256 columns, strided, 132 CTAs");
 }
 
+TEST(Choice, WeightGradientsOfFewRowsPassInOrderAndLeaveL2First) {
+  ProductSizes sizes{.product = Product::kWeightGradient,
+                     .depth = 64,  // Qwen3-30B-A3B, T = 1024
+                     .columns = 768,
+                     .row_tiles = 128 * 16,
+                     .stores_bf16 = true,
+                     .processors = 132};
+  EXPECT_EQ(describe(choose(sizes)), "256 columns, in order, evict first, 132 CTAs");
+  for (auto change :
+       {+[](ProductSizes& s) { s.depth = 65; }, +[](ProductSizes& s) { s.stores_bf16 = false; },
+        +[](ProductSizes& s) { s.product = Product::kRows; }}) {
+    ProductSizes other = sizes;
+    change(other);
+    EXPECT_FALSE(choose(other).evict_first);
+  }
+}
+
 TEST(Choice, RowsThatAreAddedPassInOrderAndInGroups) {
   const Choice added = chosen(Product::kRows, 256, 4096, 1000, true);
   EXPECT_TRUE(added.in_order);

@@ -206,8 +206,9 @@ struct StoreWeightGradient {
     void* out;
     int64_t expert_stride, row_stride, column_stride;
     int rows, columns;
-    bool accumulate;  // kDirect only
-    CUtensorMap map;  // else: boxes of 64 columns x 64 rows, transposed 64 rows x kBlockN columns
+    bool accumulate;   // kDirect only
+    bool evict_first;  // else
+    CUtensorMap map;   // boxes of 64 columns x 64 rows, transposed 64 rows x kBlockN columns
   };
 
   template <int kCount>
@@ -241,16 +242,22 @@ struct StoreWeightGradient {
   // thread's open bulk group.
   static __device__ void store(const Params& p, const Item& t, int w, uint32_t half) {
     const int row = t.m * kBlockM + 64 * w, column = t.n * kBlockN;
+    const auto store_box = [&](uint32_t source, int inner, int outer) {
+      if (p.evict_first) {
+        ptx::tma_store_evict_first(&p.map, source, inner, outer, t.expert);
+      } else {
+        ptx::tma_store(&p.map, source, inner, outer, t.expert);
+      }
+    };
     if constexpr (kDump == Dump::kRows) {
 #pragma unroll
       for (int block = 0; block < kBlockN / 64; ++block) {
         if (column + 64 * block >= p.columns) break;
-        ptx::tma_store(&p.map, half + block * tile::kBlockBytes, column + 64 * block, row,
-                       t.expert);
+        store_box(half + block * tile::kBlockBytes, column + 64 * block, row);
       }
     } else {
       static_assert(kDump == Dump::kTransposed);
-      ptx::tma_store(&p.map, half, row, column, t.expert);
+      store_box(half, row, column);
     }
   }
 };

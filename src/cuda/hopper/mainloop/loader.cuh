@@ -81,7 +81,8 @@ class RowGather {
 // kDepth: the rows of k-tile k. The last k-tile ends where the expert ends and overlaps the one
 // before it: A is zero in the rows that were summed there, so B may come whole and by TMA. (Cut at
 // the expert's end, B would need zeros too: a box brings rows of the next expert, and their product
-// with zeros is NaN where they are not finite.)
+// with zeros is NaN where they are not finite. So it is for experts of fewer rows than a k-tile:
+// the math warps write these zeros.)
 struct DepthTile {
   int first;     // row of the expert at which it starts
   int repeated;  // rows at its start that are not summed again
@@ -228,29 +229,6 @@ __device__ void load_depth_boxes(const OperandParams& p, const Item& t, uint32_t
   }
 }
 
-// kDepth: B of an expert with fewer rows than a k-tile, by the gather warps or the only loader:
-// rows past its end arrive as zeros.
-template <class Spec>
-__device__ void copy_depth_tail(const OperandParams& p, const Item& t, uint32_t b, int k, int warp,
-                                int lane) {
-  constexpr int kBlocks = Spec::shape.block_n / 64;
-  constexpr int kWarps = Spec::shape.gather ? Spec::shape.gather_warps() : 1;
-  const int rows = t.rows - k * kBlockK, chunk = lane & 7;
-  for (int block = warp; block < kBlocks; block += kWarps) {
-    const int column = t.n * Spec::shape.block_n + block * 64 + chunk * 8;
-#pragma unroll 4
-    for (int i = 0; i < 16; ++i) {
-      const int row = 4 * i + lane / 8;
-      const bool inside = row < rows && column < p.b_columns;
-      const bf16* source =
-          inside ? p.b_rows + (int64_t{t.row0} + k * kBlockK + row) * p.b_rows_ld + column
-                 : p.b_rows;
-      ptx::cp_async_16(b + block * tile::kBlockBytes + tile::chunk_offset(row, chunk), source,
-                       inside ? 16 : 0);
-    }
-  }
-}
-
 // kRows.
 template <class Spec, class Items>
 __device__ void load_rows(const OperandParams& p, const SharedLayout& l, Items items, int warp,
@@ -301,12 +279,8 @@ __device__ void load_depth_b(const OperandParams& p, const SharedLayout& l, Item
       tile::wait(l.empty + 8 * ring.stage, ring.parity ^ 1, Role::kLoader, Slot::kEmpty,
                  ring.stage);
       if (lane == 0) {
-        if (t.rows >= kBlockK) {
-          ptx::mbarrier_arrive_expect_tx(full, kDepthBBytes<Spec>);
-          load_depth_boxes<Spec>(p, t, b_of_stage(l, s, ring.stage), full, k);
-        } else {
-          ptx::mbarrier_arrive(full);  // gathered
-        }
+        ptx::mbarrier_arrive_expect_tx(full, kDepthBBytes<Spec>);
+        load_depth_boxes<Spec>(p, t, b_of_stage(l, s, ring.stage), full, k);
       }
       __syncwarp();
       ring.advance();
@@ -328,27 +302,17 @@ __device__ void load_depth_sorted(const OperandParams& p, const SharedLayout& l,
   tile::RingState<stage_count(s)> ring;
   for (Item t; items.next(t);) {
     const int row0 = sorted_row(t.row0, t.expert);
-    const bool few = t.rows < kBlockK;  // a box of B would bring rows of the next expert
     for (int k = 0; k < t.k_tiles; ++k) {
       const uint32_t full = l.full + 8 * ring.stage;
       tile::wait(l.empty + 8 * ring.stage, ring.parity ^ 1, Role::kLoader, Slot::kEmpty,
                  ring.stage);
       const uint32_t a = a_of_stage(l, s, ring.stage), b = b_of_stage(l, s, ring.stage);
-      if (few) {
-        // Waited for here: one k-tile of an expert whose tile is little work in any case.
-        copy_depth_tail<Spec>(p, t, b, k, 0, lane);
-        ptx::cp_async_commit_group();
-        ptx::cp_async_wait_group<0>();
-        ptx::fence_proxy_async_shared();
-        __syncwarp();
-        tile::pause(Role::kLoader, Slot::kFull, ring.stage);
-      }
       if (lane == 0) {
-        ptx::mbarrier_arrive_expect_tx(full, kStageABytes + (few ? 0 : kDepthBBytes<Spec>));
+        ptx::mbarrier_arrive_expect_tx(full, kStageABytes + kDepthBBytes<Spec>);
         const bool whole = (k + 1) * kBlockK <= t.rows;
         ptx::tma_load(a, &p.a, full, 0, row0 + (whole ? k * kBlockK : t.rows),
                       t.m * (kBlockM / 64));
-        if (!few) load_depth_boxes<Spec>(p, t, b, full, k);
+        load_depth_boxes<Spec>(p, t, b, full, k);
       }
       __syncwarp();
       ring.advance();
@@ -376,9 +340,6 @@ __device__ void load_depth_a(const OperandParams& p, const SharedLayout& l, Item
       tile::wait(l.empty + 8 * ring.stage, ring.parity ^ 1, Role::kLoader, Slot::kEmpty,
                  ring.stage);
       gather.copy(a_of_stage(l, s, ring.stage));
-      if (t.rows < kBlockK) {
-        copy_depth_tail<Spec>(p, t, b_of_stage(l, s, ring.stage), k, warp, lane);
-      }
       ptx::cp_async_mbarrier_arrive_noinc(full);
       __syncwarp();
       ring.advance();

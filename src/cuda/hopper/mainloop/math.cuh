@@ -178,6 +178,22 @@ __device__ void skip_item(const Params<Spec>& p, const Item& t, MathPipes<Spec>&
   }
 }
 
+// kDepth, an expert of fewer rows than a k-tile: zeros in the rows of B past its end, where the box
+// brought rows of the next expert. Each warpgroup writes all of them, for its own products.
+template <class Spec>
+__device__ void zero_rows_past_end(uint32_t b, int rows, int warp, int lane) {
+  const int thread = warp % kHalfWarps * 32 + lane;
+#pragma unroll
+  for (int block = 0; block < Spec::shape.block_n / 64; ++block) {
+#pragma unroll 1
+    for (int i = rows * 8 + thread; i < kBlockK * 8; i += 32 * kHalfWarps) {
+      ptx::store_shared_v4(b + block * tile::kBlockBytes + 16 * i, uint4{});
+    }
+  }
+  ptx::fence_proxy_async_shared();
+  ptx::named_barrier_sync(barrier_of_half(warp / kHalfWarps), 32 * kHalfWarps);
+}
+
 template <class Spec>
 __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp, int lane) {
   constexpr GemmShape s = Spec::shape;
@@ -199,6 +215,11 @@ __device__ void math_role(const Params<Spec>& p, const SharedLayout& l, int warp
     uint32_t previous = 0;
     for (int k = 0; k < t.k_tiles; ++k) {
       pipes.wait_full();
+      if constexpr (s.grouping == Grouping::kDepth) {
+        if (t.rows < kBlockK) {
+          zero_rows_past_end<Spec>(b_of_stage(l, s, pipes.stage()), t.rows, warp, lane);
+        }
+      }
       const uint64_t a = tile::advance_descriptor(a0, pipes.stage() * stage_bytes(s));
       const uint64_t b = tile::advance_descriptor(b0, pipes.stage() * stage_bytes(s));
       ptx::fence_accumulators(acc);

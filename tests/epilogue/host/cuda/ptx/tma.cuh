@@ -11,6 +11,7 @@ inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t, int column, 
   host::copies.push_back({to, map, column, row});  // lane 0 issues them for all lanes
 }
 inline void tma_store(const CUtensorMap*, uint32_t, int, int, int) {}  // likewise
+inline void tma_store_evict_first(const CUtensorMap*, uint32_t, int, int, int) {}
 inline void bulk_commit_group() {}
 template <int kGroups>
 inline void bulk_wait_group_read() {}
