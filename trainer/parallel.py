@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3MoeForCausalLM
@@ -48,10 +48,14 @@ class SpreadBlock(nn.Module):
 
 
 def spread(
-    model: Qwen3MoeForCausalLM, layout: Layout, group: Group
+    model: Qwen3MoeForCausalLM, config: TrainConfig, layout: Layout, group: Group
 ) -> Qwen3MoeForCausalLM | DistributedDataParallel:
     """What to call for the model's forward. A model to shard may lie on the host: every process
-    moves its own parts to its device."""
+    moves its own parts to its device.
+
+    With --dtype bfloat16 layers are gathered in bfloat16, and their gradients summed in float32.
+    Copies that autocast makes would stay whole until backward.
+    """
     if group.size == 1:
         return model
     if not layout.sharded:
@@ -62,19 +66,24 @@ def spread(
     if layout.ep > 1:
         shape = (group.size // layout.ep, layout.ep)
         sparse = init_device_mesh(kind, shape, mesh_dim_names=("efsdp", "ep"))
+    policy = MixedPrecisionPolicy()
+    if config.dtype == "bfloat16":  # the layers' inputs stay in float32, as under autocast
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for layer in model.model.layers:
         if layout.ep > 1:
-            _spread_experts(layer.mlp.moe, sparse, layout)
-        fully_shard(layer, mesh=dense)
+            _spread_experts(layer.mlp.moe, sparse, layout, policy)
+        fully_shard(layer, mesh=dense, mp_policy=policy)
     fully_shard(model, mesh=dense)
     return model
 
 
-def _spread_experts(moe: nn.Module, mesh: dist.DeviceMesh, layout: Layout) -> None:
+def _spread_experts(
+    moe: nn.Module, mesh: dist.DeviceMesh, layout: Layout, policy: MixedPrecisionPolicy
+) -> None:
     from sonicmoe_cpp.distributed import parallelize_experts
 
     parallelize_experts(moe, mesh["ep"], row_capacity=layout.row_capacity or None)
-    fully_shard(moe.experts, mesh=mesh["efsdp"])
+    fully_shard(moe.experts, mesh=mesh["efsdp"], mp_policy=policy)
     moe.experts.set_gradient_divide_factor(mesh.size())  # the mean over all processes' losses
     if mesh.device_type == "cpu":  # gloo has no other; on a mesh of one torch 2.13 divides twice
         moe.experts.set_force_sum_reduction_for_comms(mesh["efsdp"].size() > 1)

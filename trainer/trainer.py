@@ -99,7 +99,7 @@ class Trainer:
         self.precision = precision(config, device)
         self.model = model if self.layout.sharded else self.precision.prepare(model)
         self.tap = RoutingTap(self.model, config, self.layout, self.group)
-        self.called = parallel.spread(self.model, self.layout, self.group)
+        self.called = parallel.spread(self.model, config, self.layout, self.group)
         self.optimizer = self.precision.optimizer(self.model)
         self.step = 0
         self.doing = "the first forward pass"  # for the message of a failure

@@ -117,6 +117,18 @@ def case_bit_for_bit_the_step_of_as_many_parts():
             assert torch.equal(parameter, parameters(alone)[name]), name
 
 
+def case_bfloat16():
+    """Shards are gathered in bfloat16, where one process casts float32 weights; norms and router
+    see the difference."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    lines = steps(trainer(config), 3)
+    for layout in (COPIES, FSDP, experts_spread()):
+        one = trainer(config, layout)
+        close(steps(one, 3), lines, 1e-3)
+        dtypes = {p.dtype for p in one.model.parameters()}
+        assert dtypes == {torch.float32}
+
+
 def case_parts_of_a_step():
     config = dataclasses.replace(CONFIG, accumulate=3)
     lines = steps(trainer(config), 2)

@@ -147,7 +147,7 @@ def moe_pairs(
     )
     routing = {"token_ids": placed, "expert_ids": ids, "pair_weights": weights}
     y = _exchange(given, flat(x), routing, (w1, w2, b1, b2), token_ids.numel())
-    return y.reshape(x.shape)
+    return y if y.shape == x.shape else y.reshape(x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
