@@ -328,7 +328,10 @@ def case_refusals_leave_the_module_whole():
     layer = sm.MoE(D, N, E, K)
     before = {name: p for name, p in layer.named_parameters()}
     for options, message in (
-        ({"transport": "pigeons"}, "transport: expected one of auto, gather, got 'pigeons'"),
+        (
+            {"transport": "pigeons"},
+            "transport: expected one of auto, gather, nvlink, got 'pigeons'",
+        ),
         ({"row_capacity": "much"}, "row_capacity: expected a finite number"),
         ({"on_overflow": "cry"}, "on_overflow: expected one of count, raise"),
         ({"max_tokens": 0}, "max_tokens: expected"),

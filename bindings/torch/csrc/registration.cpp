@@ -15,12 +15,14 @@ void define_all(Library& library) {
   define_moe_ops(library);
   define_router_ops(library);
   define_moe_layer_ops(library);
+  define_exchange_ops(library);
 }
 
 void implement_all(Library& library) {
   implement_moe_ops(library);
   implement_router_ops(library);
   implement_moe_layer_ops(library);
+  implement_exchange_ops(library);
 }
 
 }  // namespace
@@ -38,4 +40,5 @@ STABLE_TORCH_LIBRARY_IMPL(sonicmoe_cpp, CompositeExplicitAutograd, library) {
   library.impl("backend_list", TORCH_BOX(&sonicmoe_torch::backend_list));
   library.impl("set_shared_device", TORCH_BOX(&sonicmoe_torch::set_shared_device));
   library.impl("is_shared_device", TORCH_BOX(&sonicmoe_torch::is_shared_device));
+  sonicmoe_torch::implement_exchange_ops_of_any_device(library);
 }

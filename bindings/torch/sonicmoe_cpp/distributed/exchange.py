@@ -1,4 +1,5 @@
-"""The experts of one layer, spread over the ranks of a context: transport "gather".
+"""The experts of one layer, spread over the ranks of a context: transport "gather", or by name
+"nvlink" (nvlink.py).
 
     xa, ids, weights = those of all ranks                                    [size T, ...]
     parts = moe(xa, own w1, own w2, ids, weights, first_expert, max_rows)    [size T, d]
@@ -18,12 +19,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import functional
 from .._checks import check_leading, check_shape, check_tensors, refuse
 from .._convert import flat
 from .._rules import FLAG, Name, Number
+from . import nvlink
 from .collectives import (
     Gather,
     GatherRouting,
@@ -70,6 +73,10 @@ def moe(
     each call waits for the GPU too; torch.compile and CUDA graphs need a number.
 
     keep_received False: the gathered tokens are not kept for backward, which gathers them again.
+    None keeps them through "gather" and fetches them again through "nvlink".
+
+    Through "nvlink" ranks may always have other numbers of tokens, and T of row_capacity is the
+    context's max_tokens.
 
     equal_tokens False: ranks may have other numbers of tokens. Each call then asks for the largest,
     waits for the GPU, and fills up with dropped slots.
@@ -93,6 +100,8 @@ def moe(
         FLAG.check(operation, "shared_tokens", shared_tokens), options,
     )  # fmt: skip
     given.check(x, w1)
+    if context.exchange is not None:
+        return _one_sided(given, context.exchange, x, topk_ids, topk_weights, (w1, w2, b1, b2))
     group, size = context.group, context.size
     tokens, ids, weights = flat(x), flat(topk_ids), flat(topk_weights)
     count = tokens.shape[0]
@@ -139,6 +148,8 @@ def moe_pairs(
         operation, context, row_capacity, keep_received, on_overflow, True, False, options
     )
     given.check(x, w1)
+    if context.exchange is not None:
+        refuse(operation, "context", 'transport "gather" for lists of pairs', "nvlink")
     tokens = math.prod(x.shape[:-1])
     own = (token_ids >= 0) & (token_ids < tokens)
     placed = torch.where(own, token_ids + context.rank * tokens, -1)
@@ -227,13 +238,57 @@ def _exchange(
             max_rows=max_rows, rows_dropped=dropped if max_rows is not None else None,
             **given.options,
         )  # fmt: skip
-    if raises and max_rows is not None:  # on every rank, or the others would wait for who raises
-        beyond = all_gather(dropped, group).tolist()
-        worst = max(beyond)
-        if worst > 0:
-            expected = f"room for {max_rows + worst} rows on rank {beyond.index(worst)}"
-            refuse(given.operation, "row_capacity", expected, f"{max_rows} rows")
+    if raises and max_rows is not None:
+        _raise_overflow(given.operation, dropped, max_rows, context)
     return (SumShared if given.shared_tokens else SumParts).apply(parts, group, size)
+
+
+def _one_sided(
+    given: _Given,
+    exchange: nvlink.Exchange,
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    experts: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+) -> Tensor:
+    """Through transport "nvlink"."""
+    context = given.context
+    if given.shared_tokens:
+        refuse(given.operation, "shared_tokens", 'False through transport "nvlink"', True)
+    slots = exchange.num_places * topk_ids.shape[-1]
+    if given.row_capacity is None:
+        max_rows = _counted_rows(topk_ids, context)
+    else:
+        rows = math.ceil(given.row_capacity * slots / context.size)
+        max_rows = min(-(-rows // ROUND_ROWS_TO) * ROUND_ROWS_TO, slots)
+    y, dropped = nvlink.exchanged(
+        given.operation, x, topk_ids, topk_weights, experts, exchange, max_rows,
+        given.keep_received is True, given.options,
+    )  # fmt: skip
+    if given.on_overflow == "raise":
+        _raise_overflow(given.operation, dropped, max_rows, context)
+    else:
+        context.count_on(x.device).add_(dropped)
+    return y
+
+
+def _counted_rows(ids: Tensor, context: Context) -> int:
+    """Rows of this rank, from the ids of all. Waits for the GPU."""
+    owners = ids[(ids >= 0) & (ids < context.num_experts)] // context.local_experts
+    counts = torch.bincount(owners.flatten(), minlength=context.size)
+    dist.all_reduce(counts, group=context.group)
+    return int(counts[context.rank])
+
+
+def _raise_overflow(operation: str, dropped: Tensor, max_rows: int, context: Context) -> None:
+    """On every rank, or the others would wait for those that raise."""
+    beyond = torch.zeros(context.size, dtype=torch.int32, device=dropped.device)
+    beyond[context.rank] = dropped[0]
+    dist.all_reduce(beyond, group=context.group)
+    worst = int(beyond.max())
+    if worst > 0:
+        expected = f"room for {max_rows + worst} rows on rank {beyond.tolist().index(worst)}"
+        refuse(operation, "row_capacity", expected, f"{max_rows} rows")
 
 
 @contextlib.contextmanager
