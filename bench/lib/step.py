@@ -14,7 +14,7 @@ from bench.systems.grouped_mm import grouped_experts
 from trainer.config import TrainConfig
 from trainer.data import Batches
 from trainer.footprint import Layout, is_out_of_memory
-from trainer.model import new_model, summed_cross_entropy
+from trainer.model import cross_entropy, new_model, summed_cross_entropy
 from trainer.precision import BUCKET, Masters
 from trainer.trainer import Trainer
 
@@ -88,13 +88,13 @@ class Step(Trainer):
         super().__init__(config, device, build(config, vocab_size, device), None, Masters)
         self.source, self.mode, self.graph = tokens, mode, None
         self.checksum = float(sum(p.detach().double().abs().sum() for p in self.model.parameters()))
-        self._hidden = hidden_states
+        self._hidden, self.summed = hidden_states, summed_cross_entropy
         if mode.compile:
             self._compile()
 
     def _compile(self) -> None:
         torch._dynamo.config.recompile_limit = 32  # past it torch would silently run eagerly
-        self.summed_cross_entropy = torch.compile(summed_cross_entropy)
+        self.summed = torch.compile(summed_cross_entropy)
         if self.mode.compile == "model":
             self._hidden = torch.compile(hidden_states)
             return
@@ -135,8 +135,10 @@ class Step(Trainer):
     def batch(self, part: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         return self.tokens, self.targets
 
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self._hidden(self.model, tokens)
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Some rows of logits at a time."""
+        hidden, head = self._hidden(self.model, tokens), self.model.lm_head.weight
+        return cross_entropy(hidden, head, targets, self.precision.logit_rows, self.summed)
 
     def forward_backward(self, part: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         if self.graph:
