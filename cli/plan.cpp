@@ -72,9 +72,7 @@ double moe_layer_kept(const ModelConfig& model, const Layout& layout, const Plan
   const auto ep = static_cast<double>(layout.ep), d = static_cast<double>(model.hidden_size);
   const MemoryEstimate experts = estimate_memory(rank_shape(model, layout, s));
   const double logits = 4 * static_cast<double>(model.num_experts);
-  // Under expert parallelism: the gathered tokens, and the router's own copy of x in float32.
-  const double copy = s.dtype == DType::kFloat32 ? 0 : 4 * d;
-  const double received = layout.ep > 1 ? ep * d * element(s) + copy : 0;
+  const double received = layout.ep > 1 ? ep * d * element(s) : 0;  // the gathered tokens
   return static_cast<double>(experts.kept()) +
          tokens * (attention_kept(model, s) + mlp_kept(model.shared_width, s) + logits + received);
 }

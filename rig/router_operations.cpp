@@ -16,6 +16,46 @@ TensorView rows_of(Workbench& bench) {
   return bench.ids(DType::kInt32, {bench.E}, rows);
 }
 
+// ------------------------------------------------------------------------------------------ logits
+
+Call make_router_logits_forward(const Target& target, std::uint64_t seed, Optionals optionals) {
+  Workbench bench(target, seed, optionals);
+  const DType dtype = bench.random.chance(0.5) ? DType::kFloat32 : bench.dtype;
+  RouterLogitsForwardArgs args;
+  args.x = bench.floats(bench.dtype, {bench.T, bench.d}, 1.0);
+  args.router_weight = bench.floats(dtype, {bench.E, bench.d}, 0.4);
+  if (bench.present()) args.router_bias = bench.floats(dtype, {bench.E}, 0.5);
+  args.logits = bench.blank(DType::kFloat32, {bench.T, bench.E});
+  args.workspace = bench.bytes(
+      router_logits_forward_workspace_bytes(bench.context(), bench.T, bench.E, bench.d));
+  CallMaker<RouterLogitsForwardArgs> maker;
+  Call call = maker.make("router_logits_forward", target, args, router_logits_forward, bench.memory,
+                         bench.num_threads);
+  call.set_optional("router_bias", 0.0);
+  return call;
+}
+
+Call make_router_logits_backward(const Target& target, std::uint64_t seed, Optionals optionals) {
+  Workbench bench(target, seed, optionals);
+  const DType dtype = bench.random.chance(0.5) ? DType::kFloat32 : bench.dtype;
+  RouterLogitsBackwardArgs args;
+  args.x = bench.floats(bench.dtype, {bench.T, bench.d}, 1.0);
+  args.router_weight = bench.floats(dtype, {bench.E, bench.d}, 0.4);
+  args.grad_logits = bench.floats(DType::kFloat32, {bench.T, bench.E}, 1.0);
+  if (bench.present()) args.grad_x = bench.blank(bench.dtype, {bench.T, bench.d});
+  args.grad_router_weight = bench.blank(dtype, {bench.E, bench.d});
+  if (bench.present()) args.grad_router_bias = bench.blank(dtype, {bench.E});
+  args.workspace = bench.bytes(
+      router_logits_backward_workspace_bytes(bench.context(), bench.T, bench.E, bench.d));
+  CallMaker<RouterLogitsBackwardArgs> maker;
+  Call call = maker.make("router_logits_backward", target, args, router_logits_backward,
+                         bench.memory, bench.num_threads);
+  for (const char* name : {"grad_x", "grad_router_weight", "grad_router_bias"}) {
+    call.set_optional(name);
+  }
+  return call;
+}
+
 // ----------------------------------------------------------------------------------- top-K routing
 
 RouteForwardArgs route_args(Workbench& bench) {
@@ -227,6 +267,8 @@ Call make_update_expert_bias(const Target& target, std::uint64_t seed, Optionals
 
 const std::vector<Operation>& router_operations() {
   static const std::vector<Operation> list = {
+      {"router_logits_forward", make_router_logits_forward},
+      {"router_logits_backward", make_router_logits_backward},
       {"route_forward", make_route_forward},
       {"route_backward", make_route_backward},
       {"round_tokens_forward", make_round_tokens_forward},

@@ -1,4 +1,4 @@
-// The built-in router: scoring, top-K, token rounding, balancing losses.
+// The built-in router: logits, scoring, top-K, token rounding, balancing losses.
 //
 // One formula for all scorings (docs/ops/router.md):
 //   score(t,e)  = exp(logit) (topk_softmax), softmax over E (softmax_topk), sigmoid (sigmoid_topk)
@@ -78,6 +78,51 @@ SONICMOE_API RoundingPolicy rounding_policy_from_name(std::string_view name);
 /// All enumerators, in the order of their integers.
 SONICMOE_API std::span<const Scoring> all_scorings() noexcept;
 SONICMOE_API std::span<const RoundingPolicy> all_rounding_policies() noexcept;
+
+// ----------------------------------------------------------------------------------------- logits
+
+/// Arguments of router_logits_forward.
+struct RouterLogitsForwardArgs {
+  ConstTensorView x;              ///< [T, d] float32|bfloat16, unit stride in d
+  ConstTensorView router_weight;  ///< [E, d], dtype of x or float32, unit stride in d
+  ConstTensorView router_bias;    ///< [E], dtype of router_weight or float32, optional
+  TensorView logits;              ///< [T, E] float32 contiguous
+  TensorView workspace;  ///< [router_logits_forward_workspace_bytes()] uint8, 64-byte aligned
+};
+
+/// Scratch of router_logits_forward and of router_logits_backward.
+SONICMOE_API std::size_t router_logits_forward_workspace_bytes(const Context& context,
+                                                               std::int64_t num_tokens,
+                                                               std::int64_t num_experts,
+                                                               std::int64_t hidden_size);
+SONICMOE_API std::size_t router_logits_backward_workspace_bytes(const Context& context,
+                                                                std::int64_t num_tokens,
+                                                                std::int64_t num_experts,
+                                                                std::int64_t hidden_size);
+
+/// logits = x router_weight^T + router_bias, summed in float32: the bits of moe_layer_forward's.
+/// Errors: shapes, dtypes and strides; on a GPU x of another dtype than bfloat16, or d no multiple
+/// of 8.
+SONICMOE_API void router_logits_forward(const Context& context,
+                                        const RouterLogitsForwardArgs& args);
+
+/// Arguments of router_logits_backward.
+struct RouterLogitsBackwardArgs {
+  ConstTensorView x;              ///< [T, d] from forward
+  ConstTensorView router_weight;  ///< [E, d] from forward
+  ConstTensorView grad_logits;    ///< [T, E] float32 contiguous
+  TensorView grad_x;              ///< [T, d] dtype of x, unit stride in d, or absent
+  TensorView grad_router_weight;  ///< [E, d], dtype of router_weight or float32, or absent
+  TensorView grad_router_bias;    ///< [E], dtype of router_weight or float32, or absent
+  TensorView workspace;  ///< [router_logits_backward_workspace_bytes()] uint8, 64-byte aligned
+};
+
+/// grad_x = grad_logits router_weight, grad_router_weight = grad_logits^T x, grad_router_bias =
+/// the column sums of grad_logits; overwritten. Errors: as router_logits_forward.
+SONICMOE_API void router_logits_backward(const Context& context,
+                                         const RouterLogitsBackwardArgs& args);
+
+// ------------------------------------------------------------------------------------------ top-K
 
 /// How logits become experts and weights.
 struct RouterOptions {

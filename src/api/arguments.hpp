@@ -86,6 +86,26 @@ void for_each_tensor(Args& args, Visit visit) {
   visit("workspace", args.workspace, Access::kWrite);
 }
 
+template <MaybeConst<RouterLogitsForwardArgs> Args, class Visit>
+void for_each_tensor(Args& args, Visit visit) {
+  visit("x", args.x, Access::kRead);
+  visit("router_weight", args.router_weight, Access::kRead);
+  visit("router_bias", args.router_bias, Access::kRead);
+  visit("logits", args.logits, Access::kWrite);
+  visit("workspace", args.workspace, Access::kWrite);
+}
+
+template <MaybeConst<RouterLogitsBackwardArgs> Args, class Visit>
+void for_each_tensor(Args& args, Visit visit) {
+  visit("x", args.x, Access::kRead);
+  visit("router_weight", args.router_weight, Access::kRead);
+  visit("grad_logits", args.grad_logits, Access::kRead);
+  visit("grad_x", args.grad_x, Access::kWrite);
+  visit("grad_router_weight", args.grad_router_weight, Access::kWrite);
+  visit("grad_router_bias", args.grad_router_bias, Access::kWrite);
+  visit("workspace", args.workspace, Access::kWrite);
+}
+
 template <MaybeConst<RouterOptions> Options, class Visit>
 void for_each_tensor(Options& options, Visit visit) {
   visit("selection_bias", options.selection_bias, Access::kRead);

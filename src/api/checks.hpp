@@ -75,6 +75,14 @@ void check_round_tokens_forward(const Check& check, const RoundTokensForwardArgs
                                 const char* weights = "pair_weights");
 void check_round_tokens_backward(const Check& check, const RoundTokensBackwardArgs& args);
 
+/// The operands of a router's logits; x, which has been checked, is [T, d].
+void check_router(const Check& check, const ConstTensorView& x, const ConstTensorView& weight,
+                  const ConstTensorView& bias, const ConstTensorView& logits,
+                  std::int64_t num_experts);
+/// The gradient of a bias that backward does not see: of its weight's dtype or float32.
+void check_router_bias_gradient(const Check& check, const ConstTensorView& grad,
+                                const ConstTensorView& weight, bool accumulate);
+
 /// Options alone, for a router over `num_experts`.
 void check_router_options(const Check& check, const RouterOptions& options,
                           std::int64_t num_experts);

@@ -9,33 +9,6 @@
 namespace sonicmoe {
 namespace {
 
-void check_router(const Check& check, const ConstTensorView& x, const ConstTensorView& weight,
-                  const ConstTensorView& bias, const ConstTensorView& logits,
-                  std::int64_t num_experts) {
-  check.rank("x", x, 2);
-  check.shape("router_weight", weight, {num_experts, x.size(1)});
-  check.dtype("router_weight", weight, {x.dtype(), DType::kFloat32});
-  check.unit_stride("router_weight", weight, 1);
-  if (bias.defined()) {
-    check.shape("router_bias", bias, {num_experts});
-    check.dtype("router_bias", bias, {weight.dtype(), DType::kFloat32});
-    check.unit_stride("router_bias", bias, 0);
-  }
-  check.shape("logits", logits, {x.size(0), num_experts});
-  check.dtype("logits", logits, {DType::kFloat32});
-  check.contiguous("logits", logits);
-}
-
-// The gradient of a bias that backward does not see: of its weight's dtype or float32.
-void check_router_bias_gradient(const Check& check, const ConstTensorView& grad,
-                                const ConstTensorView& weight, bool accumulate) {
-  if (!grad.defined()) return;
-  check.shape("grad_router_bias", grad, {weight.size(0)});
-  if (accumulate) check.dtype("grad_router_bias", grad, {DType::kFloat32});
-  check.dtype("grad_router_bias", grad, {weight.dtype(), DType::kFloat32});
-  check.unit_stride("grad_router_bias", grad, 0);
-}
-
 void check_layer_options(const Check& check, const MoELayerOptions& options,
                          std::int64_t num_experts) {
   check_expert_options(check, options.experts);

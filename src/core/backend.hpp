@@ -75,6 +75,29 @@ class Backend {
                                                       std::span<void* const> buffers,
                                                       double timeout_seconds) const = 0;
 
+  // The router's products.
+  /// What the public header allows of x and this backend cannot serve: throws.
+  virtual void check_router_logits(const Check&, const ConstTensorView& /*x*/) const {}
+  /// Scratch of router_logits(), and of router_grad_x() and router_logits_backward().
+  virtual std::size_t router_logits_workspace_bytes(const Context& context,
+                                                    const MoEShape& shape) const = 0;
+  virtual std::size_t router_logits_backward_workspace_bytes(const Context& context,
+                                                             const MoEShape& shape) const = 0;
+  /// logits [T, E] float32 = x [T, d] weight [E, d]^T + bias [E] (may be absent).
+  virtual void router_logits(const Context& context, ConstTensorView x, ConstTensorView weight,
+                             ConstTensorView bias, TensorView logits,
+                             TensorView workspace) const = 0;
+  /// grad_x [T, d], dtype of x, = grad_logits [T, E] float32 weight [E, d].
+  virtual void router_grad_x(const Context& context, ConstTensorView grad_logits,
+                             ConstTensorView weight, TensorView grad_x,
+                             TensorView workspace) const = 0;
+  /// grad_weight [E, d] = grad_logits^T x, grad_bias [E] = column sums of grad_logits [T, E]
+  /// float32; either may be absent; overwritten, or added to with `accumulate`.
+  virtual void router_logits_backward(const Context& context, ConstTensorView x,
+                                      ConstTensorView grad_logits, TensorView grad_weight,
+                                      TensorView grad_bias, bool accumulate,
+                                      TensorView workspace) const = 0;
+
   // Router.
   virtual void route_forward(const Context& context, const RouteForwardArgs& args) const = 0;
   virtual void route_backward(const Context& context, const RouteBackwardArgs& args) const = 0;

@@ -74,6 +74,12 @@ class CpuBackend final : public HostRouterBackend {
     cpu::router_logits(thread_count(context.num_threads), x, weight, bias, logits,
                        workspace.data());
   }
+  void router_grad_x(const Context& context, ConstTensorView grad_logits, ConstTensorView weight,
+                     TensorView grad_x, TensorView workspace) const override {
+    cpu::prepare_gemm();
+    cpu::router_grad_x(thread_count(context.num_threads), grad_logits, weight, grad_x,
+                       workspace.data());
+  }
   void router_logits_backward(const Context& context, ConstTensorView x,
                               ConstTensorView grad_logits, TensorView grad_weight,
                               TensorView grad_bias, bool accumulate,

@@ -86,6 +86,32 @@ void router_logits(int threads, const ConstTensorView& x, const ConstTensorView&
   });
 }
 
+void router_grad_x(int threads, const ConstTensorView& grad_logits, const ConstTensorView& weight,
+                   const TensorView& grad_x, void* workspace) {
+  static_assert(kRowBlock <= kExpertBlock, "a block of rows has to fit into the product");
+  const std::int64_t num_tokens = grad_logits.size(0);
+  const std::int64_t num_experts = grad_logits.size(1);
+  const std::int64_t d = weight.size(1);
+  parallel_for(threads, ceil_div(num_tokens, kRowBlock), [&](std::int64_t block, int thread) {
+    const Scratch s = thread_scratch(workspace, thread);
+    const std::int64_t first = block * kRowBlock;
+    const std::int64_t rows = std::min(kRowBlock, num_tokens - first);
+    for (std::int64_t c = 0; c < d; c += kDepthBlock) {
+      const std::int64_t columns = std::min(kDepthBlock, d - c);
+      for (std::int64_t e = 0; e < num_experts; e += kExpertBlock) {
+        const std::int64_t experts = std::min(kExpertBlock, num_experts - e);
+        const Operand<float> a = load_any(grad_logits, first, rows, e, experts, s.left);
+        const Operand<float> b = load_any(weight, e, experts, c, columns, s.right);
+        gemm(rows, columns, experts, a, b, s.product, kDepthBlock, e > 0);
+      }
+      for (std::int64_t r = 0; r < rows; ++r) {
+        put(s.product + r * kDepthBlock, grad_x, (first + r) * grad_x.stride(0) + c, columns,
+            /*add=*/false);
+      }
+    }
+  });
+}
+
 void router_logits_backward(int threads, const ConstTensorView& x,
                             const ConstTensorView& grad_logits, const TensorView& grad_weight,
                             const TensorView& grad_bias, bool accumulate, void* workspace) {

@@ -136,6 +136,11 @@ class CudaBackend final : public ComposedBackend {
     router::update_expert_bias(context, bias, rows_per_expert, rate);
   }
 
+  void check_router_logits(const Check& check, const ConstTensorView& x) const override {
+    check.dtype("x", x, {DType::kBFloat16});
+    check.that(x.size(1) % cuda::kVectorElements == 0, "x", "a hidden size that is a multiple of 8",
+               x.describe());
+  }
   std::size_t router_logits_workspace_bytes(const Context&, const MoEShape&) const override {
     return 0;
   }
@@ -147,6 +152,18 @@ class CudaBackend final : public ComposedBackend {
                      ConstTensorView bias, TensorView logits, TensorView) const override {
     const Call call(context, "router_logits");
     router::router_logits(context, x, weight, bias, logits);
+  }
+  void router_grad_x(const Context& context, ConstTensorView grad_logits, ConstTensorView weight,
+                     TensorView grad_x, TensorView workspace) const override {
+    const Call call(context, "router_grad_x");
+    const int device = context.device.index;
+    MoEShape shape;
+    shape.num_tokens = grad_logits.size(0);
+    shape.num_experts = grad_logits.size(1);
+    shape.hidden_size = weight.size(1);
+    router::router_grad_x(context, {grad_logits.data(), shape.num_tokens, shape.num_experts},
+                          weight, 0, shape.hidden_size, {grad_x.data(), grad_x.stride(0)},
+                          router::router_grad_x_terms(workspace.data(), device, shape));
   }
   void router_logits_backward(const Context& context, ConstTensorView x,
                               ConstTensorView grad_logits, TensorView grad_weight,

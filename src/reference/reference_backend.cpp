@@ -288,6 +288,10 @@ class ReferenceBackend final : public ComposedBackend {
                      ConstTensorView bias, TensorView logits, TensorView) const override {
     write(logits, oracle::router_logits(x, weight, bias));
   }
+  void router_grad_x(const Context&, ConstTensorView grad_logits, ConstTensorView weight,
+                     TensorView grad_x, TensorView) const override {
+    write(grad_x, oracle::router_grad_x(to_double(grad_logits), weight));
+  }
   void router_logits_backward(const Context&, ConstTensorView x, ConstTensorView grad_logits,
                               TensorView grad_weight, TensorView grad_bias, bool accumulate,
                               TensorView) const override {

@@ -239,6 +239,12 @@ def case_every_scoring_and_bias():
         compare_layers(*layers(**options))
 
 
+def case_logits_have_the_bits_of_the_fused_layer():
+    whole, parts = layers()
+    x = torch.randn(T, D, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(parts(x, return_router=True)[1], whole(x, return_router=True)[1])
+
+
 def case_autocast_leaves_the_routers_sums_in_float32():
     whole, parts = layers()
     x = torch.randn(world() * T, D, generator=torch.Generator().manual_seed(6))

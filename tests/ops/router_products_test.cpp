@@ -137,6 +137,27 @@ void check_logits(const Target& target, const ProductCase& c) {
   EXPECT_TRUE(workspace.guards_intact());
 }
 
+// dX, where the backend takes such an x.
+void check_grad_x(const Target& target, const ProductCase& c, const Tensor& grad,
+                  const GuardedBuffer& workspace) {
+  const std::int64_t num_tokens = c.num_tokens, d = c.hidden_size, num_experts = c.num_experts;
+  const bool cuda = target.device.type == DeviceType::kCuda;
+  if (cuda && (c.x != DType::kBFloat16 || d % 8 != 0)) return;
+  const Context context = target.context(3);
+  const Tensor weight = strided_input(target, c.weight, {num_experts, d}, c.strides, 53);
+  const Tensor grad_x(target, c.x, {num_tokens, d}, c.strides);
+  parts_of(context).router_grad_x(context, grad.view(), weight.view(), grad_x.view(),
+                                  workspace.view());
+  const Values gs = grad.values(), ws = weight.values();
+  const Product expected = multiply(
+      num_tokens, d, num_experts,
+      [&](std::int64_t t, std::int64_t e) { return gs[at(t, num_experts, e)]; },
+      [&](std::int64_t e, std::int64_t column) { return ws[at(e, d, column)]; });
+  // A GPU takes grad_logits rounded to bfloat16, as it does dH.
+  expect_product(grad_x.values(), expected, c.x, cuda ? 0x1p-8 : kFloatProducts);
+  expect_output(grad_x);
+}
+
 void check_gradients(const Target& target, const ProductCase& c) {
   const std::int64_t num_tokens = c.num_tokens, d = c.hidden_size, num_experts = c.num_experts;
   const Context context = target.context(3);
@@ -154,6 +175,7 @@ void check_gradients(const Target& target, const ProductCase& c) {
   }
   const GuardedBuffer workspace(
       target, backend.router_logits_backward_workspace_bytes(context, shape_of(c)));
+  check_grad_x(target, c, grad, workspace);
   backend.router_logits_backward(context, x.view(), grad.view(), grad_weight.view(),
                                  grad_bias.view(), c.accumulate, workspace.view());
   const Values xs = x.values(), gs = grad.values();

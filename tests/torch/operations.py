@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import sonicmoe_cpp as sm
 import torch
+from sonicmoe_cpp.functional import router_logits
 from torch import Tensor
 
 
@@ -89,6 +90,7 @@ OPERATIONS = {
         sm.moe_pairs, ("x", *WEIGHTS, "token_ids", "expert_ids", "pair_weights"), (), {},
         (*EXPERT_OPTIONS, "deterministic"),
     ),
+    "router_logits": Operation(router_logits, ("x", "router_weight", "router_bias")),
     "route": Operation(sm.route, ("logits", "selection_bias"), ("top_k",), SIGMOID, ROUTER_OPTIONS),
     "round_tokens": Operation(
         sm.round_tokens, ("logits", "selection_bias"), ("top_k", "tile"), SIGMOID,

@@ -3,6 +3,7 @@
 import pytest
 import sonicmoe_cpp as sm
 import torch
+from sonicmoe_cpp.functional import router_logits
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +28,7 @@ def functions():
         "moe": lambda x: sm.moe(x, w1, w2, ids, weights),
         "moe_sorted": lambda x: sm.moe_sorted(x, w1, w2, offsets),
         "moe_pairs": lambda x: sm.moe_pairs(x, w1, w2, ids[:, 0], ids[:, 1], weights[:, 0]),
+        "router_logits": lambda x: router_logits(x, router),
         "moe_layer": lambda x: sm.moe_layer(x, router, w1, w2, K)[0],
         "moe_layer, rounded": lambda x: sm.moe_layer(x, router, w1, w2, K, **rounding)[0],
         "moe_layer, logits": lambda x: sm.moe_layer(x, router, w1, w2, K, **sigmoid)[1],
@@ -43,7 +45,7 @@ def functions():
 
 
 NAMES = ["moe", "moe_sorted", "moe_pairs", "moe_layer", "moe_layer, rounded", "moe_layer, logits"]
-NAMES += ["route", "round_tokens", "load_balancing_loss", "router_z_loss"]
+NAMES += ["router_logits", "route", "round_tokens", "load_balancing_loss", "router_z_loss"]
 
 
 def close(ours, right):

@@ -165,6 +165,10 @@ def test_opcheck_router():
         plain, None, torch.tensor([1]), *options
     )
     opcheck(ops.round_tokens_backward, (weights, plain, ids, tokens, experts, *options))
+    x, weight, bias = torch.randn(T, D), torch.randn(E, D), torch.randn(E)
+    opcheck(ops.router_logits_forward, (x, weight.requires_grad_(), bias))
+    backward = (plain, x.bfloat16(), weight.detach(), None, [True, True, False])
+    opcheck(ops.router_logits_backward, backward)
     opcheck(ops.load_balancing_loss_forward, (logits, rows, K, 1))
     opcheck(ops.load_balancing_loss_backward, (torch.ones(1), plain, rows, K, 1))
     opcheck(ops.router_z_loss_forward, (logits,))
@@ -382,6 +386,14 @@ def operator_calls():
         **layer_step_args(layer, main),
         "moe_layer_forward": (*given, seed, *options, True),
         "moe_layer_backward": (*layer, main),
+        "router_logits_forward": (torch.randn(T, D), torch.randn(E, D), bias),
+        "router_logits_backward": (
+            logits,
+            torch.randn(T, D),
+            torch.randn(E, D),
+            bias,
+            [True] * 3,
+        ),
         "route_forward": (logits, bias, *router),
         "route_backward": (chosen_weights, logits, chosen, *router),
         "round_tokens_forward": (logits, bias, seed, *rounding),

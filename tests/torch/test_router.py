@@ -4,6 +4,7 @@ import eager
 import pytest
 import sonicmoe_cpp as sm
 import torch
+from sonicmoe_cpp.functional import router_logits
 
 T, E, K = 40, 12, 3
 SCORINGS = [
@@ -22,6 +23,42 @@ def with_bias(options):
         if options.get("selection_bias")
         else options
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("router_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_are_those_of_the_layer(dtype, router_dtype, bias):
+    if dtype == torch.float32 and router_dtype == torch.bfloat16:
+        with pytest.raises(RuntimeError, match="router_weight: expected float32, got bfloat16"):
+            router_logits(torch.randn(T, 8), torch.randn(E, 8, dtype=router_dtype))
+        return
+    tokens, width = 300, 270  # more than a block of either
+    x = torch.randn(2, tokens // 2, width).to(dtype).requires_grad_()
+    weight = torch.randn(E, width).to(router_dtype).requires_grad_()
+    shift = torch.randn(E).to(router_dtype).requires_grad_() if bias else None
+    w1, w2 = torch.randn(E, 8, width).to(dtype), torch.randn(E, width, 4).to(dtype)
+    logits = router_logits(x, weight, shift)
+    assert torch.equal(logits, sm.moe_layer(x, weight, w1, w2, K, router_bias=shift)[1])
+
+    inputs = [x, weight] if shift is None else [x, weight, shift]
+    grad = torch.randn(logits.shape)
+    ours = torch.autograd.grad(logits, inputs, grad)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = torch.nn.functional.linear(*exact)
+    right = torch.autograd.grad(expected, exact, grad.double())
+    for mine, double, given in zip(ours, right, inputs, strict=True):
+        assert mine.dtype == given.dtype and mine.shape == given.shape
+        rounding = 2**-8 if given.dtype == torch.bfloat16 else 1e-5
+        assert (mine.double() - double).abs().max() <= rounding * double.abs().max()
+
+
+def test_logits_keep_no_copy_of_x():
+    x, weight = torch.randn(T, 8).bfloat16(), torch.randn(E, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        router_logits(x, weight)
+    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), weight.data_ptr()}
 
 
 @pytest.mark.parametrize("options", SCORINGS, ids=str)

@@ -1,8 +1,9 @@
-// Top-K routing, token rounding and the balancing losses.
+// The router's logits, top-K routing, token rounding and the balancing losses.
 #include <algorithm>
 #include <numeric>
 #include <tuple>
 
+#include "gradients.hpp"
 #include "ops.hpp"
 #include "options.hpp"
 
@@ -29,6 +30,83 @@ sonicmoe::RouterOptions unpack(PackedOptions packed, const Views& views,
   const auto router = unpack_router(packed, views, selection_bias);
   packed.finish();
   return router;
+}
+
+/// [T, d] and [E, d], before anything is made of their sizes.
+struct RouterShape {
+  std::int64_t num_tokens, num_experts, hidden_size;
+};
+RouterShape shape_of(const Views& views, const sonicmoe::ConstTensorView& x,
+                     const sonicmoe::ConstTensorView& weight) {
+  if (x.rank() != 2) throw sonicmoe::Error(views.operation(), "x", "2 dimensions", x.describe());
+  if (weight.rank() != 2) {
+    throw sonicmoe::Error(views.operation(), "router_weight", "2 dimensions", weight.describe());
+  }
+  return {x.size(0), weight.size(0), x.size(1)};
+}
+
+constexpr const char* kRouterLogitsForwardSchema =
+    "router_logits_forward(Tensor x, Tensor router_weight, Tensor? router_bias) -> Tensor logits";
+
+// logits [T, E] float32.
+Tensor router_logits_forward(const Tensor& x, const Tensor& router_weight,
+                             const OptionalTensor& router_bias) {
+  const Views views("router_logits_forward");
+  const Call call(x);
+  sonicmoe::RouterLogitsForwardArgs args{.x = views.in("x", x),
+                                         .router_weight = views.in("router_weight", router_weight),
+                                         .router_bias = views.in("router_bias", router_bias),
+                                         .logits = {},
+                                         .workspace = {}};
+  const RouterShape shape = shape_of(views, args.x, args.router_weight);
+  const std::size_t bytes = views.ask([&] {
+    return sonicmoe::router_logits_forward_workspace_bytes(call.context(), shape.num_tokens,
+                                                           shape.num_experts, shape.hidden_size);
+  });
+  const Tensor logits = new_tensor(x, {shape.num_tokens, shape.num_experts}, ScalarType::Float);
+  const Tensor workspace = new_workspace(x, bytes, /*limited=*/false);
+  args.logits = views.out("logits", logits);
+  args.workspace = views.out("workspace", workspace);
+  sonicmoe::router_logits_forward(call.context(), args);
+  return logits;
+}
+
+constexpr const char* kRouterLogitsBackwardSchema =
+    "router_logits_backward(Tensor grad_logits, Tensor x, Tensor router_weight, "
+    "Tensor? router_bias, bool[] needs) -> "
+    "(Tensor grad_x, Tensor grad_router_weight, Tensor grad_router_bias)";
+
+// Those that `needs` does not name come back empty.
+std::tuple<Tensor, Tensor, Tensor> router_logits_backward(const Tensor& grad_logits,
+                                                          const Tensor& x,
+                                                          const Tensor& router_weight,
+                                                          const OptionalTensor& router_bias,
+                                                          const Needs& needs) {
+  const Views views("router_logits_backward");
+  const Call call(x);
+  sonicmoe::RouterLogitsBackwardArgs args{.x = views.in("x", x),
+                                          .router_weight = views.in("router_weight", router_weight),
+                                          .grad_logits = views.in("grad_logits", grad_logits),
+                                          .grad_x = {},
+                                          .grad_router_weight = {},
+                                          .grad_router_bias = {},
+                                          .workspace = {}};
+  const RouterShape shape = shape_of(views, args.x, args.router_weight);
+  const std::size_t bytes = views.ask([&] {
+    return sonicmoe::router_logits_backward_workspace_bytes(call.context(), shape.num_tokens,
+                                                            shape.num_experts, shape.hidden_size);
+  });
+  Gradients gradients(views, x, needs, 3);
+  const Gradient of_x = gradients.of_input("grad_x", x);
+  const Gradient of_weight = gradients.of_weight("grad_router_weight", router_weight);
+  const Gradient of_bias = gradients.of_bias("grad_router_bias", router_bias);
+  const Tensor workspace = new_workspace(x, bytes, /*limited=*/false);
+  args.grad_x = of_x.view;
+  args.grad_router_weight = of_weight.view;
+  args.grad_router_bias = of_bias.view;
+  args.workspace = views.out("workspace", workspace);
+  sonicmoe::router_logits_backward(call.context(), args);
+  return {of_x.tensor, of_weight.tensor, of_bias.tensor};
 }
 
 constexpr const char* kRouteForwardSchema =
@@ -239,15 +317,18 @@ void update_expert_bias(const Tensor& selection_bias, const Tensor& rows_per_exp
 }  // namespace
 
 void define_router_ops(Library& library) {
-  for (const char* schema : {kRouteForwardSchema, kRouteBackwardSchema, kRoundTokensForwardSchema,
-                             kRoundTokensBackwardSchema, kLoadBalancingLossForwardSchema,
-                             kLoadBalancingLossBackwardSchema, kRouterZLossForwardSchema,
-                             kRouterZLossBackwardSchema, kUpdateExpertBiasSchema}) {
+  for (const char* schema :
+       {kRouterLogitsForwardSchema, kRouterLogitsBackwardSchema, kRouteForwardSchema,
+        kRouteBackwardSchema, kRoundTokensForwardSchema, kRoundTokensBackwardSchema,
+        kLoadBalancingLossForwardSchema, kLoadBalancingLossBackwardSchema,
+        kRouterZLossForwardSchema, kRouterZLossBackwardSchema, kUpdateExpertBiasSchema}) {
     library.def(schema);
   }
 }
 
 void implement_router_ops(Library& library) {
+  library.impl("router_logits_forward", TORCH_BOX(&router_logits_forward));
+  library.impl("router_logits_backward", TORCH_BOX(&router_logits_backward));
   library.impl("route_forward", TORCH_BOX(&route_forward));
   library.impl("route_backward", TORCH_BOX(&route_backward));
   library.impl("round_tokens_forward", TORCH_BOX(&round_tokens_forward));

@@ -9,9 +9,9 @@ from ._checks import check_dtype, names_of, refuse
 from ._rules import SEED
 
 
-def autocast(operation: str, x: Tensor, w1: Tensor, w2: Tensor, *biases: Tensor | None) -> Any:
+def autocast(operation: str, x: Tensor, *parameters: Tensor | None) -> Any:
     """Under autocast: x and the experts' parameters in the autocast dtype, as for linear."""
-    tensors = [x, w1, w2, *biases]
+    tensors = [x, *parameters]
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

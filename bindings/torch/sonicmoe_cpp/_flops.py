@@ -141,6 +141,19 @@ def _moe_layer_backward_up(
     return experts + _logits(x, router_weight) * (need_x + need_router_weight)
 
 
+@register_flop_formula(ops.router_logits_forward)
+def _router_logits_forward(x: Shape, router_weight: Shape, *rest: Any, **out: Any) -> int:
+    return _logits(x, router_weight)
+
+
+@register_flop_formula(ops.router_logits_backward)
+def _router_logits_backward(
+    grad_logits: Shape, x: Shape, router_weight: Shape, router_bias: Any, needs: list[bool],
+    **out: Any,
+) -> int:  # fmt: skip
+    return _logits(x, router_weight) * (needs[0] + needs[1])
+
+
 @register_flop_formula(
     [
         ops.route_forward, ops.route_backward,

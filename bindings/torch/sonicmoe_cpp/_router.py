@@ -1,5 +1,6 @@
 """Fake implementations and autograd of the router's operators (csrc/router_ops.cpp)."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,7 +8,40 @@ from torch import Tensor
 
 from ._autograd import register_autograd, register_in_place, register_once_differentiable
 from ._library import ops, register_fake, rounded_capacity, run
+from ._moe import new_gradient
 from .options import RoundingOptions, RouterOptions
+
+# ------------------------------------------------------------------------------------------ logits
+
+
+@register_fake("router_logits_forward")
+def _(x, router_weight, router_bias):
+    return x.new_empty((x.shape[0], router_weight.shape[0]), dtype=torch.float32)
+
+
+@register_fake("router_logits_backward")
+def _(grad_logits, x, router_weight, router_bias, needs):
+    need_x, need_weight, need_bias = needs
+    grad_like = functools.partial(new_gradient, "router_logits_backward", x)
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        grad_like("grad_router_weight", need_weight, router_weight),
+        grad_like("grad_router_bias", need_bias, router_bias),
+    )
+
+
+def _logits_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _logits_backward(ctx: Any, grad_logits: Tensor) -> tuple:
+    needs = ctx.needs_input_grad
+    grads = run(ops.router_logits_backward, grad_logits.contiguous(), *ctx.saved_tensors, needs)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+register_autograd("router_logits_forward", _logits_backward, _logits_setup_context)
+register_once_differentiable("router_logits_backward")
 
 # ------------------------------------------------------------------------------------------- route
 

@@ -14,7 +14,16 @@ from typing_extensions import Unpack
 
 from . import _moe, _router  # noqa: F401  (register fakes and autograd)
 from ._checks import check_dtype, check_leading, check_shape, check_tensors, refuse, tensor_or_none
-from ._convert import autocast, constant, flat, float_logits, needs_backward, rows_of, seed_of
+from ._convert import (
+    autocast,
+    constant,
+    flat,
+    float_logits,
+    matrix,
+    needs_backward,
+    rows_of,
+    seed_of,
+)
 from ._library import FORM_PAIRS, FORM_SORTED, FORM_TOP_K, ops, run
 from ._main_grad import MainGradLayer, check_main_grad
 from ._moe_layer import LayerOutput
@@ -171,6 +180,25 @@ def moe_pairs(
 
 
 # ------------------------------------------------------------------------------------------ router
+
+
+def router_logits(x: Tensor, router_weight: Tensor, router_bias: Tensor | None = None) -> Tensor:
+    """x router_weight^T + router_bias: logits [..., E] float32, with the bits of `moe_layer`.
+
+    x [..., d] float32|bfloat16; router_weight [E, d], in the dtype of x or float32; router_bias
+    [E], in the dtype of router_weight or float32. Sums are float32, without a float32 copy of x.
+    Gradients: x, router_weight, router_bias. On a GPU x is bfloat16 and d a multiple of 8.
+    """
+    operation = "router_logits"
+    check_tensors(operation, x=x, router_weight=router_weight, router_bias=router_bias)
+    num_experts = router_weight.shape[0]
+    check_shape(operation, "router_weight", router_weight, num_experts, x.shape[-1])
+    check_shape(operation, "router_bias", router_bias, num_experts)
+    (rows,) = autocast(operation, matrix(operation, "x", x))
+    check_dtype(operation, "router_weight", router_weight, rows.dtype, torch.float32)
+    check_dtype(operation, "router_bias", router_bias, router_weight.dtype, torch.float32)
+    logits = run(ops.router_logits_forward, rows, router_weight, router_bias)
+    return logits if x.dim() == 2 else logits.reshape(*x.shape[:-1], num_experts)
 
 
 @with_keywords(RouterOptions)

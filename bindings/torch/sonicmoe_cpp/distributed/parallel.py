@@ -18,7 +18,7 @@ from .._convert import autocast, constant, matrix
 from .._library import ops, run
 from .._moe_layer import LayerOutput, count_rows
 from .._rules import FLAG, Number, Optional
-from ..functional import RouterTensors
+from ..functional import RouterTensors, router_logits
 from ..module import MoE
 from ..options import LayerOptions, Packed, joined
 from .context import Context
@@ -85,7 +85,7 @@ class Exchange:
         # As the fused layer under autocast: the rows that travel and those that the router sees are
         # in its dtype, the router's sums in float32.
         rows, w1, w2, b1, b2 = autocast("MoE", matrix("MoE", "x", x), *map(self.local, experts))
-        logits = router_logits(rows, router.weight, router.bias)
+        logits = router_logits(rows, self.local(router.weight), self.local(router.bias))
         bias = constant(router.selection_bias)
         common = {"w1": w1, "w2": w2, "b1": b1, "b2": b2} | _keywords(layer)
         nothing = logits.new_empty(0, dtype=torch.int32)
@@ -111,13 +111,6 @@ def shaped(rows: Tensor, x: Tensor) -> Tensor:
     """[T, ...] with the leading dimensions of x; no view where it has them, of which FSDP2 would
     warn."""
     return rows if x.dim() == 2 else rows.reshape(*x.shape[:-1], -1)
-
-
-def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wr^T + br, [T, E] float32; in float32, as the sums of the fused layer."""
-    bias = None if bias is None else Exchange.local(bias).float()
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.nn.functional.linear(x.float(), Exchange.local(weight).float(), bias)
 
 
 def _keywords(layer: LayerOptions) -> dict[str, Any]:
