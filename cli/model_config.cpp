@@ -74,16 +74,28 @@ class Fields {
     }
     return dense;
   }
+  /// That a list, where there is one, has no other kinds of layers.
+  void require_layers(const char* name, const std::string& kinds,
+                      bool (*right)(const nlohmann::json&)) const {
+    if (!has(name)) return;
+    if (!object_[name].is_array()) wrong(name, kinds);
+    for (const auto& kind : object_[name]) {
+      if (!right(kind)) wrong(name, kinds, kind);
+    }
+  }
   [[noreturn]] void wrong(const char* name, const std::string& what) const {
-    using Json = nlohmann::json;
-    const Json& value = object_[name];
+    wrong(name, what, object_[name]);
+  }
+
+ private:
+  using Json = nlohmann::json;
+
+  [[noreturn]] void wrong(const char* name, const std::string& what, const Json& value) const {
     const bool nested = value.is_structured();  // maybe deeper than dump() can go
     throw usage_error(
         where_ + name, what,
         nested ? value.type_name() : value.dump(-1, ' ', true, Json::error_handler_t::replace));
   }
-
- private:
   static std::string expected(std::int64_t low) {
     return "an integer from " + std::to_string(low) + " to " + std::to_string(kMost);
   }
@@ -137,6 +149,11 @@ AttentionConfig read_attention(const Fields& fields, std::int64_t hidden_size) {
   return a;
 }
 
+bool is_attention(const nlohmann::json& kind) {
+  return kind.is_string() && kind != "linear_attention" &&
+         kind.get_ref<const std::string&>().ends_with("attention");
+}
+
 // What would be counted as if it were attention, or experts in other layers than they are.
 void refuse_other_layers(const Fields& fields) {
   for (const char* name : {"mamba_d_state", "mamba_expand", "linear_num_value_heads", "ssm_cfg",
@@ -146,13 +163,16 @@ void refuse_other_layers(const Fields& fields) {
   for (const char* name : {"moe_layer_freq", "moe_layer_interval"}) {
     if (fields.has(name) && !fields.is_one(name)) fields.wrong(name, "1");
   }
+  fields.require_layers("layer_types", "a list of kinds of attention, none linear", is_attention);
+  fields.require_layers("attn_type_list", "a list of 1, no linear attention",
+                        [](const nlohmann::json& kind) { return kind == 1; });
 }
 
 // The first layers, those of a list and those between two sparse ones have no experts.
 std::int64_t count_dense(const Fields& fields, std::int64_t layers) {
   if (fields.has("mlp_layer_types")) return fields.count_dense("mlp_layer_types", layers);
   const std::int64_t first =
-      fields.integer({"first_k_dense_replace", "moe_layer_start_index"}, 0, 0);
+      fields.integer({"first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"}, 0, 0);
   const std::int64_t step = fields.integer({"decoder_sparse_step"}, 1, 1);
   const std::set<std::int64_t> listed = fields.layers("mlp_only_layers", layers);
   std::int64_t count = 0;
@@ -182,10 +202,13 @@ ModelConfig read_model_config(const std::string& option, const std::string& path
                  "at most the " + std::to_string(config.num_experts) + " experts of a layer");
   }
   config.expert_width = fields.integer({"moe_intermediate_size", "intermediate_size"}, 1);
-  config.dense_width = fields.integer({"intermediate_size"}, 0, 0);
-  const std::int64_t shared = fields.integer({"n_shared_experts", "moe_num_shared_experts"}, 0, 0);
+  config.dense_width =
+      fields.integer({"prefix_dense_intermediate_size", "intermediate_size"}, 0, 0);
+  const std::int64_t shared =
+      fields.integer({"n_shared_experts", "moe_num_shared_experts", "num_shared_experts"}, 0, 0);
   config.shared_width =
-      fields.integer({"shared_expert_intermediate_size"}, 0, shared * config.expert_width);
+      fields.integer({"shared_expert_intermediate_size", "shared_intermediate_size"}, 0,
+                     shared * config.expert_width);
   constexpr std::int64_t kMostLayers = 100000;
   const std::int64_t layers = fields.integer({"num_hidden_layers"}, 1);
   if (layers > kMostLayers) {

@@ -106,6 +106,12 @@ double per_second(std::int64_t ranks, const PlanSettings& s) {
 // What a rank receives of a buffer that lies on so many ranks in equal parts.
 double remote_share(std::int64_t ranks) { return 1.0 - 1.0 / static_cast<double>(ranks); }
 
+// HSDP: a rank's float32 gradients, reduced over the copies of the model and gathered again.
+double copies_bytes(const ParameterCount& count, const Layout& layout) {
+  const double own = (count.moe_layer + count.experts) / static_cast<double>(layout.fsdp);
+  return 4 * own * 2 * remote_share(layout.gpus / layout.fsdp);
+}
+
 }  // namespace
 
 ParameterCount count_parameters(const ModelConfig& model, Activation activation) {
@@ -167,12 +173,15 @@ Traffic traffic_of_layer(const ModelConfig& model, const Layout& layout, const P
   const auto d = static_cast<double>(model.hidden_size), K = static_cast<double>(model.top_k);
   const double per_parameter = 2 * element(s) + 4;  // gathered twice, reduced in float32
   Traffic traffic;
-  traffic.weight_bytes =
+  const double of_shards =
       per_parameter * (count.experts / ep * remote_share(layout.expert_shards()) +
                        count.moe_layer * remote_share(layout.fsdp));
+  const double of_copies = copies_bytes(count, layout);
+  traffic.weight_bytes = of_shards + of_copies;
   const double exchanges = s.checkpointing ? 6 : 4;  // of rows: two each way, and again
   traffic.token_bytes = exchanges * (ep - 1) * tokens * d * element(s);
-  traffic.weight_seconds = traffic.weight_bytes / per_second(layout.fsdp, s);
+  traffic.weight_seconds =
+      of_shards / per_second(layout.fsdp, s) + of_copies / per_second(layout.gpus, s);
   traffic.token_seconds = traffic.token_bytes / per_second(layout.ep, s);
   const double active =
       count.moe_layer - 2 * d + K * count.experts / static_cast<double>(model.num_experts);

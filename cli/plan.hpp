@@ -62,7 +62,7 @@ RankMemory memory_of_rank(const ModelConfig& model, const Layout& layout,
 
 /// Of a layer with experts and a microbatch, forward and backward, for each rank.
 struct Traffic {
-  double weight_bytes = 0;  ///< FSDP: two gathers and a reduction
+  double weight_bytes = 0;  ///< FSDP: two gathers and a reduction; HSDP: also an all-reduce
   double token_bytes = 0;   ///< expert parallelism
   double weight_seconds = 0, token_seconds = 0, compute_seconds = 0;
   double weights_over_compute() const { return weight_seconds / compute_seconds; }

@@ -169,8 +169,47 @@ def test_layers_without_experts(planned):
         ({"decoder_sparse_step": 2}, 3),
         ({"first_k_dense_replace": 1, "mlp_only_layers": [0, 1]}, 2),
         ({"mlp_layer_types": ["dense"] + ["sparse"] * 5}, 1),
+        ({"num_dense_layers": 2}, 2),
     ):
         assert all_sparse - planned({**dense, **fields})["parameters"] == count * each
+
+
+def test_shared_experts_under_all_their_names(planned):
+    plain = planned(QWEN3)["parameters"]
+    for fields, width in (
+        ({"num_shared_experts": 2}, 2 * 768),
+        ({"shared_intermediate_size": 1024}, 1024),
+        ({"shared_intermediate_size": 1024, "n_shared_experts": 1}, 1024),
+        ({"shared_intermediate_size": 0}, 0),
+    ):
+        assert planned({**QWEN3, **fields})["parameters"] - plain == 48 * 3 * 2048 * width
+    dense = {**QWEN3, "num_dense_layers": 1}
+    wider = planned({**dense, "prefix_dense_intermediate_size": 6145})["parameters"]
+    assert wider - planned(dense)["parameters"] == 3 * 2048
+
+
+def test_kinds_of_attention_change_no_count(planned):
+    kinds = ["sliding_attention", "full_attention"] * 24
+    listed = {**QWEN3, "layer_types": kinds, "attn_type_list": [1] * 48}
+    assert planned(listed) == planned(QWEN3)
+
+
+def test_copies_of_the_model_reduce_their_gradients(planned):
+    """HSDP: shards within a host, copies between hosts."""
+    E, n, d = 128, 768, 2048
+    layer = 3 * E * n * d + 2 * d * (32 + 4) * 128 + 2 * d + E * d
+    for ep in (1, 4):
+        one, four = (
+            planned(QWEN3, "--gpus", gpus, "--fsdp", 8, "--ep", ep)["layout"] for gpus in (8, 32)
+        )
+        moved = 4 * layer / 8 * 2 * 3 / 4
+        more = four["weight_traffic_bytes"] - one["weight_traffic_bytes"]
+        assert more == pytest.approx(moved, abs=2)
+        # All else crosses NVLink as before.
+        seconds = one["weight_traffic_bytes"] / 240e9
+        assert four["weights_over_compute"] / one["weights_over_compute"] == pytest.approx(
+            (seconds + moved / 45e9) / seconds, rel=1e-6
+        )
 
 
 REFUSED = [
@@ -189,6 +228,14 @@ REFUSED = [
     ({"mlp_layer_types": ["dense"]}, "mlp_layer_types: expected a list of dense or sparse for 48"),
     ({"mlp_layer_types": [1] * 48}, 'sparse for 48 layers, got "array"'),
     ({"mamba_d_state": 16}, "mamba_d_state: expected no such field: layers of attention and exp"),
+    ({"layer_types": ["full_attention", "conv"]}, "layer_types: expected a list of kinds of atten"),
+    ({"layer_types": ["linear_attention"]}, 'none linear, got ""linear_attention""'),
+    ({"layer_types": ["minimax_m3_sparse"]}, 'none linear, got ""minimax_m3_sparse""'),
+    ({"layer_types": [[1]]}, 'none linear, got "array"'),
+    ({"layer_types": "full_attention"}, "layer_types: expected a list of kinds of attention"),
+    ({"attn_type_list": [1, 0]}, "attn_type_list: expected a list of 1, no linear attention, got"),
+    ({"num_dense_layers": 48}, "expected a model with experts in some layer"),
+    ({"num_shared_experts": -1}, "num_shared_experts: expected an integer from 0"),
     ({"moe_layer_freq": 2}, 'moe_layer_freq: expected 1, got "2"'),
     ({"kv_lora_rank": 512}, "qk_rope_head_dim: expected"),
     ({"hidden_size": 2**31 - 1, "moe_intermediate_size": 2**31 - 1}, "bytes stay below 2^62"),
