@@ -137,7 +137,7 @@ std::uint32_t rounding_bits(std::uint64_t seed, std::uint32_t expert) {
 }
 
 RoundedRows round_rows(const RoundingOptions& rounding, const std::vector<float>& scores,
-                       const Ids& topk_ids, std::int64_t num_tokens) {
+                       const Ids& topk_ids, std::int64_t num_tokens, const Ids& targets) {
   RoundedRows result;
   const std::int64_t E = static_cast<std::int64_t>(scores.size()) / num_tokens;
   const std::int64_t K = static_cast<std::int64_t>(topk_ids.size()) / num_tokens;
@@ -147,10 +147,11 @@ RoundedRows round_rows(const RoundingOptions& rounding, const std::vector<float>
   for (std::int64_t e = 0; e < E; ++e) {
     const std::int64_t f = std::count(chose[at(e)].begin(), chose[at(e)].end(), true);
     const std::int64_t low = f / rounding.tile * rounding.tile;
-    const std::int64_t most = std::min(low + rounding.tile, num_tokens);
+    const std::int64_t most =
+        targets.empty() ? std::min(low + rounding.tile, num_tokens) : targets[at(e)];
     const Ranking ranking = rank(scores, chose[at(e)], E, e, most);
-    std::int64_t after = low;
-    if (f != low && low + rounding.tile <= num_tokens) {
+    std::int64_t after = targets.empty() ? low : most;
+    if (targets.empty() && f != low && low + rounding.tile <= num_tokens) {
       after = rounded(rounding, e, f, carry, ranking.scores);
     }
     carry += after - f;

@@ -16,8 +16,9 @@ struct RoundedRows {
 
 /// Which pairs are kept, from the float32 scores [T, E] and the top-K ids [T, K] of token choice:
 /// comparison and integer work only. Scores are added up (`nearest_score`) without rounding.
+/// `targets` [E], where there are any, are f' itself.
 RoundedRows round_rows(const RoundingOptions& rounding, const std::vector<float>& scores,
-                       const Ids& topk_ids, std::int64_t num_tokens);
+                       const Ids& topk_ids, std::int64_t num_tokens, const Ids& targets = {});
 
 /// |sum added| < |sum dropped|, exactly. A sum with an infinite term is infinite in size, and two
 /// infinite sums are equal.

@@ -195,6 +195,9 @@ struct RoundTokensForwardArgs {
   RouterOptions options;
   RoundingOptions rounding;
   ConstTensorView logits;  ///< [T, E] float32 contiguous
+  /// [E] int32, or absent: the row counts themselves, in 0..T and at most P in sum, in place of
+  /// those of the policy, of which then P alone depends. Not on a GPU.
+  ConstTensorView targets;
   TensorView token_ids;   ///< [P] int32; sorted by (expert, token); unused places at the end are -1
   TensorView expert_ids;  ///< [P] int32; unused places -1
   TensorView pair_weights;     ///< [P] float32; unused places 0
@@ -221,6 +224,7 @@ struct RoundSelectArgs {
   RoundingOptions rounding;
   ConstTensorView scores;
   ConstTensorView topk_ids;
+  ConstTensorView targets;  ///< [E] int32, or absent: as of RoundTokensForwardArgs
   TensorView token_ids;
   TensorView expert_ids;
   TensorView rows_per_expert;         ///< optional

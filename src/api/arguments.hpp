@@ -139,6 +139,7 @@ void for_each_tensor(Args& args, Visit visit) {
   for_each_tensor(args.options, visit);
   for_each_tensor(args.rounding, visit);
   visit("logits", args.logits, Access::kRead);
+  visit("targets", args.targets, Access::kRead);
   visit("token_ids", args.token_ids, Access::kWrite);
   visit("expert_ids", args.expert_ids, Access::kWrite);
   visit("pair_weights", args.pair_weights, Access::kWrite);
@@ -153,6 +154,7 @@ void for_each_tensor(Args& args, Visit visit) {
   for_each_tensor(args.rounding, visit);
   visit("scores", args.scores, Access::kRead);
   visit("topk_ids", args.topk_ids, Access::kRead);
+  visit("targets", args.targets, Access::kRead);
   visit("token_ids", args.token_ids, Access::kWrite);
   visit("expert_ids", args.expert_ids, Access::kWrite);
   visit("rows_per_expert", args.rows_per_expert, Access::kWrite);

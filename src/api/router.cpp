@@ -49,6 +49,7 @@ void check_pair_list(const Check& check, const Args& args, std::int64_t num_toke
                      std::int64_t num_experts, std::int64_t top_k) {
   const std::int64_t pairs = checked_capacity(check, num_tokens, num_experts, top_k, args.rounding);
   check_seed(check, args.rounding);
+  check_rows(check, "targets", args.targets, num_experts);
   check_vector(check, "token_ids", args.token_ids, pairs, DType::kInt32);
   check_vector(check, "expert_ids", args.expert_ids, pairs, DType::kInt32);
   check_rows(check, "rows_per_expert", args.rows_per_expert, num_experts);

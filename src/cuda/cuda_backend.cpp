@@ -8,6 +8,7 @@
 #include "cuda/range.hpp"
 #include "cuda/router/router.hpp"
 #include "layer/composed_backend.hpp"
+#include "sonicmoe/error.hpp"
 
 namespace sonicmoe {
 namespace {
@@ -24,6 +25,12 @@ class Call {
   cuda::DeviceGuard guard_;
   cuda::Range range_;
 };
+
+// No kernel takes them.
+void refuse_targets(const char* operation, const ConstTensorView& targets) {
+  if (!targets.defined()) return;
+  throw Error(operation, "targets", "no tensor, as a GPU does not take them", targets.describe());
+}
 
 class CudaBackend final : public ComposedBackend {
  public:
@@ -94,10 +101,12 @@ class CudaBackend final : public ComposedBackend {
   }
   void round_tokens_forward(const Context& context,
                             const RoundTokensForwardArgs& args) const override {
+    refuse_targets("round_tokens_forward", args.targets);
     const Call call(context, "round_tokens_forward");
     router::round_tokens_forward(context, args);
   }
   void round_select(const Context& context, const RoundSelectArgs& args) const override {
+    refuse_targets("round_select", args.targets);
     const Call call(context, "round_select");
     router::round_select(context, args);
   }

@@ -104,6 +104,7 @@ RoundTokensForwardArgs round_tokens_args(const MoELayerForwardArgs& args) {
   return {.options = args.options.router,
           .rounding = *args.options.rounding,
           .logits = args.logits,
+          .targets = {},
           .token_ids = args.saved.token_ids,
           .expert_ids = args.saved.expert_ids,
           .pair_weights = args.saved.routing_weights,

@@ -17,6 +17,7 @@
 #include "oracle/router.hpp"
 #include "router/scoring.hpp"
 #include "router/token_ids.hpp"
+#include "router/token_rounding.hpp"
 #include "sonicmoe/error.hpp"
 
 namespace sonicmoe {
@@ -84,6 +85,10 @@ void check_logits(const char* operation, const RouterOptions& options,
                             std::isfinite(*std::max_element(row, row + E));
     if (has_nan || !has_scores) fail_unscorable(operation, logits.as<float>(), E, t);
   }
+}
+
+Ids targets_of(const ConstTensorView& targets) {
+  return targets.defined() ? to_ids(targets) : Ids();
 }
 
 // [T, K], each token's K distinct and in 0..E-1.
@@ -215,8 +220,10 @@ class ReferenceBackend final : public ComposedBackend {
     const std::int64_t T = args.logits.size(0), E = args.logits.size(1);
     const Values logits = to_double(args.logits);
     const Ids ids = oracle::token_choice(args.options, logits, E);
+    check_targets("round_tokens_forward", args.targets, T, args.token_ids.numel());
     const oracle::RoundedRows rounded =
-        oracle::round_rows(args.rounding, oracle::ranking_matrix(args.options, logits, E), ids, T);
+        oracle::round_rows(args.rounding, oracle::ranking_matrix(args.options, logits, E), ids, T,
+                           targets_of(args.targets));
     Values weights = elements(oracle::weight_matrix(args.options, logits, E, ids), E,
                               rounded.token_ids, rounded.expert_ids);
     weights.resize(static_cast<std::size_t>(args.pair_weights.numel()), 0.0);
@@ -233,7 +240,9 @@ class ReferenceBackend final : public ComposedBackend {
       throw Error("round_select", "scores", "numbers", "NaN for token " + std::to_string(i / E));
     }
     const Ids ids = checked_ids("round_select", args.topk_ids, E);
-    write_rounded(args, oracle::round_rows(args.rounding, {scores, scores + T * E}, ids, T));
+    check_targets("round_select", args.targets, T, args.token_ids.numel());
+    write_rounded(args, oracle::round_rows(args.rounding, {scores, scores + T * E}, ids, T,
+                                           targets_of(args.targets)));
   }
 
   void round_tokens_backward(const Context&, const RoundTokensBackwardArgs& args) const override {

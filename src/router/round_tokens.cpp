@@ -66,6 +66,7 @@ void HostRouterBackend::round_tokens_forward(const Context& context,
   const std::int64_t num_tokens = args.logits.size(0);
   const std::int64_t num_experts = args.logits.size(1);
   check_selection_bias("round_tokens_forward", args.options, num_experts);
+  check_targets("round_tokens_forward", args.targets, num_tokens, args.token_ids.numel());
   RoundingBuffers buffers;
   carve_rounding_buffers(args.workspace.data(), num_tokens, num_experts, buffers);
   LowestToken unscorable;
@@ -76,7 +77,7 @@ void HostRouterBackend::round_tokens_forward(const Context& context,
     fail_unscorable("round_tokens_forward", args.logits.as<float>(), num_experts,
                     unscorable.value());
   }
-  select_rounded_rows(context, args.rounding, buffers,
+  select_rounded_rows(context, args.rounding, args.targets, buffers,
                       {args.token_ids.as<std::int32_t>(), args.expert_ids.as<std::int32_t>(),
                        args.token_ids.numel(), args.rows_per_expert, args.rows_per_expert_before});
   write_weights(context, args, buffers);
@@ -86,6 +87,7 @@ void HostRouterBackend::round_select(const Context& context, const RoundSelectAr
   const std::int64_t num_tokens = args.scores.size(0);
   const std::int64_t num_experts = args.scores.size(1);
   const std::int64_t top_k = args.topk_ids.size(1);
+  check_targets("round_select", args.targets, num_tokens, args.token_ids.numel());
   RoundingBuffers buffers;
   carve_rounding_buffers(args.workspace.data(), num_tokens, num_experts, buffers);
   LowestToken with_nan;
@@ -110,7 +112,7 @@ void HostRouterBackend::round_select(const Context& context, const RoundSelectAr
   if (with_bad_ids.any()) {
     fail_token_ids("round_select", args.topk_ids, num_experts, with_bad_ids.value());
   }
-  select_rounded_rows(context, args.rounding, buffers,
+  select_rounded_rows(context, args.rounding, args.targets, buffers,
                       {args.token_ids.as<std::int32_t>(), args.expert_ids.as<std::int32_t>(),
                        args.token_ids.numel(), args.rows_per_expert, args.rows_per_expert_before});
 }

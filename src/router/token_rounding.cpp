@@ -179,14 +179,34 @@ void ColumnBlock::store() const {
   }
 }
 
+void check_targets(const char* operation, const ConstTensorView& targets, std::int64_t num_tokens,
+                   std::int64_t capacity) {
+  if (!targets.defined()) return;
+  std::int64_t sum = 0;
+  for (std::int64_t e = 0; e < targets.numel(); ++e) {
+    const std::int64_t rows = targets.as<std::int32_t>()[e];
+    if (rows < 0 || rows > num_tokens) {
+      throw Error(operation, "targets", "rows in 0.." + std::to_string(num_tokens),
+                  std::to_string(rows) + " for expert " + std::to_string(e));
+    }
+    sum += rows;
+  }
+  if (sum > capacity) {
+    throw Error(operation, "targets", "at most " + std::to_string(capacity) + " rows in sum",
+                std::to_string(sum));
+  }
+}
+
 void select_rounded_rows(const Context& context, const RoundingOptions& rounding,
-                         const RoundingBuffers& buffers, const RoundingOutputs& outputs) {
+                         const ConstTensorView& targets, const RoundingBuffers& buffers,
+                         const RoundingOutputs& outputs) {
   count_rows(context, rounding, buffers);
   RowRounder rounder(rounding, buffers.num_tokens);
   buffers.starts[0] = 0;
   for (std::int64_t e = 0; e < buffers.num_experts; ++e) {
-    const std::int64_t rows =
-        rounder.next(e, buffers.rows_before[e], buffers.up_changes_less[e] != 0);
+    const std::int64_t rows = targets.defined() ? targets.as<std::int32_t>()[e]
+                                                : rounder.next(e, buffers.rows_before[e],
+                                                               buffers.up_changes_less[e] != 0);
     buffers.rows_after[e] = static_cast<std::int32_t>(rows);
     buffers.starts[e + 1] = buffers.starts[e] + rows;
   }

@@ -58,9 +58,14 @@ struct RoundingOutputs {
   TensorView rows_per_expert_before;  ///< [E] int32, optional
 };
 
-/// Rounds the row counts and writes the pairs, from filled keys and chosen bits. Leaves the
-/// buffers' starts for whoever writes the weights.
+/// Throws in the operation's name unless each of the targets is in 0..T and their sum fits.
+void check_targets(const char* operation, const ConstTensorView& targets, std::int64_t num_tokens,
+                   std::int64_t capacity);
+
+/// Rounds the row counts, or takes the targets where there are any, and writes the pairs, from
+/// filled keys and chosen bits. Leaves the buffers' starts for whoever writes the weights.
 void select_rounded_rows(const Context& context, const RoundingOptions& rounding,
-                         const RoundingBuffers& buffers, const RoundingOutputs& outputs);
+                         const ConstTensorView& targets, const RoundingBuffers& buffers,
+                         const RoundingOutputs& outputs);
 
 }  // namespace sonicmoe

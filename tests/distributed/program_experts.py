@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from comparison import full, same
 from sonicmoe_cpp import distributed as smd
+from sonicmoe_cpp.distributed.rounding import POLICIES, shared_targets
+from sonicmoe_cpp.options import RoundingOptions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
@@ -195,12 +197,12 @@ def case_torch_compile_asks_for_a_capacity():
 # ----------------------------------------------------------------------------------------- modules
 
 
-def layers(**options):
+def layers(rounding="rank", **options):
     """A layer whole, and the same spread over all ranks."""
     torch.manual_seed(4)
     whole = sm.MoE(D, N, E, K, router_bias=True, expert_bias=True, **options)
     mesh = init_device_mesh("cpu", (world(),), mesh_dim_names=("ep",))
-    return whole, smd.parallelize_experts(copy.deepcopy(whole), mesh["ep"])
+    return whole, smd.parallelize_experts(copy.deepcopy(whole), mesh["ep"], rounding=rounding)
 
 
 def compare_layers(whole, parts, **tolerances):
@@ -267,6 +269,55 @@ def case_each_rank_rounds_its_own_tokens():
     everyones = [torch.empty_like(seeds) for _ in range(world())]
     dist.all_gather(everyones, seeds)
     assert len({int(seed) for seed in everyones}) == world()
+
+
+def case_the_group_rounds_its_tokens_together():
+    for policy in ("nearest", "up", "down"):
+        whole, parts = layers(router="token_rounding", tile=8, policy=policy, rounding="group")
+        x = torch.randn(world() * T, D, generator=torch.Generator().manual_seed(6))
+        whole(x)
+        mine = own(x).clone().requires_grad_()
+        y = parts(mine)
+        counts = parts.last_rows_per_expert.clone()
+        before = parts.last_rows_per_expert_before.clone()
+        assert (counts - before).abs().max() < 8
+        dist.all_reduce(counts)
+        assert torch.equal(counts, whole.last_rows_per_expert) and (counts % 8 == 0).all()
+        if policy == "nearest":
+            assert (parts.last_rows_per_expert % 8 != 0).any()
+        y.square().sum().backward()
+        assert mine.grad.abs().sum() > 0 and parts.router.weight.grad.abs().sum() > 0
+
+
+def case_every_rank_adds_and_drops_its_share():
+    """Against the definition, in Python's integers."""
+    generator = torch.Generator().manual_seed(8)
+    for case in range(30):
+        size, tokens, tile = 1 + case % 5, 9, (2, 4, 7)[case % 3]
+        policy = POLICIES[case % len(POLICIES)]
+        counts = torch.randint(0, tokens + 1, (size, 6), generator=generator)
+        options = RoundingOptions(tile=tile, policy=policy)
+        ours = shared_targets(counts, tokens, options)
+        assert ours.min() >= 0 and ours.max() <= tokens
+        assert (ours.sum(0) % tile == 0).all()
+        for e in range(6):
+            f, after = counts[:, e].tolist(), int(ours[:, e].sum())
+            change = after - sum(f)
+            products, total = [abs(change) * count for count in f], max(sum(f), 1)
+            parts = [product // total for product in products]
+            order = sorted(range(size), key=lambda r: (-(products[r] % total), (r - e) % size))
+            for r in order[: abs(change) - sum(parts)]:
+                parts[r] += 1
+            expected = [c + (p if change > 0 else -p) for c, p in zip(f, parts, strict=True)]
+            if max(expected) <= tokens:
+                assert ours[:, e].tolist() == expected, (case, e)
+
+
+def case_policies_that_no_group_rounds_by_are_named():
+    _, parts = layers(router="token_rounding", tile=4, policy="balanced", rounding="group")
+    expected = 'policy: expected one of nearest, up, down with rounding="group", got .balanced'
+    with pytest.raises(ValueError, match=expected):
+        parts(torch.randn(T, D))
 
 
 def case_a_style_of_torch():
@@ -341,6 +392,7 @@ def case_refusals_leave_the_module_whole():
         ({"row_capacity": "much"}, "row_capacity: expected a finite number"),
         ({"on_overflow": "cry"}, "on_overflow: expected one of count, raise"),
         ({"max_tokens": 0}, "max_tokens: expected"),
+        ({"rounding": "host"}, "rounding: expected one of rank, group, got 'host'"),
     ):
         with pytest.raises(ValueError, match=message):
             smd.parallelize_experts(layer, mesh, **options)

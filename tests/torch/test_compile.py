@@ -397,6 +397,7 @@ def operator_calls():
         "route_forward": (logits, bias, *router),
         "route_backward": (chosen_weights, logits, chosen, *router),
         "round_tokens_forward": (logits, bias, seed, *rounding),
+        "round_tokens_to_forward": (logits, bias, torch.full((E,), 8).int(), *rounding),
         "round_tokens_backward": (weights, logits, ids, tokens, experts, *rounding),
         "load_balancing_loss_forward": (logits, rows, K, 1),
         "load_balancing_loss_backward": (torch.ones(1), logits, rows, K, 1),

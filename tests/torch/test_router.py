@@ -5,6 +5,7 @@ import pytest
 import sonicmoe_cpp as sm
 import torch
 from sonicmoe_cpp.functional import router_logits
+from sonicmoe_cpp.options import RoundingOptions, RouterOptions, joined
 
 T, E, K = 40, 12, 3
 SCORINGS = [
@@ -111,6 +112,43 @@ def test_round_tokens(policy, options):
     expected.backward(grad[used].double())
     largest = double.grad.abs().max()
     assert (logits.grad - double.grad).abs().max() < 1e-5 * largest
+
+
+def rounded_to(logits, targets, options):
+    packed = joined(RouterOptions(top_k=K).pack(), options.pack())
+    return torch.ops.sonicmoe_cpp.round_tokens_to_forward(logits, None, targets, *packed)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rounding_to_given_rows(backend, monkeypatch):
+    """The tokens that chose the expert first, each class by falling score."""
+    monkeypatch.setenv("SONICMOE_BACKEND", backend)
+    logits, up = torch.randn(T, E), RoundingOptions(tile=8, policy="up")
+    packed = joined(RouterOptions(top_k=K).pack(), up.pack())
+    right = torch.ops.sonicmoe_cpp.round_tokens_forward(logits, None, None, *packed)
+    for ours, expected in zip(rounded_to(logits, right[4], up), right, strict=True):
+        assert torch.equal(ours, expected)
+
+    targets = torch.randint(0, 2 * T * K // E, (E,)).int()
+    targets[0], targets[1] = 0, T
+    tokens, experts, weights, ids, rows, before = rounded_to(logits, targets, up)
+    assert torch.equal(rows, targets) and (rows < before).any() and (rows > before).any()
+    scores, chose = logits.softmax(-1), torch.zeros(T, E).scatter(1, ids.long(), 1.0)
+    for e in range(E):
+        strongest = (scores[:, e] + 2 * chose[:, e]).argsort(descending=True)[: targets[e]]
+        assert torch.equal(tokens[experts == e].long(), strongest.sort()[0])
+    used = tokens >= 0
+    expected = scores[tokens[used].long(), experts[used].long()]
+    assert torch.allclose(weights[used], expected) and (weights[~used] == 0).all()
+
+
+def test_rows_that_cannot_be_are_refused():
+    options = RoundingOptions(tile=8, policy="down")
+    for row, message in ((-1, "rows in 0..40, got -1 for"), (T + 1, "rows in 0..40, got 41 for")):
+        with pytest.raises(RuntimeError, match=f"targets: expected {message} expert 1"):
+            rounded_to(torch.randn(T, E), torch.tensor([0, row] + [0] * (E - 2)).int(), options)
+    with pytest.raises(RuntimeError, match="targets: expected at most 120 rows in sum, got 480"):
+        rounded_to(torch.randn(T, E), torch.full((E,), T).int(), options)
 
 
 def test_rounding_seed_may_be_a_tensor():

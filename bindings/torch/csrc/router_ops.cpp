@@ -171,15 +171,17 @@ RoundingCall unpack(PackedOptions packed, const Views& views, const OptionalTens
   return call;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> round_tokens_forward(
-    const Tensor& logits, const OptionalTensor& selection_bias, const OptionalTensor& seed_tensor,
-    const Integers& options, const Reals& reals) {
-  const Views views("round_tokens_forward");
+using RoundedTokens = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+RoundedTokens round_tokens(const Views& views, const Tensor& logits,
+                           const OptionalTensor& selection_bias, const OptionalTensor& seed_tensor,
+                           const OptionalTensor& targets, const Integers& options,
+                           const Reals& reals) {
   const Call call(logits);
   const auto [router, rounding] =
       unpack(PackedOptions(views.operation(), options, reals), views, selection_bias, seed_tensor);
   const auto logits_view = views.in("logits", logits);
-  const LogitsShape shape = shape_of("round_tokens_forward", logits_view);
+  const LogitsShape shape = shape_of(views.operation(), logits_view);
   const std::int64_t capacity = views.ask([&] {
     return sonicmoe::rounded_capacity(shape.num_tokens, shape.num_experts, router.top_k, rounding);
   });
@@ -197,6 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> round_tokens_forward(
       call.context(), {.options = router,
                        .rounding = rounding,
                        .logits = logits_view,
+                       .targets = views.in("targets", targets),
                        .token_ids = views.out("token_ids", token_ids),
                        .expert_ids = views.out("expert_ids", expert_ids),
                        .pair_weights = views.out("pair_weights", pair_weights),
@@ -205,6 +208,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> round_tokens_forward(
                        .rows_per_expert_before = views.out("rows_per_expert_before", rows_before),
                        .workspace = views.out("workspace", workspace)});
   return {token_ids, expert_ids, pair_weights, topk_ids, rows, rows_before};
+}
+
+RoundedTokens round_tokens_forward(const Tensor& logits, const OptionalTensor& selection_bias,
+                                   const OptionalTensor& seed_tensor, const Integers& options,
+                                   const Reals& reals) {
+  return round_tokens(Views("round_tokens_forward"), logits, selection_bias, seed_tensor,
+                      std::nullopt, options, reals);
+}
+
+constexpr const char* kRoundTokensToForwardSchema =
+    "round_tokens_to_forward(Tensor logits, Tensor? selection_bias, Tensor targets, "
+    "int[] options, float[] reals) -> (Tensor token_ids, Tensor expert_ids, Tensor pair_weights, "
+    "Tensor topk_ids, Tensor rows_per_expert, Tensor rows_per_expert_before)";
+
+// targets [E] int32: the row counts themselves. round_tokens_backward is its backward.
+RoundedTokens round_tokens_to_forward(const Tensor& logits, const OptionalTensor& selection_bias,
+                                      const Tensor& targets, const Integers& options,
+                                      const Reals& reals) {
+  return round_tokens(Views("round_tokens_to_forward"), logits, selection_bias, std::nullopt,
+                      targets, options, reals);
 }
 
 constexpr const char* kRoundTokensBackwardSchema =
@@ -319,9 +342,10 @@ void update_expert_bias(const Tensor& selection_bias, const Tensor& rows_per_exp
 void define_router_ops(Library& library) {
   for (const char* schema :
        {kRouterLogitsForwardSchema, kRouterLogitsBackwardSchema, kRouteForwardSchema,
-        kRouteBackwardSchema, kRoundTokensForwardSchema, kRoundTokensBackwardSchema,
-        kLoadBalancingLossForwardSchema, kLoadBalancingLossBackwardSchema,
-        kRouterZLossForwardSchema, kRouterZLossBackwardSchema, kUpdateExpertBiasSchema}) {
+        kRouteBackwardSchema, kRoundTokensForwardSchema, kRoundTokensToForwardSchema,
+        kRoundTokensBackwardSchema, kLoadBalancingLossForwardSchema,
+        kLoadBalancingLossBackwardSchema, kRouterZLossForwardSchema, kRouterZLossBackwardSchema,
+        kUpdateExpertBiasSchema}) {
     library.def(schema);
   }
 }
@@ -332,6 +356,7 @@ void implement_router_ops(Library& library) {
   library.impl("route_forward", TORCH_BOX(&route_forward));
   library.impl("route_backward", TORCH_BOX(&route_backward));
   library.impl("round_tokens_forward", TORCH_BOX(&round_tokens_forward));
+  library.impl("round_tokens_to_forward", TORCH_BOX(&round_tokens_to_forward));
   library.impl("round_tokens_backward", TORCH_BOX(&round_tokens_backward));
   library.impl("load_balancing_loss_forward", TORCH_BOX(&load_balancing_loss_forward));
   library.impl("load_balancing_loss_backward", TORCH_BOX(&load_balancing_loss_backward));

@@ -157,7 +157,7 @@ def _router_logits_backward(
 @register_flop_formula(
     [
         ops.route_forward, ops.route_backward,
-        ops.round_tokens_forward, ops.round_tokens_backward,
+        ops.round_tokens_forward, ops.round_tokens_to_forward, ops.round_tokens_backward,
         ops.load_balancing_loss_forward, ops.load_balancing_loss_backward,
         ops.router_z_loss_forward, ops.router_z_loss_backward,
         ops.update_expert_bias_,

@@ -83,7 +83,8 @@ register_once_differentiable("route_backward")
 
 
 @register_fake("round_tokens_forward")
-def _(logits, selection_bias, seed_tensor, options, reals):
+@register_fake("round_tokens_to_forward")
+def _(logits, selection_bias, seed_or_targets, options, reals):
     integers, numbers = iter(options), iter(reals)
     router = RouterOptions.unpack(integers, numbers)
     rounding = RoundingOptions.unpack(integers, numbers)
@@ -125,7 +126,8 @@ def _round_tokens_backward(
     return grad, None, None, None, None
 
 
-register_autograd("round_tokens_forward", _round_tokens_backward, _round_tokens_setup_context)
+for name in ("round_tokens_forward", "round_tokens_to_forward"):
+    register_autograd(name, _round_tokens_backward, _round_tokens_setup_context)
 register_once_differentiable("round_tokens_backward")
 
 # ------------------------------------------------------------------------------------------ losses

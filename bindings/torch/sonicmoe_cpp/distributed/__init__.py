@@ -2,6 +2,7 @@
 
 parallel    experts of a module over the ranks of a mesh
 exchange    the same as functions
+rounding    token rounding of all ranks together
 context     what the ranks agree on
 clip        clipping of gradients that lie on several meshes
 pretrained  folders of transformers, written and read by all ranks

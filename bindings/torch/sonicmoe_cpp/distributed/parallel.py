@@ -17,12 +17,15 @@ from .._checks import refuse
 from .._convert import autocast, constant, matrix
 from .._library import ops, run
 from .._moe_layer import LayerOutput, count_rows
-from .._rules import FLAG, Number, Optional
+from .._rules import FLAG, Name, Number, Optional
 from ..functional import RouterTensors, router_logits
 from ..module import MoE
 from ..options import LayerOptions, Packed, joined
 from .context import Context
 from .exchange import ON_OVERFLOW, moe, moe_pairs
+from .rounding import check_policy, own_targets
+
+ROUNDINGS = Name({"rank": 0, "group": 1})
 
 
 class Exchange:
@@ -37,9 +40,11 @@ class Exchange:
         on_overflow: str,
         equal_tokens: bool,
         shared_tokens: bool,
+        rounding: str = "rank",
     ) -> None:
         operation = "parallelize_experts"
         self.context = context
+        self.rounding = ROUNDINGS.check(operation, "rounding", rounding)
         self.options = {
             "row_capacity": Optional(Number()).check(operation, "row_capacity", row_capacity),
             "keep_received": keep_received,
@@ -95,16 +100,32 @@ class Exchange:
             tokens = listed = nothing
             y = self.experts(rows, ids, weights, **common)
         else:
-            packed = joined(layer.router.pack(), layer.rounding.pack())
-            tokens, listed, weights, ids, counts, _ = run(
-                ops.round_tokens_forward, logits, bias, seed, *packed
-            )
+            tokens, listed, weights, ids, counts, _ = self.round(logits, bias, seed, layer)
             y = self.experts(rows, listed, weights, token_ids=tokens, **common)
         return LayerOutput(
             y=shaped(y, x), logits=shaped(logits, x), rows_per_expert=counts, topk_ids=ids,
             token_ids=tokens, expert_ids=listed, routing_weights=weights, h=rows.new_empty(0),
             metadata=nothing, rows_dropped=nothing,
         )  # fmt: skip
+
+    def round(
+        self, logits: Tensor, bias: Tensor | None, seed: Tensor | None, layer: LayerOptions
+    ) -> tuple[Tensor, ...]:
+        """Results of round_tokens_forward: of this rank's rows, or of those of the group."""
+        rounding, router = layer.rounding, layer.router.pack()
+        assert rounding is not None
+        packed = joined(router, rounding.pack())
+        if self.rounding == "rank":
+            return run(ops.round_tokens_forward, logits, bias, seed, *packed)
+        check_policy("MoE", rounding)
+        if logits.is_cuda:
+            refuse("parallelize_experts", "rounding", '"rank" on a GPU', "group")
+        context = self.context
+        with torch.no_grad():
+            ids, _ = run(ops.route_forward, logits, bias, *router)
+            rows = count_rows(ids, context.num_experts)
+            targets = own_targets(rows, len(logits), rounding, context.group, context.rank)
+        return run(ops.round_tokens_to_forward, logits, bias, targets, *packed)
 
 
 def shaped(rows: Tensor, x: Tensor) -> Tensor:
@@ -142,6 +163,7 @@ def parallelize_experts(
     on_overflow: str = "count",
     equal_tokens: bool = True,
     shared_tokens: bool = False,
+    rounding: str = "rank",
 ) -> nn.Module:
     """Spreads experts over a mesh of one dimension, in place. Collective.
 
@@ -152,6 +174,10 @@ def parallelize_experts(
     as FSDP and DDP do). Call it before `fully_shard`, which may shard the experts further over
     another mesh. Options as in `sonicmoe_cpp.distributed.moe`; max_tokens and transport as in
     `Context`. With policy `stochastic` every rank draws of its own.
+
+    rounding, of token rounding: "rank" makes the rows of an expert a multiple of the tile on every
+    rank; "group" only their sum over the ranks, which changes fewer rows, for one collective of E
+    numbers. "group" takes the policies nearest, up and down, on CPUs.
 
     An error leaves the module as it was: another kind of module, experts that are spread already,
     an option, or ranks that differ in any of this (the error names rank, field and both values).
@@ -164,7 +190,7 @@ def parallelize_experts(
         max_tokens=max_tokens, transport=transport,
     )  # fmt: skip
     exchange = Exchange(
-        context, row_capacity, keep_received, on_overflow, equal_tokens, shared_tokens
+        context, row_capacity, keep_received, on_overflow, equal_tokens, shared_tokens, rounding
     )
     for name, parameter in parameters:
         spread = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
