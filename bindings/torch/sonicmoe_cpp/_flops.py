@@ -10,7 +10,8 @@ and sums. With R rows and W = g*n*d + d*n weights of an expert:
 
 R counts from shapes alone, since the counts of rows lie on the device: T*K slots for top-K, and
 for token rounding, which leaves their number about as it is; the rows of x where they are sorted;
-the length of a list of pairs, its unused places included. Padding to tiles never counts.
+the length of a list of pairs, its unused places included; of an exchange the slots of the rank's
+own tokens, which is its share of all ranks' rows. Padding to tiles never counts.
 """
 
 import math
@@ -141,6 +142,24 @@ def _moe_layer_backward_up(
     return experts + _logits(x, router_weight) * (need_x + need_router_weight)
 
 
+@register_flop_formula(ops.ep_moe_forward)
+def _ep_moe_forward(
+    x: Shape, exchange: int, ids: Shape, weights: Shape, w1: Shape, b1: Any, w2: Shape,
+    *rest: Any, **out: Any,
+) -> int:  # fmt: skip
+    rows = math.prod(ids)
+    return _up(rows, w1) + _down(rows, w2)
+
+
+@register_flop_formula(ops.ep_moe_backward)
+def _ep_moe_backward(
+    grad_out: Shape, x: Shape, exchange: int, ids: Shape, weights: Shape, w1: Shape, b1: Any,
+    w2: Shape, b2: Any, saved: Any, options: Any, reals: Any, needs: list[bool], **out: Any,
+) -> int:  # fmt: skip
+    need_w1, _, need_w2, _ = needs
+    return _experts_backward(math.prod(ids), w1, w2, True, True, need_w1, need_w2)
+
+
 @register_flop_formula(ops.router_logits_forward)
 def _router_logits_forward(x: Shape, router_weight: Shape, *rest: Any, **out: Any) -> int:
     return _logits(x, router_weight)
@@ -160,7 +179,7 @@ def _router_logits_backward(
         ops.round_tokens_forward, ops.round_tokens_to_forward, ops.round_tokens_backward,
         ops.load_balancing_loss_forward, ops.load_balancing_loss_backward,
         ops.router_z_loss_forward, ops.router_z_loss_backward,
-        ops.update_expert_bias_,
+        ops.update_expert_bias_, ops.exchange_bytes, ops.exchange_open,
     ]
 )  # fmt: skip
 def _no_products(*given: Any, **out: Any) -> int:
