@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -12,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import signals
 from .schema import UserError
 from .signals import Quiet
 
 T = TypeVar("T")
+PATIENCE = datetime.timedelta(days=1)  # with the first, which may hash a large checkpoint
 LAUNCHED = "sonicmoe-train"  # elastic's run id, where trainer.launch has started the processes
 
 
@@ -68,6 +71,9 @@ class Group:
         try:
             if self.is_first:
                 told = [work(), True]
+        except Exception:
+            signals.ignore_launcher()  # which would end this one before its line
+            raise
         finally:
             dist.broadcast_object_list(told, 0, group=self.host)
         if not told[1]:
@@ -97,11 +103,12 @@ def join(device: torch.device, size: int) -> Group:
     store, rank, size = next(dist.rendezvous("env://"))
     place = {"store": store, "rank": rank, "world_size": size}
     if device.type == "cpu":
-        dist.init_process_group("gloo", **place)
+        dist.init_process_group("gloo", timeout=PATIENCE, **place)
         return Group(device, rank, size, dist.group.WORLD, store)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device, **place)
-    return Group(device, rank, size, dist.new_group(backend="gloo"), store)
+    host = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Group(device, rank, size, host, store)
 
 
 @contextlib.contextmanager
@@ -122,9 +129,12 @@ def failures_told_once(group: Group) -> Iterator[None]:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether another process has ended, as NCCL and gloo say it."""
+    """Whether another process has ended, as NCCL and gloo say it. One that is too slow, or NCCL
+    that cannot begin, is a reason to tell."""
     while error is not None:
-        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+        told = str(error)
+        ended = "/gloo/" in told and "Timed out" not in told
+        if ended or "remote process exit" in told or isinstance(error, dist.DistNetworkError):
             return True
         error = error.__cause__
     return False

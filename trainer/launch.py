@@ -21,6 +21,7 @@ from .request import Request, settled
 from .schema import UserError
 
 GRACE_S = 600  # for a last step and its checkpoint, once a signal has come
+AT_ONCE_S = 5  # between failures of one cause
 
 
 def launch(argv: list[str], request: Request) -> int:
@@ -65,9 +66,12 @@ def _configuration(layout: Layout) -> LaunchConfig:
 
 def _told(failures: dict[int, ProcessFailure], config: TrainConfig) -> int:
     """The exit code; OSError for what no process can have told: that one was killed."""
-    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
+    begin = min(failure.timestamp for failure in failures.values())
+    # What ends later was ended by the launcher.
+    first = {r: f for r, f in failures.items() if f.timestamp <= begin + AT_ONCE_S}
+    killed = {rank: failure for rank, failure in first.items() if failure.exitcode < 0}
     if not killed:
-        return failures[min(failures)].exitcode
+        return first[min(first)].exitcode
     rank = min(killed)
     kept = checkpoint.last_good(config.run_dir)
     raise OSError(

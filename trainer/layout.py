@@ -69,11 +69,11 @@ def started_by_torchrun() -> int:
 
 @contextlib.contextmanager
 def alike_everywhere() -> Iterator[None]:
-    """Around what fails alike in all processes, before they can talk: the first tells."""
+    """Around what fails alike in all processes of a machine before they talk: its first tells."""
     try:
         yield
     except (UserError, ImportError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
             raise
         raise Quiet(2 if isinstance(error, UserError) else 1) from error
 

@@ -24,9 +24,14 @@ class Sizes:
         batch_size = max(1, config.batch_size // self.size)
         self.config = dataclasses.replace(config, batch_size=batch_size)
         numbers = footprint.layout_of(config)
-        if layout.sharded:  # what a layer gathers for its products comes on top
+        if layout.sharded:  # what a layer gathers for its products, in their dtype, comes on top
             numbers = dataclasses.replace(
-                numbers, state=numbers.state / self.size, gradient=numbers.gradient / self.size
+                numbers, cast=0, state=numbers.state / self.size,
+                gradient=numbers.gradient / self.size,
+            )  # fmt: skip
+        elif self.size > 1:  # DDP's buckets, which hold the gradients, stay from step to step
+            numbers = dataclasses.replace(
+                numbers, state=numbers.state + numbers.gradient, gradient=0
             )
         self.numbers = numbers
         self.capacity = footprint.capacity_of(device.type)

@@ -30,12 +30,14 @@ def train(request: Request, signals: Signals) -> int:
         if os.environ.get("RANK", "0") == "0":
             checkpoint.remove_killed_starts(request.config.run_dir.parent)
         config, digest = settled(request)
-        if not request.resume:
+        if not request.resume and request.layout.size == 1:
             checkpoint.check_free(config.run_dir, request.overwrite)
         device = _device(config, request.layout.size)
     group = join(device, request.layout.size)
     with failures_told_once(group):
         config.name = group.share(lambda: config.name)  # it may be the time of this process
+        if not request.resume:
+            group.share(lambda: checkpoint.check_free(config.run_dir, request.overwrite))
         begin = _resume if request.resume else _begin
         code = begin(Start(request, config, digest, group), signals)
         group.leave()
@@ -53,6 +55,9 @@ def _device(config: TrainConfig, size: int) -> torch.device:
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
     if size == 1 or device.type == "cpu":
         return device
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        if name not in os.environ:
+            raise UserError(f"{name}: expected in the environment, as torchrun sets it beside RANK")
     here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if here > gpus:
         raise UserError(f"{here} processes on this machine: expected at most its {gpus} GPUs")

@@ -22,6 +22,7 @@ from megatron.core.activations import squared_relu
 from megatron.core.dist_checkpointing.mapping import apply_factories, apply_factory_merges
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import build_module
@@ -169,6 +170,15 @@ def test_a_sharded_checkpoint_goes_back_in():
         ours.experts.w1.zero_()
     ours.experts.load_state_dict(loaded)
     assert torch.equal(ours.experts.w1, before) and before.abs().sum() > 0
+
+
+def test_no_rank_of_tensor_parallelism_takes_them_for_copies():
+    second = types.SimpleNamespace(rank=lambda: 1)
+    theirs, ours = pair()
+    for experts in (theirs.experts, ours.experts):
+        for parameter in experts.parameters():
+            assert param_is_not_tensor_parallel_duplicate(parameter, second)
+    assert not param_is_not_tensor_parallel_duplicate(ours.router.weight, second)
 
 
 def test_no_rows():

@@ -1,6 +1,7 @@
 """--gpus, --processes, torchrun: what is refused before there are processes, and what ends them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,12 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import ROOT, contents
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from trainer import checkpoint, restore
+from trainer import checkpoint, launch, restore, signals
+from trainer.config import TrainConfig
+from trainer.group import is_lost_connection
 from trainer.layout import Layout
 from trainer.metrics import read_metrics
 from trainer.request import parse_train
+from trainer.sizes import Sizes
 from trainer.train import main
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -70,7 +77,63 @@ def test_a_file_of_settings_may_name_the_layout(flags, tmp_path):
     assert request.config.device == "cpu" and "device" in request.given
 
 
+@pytest.mark.parametrize("page", ["training.md", "distributed.md"])
+def test_commands_of_the_pages_are_taken(page):
+    text = " ".join((ROOT / "docs" / "guide" / page).read_text().split())
+    commands = re.findall(r'make train ARGS="([^"]*(?:--gpus|--processes)[^"]*)"', text)
+    assert commands
+    for command in commands:
+        assert parse_train(command.split()).layout.size > 1
+
+
 # ------------------------------------------------------------------------------------- what ends it
+
+
+def failed(code, timestamp):
+    failure = object.__new__(ProcessFailure)
+    vars(failure).update(exitcode=code, timestamp=timestamp)
+    return failure
+
+
+def test_the_process_that_was_killed_is_named_not_those_that_the_launcher_killed(tmp_path):
+    config = TrainConfig(name="run", runs_dir=str(tmp_path))
+    with pytest.raises(OSError, match="process 5 was ended by SIGKILL"):
+        launch._told({0: failed(-9, 130), 5: failed(-9, 100), 6: failed(-15, 131)}, config)
+    assert launch._told({0: failed(-9, 130), 3: failed(2, 100), 4: failed(1, 101)}, config) == 2
+
+
+@pytest.mark.parametrize(
+    "error, lost",
+    [
+        (RuntimeError("[/gloo/pair.cc] Connection closed by peer"), True),
+        (RuntimeError("[/gloo/unbound_buffer.cc] Timed out waiting 1000ms"), False),
+        (dist.DistBackendError("ncclRemoteError: ... or a remote process exiting"), True),
+        (dist.DistBackendError("ncclSystemError: /dev/shm: No space left"), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_a_connection_is_lost_when_its_other_end_is(error, lost):
+    assert is_lost_connection(error) is lost
+
+
+def test_a_launcher_may_send_its_signal_twice(monkeypatch):
+    handler = signals.Signals()
+    handler.deferred = True
+    monkeypatch.setenv("RANK", "1")
+    handler._handle(signal.SIGTERM, None)
+    handler._handle(signal.SIGTERM, None)
+    assert handler.received == signal.SIGTERM
+
+
+def test_bfloat16_shards_have_no_copies_for_autocast():
+    config = TrainConfig(name="x", dtype="bfloat16", batch_size=2)
+    one, copies, shards = (
+        Sizes(config, torch.device("cpu"), Layout(processes=count, fsdp=sharded)).numbers
+        for count, sharded in ((1, False), (2, False), (2, True))
+    )
+    assert one.cast > 0 and shards.cast == 0
+    assert shards.state == one.state / 2 and shards.gradient == one.gradient / 2
+    assert copies.state == one.state + one.gradient and copies.gradient == 0
 
 
 @pytest.fixture

@@ -194,7 +194,8 @@ class _Given:
                 refuse(operation, "row_capacity", expected, None)
         elif not Number().check(operation, "row_capacity", self.row_capacity) > 0:
             refuse(operation, "row_capacity", "a positive number or None", self.row_capacity)
-        context.check_tokens(operation, math.prod(x.shape[:-1]), self.equal_tokens)
+        equal = self.equal_tokens and context.exchange is None
+        context.check_tokens(operation, math.prod(x.shape[:-1]), equal)
 
     def max_rows(self, own: int, ids: Tensor) -> int | None:
         """Rows of this rank: by the capacity, or counted. `own` slots are a rank's share."""

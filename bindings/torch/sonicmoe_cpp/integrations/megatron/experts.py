@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.activations import squared_relu
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
@@ -39,12 +40,12 @@ class SonicExperts(MegatronModule):
         self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
         width, hidden = config.moe_ffn_hidden_size, config.hidden_size
         columns = width * (2 if config.gated_linear_unit else 1)
-        self.w1 = self._parameter(config.init_method, columns, hidden)
-        self.w2 = self._parameter(config.output_layer_init_method, hidden, width)
+        self.w1 = self._parameter(config.init_method, columns, hidden, split=1)
+        self.w2 = self._parameter(config.output_layer_init_method, hidden, width, split=2)
         self.register_state_dict_post_hook(split_experts)
         self.register_load_state_dict_pre_hook(merge_experts)
 
-    def _parameter(self, init: Any, rows: int, columns: int) -> nn.Parameter:
+    def _parameter(self, init: Any, rows: int, columns: int, split: int) -> nn.Parameter:
         config = self.config
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         shape = (self.num_local_experts, rows, columns)
@@ -58,6 +59,8 @@ class SonicExperts(MegatronModule):
         parameter = nn.Parameter(weight)
         # Whether gradients are reduced over all of data parallelism, or over the experts' replicas.
         parameter.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+        # Ranks of tensor parallelism have other experts: in norms none is a copy of another's.
+        set_tensor_model_parallel_attributes(parameter, True, dim=split, stride=1)
         return parameter
 
     @staticmethod

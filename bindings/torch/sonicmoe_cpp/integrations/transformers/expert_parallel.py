@@ -19,6 +19,10 @@ from .activations import expert_options
 from .experts import BACKEND, expert_weights, experts_forward
 
 
+def is_registered(name: str) -> bool:
+    return name in EPImplementationInterface()
+
+
 class GatherEP(EPImplementation):
     """Ranks with batches of their own gather tokens, as `sonicmoe_cpp.distributed.moe` does, any
     number of them on each. Ranks that share one batch have the tokens already; where only some

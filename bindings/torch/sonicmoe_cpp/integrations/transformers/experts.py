@@ -141,5 +141,8 @@ def register(name: str = BACKEND) -> None:
     `model.set_experts_implementation(name)`, and, where transformers has such an interface, for
     `DistributedConfig(ep_implementation=name)` (register_expert_parallel)."""
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
-    if _has_expert_parallel():
+    if not _has_expert_parallel():
+        return
+    place = importlib.import_module(".expert_parallel", __package__)
+    if not place.is_registered(name):  # else with options of the caller's
         register_expert_parallel(name)
