@@ -2,6 +2,7 @@
 the processes share; with SONICMOE_TEST_DEVICE=cuda the very kernels, all ranks on one GPU or a GPU
 each."""
 
+import gc
 import os
 
 import pytest
@@ -139,6 +140,33 @@ def case_rows_beyond_the_capacity_are_dropped_and_counted():
         with pytest.raises(RuntimeError, match=f"expected room for {world() * T * K} rows on rank"):
             spread(ids, bounded, row_capacity=1.0, on_overflow="raise")
     bounded.close()
+
+
+def case_contexts_of_one_width_share_their_memory():
+    ids = ids_of()
+    first, second = context(timeout_seconds=119), context(timeout_seconds=119)
+    handle = first.exchange.handle
+    assert second.exchange is first.exchange and shared().exchange is not first.exchange
+    first.close()
+    compare(spread(ids, second), one_process(ids))
+    second.close()
+    again = context(timeout_seconds=119)
+    assert again.exchange.handle != handle
+    again.close()
+
+
+def case_backward_outlives_its_context():
+    ids = ids_of()
+
+    def function(x, w1, b1, w2, b2, weights):
+        of = context(timeout_seconds=118)
+        y = smd.moe(x, own(ids), weights, w1, w2, of, b1, b2)
+        del of
+        gc.collect()
+        return y
+
+    given = [own(t) for t in tensors()]
+    compare(results_of(function, given, own(gradient_of_y(world() * T))), one_process(ids))
 
 
 def case_checkpointing_and_compile_give_the_same_bits():

@@ -84,7 +84,9 @@ class Context:
         nvlink.tell("nvlink", "asked for")
 
     def close(self) -> None:
-        """Gives back what "nvlink" holds on the device. Collective; after it no call."""
+        """Gives back what "nvlink" holds on the device, once the last context of the same group and
+        sizes is closed: they share it. Without it the memory stays. Collective; after it no call,
+        and no backward of an earlier one."""
         if self.exchange is None:
             return
         if self.exchange.device.type == "cuda":

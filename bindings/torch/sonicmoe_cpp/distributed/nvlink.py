@@ -21,20 +21,22 @@ from .._ep_moe import NUM_PLACES
 from .._library import backends, ops, run
 from .._rules import refuse
 from ..options import packed_experts
-from .peers import Peers, everyone, map_files, map_ipc, map_symmetric, tried
+from .peers import Peers, agreed, everyone, map_files, map_ipc, map_symmetric, tried
 
 MOST_RANKS = 32
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Exchange:
-    """One rank's end: a number of the library's, the sizes that all ranks share, the memory."""
+    """One rank's end: a number of the library's, the sizes that all ranks share, the memory, and
+    how many contexts use it."""
 
     handle: int
     num_ranks: int
     max_tokens: int
     peers: Peers
     device: torch.device
+    users: int = 0
 
     @property
     def num_places(self) -> int:
@@ -46,24 +48,55 @@ class Exchange:
         ops.exchange_check(self.handle)
 
 
+# By what they were made of. The memory stays until close(): nodes of autograd have but the number.
+_OPEN: dict[tuple, Exchange] = {}
+
+
 def open_exchange(context: Any, device: torch.device, timeout_seconds: float | None) -> Exchange:
-    """Collective."""
+    """One for all contexts of a group that agree in everything. Collective."""
     if timeout_seconds is None:  # of which the library reads the variable itself
         timeout_seconds = -1.0
     group, tokens = context.group, context.max_tokens
     sizes = [context.size, tokens, context.hidden_size, context.num_experts, context.top_k]
-    like = torch.empty(1, dtype=context.dtype, device=device)
+    place = dist.group.WORLD if group is None else group
+    key = (place, *sizes, context.dtype, device, timeout_seconds)
+    exchange = _OPEN.get(key)
+    if exchange is not None and tried(group, exchange.check)[1]:  # a call gave up: it was the last
+        _OPEN[(*key, exchange.handle)] = exchange
+        exchange = None
+    if exchange is None:
+        exchange = _new(group, context.rank, sizes, context.dtype, device, timeout_seconds)
+        _OPEN[key] = exchange
+    exchange.users += 1
+    return exchange
+
+
+def _new(
+    group: Any,
+    rank: int,
+    sizes: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    timeout: float,
+) -> Exchange:
+    like = torch.empty(1, dtype=dtype, device=device)
     peers = _map(group, ops.exchange_bytes(like, sizes), device)
-    handle = ops.exchange_open(like, sizes, context.rank, peers.addresses, timeout_seconds)
-    dist.barrier(group)  # every header is clear before the first call
-    NUM_PLACES[handle] = context.size * tokens
-    return Exchange(handle, context.size, tokens, peers, device)
+    handle = agreed(group, lambda: ops.exchange_open(like, sizes, rank, peers.addresses, timeout))
+    # Every rank has answered, so every header is clear before the first call.
+    num_ranks, max_tokens = sizes[:2]
+    NUM_PLACES[handle] = num_ranks * max_tokens
+    return Exchange(handle, num_ranks, max_tokens, peers, device)
 
 
 def close_exchange(exchange: Exchange) -> None:
-    """Collective is the caller's part: no rank may still read this one's memory."""
-    del NUM_PLACES[exchange.handle]
-    ops.exchange_close(exchange.handle)
+    """By the last context. Collective is the caller's part: no rank may still read this one's
+    memory."""
+    exchange.users -= 1
+    if exchange.users == 0:
+        ops.exchange_close(exchange.handle)
+        del NUM_PLACES[exchange.handle]
+        for key in [key for key, open_one in _OPEN.items() if open_one is exchange]:
+            del _OPEN[key]
 
 
 def _map(group: Any, size: int, device: torch.device) -> Peers:

@@ -42,18 +42,32 @@ class Exchange:
         shared_tokens: bool,
         rounding: str = "rank",
     ) -> None:
-        operation = "parallelize_experts"
         self.context = context
-        self.rounding = ROUNDINGS.check(operation, "rounding", rounding)
-        self.options = {
+        self.rounding = ROUNDINGS.check("parallelize_experts", "rounding", rounding)
+        self.options, self.tokens = self.checked(
+            row_capacity, keep_received, on_overflow, equal_tokens, shared_tokens
+        )
+
+    @staticmethod
+    def checked(
+        row_capacity: float | None,
+        keep_received: bool | None,
+        on_overflow: str,
+        equal_tokens: bool,
+        shared_tokens: bool,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The options of `moe`, and of those what tells of tokens."""
+        operation = "parallelize_experts"
+        options = {
             "row_capacity": Optional(Number()).check(operation, "row_capacity", row_capacity),
             "keep_received": keep_received,
             "on_overflow": ON_OVERFLOW.check(operation, "on_overflow", on_overflow),
         }
-        self.tokens: dict[str, Any] = {
+        tokens = {
             "equal_tokens": FLAG.check(operation, "equal_tokens", equal_tokens),
             "shared_tokens": FLAG.check(operation, "shared_tokens", shared_tokens),
         }
+        return options, tokens
 
     def __deepcopy__(self, memo: dict) -> "Exchange":
         return self  # a process group is not copied
@@ -164,6 +178,7 @@ def parallelize_experts(
     equal_tokens: bool = True,
     shared_tokens: bool = False,
     rounding: str = "rank",
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Spreads experts over a mesh of one dimension, in place. Collective.
 
@@ -173,25 +188,29 @@ def parallelize_experts(
     the mesh's first rank. The router stays whole on every rank (its gradients are to be averaged,
     as FSDP and DDP do). Call it before `fully_shard`, which may shard the experts further over
     another mesh. Options as in `sonicmoe_cpp.distributed.moe`; max_tokens and transport as in
-    `Context`. With policy `stochastic` every rank draws of its own.
+    `Context`. dtype is that of the rows, None: of the parameters; under autocast or a mixed
+    precision policy of FSDP "nvlink" wants to know it. With policy `stochastic` every rank draws
+    of its own.
 
     rounding, of token rounding: "rank" makes the rows of an expert a multiple of the tile on every
     rank; "group" only their sum over the ranks, which changes fewer rows, for one collective of E
     numbers. "group" takes the policies nearest, up and down, on CPUs.
 
     An error leaves the module as it was: another kind of module, experts that are spread already,
-    an option, or ranks that differ in any of this (the error names rank, field and both values).
+    an option, or ranks that differ in sizes, dtype, max_tokens or transport (the error names rank,
+    field and both values). Other options must be the same on all ranks too.
     """
     target = _target(module)
     experts = target.experts
     parameters = list(experts.named_parameters(recurse=False))
+    options = (row_capacity, keep_received, on_overflow, equal_tokens, shared_tokens)
+    Exchange.checked(*options)  # before the context takes memory
+    ROUNDINGS.check("parallelize_experts", "rounding", rounding)
     context = Context(
-        mesh, target.hidden_size, target.num_experts, target.top_k, dtype=parameters[0][1].dtype,
-        max_tokens=max_tokens, transport=transport,
+        mesh, target.hidden_size, target.num_experts, target.top_k,
+        dtype=dtype or parameters[0][1].dtype, max_tokens=max_tokens, transport=transport,
     )  # fmt: skip
-    exchange = Exchange(
-        context, row_capacity, keep_received, on_overflow, equal_tokens, shared_tokens, rounding
-    )
+    exchange = Exchange(context, *options, rounding)
     for name, parameter in parameters:
         spread = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
         setattr(experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))

@@ -84,11 +84,8 @@ def map_symmetric(group: Any, size: int, device: torch.device) -> Peers:
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     import torch.distributed._symmetric_memory as symmetric
 
-    def make() -> tuple[Tensor, Any]:
-        buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
-        return buffer, symmetric.rendezvous(buffer, group)
-
-    buffer, handle = agreed(group, make)
+    buffer = agreed(group, lambda: symmetric.empty(size, dtype=torch.uint8, device=device))
+    handle = agreed(group, lambda: symmetric.rendezvous(buffer, group))
     return Peers([int(address) for address in handle.buffer_ptrs], (buffer, handle))
 
 
