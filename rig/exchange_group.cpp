@@ -94,8 +94,9 @@ int grid_beside(const Target& target, int num_ranks) {
 }
 
 void* aligned(const GuardedBuffer& buffer) {
-  const auto address = reinterpret_cast<std::uintptr_t>(buffer.data());
-  return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  auto* begin = static_cast<std::byte*>(buffer.data());
+  const std::size_t past = reinterpret_cast<std::uintptr_t>(begin) % kAlignment;
+  return begin + (kAlignment - past) % kAlignment;
 }
 
 std::string error_of(const std::function<void()>& call) {
