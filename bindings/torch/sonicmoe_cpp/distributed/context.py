@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .._library import __version__
 from .._rules import SIZE, Integer, Name, Optional, Positive, refuse
 from . import nvlink
+from .peers import everyone
 
 TRANSPORTS = Name({"auto": 0, "gather": 1, "nvlink": 2})
 
@@ -123,8 +124,7 @@ class Context:
         looks = os.environ.get("SONICMOE_CHECK") == "1" and not torch.compiler.is_compiling()
         if not equal or not looks:
             return
-        counts: list[Any] = [None] * self.size
-        dist.all_gather_object(counts, tokens, group=self.group)
+        counts = everyone(self.group, tokens)
         for rank, count in enumerate(counts):
             if count != counts[0]:
                 expected = f"{counts[0]} tokens on rank {rank}, as on rank 0"
@@ -136,8 +136,7 @@ class Context:
             "num_experts": self.num_experts, "top_k": self.top_k, "dtype": str(self.dtype),
             "max_tokens": self.max_tokens, "transport": self.transport,
         }  # fmt: skip
-        everyones: list[Any] = [None] * self.size
-        dist.all_gather_object(everyones, own, group=self.group)
+        everyones = everyone(self.group, own)
         for rank, theirs in enumerate(everyones):
             for field, value in theirs.items():
                 if value != everyones[0][field]:
